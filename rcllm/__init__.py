@@ -1,0 +1,1 @@
+"""rcllm: serve language models that recommend, with KV reuse beyond the prefix."""

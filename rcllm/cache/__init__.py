@@ -1,0 +1,1 @@
+"""Which KV do we have: the index, the pool on the device, and the tiers below it."""

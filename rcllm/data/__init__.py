@@ -1,0 +1,43 @@
+"""Catalogues, interaction logs and requests: what users bring, read from files.
+
+Knows nothing of prompts, models or caches, and never imports torch. Invariant: no row is dropped in silence; every
+reader returns a ReadReport, or raises DataError that names file and line.
+"""
+
+from rcllm.data.catalogue import Catalogue
+from rcllm.data.dataset import Dataset
+from rcllm.data.files import Problem, Table
+from rcllm.data.formats import FORMATS, detect_format, load_dataset
+from rcllm.data.interactions import InteractionColumns, histories, read_interactions, read_users
+from rcllm.data.movielens import fetch_movielens
+from rcllm.data.negatives import Negatives
+from rcllm.data.request_file import parse_options, parse_request, read_requests, request_to_json, write_requests
+from rcllm.data.requests import Split, build_requests, split_of
+from rcllm.data.rows import BadRowError, ReadReport, RowReader
+
+__all__ = [
+    "FORMATS",
+    "BadRowError",
+    "Catalogue",
+    "Dataset",
+    "InteractionColumns",
+    "Negatives",
+    "Problem",
+    "ReadReport",
+    "RowReader",
+    "Split",
+    "Table",
+    "build_requests",
+    "detect_format",
+    "fetch_movielens",
+    "histories",
+    "load_dataset",
+    "parse_options",
+    "parse_request",
+    "read_interactions",
+    "read_requests",
+    "read_users",
+    "request_to_json",
+    "split_of",
+    "write_requests",
+]

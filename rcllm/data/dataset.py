@@ -1,0 +1,107 @@
+"""A data set: a catalogue, the interactions with its items, and how reading them went.
+
+Knows nothing of any published format; a format is a pair of sources that `assemble` reads. Invariant of an assembled
+data set: every interaction names an item of the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from rcllm.core import Interaction, Item, ItemId
+from rcllm.data.catalogue import Catalogue, read_items
+from rcllm.data.files import Fields, Table
+from rcllm.data.interactions import ParseInteractions, read_log
+from rcllm.data.rows import ReadReport
+from rcllm.errors import DataError
+
+_Parse = TypeVar("_Parse")
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    name: str
+    catalogue: Catalogue
+    interactions: tuple[Interaction, ...]  # in the order of the files
+    reports: tuple[ReadReport, ...] = ()  # one per file
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [f"{self.name}: {len(self.catalogue):,} items, {len(self.interactions):,} interactions"]
+            + [str(report) for report in self.reports]
+        )
+
+
+@dataclass(frozen=True)  # without slots, which Python 3.11 cannot join with frozen and Generic
+class Source(Generic[_Parse]):
+    """The files of one kind in a folder, and how to read their rows."""
+
+    patterns: tuple[str, ...]  # globs by preference: all files of the first one that matches are read
+    parse: _Parse
+    table: Table | None = None  # None: by the suffix of the file
+    but_not: str = ""  # a prefix of file names that the globs catch and should not
+
+    def files(self, folder: Path) -> list[Path]:
+        for pattern in self.patterns:
+            found = [path for path in folder.glob(pattern) if not (self.but_not and path.name.startswith(self.but_not))]
+            if found:
+                return sorted(found)
+        return []
+
+
+ItemSource = Source[Callable[[Fields], Item]]
+InteractionSource = Source[ParseInteractions]
+
+
+def assemble(folder: Path, items: ItemSource, interactions: InteractionSource, *, strict: bool) -> Dataset:
+    """Reads items, then interactions, of which those that name an unknown item are malformed rows."""
+    catalogue, item_reports = _read_catalogue(required_files(folder, items), items, strict)
+    rows, reports = _read_interactions(folder, interactions, catalogue, strict)
+    return Dataset(folder.name, catalogue, tuple(rows), (*item_reports, *reports))
+
+
+def assemble_textless(folder: Path, items: ItemSource, interactions: InteractionSource, *, strict: bool) -> Dataset:
+    """As `assemble`; where the folder has no items file, the items are those of the interactions, without text."""
+    if items.files(folder):
+        return assemble(folder, items, interactions, strict=strict)
+    rows, reports = _read_interactions(folder, interactions, None, strict)
+    catalogue = Catalogue(Item(item_id, {}) for item_id in dict.fromkeys(row.item_id for row in rows))
+    return Dataset(folder.name, catalogue, tuple(rows), tuple(reports))
+
+
+def required_files(folder: Path, source: ItemSource | InteractionSource) -> list[Path]:
+    """The files of a source; raises DataError that says what was looked for and what is there."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a folder with {' or '.join(source.patterns)}; check the path")
+    if found := source.files(folder):
+        return found
+    there = sorted(path.name for path in folder.iterdir())
+    raise DataError(
+        f"{folder}: expected a file named {' or '.join(source.patterns)}, "
+        f"got {', '.join(there[:8]) or 'an empty folder'}; download it, or name another format"
+    )
+
+
+def _read_catalogue(paths: list[Path], source: ItemSource, strict: bool) -> tuple[Catalogue, list[ReadReport]]:
+    items: dict[ItemId, Item] = {}
+    reports: list[ReadReport] = []
+    for path in paths:
+        part, report = read_items(path, source.parse, known=items, strict=strict, table=source.table)
+        items.update(part)
+        reports.append(report)
+    return Catalogue(items.values()), reports
+
+
+def _read_interactions(
+    folder: Path, source: InteractionSource, catalogue: Catalogue | None, strict: bool
+) -> tuple[list[Interaction], list[ReadReport]]:
+    rows: list[Interaction] = []
+    reports: list[ReadReport] = []
+    for path in required_files(folder, source):
+        part, report = read_log(path, source.parse, items=catalogue, strict=strict, table=source.table)
+        rows += part
+        reports.append(report)
+    return rows, reports

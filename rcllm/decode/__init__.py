@@ -1,0 +1,1 @@
+"""From context to answer: the read-outs."""

@@ -1,0 +1,1 @@
+"""One device: requests in, scores and receipts out."""

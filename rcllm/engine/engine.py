@@ -1,0 +1,340 @@
+"""The engine on one device: requests in, scores and receipts out.
+
+    prompt → plan → materialise → forward → readout → respond
+
+Invariant: a request's answer does not depend on what else is in its batch or in the cache, beyond the tolerance of the
+kernels (docs/numerics.md); the cache decides how fast it comes. Safe to call from several threads: one batch runs at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from rcllm.cache.pool import Held, Pool, PoolStats
+from rcllm.cache.store import MemoryStore
+from rcllm.config import MIB, Config, Hardware, check_options, resolve
+from rcllm.core import (
+    Block,
+    BlockKind,
+    ContentKey,
+    Item,
+    ItemId,
+    Layout,
+    Level,
+    Prompt,
+    RankOptions,
+    RankRequest,
+    RankResponse,
+    UserId,
+)
+from rcllm.decode.rank import RunningBias, Scores, centre, score
+from rcllm.engine.materialise import NOTHING, Materialiser, Missing, chunks, recompute_flops
+from rcllm.engine.respond import BatchFacts, respond
+from rcllm.errors import CapacityError, ConfigError
+from rcllm.metrics import Stopwatch
+from rcllm.model.decoder import Decoder
+from rcllm.model.pull import pull
+from rcllm.model.weights import fingerprint, load_model
+from rcllm.prompt.blocks import Context, Prompter
+from rcllm.prompt.template import Template, chat_format
+from rcllm.prompt.tokenizer import Tokenizer
+from rcllm.reuse.assemble import Planned, assemble
+from rcllm.reuse.plan import plan
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class WarmProgress:
+    """How far `warm` is."""
+
+    done_blocks: int
+    total_blocks: int
+    computed_tokens: int
+    pool_bytes: int
+    full: bool  # the pool has no room for the rest
+
+
+class Engine:
+    """Make one with `Engine.build`."""
+
+    def __init__(self, config: Config, decoder: Decoder, prompter: Prompter, pool: Pool, model_id: str) -> None:
+        self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id
+        self._materialiser = Materialiser(decoder, prompter.namespace, config.cache.pass_tokens)
+        self._lock = threading.Lock()
+        self._running_bias = RunningBias()
+        self._content_free: dict[tuple[int, RankOptions], Scores] = {}
+
+    @classmethod
+    def build(
+        cls,
+        catalogue: Mapping[ItemId, Item],
+        config: Config | None = None,
+        samples: Sequence[RankRequest] = (),
+    ) -> Engine:
+        """Loads the model and makes an empty cache.
+
+        `samples`: real requests for the canonical contexts `typical` and `mean(n)`. Fetches the model when it is not there.
+        Raises ConfigError, ModelError, FetchError.
+        """
+        memory = psutil.virtual_memory().total
+        config = resolve(config or Config(), Hardware(torch.cuda.is_available(), memory))
+        if config.model.threads:
+            torch.set_num_threads(config.model.threads)
+        folder = pull(config.model.path)
+        spec, weights = load_model(folder, DTYPES[config.model.dtype], config.model.device)
+        decoder = Decoder(spec, weights, config.model.attention, config.model.max_positions)
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.vocab_size > spec.vocab_size:
+            raise ConfigError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {spec.vocab_size}")
+        template = Template.load(config.prompt.template)
+        chat = config.prompt.chat if config.prompt.chat != "auto" else tokenizer.chat_format
+        model_id = fingerprint(folder)
+        parts = (model_id, tokenizer.fingerprint, template.fingerprint, chat.encode(), config.cache.kv_dtype.encode())
+        prompter = Prompter(
+            template,
+            chat_format(chat),
+            tokenizer,
+            catalogue,
+            b"".join(parts),
+            decoder.max_positions,
+            config.prompt.max_candidates,
+            config.prompt.context,
+            samples,
+        )
+        return cls(config, decoder, prompter, make_pool(config, decoder), model_id.hex()[:12])
+
+    # ---- ranking ----
+
+    def rank(self, request: RankRequest) -> RankResponse:
+        """Scores the candidates of one request. Raises RequestError, ConfigError or CapacityError; nothing else changes."""
+        return self.rank_batch([request])[0]
+
+    def rank_batch(self, requests: Sequence[RankRequest]) -> list[RankResponse]:
+        """Scores several requests, whose misses and fresh tokens are computed together as far as memory allows.
+
+        Raises, before anything is computed, for the first request that is wrong.
+        """
+        watch = Stopwatch()
+        with watch.stage("prompt"):
+            prompts = [self._prompt(request) for request in requests]
+        with watch.stage("wait"):
+            self._lock.acquire()
+        try:
+            with watch.stage("plan"):
+                planned = [self._plan(prompt) for prompt in prompts]
+            responses: list[RankResponse] = []
+            for part in self._parts(planned):
+                some = requests[len(responses) : len(responses) + len(part)]
+                responses.extend(self._run(some, part, watch))
+            return responses
+        finally:
+            self._lock.release()
+
+    def _prompt(self, request: RankRequest) -> Prompt:
+        options = request.options or self.config.rank
+        check_options(options)
+        return self.prompter.build(replace(request, options=options))
+
+    def _run(self, requests: Sequence[RankRequest], batch: Sequence[Planned], watch: Stopwatch) -> list[RankResponse]:
+        with self.pool.hold() as held:
+            with watch.stage("materialise"):
+                num_computed = self._materialise(batch, held)
+            with watch.stage("assemble"):
+                assembled = assemble(batch, held.blocks, self.decoder.device)
+            with watch.stage("forward"):
+                passed = self.decoder.forward(assembled.work)
+            with watch.stage("readout"):
+                prompts = [planned.prompt for planned in batch]
+                scores = [
+                    score(self.decoder, p, passed.hidden, r) for p, r in zip(prompts, assembled.read_rows, strict=True)
+                ]
+                scores = [self._unbias(p.options, s) for p, s in zip(prompts, scores, strict=True)]
+            with watch.stage("publish"):
+                self._publish(batch, passed.kept, held)
+            facts = BatchFacts(
+                platform.node(),
+                self.model_id,
+                self.prompter.context_name,
+                passed.backend,
+                passed.bytes_copied,
+                num_computed,
+                len(batch),
+                held.sources,
+                watch.read_ms(),
+            )
+            segments = [group.segments for group in assembled.work.groups]
+            return [
+                respond(r, p, p.prompt.options.level, s, g, facts, self._notes(p.prompt.options))
+                for r, p, s, g in zip(requests, batch, scores, segments, strict=True)
+            ]
+
+    def _plan(self, prompt: Prompt) -> Planned:
+        # under a block mask, reading the blocks is exact, and letting them see more would be wrong
+        level = Level("blocks") if self.config.model.mask == "blocks" else prompt.options.level
+        return Planned(prompt, plan(prompt, level, self.pool.contains))
+
+    def _parts(self, batch: Sequence[Planned]) -> Iterator[Sequence[Planned]]:
+        """Runs of prompts whose fresh tokens and KV fit together; a prompt that fits alone nowhere is tried alone."""
+        start, rows, needed = 0, 0, dict[ContentKey, int]()
+        for i, planned in enumerate(batch):
+            keys = {p.key: len(planned.prompt.blocks[p.block]) for p in planned.plan.pieces if p.key is not None}
+            total = sum((needed | keys).values()) * self._kv_bytes_per_token
+            too_much = rows + planned.plan.num_fresh > self.config.cache.pass_tokens or total > self.pool.budget // 2
+            if i > start and too_much:
+                yield batch[start:i]
+                start, rows, needed = i, 0, {}
+            rows, needed = rows + planned.plan.num_fresh, needed | keys
+        if batch:
+            yield batch[start:]
+
+    def _materialise(self, batch: Sequence[Planned], held: Held) -> int:
+        """Fetches every block that the plans read, and computes those that do not exist; returns tokens computed."""
+        needed = {
+            piece.key: (planned.prompt, piece.block)
+            for planned in batch
+            for piece in planned.plan.pieces
+            if piece.key is not None
+        }
+        return self._materialiser.compute([self._missing(key, *needed[key]) for key in held.fetch(needed)], held)
+
+    def _missing(self, key: ContentKey, prompt: Prompt, index: int) -> Missing:
+        block = prompt.blocks[index]
+        if block.kind is BlockKind.INSTRUCTION:
+            return Missing(key, block.token_ids, NOTHING, None)
+        if key != block.key:  # a user's chain that was dropped after planning: its context is all that precedes it
+            before = tuple(token for earlier in prompt.blocks[:index] for token in earlier.token_ids)
+            return Missing(key, block.token_ids, Context((before,)), user_owner(prompt.user_id))
+        return Missing(
+            key, block.token_ids, self.prompter.contexts[prompt.options.layout][block.kind], item_owner(block.owner)
+        )
+
+    def _publish(self, batch: Sequence[Planned], kept: Sequence[torch.Tensor], held: Held) -> None:
+        """Keeps the history that was computed exactly; a full cache is no reason to fail a request."""
+        blocks = [(planned.prompt, planned.prompt.blocks[i]) for planned in batch for i in planned.plan.publish]
+        for (prompt, block), kv in zip(blocks, kept, strict=True):
+            assert block.chain_key is not None
+            cost = recompute_flops(self.decoder.spec, len(block), [block.base])
+            with contextlib.suppress(CapacityError):
+                held.publish(block.chain_key, kv, cost, user_owner(prompt.user_id))
+
+    # ---- label bias ----
+
+    def _unbias(self, options: RankOptions, scores: Scores) -> Scores:
+        kind = (len(scores), replace(options, level=Level("full"), bias="none"))
+        match options.bias:
+            case "content_free":
+                if kind not in self._content_free:
+                    self._content_free[kind] = self._content_free_prior(*kind)
+                return scores - centre(self._content_free[kind])
+            case "running_mean":
+                return scores - centre(self._running_bias.update(kind, scores))
+            case _:
+                return scores
+
+    def _content_free_prior(self, num_candidates: int, options: RankOptions) -> Scores:
+        prompt = self.prompter.build_content_free(num_candidates, options)
+        assembled = assemble([Planned(prompt, plan(prompt, options.level, lambda key: False))], {}, self.decoder.device)
+        hidden = self.decoder.forward(assembled.work).hidden
+        return score(self.decoder, prompt, hidden, assembled.read_rows[0])
+
+    # ---- the cache ----
+
+    def warm(
+        self,
+        item_ids: Iterable[ItemId] | None = None,
+        *,
+        on_progress: Callable[[WarmProgress], None] | None = None,
+    ) -> WarmProgress:
+        """Computes items ahead of requests, as candidates and (history "shared") as events, for the default options.
+
+        Blocks that exist are skipped, so it can be repeated and resumed. Stops when the pool is full: what is left is
+        computed when it is asked for. Give the most requested items first. Requests are served in between.
+        """
+        layout: Layout = self.config.rank.layout
+        items = [self.prompter.catalogue[i] for i in (self.prompter.catalogue if item_ids is None else item_ids)]
+        blocks = [self.prompter.item_block(item, layout) for item in items]
+        if self.config.rank.history == "shared":
+            blocks += [self.prompter.event_block(item, layout) for item in items]
+        todo = [self._warmable(block, layout) for block in blocks if block.key and not self.pool.contains(block.key)]
+        done, tokens, full = len(blocks) - len(todo), 0, False
+        for chunk in chunks(todo, self.config.cache.pass_tokens):
+            num_bytes = sum(len(missing.token_ids) for missing in chunk) * self._kv_bytes_per_token
+            with self._lock, self.pool.hold() as held:
+                full = num_bytes > self.pool.free_bytes
+                if not full:
+                    absent = set(held.fetch(missing.key for missing in chunk))
+                    tokens += self._materialiser.compute([m for m in chunk if m.key in absent], held)
+                    done += len(chunk)
+            progress = WarmProgress(done, len(blocks), tokens, self.pool.stats().num_bytes, full)
+            if on_progress:
+                on_progress(progress)
+            if full:
+                break
+        return WarmProgress(done, len(blocks), tokens, self.pool.stats().num_bytes, full)
+
+    def erase_user(self, user_id: UserId) -> int:
+        """Removes every block derived from a user; returns how many there were."""
+        return self.pool.delete_owner(user_owner(user_id) or "")
+
+    def retire_item(self, item_id: ItemId) -> int:
+        """Removes the blocks of an item whose text changed or that is gone; returns how many there were.
+
+        Not needed for correctness: new text has new keys. It frees the memory of the old ones at once.
+        """
+        return self.pool.delete_owner(item_owner(item_id) or "")
+
+    def stats(self) -> PoolStats:
+        return self.pool.stats()
+
+    @property
+    def _kv_bytes_per_token(self) -> int:
+        return self.decoder.spec.kv_bytes_per_token(self.pool.dtype.itemsize)
+
+    def _warmable(self, block: Block, layout: Layout) -> Missing:
+        assert block.key is not None
+        return Missing(block.key, block.token_ids, self.prompter.contexts[layout][block.kind], item_owner(block.owner))
+
+    def _notes(self, options: RankOptions) -> tuple[str, ...]:
+        notes = []
+        if self.config.model.mask == "blocks":
+            notes.append("the model's mask is `blocks`: reading cached blocks is exact under it")
+        if options.bias == "running_mean":
+            notes.append("bias running_mean: the scores depend on the requests before this one")
+        return tuple(notes)
+
+
+def user_owner(user_id: str | None) -> str | None:
+    """Owner names of users and items never collide."""
+    return None if user_id is None else f"user:{user_id}"
+
+
+def item_owner(item_id: str | None) -> str | None:
+    return None if item_id is None else f"item:{item_id}"
+
+
+def make_pool(config: Config, decoder: Decoder) -> Pool:
+    """The pool within the configured memory: what the process, the model and the workspace leave. Raises ConfigError."""
+    spec, cache = decoder.spec, config.cache
+    activations = (6 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 3 * spec.ffn_size) * 4
+    workspace = decoder.max_positions * activations + 2 * cache.pass_tokens * spec.kv_bytes_per_token(4) + 64 * MIB
+    if decoder.device.type == "cuda":
+        free = torch.cuda.mem_get_info(decoder.device)[0] - workspace
+    else:
+        free = cache.memory_mb * MIB - psutil.Process().memory_info().rss - workspace
+    budget = cache.pool_mb * MIB or int(free)
+    if budget < spec.kv_bytes_per_token(4) * 256:
+        raise ConfigError(
+            f"cache.memory_mb = {cache.memory_mb} leaves {budget / MIB:.0f} MB for cached KV: the process with its "
+            f"model takes {psutil.Process().memory_info().rss / MIB:.0f} MB and passes need {workspace / MIB:.0f} MB. "
+            "Raise cache.memory_mb, or lower cache.pass_tokens or model.max_positions"
+        )
+    store = MemoryStore(cache.host_mb * MIB) if cache.host_mb else None
+    return Pool(budget, DTYPES[cache.kv_dtype], decoder.device, store)

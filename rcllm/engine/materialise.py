@@ -1,0 +1,97 @@
+"""Computes the canonical KV of missing blocks: all misses of a batch together, in passes of bounded size.
+
+Knows prompts' contexts and the decoder, not requests. Invariant: a block is published once, whole, under a key that names
+exactly the context it was computed in. Where a context has several variants, the KV is the mean over them (expected KV).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rcllm.cache.pool import Held
+from rcllm.core import ContentKey, TokenIds
+from rcllm.model.decoder import Decoder
+from rcllm.model.spec import ModelSpec
+from rcllm.prompt.blocks import Context, content_key
+from rcllm.reuse.assemble import assemble_blocks
+
+NOTHING = Context(((),))
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A block to compute."""
+
+    key: ContentKey
+    token_ids: TokenIds
+    context: Context
+    owner: str | None
+
+
+class Materialiser:
+    """Computes blocks with one decoder; at most about `pass_tokens` fresh tokens a pass (one block may exceed it)."""
+
+    def __init__(self, decoder: Decoder, namespace: bytes, pass_tokens: int) -> None:
+        self._decoder, self._namespace, self._pass_tokens = decoder, namespace, pass_tokens
+
+    def compute(self, missing: Sequence[Missing], held: Held) -> int:
+        """Publishes every block of `missing`; returns how many tokens went through the layers for it."""
+        tokens = 0
+        for context, blocks in _by_context(missing):
+            tokens += self._contexts(context, held)
+            for chunk in chunks(blocks, self._pass_tokens):
+                tokens += self._chunk(context, chunk, held)
+        return tokens
+
+    def _contexts(self, context: Context, held: Held) -> int:
+        """Makes sure that the KV of the contexts' own tokens is there."""
+        variants = [variant for variant in context.variants if variant]
+        keys = {self._key(variant): variant for variant in variants}
+        absent = [Missing(key, keys[key], NOTHING, None) for key in held.fetch(keys)]
+        return self.compute(absent, held) if absent else 0
+
+    def _chunk(self, context: Context, chunk: Sequence[Missing], held: Held) -> int:
+        token_ids = [missing.token_ids for missing in chunk]
+        total: list[torch.Tensor] = []
+        for variant in context.variants:
+            kv = held.blocks[self._key(variant)] if variant else None
+            kept = self._decoder.forward(assemble_blocks(token_ids, kv, len(variant), self._decoder.device)).kept
+            total = [a.add_(b) for a, b in zip(total, kept, strict=True)] if total else kept
+        for missing, kv in zip(chunk, total, strict=True):
+            if len(context.variants) > 1:
+                kv = kv / len(context.variants)
+            lengths = [len(variant) for variant in context.variants]
+            cost = recompute_flops(self._decoder.spec, len(missing.token_ids), lengths)
+            held.publish(missing.key, kv, cost, missing.owner)
+        return len(context.variants) * sum(map(len, token_ids))
+
+    def _key(self, variant: TokenIds) -> ContentKey:
+        return content_key(self._namespace, NOTHING.digest, variant)
+
+
+def recompute_flops(spec: ModelSpec, size: int, contexts: Sequence[int]) -> float:
+    """What it takes to compute a block of `size` tokens again, after contexts of these lengths whose KV is there."""
+    pairs = sum(size * context + size * (size + 1) // 2 for context in contexts)
+    return float(len(contexts) * size * spec.linear_flops_per_token + spec.attention_flops(pairs))
+
+
+def chunks(blocks: Iterable[Missing], most_tokens: int) -> Iterator[list[Missing]]:
+    """Runs of blocks that have at most `most_tokens` tokens together, or consist of one block."""
+    chunk: list[Missing] = []
+    for block in blocks:
+        if chunk and sum(len(b.token_ids) for b in chunk) + len(block.token_ids) > most_tokens:
+            yield chunk
+            chunk = []
+        chunk.append(block)
+    if chunk:
+        yield chunk
+
+
+def _by_context(missing: Sequence[Missing]) -> list[tuple[Context, list[Missing]]]:
+    grouped: dict[bytes, tuple[Context, list[Missing]]] = {}
+    for block in missing:
+        grouped.setdefault(block.context.digest, (block.context, []))[1].append(block)
+    return list(grouped.values())

@@ -1,0 +1,55 @@
+"""Everything that rcllm raises at a user, in one tree.
+
+    RcllmError
+    ├── ConfigError              an option, file or value of the configuration is wrong
+    ├── DataError                a data file is malformed (names file and line)
+    ├── FetchError               a package or model could not be downloaded
+    ├── ModelError               a model folder cannot be used
+    │   └── UnsupportedModelError    the architecture, or a variant of it, is not implemented
+    ├── RequestError             one request is wrong; the engine and other requests go on
+    │   ├── UnknownItemError         a candidate or event names an item the catalogue lacks
+    │   └── PromptTooLongError       the prompt exceeds the model's context
+    └── CapacityError            the request is fine but does not fit the memory budget
+
+Messages say what was expected, what came, and what to do. `assert` is for our own mistakes.
+"""
+
+
+class RcllmError(Exception):
+    """Base class of every error that a user of rcllm may want to catch."""
+
+
+class ConfigError(RcllmError):
+    """An option is unknown or has a value that cannot work."""
+
+
+class DataError(RcllmError):
+    """A data file is missing, malformed, or holds nothing usable."""
+
+
+class FetchError(RcllmError):
+    """A package or model could not be downloaded or failed its checksum."""
+
+
+class ModelError(RcllmError):
+    """A model folder or file is missing something, or its parts disagree."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model is intact, but it is a variant that rcllm does not implement."""
+
+
+class RequestError(RcllmError):
+    """A request is malformed. Nothing was computed and nothing was changed for it."""
+
+
+class UnknownItemError(RequestError):
+    """A request names an item that is not in the catalogue."""
+
+
+class PromptTooLongError(RequestError):
+    """The rendered prompt needs more positions than the model has."""
+
+
+class CapacityError(RcllmError):
+    """The KV that one request needs at once is larger than the cache budget."""

@@ -1,0 +1,1 @@
+"""How close reuse comes to full recompute, and what that does to the ranking."""

@@ -1,0 +1,368 @@
+// The CPU kernels: attention over segments, and the element-wise steps between the matrix products.
+//
+// Knows raw pointers and strides only; `native.py` builds it, checks every argument and is its one caller.
+// Vector width is chosen by the compiler's target (AVX-512, AVX2, or 4 lanes), so the library is cached per processor.
+//
+// Attention computes the transposed product: S^T = K Q^T and O^T = V^T P^T. Queries are packed once as [dim, rows], and keys
+// and values are read as they lie in their block, row by row: no transposition, no gather. The softmax runs along the key
+// axis, which is the slow axis of S^T, so it needs no horizontal reductions. A key of a segment is turned to its
+// place in the prompt by one rotation, the same for the whole segment (RoPE: R(o + j) = R(o) R(j)), on its way into a
+// scratch tile that stays in the L2 cache.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+typedef float vec __attribute__((vector_size(VL * 4)));
+typedef int32_t ivec __attribute__((vector_size(VL * 4)));
+typedef uint16_t hvec __attribute__((vector_size(VL * 2)));
+typedef _Float16 f16vec __attribute__((vector_size(VL * 2)));
+typedef vec vec_u __attribute__((aligned(4)));
+typedef hvec hvec_u __attribute__((aligned(2)));
+
+constexpr int ROW_TILE = 192;   // query rows (tokens × heads per KV head) of one work item
+constexpr int MIN_TOKENS = 12;  // a tile with fewer spends its time on reading keys
+constexpr int KEY_TILE = 96;    // keys per softmax step
+constexpr float HIDDEN = -1e30f;  // score of a masked pair; finite, so that no NaN can arise
+
+inline vec splat(float x) { return vec{} + x; }
+inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
+inline void store(float* p, vec x) { *reinterpret_cast<vec_u*>(p) = x; }
+inline vec vmax(vec a, vec b) { return a > b ? a : b; }
+
+// 2^x for x ≤ 0, relative error < 2e-7; anything below -126 gives a number below 1.2e-38.
+inline vec exp2v(vec x) {
+  x = vmax(x, splat(-126.f));
+  const vec magic = splat(12582912.f);
+  vec shifted = x + magic;
+  vec f = x - (shifted - magic);
+  vec p = splat(1.5353362e-4f);
+  p = p * f + splat(1.3398874e-3f);
+  p = p * f + splat(9.6184370e-3f);
+  p = p * f + splat(5.5503324e-2f);
+  p = p * f + splat(2.4022648e-1f);
+  p = p * f + splat(6.9314718e-1f);
+  p = p * f + splat(1.f);
+  return (vec)((ivec)p + ((ivec)shifted << 23));
+}
+
+// ---- one register tile of C[M, N] += A[M, K] B[K, N]; A has free strides, B and C are row-major ----
+
+template <int M, int N>
+inline void tile(int K, const float* A, int64_t sm, int64_t sk, const float* B, int ldb, float* C, int ldc, bool add) {
+  vec acc[M][N];
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) acc[m][n] = add ? load(C + m * ldc + n * VL) : vec{};
+  for (int k = 0; k < K; k++) {
+    vec b[N];
+    for (int n = 0; n < N; n++) b[n] = load(B + (int64_t)k * ldb + n * VL);
+    for (int m = 0; m < M; m++) {
+      vec a = splat(A[m * sm + k * sk]);
+      for (int n = 0; n < N; n++) acc[m][n] += a * b[n];
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) store(C + m * ldc + n * VL, acc[m][n]);
+}
+
+constexpr int MR = VL == 16 ? 8 : 4, NR = 3;  // MR · NR accumulators and NR + 1 operands fill the registers
+
+template <int N>
+void column(int M, int K, const float* A, int64_t sm, int64_t sk, const float* B, int ldb, float* C, int ldc, bool add) {
+  int m = 0;
+  for (; m + MR <= M; m += MR) tile<MR, N>(K, A + m * sm, sm, sk, B, ldb, C + m * ldc, ldc, add);
+  A += m * sm, C += m * ldc;
+  switch (M - m) {
+    case 7: return tile<7, N>(K, A, sm, sk, B, ldb, C, ldc, add);
+    case 6: return tile<6, N>(K, A, sm, sk, B, ldb, C, ldc, add);
+    case 5: return tile<5, N>(K, A, sm, sk, B, ldb, C, ldc, add);
+    case 4: return tile<4, N>(K, A, sm, sk, B, ldb, C, ldc, add);
+    case 3: return tile<3, N>(K, A, sm, sk, B, ldb, C, ldc, add);
+    case 2: return tile<2, N>(K, A, sm, sk, B, ldb, C, ldc, add);
+    case 1: return tile<1, N>(K, A, sm, sk, B, ldb, C, ldc, add);
+  }
+}
+
+// N is a multiple of VL.
+void gemm(int M, int N, int K, const float* A, int64_t sm, int64_t sk, const float* B, int ldb, float* C, int ldc, bool add) {
+  int n = 0;
+  for (; n + NR * VL <= N; n += NR * VL) column<NR>(M, K, A, sm, sk, B + n, ldb, C + n, ldc, add);
+  if (N - n == 2 * VL) column<2>(M, K, A, sm, sk, B + n, ldb, C + n, ldc, add);
+  if (N - n == VL) column<1>(M, K, A, sm, sk, B + n, ldb, C + n, ldc, add);
+}
+
+// ---- reading cached K and V ----
+
+enum Dtype : int64_t { F32 = 0, F16 = 1, BF16 = 2 };
+
+inline vec widen(const char* p, int64_t i, int64_t dtype) {
+  if (dtype == F32) return load(reinterpret_cast<const float*>(p) + i);
+  hvec h = *reinterpret_cast<const hvec_u*>(reinterpret_cast<const uint16_t*>(p) + i);
+  if (dtype == F16) return __builtin_convertvector((f16vec)h, vec);
+  return (vec)(__builtin_convertvector(h, ivec) << 16);
+}
+
+inline const char* at(const char* p, int64_t elements, int64_t dtype) { return p + elements * (dtype == F32 ? 4 : 2); }
+
+// Rows of `dim` values: widened and, for keys, rotated by the angle whose cos and sin are given ([dim / 2], or null).
+void read_rows(const char* src, int64_t dtype, int rows, int dim, const float* cos, const float* sin, float* dst) {
+  const int half = dim / 2;
+  for (int r = 0; r < rows; r++, dst += dim) {
+    const int64_t row = (int64_t)r * dim;
+    if (!cos) {
+      for (int d = 0; d < dim; d += VL) store(dst + d, widen(src, row + d, dtype));
+    } else {
+      for (int d = 0; d < half; d += VL) {
+        vec a = widen(src, row + d, dtype), b = widen(src, row + d + half, dtype), c = load(cos + d), s = load(sin + d);
+        store(dst + d, a * c - b * s);
+        store(dst + d + half, b * c + a * s);
+      }
+    }
+  }
+}
+
+// ---- attention of one row tile of one KV head ----
+
+struct Segment {  // one row of the segment table, int64 each; strides and offsets in elements
+  int64_t pointer, block_len, start, len, base, dtype;
+};
+struct Group {  // rows that attend among themselves and to their own segments; the last three locate and size its masks
+  int64_t row_start, num_rows, seg_start, num_segs, sees_segment, sees, num_blocks;
+};
+struct Row {  // of a fresh row: its block, its place in that block, and the rows of its group that it reaches
+  int32_t block, offset, first, last, dense;  // sees rows first … last - 1; dense: all of them
+};
+
+struct Scratch {
+  float *q, *s, *o, *m, *l, *k, *v;
+  explicit Scratch(int dim) {
+    auto floats = [](size_t n) { return static_cast<float*>(std::aligned_alloc(64, (n * 4 + 63) / 64 * 64)); };
+    q = floats((size_t)dim * ROW_TILE), s = floats((size_t)KEY_TILE * ROW_TILE), o = floats((size_t)dim * ROW_TILE);
+    m = floats(ROW_TILE), l = floats(ROW_TILE), k = floats((size_t)KEY_TILE * dim), v = floats((size_t)KEY_TILE * dim);
+  }
+  ~Scratch() { for (float* p : {q, s, o, m, l, k, v}) std::free(p); }
+};
+
+// Folds one key tile, whose masked scores lie in s[keys, r0..r1), into the running maximum, sum and output.
+void fold(Scratch& w, int dim, int keys, int r0, int r1, const float* v, int64_t v_stride) {
+  for (int r = r0; r < r1; r += VL) {
+    vec top = load(w.m + r);
+    for (int j = 0; j < keys; j++) top = vmax(top, load(w.s + j * ROW_TILE + r));
+    vec old = load(w.m + r), sum{};
+    for (int j = 0; j < keys; j++) {
+      vec p = exp2v(load(w.s + j * ROW_TILE + r) - top);
+      store(w.s + j * ROW_TILE + r, p);
+      sum += p;
+    }
+    bool moved = false;
+    for (int i = 0; i < VL; i++) moved |= top[i] != old[i];
+    vec shrink = exp2v(old - top);
+    store(w.l + r, load(w.l + r) * shrink + sum);
+    if (moved) {
+      store(w.m + r, top);
+      for (int d = 0; d < dim; d++) store(w.o + d * ROW_TILE + r, load(w.o + d * ROW_TILE + r) * shrink);
+    }
+  }
+  gemm(dim, r1 - r0, keys, v, 1, v_stride, w.s + r0, ROW_TILE, w.o + r0, ROW_TILE, true);
+}
+
+}  // namespace
+
+extern "C" {
+
+// q, k, v: rows of the fused projection, already rotated to their positions; row r of q starts at q + r * stride.
+// out: [rows, heads * dim]; lse: [rows, heads], natural logarithm, or null.
+// sees_segment: bytes [num_rows, num_segs] per group; sees: bytes [num_blocks, num_blocks] per group, which blocks see
+// which; inside its own block a row sees what precedes it. cos, sin: [positions, dim / 2].
+void rcllm_attend(const float* q, const float* k, const float* v, int64_t stride, float* out, float* lse, int64_t heads,
+                  int64_t kv_heads, int64_t dim, int64_t layer, float scale, const Group* groups, int64_t num_groups,
+                  const Segment* segments, const uint8_t* sees_segment, const uint8_t* sees_block, const Row* table,
+                  const float* cos, const float* sin, int64_t num_threads) {
+  const int share = heads / kv_heads, half = dim / 2;
+  // Row tiles are as large as fits, then made smaller until every thread has its equal share of work items.
+  auto tiles_of = [&](const Group& group) {
+    const int64_t most = ROW_TILE / share;
+    int64_t tiles = (group.num_rows + most - 1) / most;
+    auto uneven = [&] { return num_groups * tiles * kv_heads < 8 * num_threads && tiles * kv_heads % num_threads; };
+    while (uneven() && group.num_rows / (tiles + 1) >= MIN_TOKENS) tiles++;
+    return tiles;
+  };
+  int64_t num_items = 0;
+  for (int64_t g = 0; g < num_groups; g++) num_items += tiles_of(groups[g]) * kv_heads;
+
+#pragma omp parallel num_threads(num_threads)
+  {
+    Scratch w(dim);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = num_items - 1; item >= 0; item--) {
+      // which group, row tile and head; counted from the end, where causal rows have most to do
+      int64_t rest = item, g = 0;
+      for (;; g++) {
+        int64_t n = tiles_of(groups[g]) * kv_heads;
+        if (rest < n) break;
+        rest -= n;
+      }
+      const Group& group = groups[g];
+      const int head = rest % kv_heads;
+      const int64_t tiles = tiles_of(group), index = rest / kv_heads;
+      const int64_t first = group.num_rows * index / tiles;  // first row of the tile, within the group
+      const int num = group.num_rows * (index + 1) / tiles - first, rows = num * share;
+      const int padded = (rows + VL - 1) / VL * VL;
+      const float* q0 = q + (group.row_start + first) * stride + (int64_t)head * share * dim;
+      for (int d = 0; d < dim; d++)
+        for (int r = rows; r < padded; r++) w.q[d * ROW_TILE + r] = 0.f;
+      for (int t = 0; t < num; t++)
+        for (int h = 0; h < share; h++)
+          for (int d = 0; d < dim; d++) w.q[d * ROW_TILE + t * share + h] = q0[t * stride + h * dim + d] * scale;
+      for (int d = 0; d < dim; d++) std::fill(w.o + d * ROW_TILE, w.o + d * ROW_TILE + padded, 0.f);
+      std::fill(w.m, w.m + padded, HIDDEN);
+      std::fill(w.l, w.l + padded, 0.f);
+
+      for (int64_t i = 0; i < group.num_segs; i++) {
+        const Segment& seg = segments[group.seg_start + i];
+        const uint8_t* sees = sees_segment + group.sees_segment + first * group.num_segs + i;
+        int t0 = 0, t1 = num;
+        while (t0 < t1 && !sees[t0 * group.num_segs]) t0++;
+        while (t1 > t0 && !sees[(t1 - 1) * group.num_segs]) t1--;
+        if (t0 == t1) continue;
+        const int r0 = t0 * share / VL * VL, r1 = (t1 * share + VL - 1) / VL * VL;
+        const int64_t size = seg.block_len * dim, from = seg.start * dim;  // [layers, 2, kv_heads, block_len, dim]
+        const char* block = reinterpret_cast<const char*>(seg.pointer);
+        const char* ks = at(block, ((layer * 2) * kv_heads + head) * size + from, seg.dtype);
+        const char* vs = at(block, ((layer * 2 + 1) * kv_heads + head) * size + from, seg.dtype);
+        for (int64_t j = 0; j < seg.len; j += KEY_TILE) {
+          const int keys = std::min<int64_t>(KEY_TILE, seg.len - j);
+          const bool turned = seg.base != 0 || seg.dtype != F32;
+          const char* kj = at(ks, j * dim, seg.dtype);
+          const char* vj = at(vs, j * dim, seg.dtype);
+          const float *kt = reinterpret_cast<const float*>(kj), *vt = reinterpret_cast<const float*>(vj);
+          if (turned)
+            read_rows(kj, seg.dtype, keys, dim, seg.base ? cos + seg.base * half : nullptr, sin + seg.base * half, w.k), kt = w.k;
+          if (seg.dtype != F32) read_rows(vj, seg.dtype, keys, dim, nullptr, nullptr, w.v), vt = w.v;
+          gemm(keys, r1 - r0, dim, kt, dim, 1, w.q + r0, ROW_TILE, w.s + r0, ROW_TILE, false);
+          for (int r = r0; r < r1; r++) {
+            const int t = r / share;
+            if (r < rows && sees[t * group.num_segs]) continue;
+            for (int n = 0; n < keys; n++) w.s[n * ROW_TILE + r] = HIDDEN;
+          }
+          fold(w, dim, keys, r0, r1, vt, dim);
+        }
+      }
+
+      const Row* others = table + group.row_start;
+      const Row* own = others + first;
+      const uint8_t* sees = sees_block + group.sees;
+      int64_t lo = group.num_rows, hi = 0;
+      for (int t = 0; t < num; t++) lo = std::min<int64_t>(lo, own[t].first), hi = std::max<int64_t>(hi, own[t].last);
+      const float* k0 = k + group.row_start * stride + head * dim;
+      const float* v0 = v + group.row_start * stride + head * dim;
+      for (int64_t j = lo; j < hi; j += KEY_TILE) {
+        const int keys = std::min<int64_t>(KEY_TILE, hi - j);
+        int t0 = 0, t1 = num;
+        auto outside = [&](int t) { return own[t].first >= j + keys || own[t].last <= j; };
+        while (t0 < t1 && outside(t0)) t0++;
+        while (t1 > t0 && outside(t1 - 1)) t1--;
+        if (t0 == t1) continue;
+        const int r0 = t0 * share / VL * VL, r1 = (t1 * share + VL - 1) / VL * VL;
+        gemm(keys, r1 - r0, dim, k0 + j * stride, stride, 1, w.q + r0, ROW_TILE, w.s + r0, ROW_TILE, false);
+        for (int t = r0 / share; t * share < r1; t++) {
+          if (t < num && own[t].dense && own[t].first <= j && own[t].last >= j + keys) continue;
+          const int h0 = std::max(t * share, r0), h1 = std::min((t + 1) * share, r1);
+          for (int n = 0; n < keys; n++) {
+            const Row& key = others[j + n];
+            if (t < num && (key.block == own[t].block ? key.offset <= own[t].offset
+                                                      : sees[own[t].block * group.num_blocks + key.block]))
+              continue;
+            for (int h = h0; h < h1; h++) w.s[n * ROW_TILE + h] = HIDDEN;
+          }
+        }
+        fold(w, dim, keys, r0, r1, v0 + j * stride, stride);
+      }
+
+      for (int t = 0; t < num; t++)
+        for (int h = 0; h < share; h++) {
+          const int r = t * share + h;
+          const bool any = w.m[r] > HIDDEN / 2;
+          const float norm = any ? 1.f / w.l[r] : 0.f;
+          const int64_t row = group.row_start + first + t;
+          float* o = out + (row * heads + head * share + h) * dim;
+          for (int d = 0; d < dim; d++) o[d] = w.o[d * ROW_TILE + r] * norm;
+          if (lse) lse[row * heads + head * share + h] = any ? (w.m[r] + std::log2(w.l[r])) * 0.69314718056f : -INFINITY;
+        }
+    }
+  }
+}
+
+// residual += delta (where given); out = residual / rms(residual) * weight. All [rows, size].
+void rcllm_add_norm(float* residual, const float* delta, const float* weight, float eps, int64_t rows, int64_t size,
+                    float* out, int64_t num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t r = 0; r < rows; r++) {
+    float* x = residual + r * size;
+    double sum = 0;
+    for (int64_t part = 0; part < size; part += 256) {
+      float s = 0;
+      const int64_t end = std::min(size, part + 256);
+      if (delta) for (int64_t i = part; i < end; i++) x[i] += delta[r * size + i];
+#pragma omp simd reduction(+ : s)
+      for (int64_t i = part; i < end; i++) s += x[i] * x[i];
+      sum += s;
+    }
+    const float scale = 1.0 / std::sqrt(sum / size + eps);
+    for (int64_t i = 0; i < size; i++) out[r * size + i] = x[i] * scale * weight[i];
+  }
+}
+
+// out[r, i] = silu(x[r, i]) * x[r, size + i]; x: [rows, 2 size].
+void rcllm_swiglu(const float* x, int64_t rows, int64_t size, float* out, int64_t num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t r = 0; r < rows; r++) {
+    const float *gate = x + r * 2 * size, *up = gate + size;
+    int64_t i = 0;
+    for (; i + VL <= size; i += VL) {
+      vec g = load(gate + i);
+      vec e = exp2v((g < 0 ? g : -g) * splat(1.44269504f));  // exp(-|g|): never overflows
+      vec sigmoid = (g < 0 ? e : splat(1.f)) / (e + splat(1.f));
+      store(out + r * size + i, g * sigmoid * load(up + i));
+    }
+    for (; i < size; i++) out[r * size + i] = gate[i] / (1.f + std::exp(-gate[i])) * up[i];
+  }
+}
+
+// Rotates the heads of each row in place to its position, after an optional norm per head (Qwen3).
+// x: rows of `stride`, whose first `heads * dim` values are the heads.
+void rcllm_rotate(float* x, int64_t stride, int64_t rows, int64_t heads, int64_t dim, const int64_t* positions,
+                  const float* cos, const float* sin, const float* norm, float eps, int64_t num_threads) {
+  const int64_t half = dim / 2;
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t r = 0; r < rows; r++) {
+    const float *c = cos + positions[r] * half, *s = sin + positions[r] * half;
+    for (int64_t h = 0; h < heads; h++) {
+      float *a = x + r * stride + h * dim, *b = a + half;
+      if (norm) {
+        float sum = 0;
+        for (int64_t d = 0; d < dim; d++) sum += a[d] * a[d];
+        const float scale = 1.f / std::sqrt(sum / dim + eps);
+        for (int64_t d = 0; d < dim; d++) a[d] *= scale * norm[d];
+      }
+      for (int64_t d = 0; d < half; d++) {
+        const float p = a[d], n = b[d];
+        a[d] = p * c[d] - n * s[d];
+        b[d] = n * c[d] + p * s[d];
+      }
+    }
+  }
+}
+
+}  // extern "C"

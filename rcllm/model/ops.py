@@ -1,0 +1,106 @@
+"""The steps of a decoder layer other than attention, twice: in plain torch, and on the compiled CPU kernels.
+
+Knows nothing of caches. Invariant: both variants compute the same function (fp32, error ≤ 1e-5); torch is the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from rcllm.model.native import Kernels
+from rcllm.model.rope import Rope
+from rcllm.model.spec import ModelSpec
+
+Linear = Callable[[torch.Tensor], torch.Tensor]  # [rows, in] -> [rows, out]
+Norm = torch.Tensor | None  # weight of a norm over each head, [head_dim]
+
+
+class Ops(Protocol):
+    """What a layer needs beside attention. `add_norm` and `rotate` change their first argument in place."""
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear: ...
+
+    def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        """residual += delta; returns RMSNorm(residual) · weight. All [rows, hidden]."""
+
+    def rotate(self, qkv: torch.Tensor, positions: torch.Tensor, q_norm: Norm, k_norm: Norm) -> None:
+        """Norms (Qwen3) and turns the heads of q and k in the fused rows [rows, (H + 2·KV)·D]."""
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[rows, 2·ffn] -> [rows, ffn]."""
+
+
+class TorchOps:
+    """Plain torch, any dtype, any device."""
+
+    def __init__(self, spec: ModelSpec, rope: Rope) -> None:
+        self.spec, self.rope = spec, rope
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return lambda x: F.linear(x, weight, bias)
+
+    def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        if delta is not None:
+            residual += delta
+        return self._norm(residual, weight)
+
+    def rotate(self, qkv: torch.Tensor, positions: torch.Tensor, q_norm: Norm, k_norm: Norm) -> None:
+        spec = self.spec
+        heads = qkv[:, : spec.q_size + spec.kv_size].unflatten(1, (-1, spec.head_dim))
+        q, k = heads.split((spec.num_heads, spec.num_kv_heads), dim=1)
+        if q_norm is not None and k_norm is not None:
+            q.copy_(self._norm(q, q_norm))
+            k.copy_(self._norm(k, k_norm))
+        heads.copy_(self.rope.rotate(heads, positions))
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.rms_eps)).to(x.dtype) * weight
+
+
+class NativeOps:
+    """fp32 on the CPU: fused passes over memory, and matrices packed once for oneDNN.
+
+    Packing is worth a third at 32–128 rows: 220 GFLOP/s where the unpacked product reaches 130–180 (docs/log.md).
+    """
+
+    PACK_ROWS = 128  # the row count that oneDNN chooses its layout for
+
+    def __init__(self, spec: ModelSpec, rope: Rope, kernels: Kernels) -> None:
+        self.spec, self.rope, self.kernels = spec, rope, kernels
+        self.pack = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        if not self.pack:
+            return lambda x: F.linear(x, weight, bias)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.PACK_ROWS)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+    def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(residual)
+        rows, size = residual.shape
+        threads = torch.get_num_threads()
+        self.kernels.call("add_norm", residual, delta, weight, self.spec.rms_eps, rows, size, out, threads)
+        return out
+
+    def rotate(self, qkv: torch.Tensor, positions: torch.Tensor, q_norm: Norm, k_norm: Norm) -> None:
+        spec, rope, threads = self.spec, self.rope, torch.get_num_threads()
+        parts = ((0, spec.num_heads, q_norm), (spec.q_size, spec.num_kv_heads, k_norm))
+        rows, stride = qkv.shape
+        for start, heads, norm in parts:
+            tables = (positions, rope.scaled_cos, rope.scaled_sin, norm, spec.rms_eps)
+            self.kernels.call("rotate", qkv[:, start:], stride, rows, heads, spec.head_dim, *tables, threads)
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        rows, double = gate_up.shape
+        out = gate_up.new_empty(rows, double // 2)
+        self.kernels.call("swiglu", gate_up, rows, double // 2, out, torch.get_num_threads())
+        return out

@@ -1,0 +1,256 @@
+"""What a decoder-only model is, as numbers: shapes, RoPE, biases, context length.
+
+Read from a Hugging Face `config.json`. Knows nothing of tensors, files or devices and never imports torch, so that
+planning and simulation can size a model that is not loaded. Invariant: a ModelSpec describes a model that the decoder
+computes exactly; every variant that it cannot is refused by name, never approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from rcllm.errors import ModelError, UnsupportedModelError
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_DEFAULT_BOS_EOS: dict[str, tuple[int | None, int | None]] = {"llama": (1, 2), "mistral": (1, 2)}
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary position embedding; the fields after `factor` matter to the kinds named beside them."""
+
+    theta: float
+    kind: RopeKind = "default"
+    factor: float = 1.0  # all kinds but default
+    original_max_positions: int = 0  # llama3, yarn: context length before the extension
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn: scale of cos and sin; None: from factor and the two mscales
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A Llama-shaped decoder: RMSNorm, grouped-query attention with RoPE, SwiGLU, no bias but those named.
+
+    `max_positions` is how far the decoder is exact:
+    - A sliding window W lets a query see W keys, itself included, so full attention equals it for W positions;
+      where a window is in force, W caps the context.
+    - `dynamic` RoPE changes theta once a sequence outgrows the original context, and keys cached under one theta
+      cannot serve another, so the original context is the limit.
+    - `yarn` with a stated original context reaches factor · original, also where the config was not raised to it.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    rms_eps: float
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool  # RMSNorm over each head of q and k, before RoPE
+    tied_embeddings: bool
+    rope: RopeSpec
+    max_positions: int
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
+        """Reads a `config.json`, written by transformers 4 or 5.
+
+        Raises UnsupportedModelError for a variant that is not implemented, ModelError for a config that is broken.
+        """
+        family = _family(config)
+        _refuse_variants(config, family)
+        num_heads = _int(config, "num_attention_heads")
+        # Llama 1 had no grouped queries and its configs no such field; in the other families its absence is an error
+        num_kv_heads = _int(config, "num_key_value_heads", num_heads if family == "llama" else None)
+        hidden_size = _int(config, "hidden_size")
+        head_dim = _int(config, "head_dim", 128 if family == "qwen3" else hidden_size // num_heads)
+        if num_heads % num_kv_heads or head_dim % 2:
+            raise ModelError(
+                f"config.json: expected num_attention_heads to be a multiple of num_key_value_heads and an even "
+                f"head_dim, got {num_heads}, {num_kv_heads} and {head_dim}"
+            )
+        attention_bias = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
+        bos, eos = _DEFAULT_BOS_EOS.get(family, (None, None))
+        bos, eos = config.get("bos_token_id", bos), config.get("eos_token_id", eos)
+        rope = _rope(config)
+        return cls(
+            family=family,
+            num_layers=_int(config, "num_hidden_layers"),
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            ffn_size=_int(config, "intermediate_size"),
+            vocab_size=_int(config, "vocab_size"),
+            rms_eps=float(config.get("rms_norm_eps", 1e-6)),
+            qkv_bias=attention_bias or family == "qwen2",
+            o_bias=attention_bias,
+            qk_norm=family == "qwen3",
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            rope=rope,
+            max_positions=_max_positions(config, family, rope),
+            bos_id=bos[0] if isinstance(bos, list) else bos,
+            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        )
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Bytes of K and V of one token in all layers."""
+        return 2 * self.num_layers * self.kv_size * dtype_bytes
+
+    @property
+    def linear_flops_per_token(self) -> int:
+        """FLOPs of the layers' matrices for one fresh token, without the head: that runs only where logits are read."""
+        return 2 * self.num_layers * self._layer_matrix_weights
+
+    @property
+    def head_flops_per_read(self) -> int:
+        """FLOPs of the logits over the whole vocabulary at one position."""
+        return 2 * self.vocab_size * self.hidden_size
+
+    def attention_flops(self, num_queries_times_keys: int) -> int:
+        """FLOPs of QKᵀ and PV in all layers for that many (query, visible key) pairs."""
+        return 4 * self.num_layers * self.q_size * num_queries_times_keys
+
+    @property
+    def num_weights(self) -> int:
+        """Weights in memory; tied embeddings count once."""
+        biases = self.qkv_bias * (self.q_size + 2 * self.kv_size) + self.o_bias * self.hidden_size
+        norms = 2 * self.hidden_size + self.qk_norm * 2 * self.head_dim
+        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * (self._layer_matrix_weights + biases + norms) + self.hidden_size + embeddings
+
+    @property
+    def _layer_matrix_weights(self) -> int:
+        return self.hidden_size * (2 * self.q_size + 2 * self.kv_size + 3 * self.ffn_size)
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures") or [None]
+    family = FAMILIES.get(named[0]) if named[0] else None
+    if named[0] is None and config.get("model_type") in FAMILIES.values():
+        family = config["model_type"]
+    if family is None:
+        name = named[0] or config.get("model_type") or "none named"
+        raise UnsupportedModelError(f"architecture {name} is not supported; supported are {', '.join(FAMILIES)}")
+    return family
+
+
+def _refuse_variants(config: Mapping[str, Any], family: str) -> None:
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise UnsupportedModelError(f"activation {activation!r} is not supported; supported is 'silu'")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "of unknown method") if isinstance(quantised, Mapping) else quantised
+        raise UnsupportedModelError(
+            f"quantised weights ({method}) are not supported; supported are fp32, fp16 and bf16, and GGUF by conversion"
+        )
+    if family == "llama" and config.get("mlp_bias"):
+        raise UnsupportedModelError("mlp_bias is not supported; supported are biases of the attention (attention_bias)")
+    for key in ("num_local_experts", "num_experts"):
+        if (config.get(key) or 0) > 1:
+            raise UnsupportedModelError(f"mixture of experts ({key}) is not supported; supported are dense models")
+    if other := set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
+        raise UnsupportedModelError(
+            f"layer type {', '.join(sorted(other))} is not supported; supported are full_attention, and "
+            "sliding_attention within its window"
+        )
+
+
+def _rope(config: Mapping[str, Any]) -> RopeSpec:
+    # transformers 4: rope_theta beside rope_scaling; 5: everything in rope_parameters
+    given: Mapping[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if any(isinstance(value, Mapping) for value in given.values()):
+        raise UnsupportedModelError("RoPE that differs by layer type is not supported; supported is one for all layers")
+    kind = given.get("rope_type", given.get("type", "default"))
+    kind = "mrope" if "mrope_section" in given else kind
+    if kind not in get_args(RopeKind):
+        raise UnsupportedModelError(
+            f"RoPE kind {kind!r} is not supported; supported are {', '.join(get_args(RopeKind))}"
+        )
+    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise UnsupportedModelError(f"partial RoPE (factor {partial}) is not supported; supported is the whole head")
+    if kind != "default" and given.get("factor") is None:
+        raise ModelError(f"config.json: RoPE kind {kind!r} needs a factor")
+    if kind == "llama3" and not {"low_freq_factor", "high_freq_factor"} <= given.keys():
+        raise ModelError("config.json: RoPE kind 'llama3' needs low_freq_factor and high_freq_factor")
+    return RopeSpec(
+        theta=float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        kind=cast(RopeKind, kind),
+        factor=float(given.get("factor") or 1.0),
+        original_max_positions=_original_positions(config, given) or _int(config, "max_position_embeddings"),
+        low_freq_factor=float(given.get("low_freq_factor") or 1.0),
+        high_freq_factor=float(given.get("high_freq_factor") or 4.0),
+        beta_fast=float(given.get("beta_fast") or 32.0),
+        beta_slow=float(given.get("beta_slow") or 1.0),
+        attention_factor=given.get("attention_factor"),
+        mscale=given.get("mscale"),
+        mscale_all_dim=given.get("mscale_all_dim"),
+        truncate=bool(given.get("truncate", True)),
+    )
+
+
+def _original_positions(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int | None:
+    key = "original_max_position_embeddings"
+    value: int | None = config.get(key, rope.get(key))
+    return value
+
+
+def _max_positions(config: Mapping[str, Any], family: str, rope: RopeSpec) -> int:
+    longest = _int(config, "max_position_embeddings")
+    stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if rope.kind == "yarn" and _original_positions(config, stated):
+        longest = max(longest, int(rope.factor * rope.original_max_positions))
+    window = _window_in_force(config, family)
+    return longest if window is None else min(longest, window)
+
+
+def _window_in_force(config: Mapping[str, Any], family: str) -> int | None:
+    """The sliding window of the layers that have one, or None where every layer sees everything."""
+    if family == "mistral":
+        window: int | None = config.get("sliding_window", 4096)  # transformers reads a missing field as 4096
+        return window
+    if family == "llama" or not config.get("use_sliding_window"):
+        return None
+    num_layers = _int(config, "num_hidden_layers")
+    first = config.get("max_window_layers", 28)
+    sliding = (
+        "sliding_attention" in (config.get("layer_types") or ()) if "layer_types" in config else first < num_layers
+    )
+    return config.get("sliding_window", 4096) if sliding else None
+
+
+def _int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or value <= 0:
+        raise ModelError(f"config.json: expected a positive integer {key}, got {value!r}")
+    return value

@@ -1,0 +1,1 @@
+"""A request becomes typed blocks: template, tokenizer, content keys. Never imports torch."""

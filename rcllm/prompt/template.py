@@ -1,0 +1,117 @@
+"""Templates: the fixed text of a prompt and how items and events are written, as versioned data files.
+
+Knows nothing of tokens. Invariant: a template is a value whose fingerprint changes with any byte of its text or of the
+chat format around it, and the fingerprint is part of every content key.
+"""
+
+from __future__ import annotations
+
+import string
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from rcllm.config import nearest
+from rcllm.errors import ConfigError
+
+Parts = tuple[str, ...]  # rendered one after another; a part whose fields are not all there is left out
+_FOLDER = resources.files("rcllm.prompt") / "templates"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """What stands around the turns of a conversation; may hold control tokens."""
+
+    system: str
+    user: str
+    assistant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """All text of a prompt that is not data. Placeholders such as {title} name fields of items."""
+
+    name: str
+    version: int
+    system: str
+    instruction: str
+    history_head: str
+    event: Parts
+    event_text: str  # for events in the user's own words: {text}
+    items_head: str
+    item: Parts
+    volatile: Parts  # rendered fresh, never cached
+    label_before: Parts  # two: what precedes and what follows the label, when it stands before its item
+    label_after: Parts
+    question: str
+    answer: str  # the answer's beginning; the label follows it
+    pointwise_question: str
+    pointwise_answers: Parts  # the first counts for the item, the others against it
+    likelihood_head: str
+    likelihood_item: Parts
+    max_item_tokens: int
+    max_event_tokens: int
+    fingerprint: bytes = b""  # 32 bytes
+
+    @classmethod
+    def load(cls, name_or_path: str) -> Template:
+        """Reads a bundled template by name, or any TOML file by path. Raises ConfigError."""
+        source = Path(name_or_path) if name_or_path.endswith(".toml") else _FOLDER / f"{name_or_path}.toml"
+        if not source.is_file():
+            known = bundled()
+            raise ConfigError(f"no template {name_or_path!r}; {nearest(name_or_path, known)}, or give a .toml file")
+        text = source.read_text(encoding="utf-8")
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"template {name_or_path}: {error}") from error
+        return cls(**_checked(name_or_path, values), fingerprint=blake3(text.encode()).digest())
+
+
+def bundled() -> tuple[str, ...]:
+    """Names of the templates that come with rcllm."""
+    return tuple(
+        sorted(entry.name.removesuffix(".toml") for entry in _FOLDER.iterdir() if entry.name.endswith(".toml"))
+    )
+
+
+def chat_format(name: str) -> ChatFormat:
+    """One of the formats of `chat_formats.toml`. Raises ConfigError."""
+    formats = tomllib.loads((resources.files("rcllm.prompt") / "chat_formats.toml").read_text(encoding="utf-8"))
+    if name not in formats:
+        raise ConfigError(f"no chat format {name!r}; {nearest(name, formats)}")
+    return ChatFormat(**formats[name])
+
+
+def render(parts: Parts, values: Mapping[str, str]) -> str:
+    """Joins the parts all of whose placeholders have a value that is not empty."""
+    return "".join(part.format_map(values) for part in parts if all(values.get(name) for name in placeholders(part)))
+
+
+def placeholders(part: str) -> tuple[str, ...]:
+    return tuple(name for _, name, _, _ in string.Formatter().parse(part) if name)
+
+
+def _checked(source: str, values: dict[str, Any]) -> dict[str, Any]:
+    expected = {f.name: f.type for f in fields(Template) if f.name != "fingerprint"}
+    for key in values:
+        if key not in expected:
+            raise ConfigError(f"template {source}: unknown key {key!r}; {nearest(key, expected)}")
+    if missing := sorted(expected.keys() - values.keys()):
+        raise ConfigError(f"template {source}: missing {', '.join(missing)}")
+    for key, kind in expected.items():
+        wanted = {"str": str, "int": int, "Parts": list}[str(kind)]
+        if not isinstance(values[key], wanted):
+            raise ConfigError(f"template {source}: {key} must be {wanted.__name__}, got {values[key]!r}")
+    if len(values["label_before"]) != 2 or len(values["label_after"]) != 2:
+        raise ConfigError(
+            f"template {source}: label_before and label_after are [what precedes the label, what follows it]"
+        )
+    if len(values["pointwise_answers"]) < 2:
+        raise ConfigError(f"template {source}: pointwise_answers needs an answer for the item and one against it")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

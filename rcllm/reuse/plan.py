@@ -1,0 +1,90 @@
+"""Decides for one request which tokens are fresh and which are read from which KV block. Never imports torch.
+
+The exactness ladder (design, section 5): from `full`, where nothing is reused, over `exact`, where only a cached prefix
+is, to `blocks`, where every block that has a canonical KV is. Invariant: pieces tile every block of the prompt in order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rcllm.core import BlockKind, ContentKey, Level, Piece, Plan, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """What is done with one block before budgets are spent: the KV block it is read from, or None for fresh."""
+
+    key: ContentKey | None
+    why: str
+    exact: bool = True  # whether the reused KV is what a full prefill would give
+
+
+def plan(prompt: Prompt, level: Level, cached: Callable[[ContentKey], bool]) -> Plan:
+    """`cached` tells which chain keys exist; canonical blocks that do not exist yet are planned as reused, and computed."""
+    uses = _uses(prompt, level, cached)
+    spent = _spend(prompt, uses, level)
+    pieces = tuple(piece for i, use in enumerate(uses) for piece in _cut(i, len(prompt.blocks[i]), use, spent[i]))
+    return Plan(pieces, _publishable(prompt, uses) if level.name != "full" else ())
+
+
+def _uses(prompt: Prompt, level: Level, cached: Callable[[ContentKey], bool]) -> list[_Use]:
+    uses: list[_Use] = []
+    in_prefix = True  # so far, every block is cached under its chain key
+    for block in prompt.blocks:
+        if level.name == "full":
+            uses.append(_Use(None, "level full reuses nothing"))
+            continue
+        if block.kind is BlockKind.INSTRUCTION:
+            uses.append(_Use(block.key, "the same for all requests"))
+            continue
+        in_prefix = in_prefix and block.chain_key is not None and cached(block.chain_key)
+        if in_prefix:
+            uses.append(_Use(block.chain_key, "cached prefix of this user"))
+        elif block.key is None:
+            uses.append(_Use(None, "this user's own" if block.kind is BlockKind.HISTORY else "always fresh"))
+        elif level.name == "exact":
+            uses.append(_Use(None, "not a cached prefix, and level exact reuses nothing else"))
+        else:
+            uses.append(_Use(block.key, "position-free block", exact=False))
+    return uses
+
+
+def _spend(prompt: Prompt, uses: list[_Use], level: Level) -> list[slice]:
+    """Per block, which tokens of an inexact reuse the level's budget makes fresh."""
+    sizes = [0 if use.key is None or use.exact else len(block) for use, block in zip(uses, prompt.blocks, strict=True)]
+    if level.name == "linked":
+        return [slice(0, min(int(level.budget), size)) for size in sizes]
+    left = math.ceil(level.budget * sum(sizes)) if level.name == "tail" else 0
+    spent: list[slice] = []
+    for size in reversed(sizes):
+        take = min(left, size)
+        spent.append(slice(size - take, size))
+        left -= take
+    return spent[::-1]
+
+
+def _cut(index: int, size: int, use: _Use, fresh: slice) -> list[Piece]:
+    if use.key is None:
+        return [Piece(index, 0, size, None, use.why)] if size else []
+    if use.exact or fresh.start == fresh.stop:
+        return [Piece(index, 0, size, use.key, use.why)] if size else []
+    whole = [
+        Piece(index, 0, fresh.start, use.key, use.why),
+        Piece(index, fresh.start, fresh.stop, None, "corrected by the level's budget"),
+        Piece(index, fresh.stop, size, use.key, use.why),
+    ]
+    return [piece for piece in whole if len(piece)]
+
+
+def _publishable(prompt: Prompt, uses: list[_Use]) -> tuple[int, ...]:
+    """Fresh blocks with a chain key whose whole past is exact: what they get is what any full prefill would give."""
+    publish: list[int] = []
+    for i, (block, use) in enumerate(zip(prompt.blocks, uses, strict=True)):
+        if block.chain_key is None or not use.exact:
+            break
+        if use.key is None:
+            publish.append(i)
+    return tuple(publish)

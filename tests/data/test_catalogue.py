@@ -1,0 +1,100 @@
+"""The catalogue: fields become text, ids are unique, an unknown id is answered with the nearest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rcllm.core import Item, ItemId
+from rcllm.data import Catalogue, Table
+from rcllm.errors import DataError, UnknownItemError
+
+ROWS = [
+    {"item_id": "b1", "title": "Drill", "tags": ["tool", None, "power"], "price": 20.0, "stock": None},
+    {"item_id": 7, "title": "Saw ", "tags": [], "price": 9.5, "stock": 3},
+]
+EXPECTED = [
+    Item(ItemId("b1"), {"title": "Drill", "tags": "tool, power"}, {"price": "20"}),
+    Item(ItemId("7"), {"title": "Saw"}, {"price": "9.5", "stock": "3"}),
+]
+
+
+def write_jsonl(path: Path, *rows: Mapping[str, object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_reads_jsonl(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "items.jsonl", *ROWS)
+    catalogue, report = Catalogue.read(path, volatile_fields=("price", "stock"))
+    assert list(catalogue.values()) == EXPECTED
+    assert (report.path, report.rows_read, report.rows_skipped) == (path, 2, 0)
+
+
+def test_reads_csv_with_another_delimiter_and_id_column(tmp_path: Path) -> None:
+    path = tmp_path / "items.csv"
+    path.write_text('sku;title;price\nb1;"Drill; small";20\n7;;\n')
+    catalogue, _ = Catalogue.read(path, id_field="sku", volatile_fields=("price",), table=Table(";"))
+    assert list(catalogue.values()) == [
+        Item(ItemId("b1"), {"title": "Drill; small"}, {"price": "20"}),
+        Item(ItemId("7"), {}),
+    ]
+
+
+def test_reads_parquet(tmp_path: Path) -> None:
+    rows = [row | {"item_id": str(row["item_id"])} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "items.parquet")
+    catalogue, _ = Catalogue.read(tmp_path / "items.parquet", volatile_fields=("price", "stock"))
+    assert list(catalogue.values()) == EXPECTED
+
+
+def test_a_repeated_id_is_a_malformed_row_and_the_first_stays(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "items.jsonl",
+        {"item_id": "a", "title": "first"},
+        {"item_id": "b"},
+        {"item_id": "a", "title": "second"},
+        {"title": "no id"},
+    )
+    catalogue, report = Catalogue.read(path)
+    assert list(catalogue) == ["a", "b"]
+    assert catalogue[ItemId("a")].fields == {"title": "first"}
+    assert [(each.line, each.reason[:35]) for each in report.problems] == [
+        (3, "expected a new item id, got 'a' aga"),
+        (4, "expected a field 'item_id', got onl"),
+    ]
+    with pytest.raises(DataError, match=r"items\.jsonl, line 3: expected a new item id"):
+        Catalogue.read(path, strict=True)
+
+
+def test_an_unknown_id_names_the_nearest() -> None:
+    catalogue = Catalogue(Item(ItemId(f"item-{number}"), {}) for number in range(100, 200))
+    with pytest.raises(UnknownItemError, match=r"100 items has no item 'itm-150'. Did you mean .*'item-150'"):
+        catalogue[ItemId("itm-150")]
+
+
+def test_behaves_like_a_mapping() -> None:
+    catalogue = Catalogue(EXPECTED)
+    assert len(catalogue) == 2
+    assert list(catalogue.items()) == [("b1", EXPECTED[0]), ("7", EXPECTED[1])]
+    assert "b1" in catalogue
+    assert "b2" not in catalogue
+    assert catalogue.get(ItemId("b2")) is None
+    assert catalogue.get(ItemId("b2"), 0) == 0
+    assert catalogue.get(ItemId("7")) is EXPECTED[1]
+    assert repr(catalogue) == "Catalogue(2 items)"
+
+
+def test_a_constructed_catalogue_refuses_an_item_twice() -> None:
+    with pytest.raises(DataError, match="'b1' twice"):
+        Catalogue([EXPECTED[0], EXPECTED[0]])
+
+
+def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected items, got an empty file"):
+        Catalogue.read(write_jsonl(tmp_path / "items.jsonl"))

@@ -1,0 +1,176 @@
+"""The decoder against transformers, through the production loader: every family, and what GGUF makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rcllm import fetch
+from rcllm.errors import ModelError, UnsupportedModelError
+from rcllm.model.decoder import Decoder
+from rcllm.model.gguf_file import convert_gguf
+from rcllm.model.pull import pull
+from rcllm.model.weights import load_model
+from rcllm.prompt.tokenizer import Tokenizer
+from tests.tiny_models import FAMILIES, VOCAB, reference_logits, tiny_gguf, tiny_model
+
+TOLERANCE = 1e-4  # close, fp32
+REAL_TOLERANCE = 5e-4  # 30 layers, logits up to 36: transformers in fp32 is itself 1e-4 off transformers in fp64
+NUM_TOKENS = 120  # beyond the original context of the llama3 and yarn models, within Mistral's window
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+def tokens() -> list[int]:
+    return torch.randint(0, VOCAB, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def logits(folder: Path) -> torch.Tensor:
+    return Decoder(*load_model(folder)).full_logits(tokens())
+
+
+def assert_close(ours: torch.Tensor, reference: torch.Tensor, name: str, tolerance: float = TOLERANCE) -> None:
+    error = (ours - reference).abs()
+    print(f"{name}: max {error.max():.1e}, mean {error.mean():.1e}, logits up to {reference.abs().max():.1f}")
+    assert error.max() <= tolerance
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
+    folder = tiny_model(family, tmp_path)
+    assert_close(logits(folder), reference_logits(folder, tokens()), family)
+
+
+def test_the_last_position_of_dynamic_rope_is_still_exact(tmp_path: Path) -> None:
+    folder = tiny_model("llama-dynamic", tmp_path, max_position_embeddings=NUM_TOKENS)
+    spec, weights = load_model(folder)
+    assert spec.max_positions == NUM_TOKENS
+    assert_close(Decoder(spec, weights).full_logits(tokens()), reference_logits(folder, tokens()), "dynamic, full")
+
+
+def test_a_sliding_window_equals_full_attention_up_to_max_positions(tmp_path: Path) -> None:
+    folder = tiny_model("mistral", tmp_path, sliding_window=NUM_TOKENS)
+    spec, weights = load_model(folder)
+    assert spec.max_positions == NUM_TOKENS
+    assert_close(Decoder(spec, weights).full_logits(tokens()), reference_logits(folder, tokens()), "full window")
+
+
+def test_a_sharded_model_computes_the_same(tmp_path: Path) -> None:
+    whole = tiny_model("qwen3-biased", tmp_path / "whole")
+    shards = tiny_model("qwen3-biased", tmp_path / "shards", max_shard_size="60KB")
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(whole), logits(shards))
+
+
+# ---- GGUF -----------------------------------------------------------------------------------------------------------
+
+GGUF_LLAMA3 = {  # as in Llama 3.2; a converter writes the divisors of the frequencies, not these numbers
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "qwen3", "qwen3-biased", "llama3"])
+def test_a_gguf_computes_what_it_was_made_from(family: str, tmp_path: Path) -> None:
+    if family == "llama3":
+        model = tiny_model("llama", tmp_path, vocab_size=264, head_dim=32, rope_parameters=GGUF_LLAMA3)
+    else:
+        model = tiny_model(family, tmp_path, vocab_size=264)
+    folder = convert_gguf(tiny_gguf(model, tmp_path / "tiny.gguf"), tmp_path / "converted")
+    assert_close(logits(folder), reference_logits(model, tokens()), family)
+
+
+def test_quantised_values_are_kept_exactly(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path, vocab_size=264)
+    source = tiny_gguf(model, tmp_path / "tiny.gguf", quantised=True)
+    converted = load_file(convert_gguf(source, tmp_path / "converted") / "model.safetensors")
+    q4_1, num_quantised = gguf.GGMLQuantizationType.Q4_1, 0
+    for name, tensor in load_file(model / "model.safetensors").items():
+        expected = tensor.numpy()
+        if expected.ndim == 2 and expected.shape[1] % 32 == 0:  # blocks lie along rows, so their order does not matter
+            expected = gguf.dequantize(gguf.quantize(expected, q4_1), q4_1)
+            num_quantised += 1
+        np.testing.assert_array_equal(converted[name].numpy(), expected, err_msg=name)
+    assert num_quantised > 10
+    assert any((tensor.half().float() != tensor).any() for tensor in converted.values()), "fp16 would do"
+
+
+def test_transformers_reads_a_converted_folder(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path, vocab_size=264)
+    folder = convert_gguf(tiny_gguf(model, tmp_path / "tiny.gguf"), tmp_path / "converted")
+    assert torch.equal(reference_logits(folder, tokens()), reference_logits(model, tokens()))
+    tokenizer = Tokenizer.load(folder)
+    ids = tokenizer.encode("hello 12<|im_end|>")
+    assert tokenizer.decode(ids) == "hello 12<|im_end|>"
+    assert ids[0] == tokenizer.encode_control("hell")[0]
+    assert tokenizer.encode_control("<|im_end|>") == (2,)
+    assert (tokenizer.chat_format, tokenizer.bos_ids, tokenizer.vocab_size) == ("chatml", (), 264)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arch": "gemma3"}, "gemma3 is not supported; supported are llama, qwen2, qwen3"),
+        ({"expert_count": 8}, "expert_count = 8"),
+        ({"attention.sliding_window": 64}, "sliding_window = 64"),
+        ({"rope.dimension_count": 8}, "rope.dimension_count = 8"),
+        ({"rope.scaling.type": "longrope"}, "longrope"),
+        ({"pre": "deepseek-llm"}, "deepseek-llm"),
+        ({"tokenizer": "llama"}, "byte-level BPE"),
+    ],
+)
+def test_a_gguf_variant_is_refused_by_name(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = tiny_gguf(tiny_model("llama", tmp_path, vocab_size=264), tmp_path / "tiny.gguf", **fields)
+    with pytest.raises(UnsupportedModelError, match=message):
+        convert_gguf(source, tmp_path / "converted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-0", "tiny.gguf"], "nothing may be left behind"
+
+
+def test_a_truncated_gguf_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    source = tiny_gguf(tiny_model("llama", tmp_path, vocab_size=264), tmp_path / "tiny.gguf")
+    content = source.read_bytes()
+    for length in (10, 5_000, len(content) // 2, len(content) - 100):
+        source.write_bytes(content[:length])
+        with pytest.raises(ModelError, match=r"tiny\.gguf"):
+            convert_gguf(source, tmp_path / "converted")
+        assert not (tmp_path / "converted").exists()
+
+
+# ---- the real one ---------------------------------------------------------------------------------------------------
+
+
+def assert_default_model_is_right(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    spec, weights = load_model(folder)
+    assert spec.num_weights == 134_515_008
+    ids = list(
+        tokenizer.encode_control("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
+    )
+    ours = Decoder(spec, weights).full_logits(ids)
+    assert tokenizer.decode([int(ours[-1].argmax())]) == "The"
+    assert_close(ours, reference_logits(folder, ids), DEFAULT_MODEL, REAL_TOLERANCE)
+
+
+def test_the_default_model_where_it_is_at_hand() -> None:
+    folder = fetch.cache_dir() / "models" / DEFAULT_MODEL
+    if not folder.exists():
+        pytest.skip("the default model has not been pulled on this machine")
+    assert_default_model_is_right(folder)
+
+
+@pytest.mark.slow
+def test_pulling_the_default_model(tmp_path: Path) -> None:
+    folder = pull(DEFAULT_MODEL, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "no partial work may stay"
+    assert_default_model_is_right(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == 134_515_008
