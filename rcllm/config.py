@@ -19,6 +19,9 @@ from rcllm.errors import ConfigError
 T = TypeVar("T")
 MIB = 1 << 20
 CONTEXTS = ("none", "bos", "instruction", "typical", "mean(n)")
+_OPTIONS = {
+    name: get_args(kind) for name, kind in get_type_hints(RankOptions).items() if get_origin(kind) is Literal
+}  # the options of a ranking that are one of a few words
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,12 @@ def _check(config: Config) -> None:
 
 
 def check_options(options: RankOptions) -> None:
-    """Raises ConfigError for combinations that mean nothing."""
+    """Raises ConfigError for values that are not there and combinations that mean nothing."""
+    if not isinstance(options.level, Level):
+        raise ConfigError(f"level must be a Level, got {options.level!r}; read one with Level.parse")
+    for name, known in _OPTIONS.items():
+        if (value := getattr(options, name)) not in known:
+            raise ConfigError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
     if options.layout == "items_first" and options.readout != "label":
         raise ConfigError(
             f"read-out {options.readout!r} needs layout history_first: its candidates are branches after the history"
@@ -121,7 +129,7 @@ def context_samples(name: str) -> int:
         return 0
     if name == "typical":
         return 1
-    if name.startswith("mean(") and name.endswith(")") and name[5:-1].isdigit() and int(name[5:-1]) > 0:
+    if name.startswith("mean(") and name.endswith(")") and name[5:-1].isdecimal() and int(name[5:-1]) > 0:
         return int(name[5:-1])
     raise ConfigError(f"unknown canonical context {name!r}: expected one of {', '.join(CONTEXTS)}")
 
@@ -147,6 +155,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 def _value(kind: Any, value: Any, where: str) -> Any:
     if kind is Level:
+        if not isinstance(value, str):
+            raise ConfigError(f"{where} must be a text such as 'blocks' or 'linked(16)', got {value!r}")
         return Level.parse(value)
     if is_dataclass(kind):
         if not isinstance(value, Mapping):

@@ -115,8 +115,12 @@ class Pool:
                     self._index.touch(key)
                     self._index.pin(key)
                     found[key] = (self._blocks[key].kv, "device")
-            for key, block in self._from_store([key for key in wanted if key not in found]).items():
-                found[key] = (self._insert(key, block), "host")
+            try:
+                for key, block in self._from_store([key for key in wanted if key not in found]).items():
+                    found[key] = (self._insert(key, block), "host")
+            except BaseException:
+                self._release(found)
+                raise
             self._hits += len(found)
             self._misses += len(wanted) - len(found)
             return found

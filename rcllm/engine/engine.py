@@ -211,7 +211,8 @@ class Engine:
             return Missing(key, block.token_ids, NOTHING, None)
         if key != block.key:  # a user's chain that was dropped after planning: its context is all that precedes it
             before = tuple(token for earlier in prompt.blocks[:index] for token in earlier.token_ids)
-            return Missing(key, block.token_ids, Context((before,)), user_owner(prompt.user_id))
+            owner = user_owner(prompt.user_id)
+            return Missing(key, block.token_ids, Context((before,)), owner, owner if index > 1 else None)
         return Missing(
             key, block.token_ids, self.prompter.contexts[prompt.options.layout][block.kind], item_owner(block.owner)
         )
@@ -281,8 +282,11 @@ class Engine:
         return WarmProgress(done, len(blocks), tokens, self.pool.stats().num_bytes, full)
 
     def erase_user(self, user_id: UserId) -> int:
-        """Removes every block derived from a user; returns how many there were."""
-        return self.pool.delete_owner(user_owner(user_id) or "")
+        """Removes every block derived from a user; returns how many there were. Waits for the batch that is running, which
+        may be about to publish some.
+        """
+        with self._lock:
+            return self.pool.delete_owner(user_owner(user_id) or "")
 
     def retire_item(self, item_id: ItemId) -> int:
         """Removes the blocks of an item whose text changed or that is gone; returns how many there were.

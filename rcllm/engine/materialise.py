@@ -29,6 +29,7 @@ class Missing:
     token_ids: TokenIds
     context: Context
     owner: str | None
+    context_owner: str | None = None  # the user, where the context holds that user's history
 
 
 class Materialiser:
@@ -41,16 +42,16 @@ class Materialiser:
         """Publishes every block of `missing`; returns how many tokens went through the layers for it."""
         tokens = 0
         for context, blocks in _by_context(missing):
-            tokens += self._contexts(context, held)
+            tokens += self._contexts(context, blocks[0].context_owner, held)
             for chunk in chunks(blocks, self._pass_tokens):
                 tokens += self._chunk(context, chunk, held)
         return tokens
 
-    def _contexts(self, context: Context, held: Held) -> int:
+    def _contexts(self, context: Context, owner: str | None, held: Held) -> int:
         """Makes sure that the KV of the contexts' own tokens is there."""
         variants = [variant for variant in context.variants if variant]
         keys = {self._key(variant): variant for variant in variants}
-        absent = [Missing(key, keys[key], NOTHING, None) for key in held.fetch(keys)]
+        absent = [Missing(key, keys[key], NOTHING, owner) for key in held.fetch(keys)]
         return self.compute(absent, held) if absent else 0
 
     def _chunk(self, context: Context, chunk: Sequence[Missing], held: Held) -> int:
@@ -59,7 +60,7 @@ class Materialiser:
         for variant in context.variants:
             kv = held.blocks[self._key(variant)] if variant else None
             kept = self._decoder.forward(assemble_blocks(token_ids, kv, len(variant), self._decoder.device)).kept
-            total = [a.add_(b) for a, b in zip(total, kept, strict=True)] if total else kept
+            total = [a + b for a, b in zip(total, kept, strict=True)] if total else kept
         for missing, kv in zip(chunk, total, strict=True):
             if len(context.variants) > 1:
                 kv = kv / len(context.variants)

@@ -19,6 +19,17 @@ Linear = Callable[[torch.Tensor], torch.Tensor]  # [rows, in] -> [rows, out]
 Norm = torch.Tensor | None  # weight of a norm over each head, [head_dim]
 
 
+_PACK_ROWS = 128  # the row count that oneDNN chooses its layout for
+
+
+def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear | None:
+    """The product with a copy of an fp32 CPU matrix in oneDNN's own layout; None where torch lacks oneDNN."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        return None
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
 class Ops(Protocol):
     """What a layer needs beside attention. `add_norm` and `rotate` change their first argument in place."""
 
@@ -72,17 +83,11 @@ class NativeOps:
     Packing is worth a third at 32–128 rows: 220 GFLOP/s where the unpacked product reaches 130–180 (docs/log.md).
     """
 
-    PACK_ROWS = 128  # the row count that oneDNN chooses its layout for
-
     def __init__(self, spec: ModelSpec, rope: Rope, kernels: Kernels) -> None:
         self.spec, self.rope, self.kernels = spec, rope, kernels
-        self.pack = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        if not self.pack:
-            return lambda x: F.linear(x, weight, bias)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.PACK_ROWS)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return packed_linear(weight, bias) or (lambda x: F.linear(x, weight, bias))
 
     def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(residual)

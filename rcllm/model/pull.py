@@ -68,6 +68,12 @@ def pull(name: str, folder: Path | None = None) -> Path:
     )
 
 
+def local_folder(name: str) -> Path | None:
+    """Where the model `name` is on this machine, or None where `pull` would have to fetch or convert it."""
+    places = (Path(name).expanduser(), _home(name.replace("/", "--")))
+    return next((place for place in places if _is_there(place)), None)
+
+
 def _home(name: str) -> Path:
     return fetch.cache_dir() / "models" / name
 

@@ -54,9 +54,11 @@ class Context:
         return digests[0] if len(digests) == 1 else blake3(b"mean" + b"".join(digests)).digest()
 
 
-def content_key(namespace: bytes, context: bytes, token_ids: TokenIds, owner: str = "") -> ContentKey:
+def content_key(namespace: bytes, context: bytes, token_ids: TokenIds, owner: str | None = None) -> ContentKey:
     """`context`: digest of the tokens before the block; `owner`: the user, for what must not be shared."""
-    return ContentKey(blake3(namespace + context + owner.encode() + b"\0" + _bytes(token_ids)).digest())
+    # hashed apart, so that no name of a user can stand for another's name and first tokens, nor for nobody's
+    whose = b"" if owner is None else blake3(owner.encode("utf-8", "surrogatepass")).digest()
+    return ContentKey(blake3(namespace + context + whose + b"\0" + _bytes(token_ids)).digest())
 
 
 def _bytes(token_ids: TokenIds) -> bytes:
@@ -118,8 +120,7 @@ class Prompter:
 
     def item_ids(self, item: Item) -> tuple[TokenIds, bool]:
         """The cached text of a candidate, and whether it had to be cut."""
-        ids = self.tokenizer.encode(render(self.template.item, item.fields) or EMPTY_TEXT)
-        return ids[: self.template.max_item_tokens], len(ids) > self.template.max_item_tokens
+        return self._cut(render(self.template.item, item.fields), self.template.max_item_tokens)
 
     def event_ids(self, event: Event) -> tuple[TokenIds, bool]:
         """The text of an event, and whether it had to be cut."""
@@ -129,8 +130,12 @@ class Prompter:
             text = render(self.template.event, self._item(event.item_id).fields) or f"\n- {EMPTY_TEXT}"
         else:
             text = self.template.event_text.replace("{text}", event.text or EMPTY_TEXT)
-        ids = self.tokenizer.encode(text)
-        return ids[: self.template.max_event_tokens], len(ids) > self.template.max_event_tokens
+        return self._cut(text, self.template.max_event_tokens)
+
+    def _cut(self, text: str, most_tokens: int) -> tuple[TokenIds, bool]:
+        """At least one token: a tokenizer may make nothing of white space or of what its normaliser drops."""
+        ids = self.tokenizer.encode(text) or self.tokenizer.encode(EMPTY_TEXT)
+        return ids[:most_tokens], len(ids) > most_tokens
 
     def item_block(self, item: Item, layout: Layout) -> Block:
         """What `warm` computes for an item as a candidate."""
@@ -213,6 +218,11 @@ class Prompter:
         t, encode = self.template, self.tokenizer.encode_control
         draft.add(BlockKind.LABEL, encode(t.items_head + "\n"))
         answers = tuple(encode(answer)[0] for answer in t.pointwise_answers)
+        if answers[0] in answers[1:]:
+            raise ConfigError(
+                f"template {t.name!r}: with this tokenizer the first of pointwise_answers {t.pointwise_answers} begins "
+                "with the same token as another, so that no score could tell them apart; choose other words"
+            )
         question = encode(t.pointwise_question)
         draft.isolate_slots()
         for slot, item in enumerate(items):
@@ -226,7 +236,7 @@ class Prompter:
         head = draft.add(BlockKind.QUESTION, self.tokenizer.encode_control(t.likelihood_head))
         draft.isolate_slots()
         for slot, item in enumerate(items):
-            ids = self.tokenizer.encode(render(t.likelihood_item, item.fields) or EMPTY_TEXT)[: t.max_item_tokens]
+            ids, _ = self._cut(render(t.likelihood_item, item.fields), t.max_item_tokens)
             draft.open_slot(slot)
             draft.reads.append(Read(head, len(draft.blocks[head]) - 1, ids[:1], slot))
             if len(ids) > 1:  # the last token is scored, never read from
@@ -338,8 +348,8 @@ class _Draft:
 
     def _chain_key(self, kind: BlockKind, ids: TokenIds) -> ContentKey | None:
         """Names the KV of a block after exactly what precedes it; a user's history belongs to that user alone."""
-        owner = "" if kind is BlockKind.INSTRUCTION else self.request.user_id
-        if owner is None:
+        owner = None if kind is BlockKind.INSTRUCTION else self.request.user_id
+        if owner is None and kind is not BlockKind.INSTRUCTION:
             return None
         return content_key(self.prompter.namespace, self._context.digest(), ids, owner)
 

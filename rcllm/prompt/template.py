@@ -20,6 +20,7 @@ from rcllm.config import nearest
 from rcllm.errors import ConfigError
 
 Parts = tuple[str, ...]  # rendered one after another; a part whose fields are not all there is left out
+_RENDERED = ("event", "item", "volatile", "likelihood_item")  # these hold placeholders
 _FOLDER = resources.files("rcllm.prompt") / "templates"
 
 
@@ -65,10 +66,10 @@ class Template:
         if not source.is_file():
             known = bundled()
             raise ConfigError(f"no template {name_or_path!r}; {nearest(name_or_path, known)}, or give a .toml file")
-        text = source.read_text(encoding="utf-8")
         try:
+            text = source.read_text(encoding="utf-8")
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"template {name_or_path}: {error}") from error
         return cls(**_checked(name_or_path, values), fingerprint=blake3(text.encode()).digest())
 
@@ -106,12 +107,39 @@ def _checked(source: str, values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"template {source}: missing {', '.join(missing)}")
     for key, kind in expected.items():
         wanted = {"str": str, "int": int, "Parts": list}[str(kind)]
-        if not isinstance(values[key], wanted):
+        if type(values[key]) is not wanted:
             raise ConfigError(f"template {source}: {key} must be {wanted.__name__}, got {values[key]!r}")
+        if wanted is list:
+            _check_parts(f"template {source}: {key}", values[key], rendered=key in _RENDERED)
+        if wanted is int and key != "version" and values[key] < 1:
+            raise ConfigError(f"template {source}: {key} must be at least 1, got {values[key]}")
+    _check_read_from(source, values)
     if len(values["label_before"]) != 2 or len(values["label_after"]) != 2:
         raise ConfigError(
             f"template {source}: label_before and label_after are [what precedes the label, what follows it]"
         )
     if len(values["pointwise_answers"]) < 2:
         raise ConfigError(f"template {source}: pointwise_answers needs an answer for the item and one against it")
+    if not all(values["pointwise_answers"]):
+        raise ConfigError(f"template {source}: an answer of pointwise_answers is empty; its first token is what is scored")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _check_parts(where: str, parts: list[Any], *, rendered: bool) -> None:
+    for part in parts:
+        if not isinstance(part, str):
+            raise ConfigError(f"{where} must be a list of texts, got {part!r}")
+        try:
+            if rendered:
+                part.format_map(dict.fromkeys(placeholders(part), ""))
+        except (ValueError, KeyError, IndexError, AttributeError) as error:
+            raise ConfigError(f"{where}: {part!r} has a placeholder that is not a plain {{field}}: {error}") from error
+
+
+def _check_read_from(source: str, values: dict[str, Any]) -> None:
+    """What scores are read after must hold at least one token."""
+    for keys in (("question", "answer"), ("pointwise_question",), ("likelihood_head",)):
+        if not any(values[key] for key in keys):
+            raise ConfigError(f"template {source}: {' and '.join(keys)} must not be empty; scores are read at its end")
+    if "{text}" not in values["event_text"]:
+        raise ConfigError(f"template {source}: event_text must hold {{text}}, got {values['event_text']!r}")

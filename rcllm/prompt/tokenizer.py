@@ -93,6 +93,7 @@ class Tokenizer:
         return self._full.decode(list(ids), skip_special_tokens=False)
 
     def _encode(self, text: str) -> TokenIds:
+        text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair, as JSON may bring, is no text
         ids = tuple(self._plain.encode(text, add_special_tokens=False).ids)
         if self._control_ids.isdisjoint(ids):
             return ids

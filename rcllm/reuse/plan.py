@@ -40,7 +40,9 @@ def _uses(prompt: Prompt, level: Level, cached: Callable[[ContentKey], bool]) ->
         if block.kind is BlockKind.INSTRUCTION:
             uses.append(_Use(block.key, "the same for all requests"))
             continue
-        in_prefix = in_prefix and block.chain_key is not None and cached(block.chain_key)
+        # a block with a canonical KV is read from that, whatever is cached, so that the cache cannot change an answer
+        by_chain = level.name == "exact" or block.key is None
+        in_prefix = in_prefix and by_chain and block.chain_key is not None and cached(block.chain_key)
         if in_prefix:
             uses.append(_Use(block.chain_key, "cached prefix of this user"))
         elif block.key is None:

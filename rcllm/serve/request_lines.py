@@ -1,0 +1,129 @@
+"""Requests from a file with the line each stood on, and answers back as JSON lines.
+
+Knows nothing of engines. Invariant: every row comes out once, as a request or as a failure with its line; an output
+file is whole or not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rcllm.core import RankRequest, RankResponse
+from rcllm.data import Problem, parse_request
+from rcllm.data.files import iter_rows
+from rcllm.errors import DataError, RcllmError
+
+STDIO = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLine:
+    number: int  # from 1; the row in parquet
+    request: RankRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A row or request that could not be answered."""
+
+    number: int
+    request_id: str | None  # None: the row was not even a request
+    error: str
+
+
+def read_lines(path: str) -> list[RequestLine | Failure]:
+    """Reads `path`, or stdin for `-`, as JSON lines; other formats by the name's end. Raises DataError for no rows."""
+    if path != STDIO:
+        lines = list(_parse(Path(path)))
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".jsonl") as copy:
+            copy.write(sys.stdin.buffer.read())
+            copy.flush()
+            lines = list(_parse(Path(copy.name)))
+    if not lines:
+        raise DataError(f"{path}: expected requests, one JSON object per line, got an empty file")
+    return lines
+
+
+def one_line(where: str) -> RankRequest:
+    """The request at `FILE` (the first) or `FILE:N` (the one on line N). Raises DataError where there is none."""
+    path, _, suffix = where.rpartition(":")
+    number = int(suffix) if path and suffix.isdecimal() and not Path(where).exists() else None
+    path = path if number is not None else where
+    lines = read_lines(path)
+    found = lines[0] if number is None else next((line for line in lines if line.number == number), None)
+    if found is None:
+        raise DataError(
+            f"{path}: expected a request on line {number}, got none; its last is on line {lines[-1].number}"
+        )
+    if isinstance(found, Failure):
+        raise DataError(f"{path}, line {found.number}: {found.error}")
+    return found.request
+
+
+def _parse(path: Path) -> Iterator[RequestLine | Failure]:
+    for row in iter_rows(path):
+        if isinstance(row, Problem):
+            yield Failure(row.line, None, row.reason)
+            continue
+        fields = {name: value for name, value in row.fields.items() if value is not None}  # parquet has all columns
+        try:
+            yield RequestLine(row.line, parse_request(fields))
+        except RcllmError as error:
+            request_id = fields.get("request_id")
+            yield Failure(row.line, request_id if isinstance(request_id, str) else None, str(error))
+
+
+def response_to_json(response: RankResponse, *, receipts: bool = False) -> Mapping[str, object]:
+    """What `rcllm rank` writes of a response."""
+    receipt = response.receipt
+    scores: dict[str, float] = {}
+    for index in response.order:
+        scores.setdefault(response.candidates[index], response.scores[index])
+    answer: dict[str, object] = {
+        "request_id": response.request_id,
+        "ranking": list(response.ranking),
+        "scores": scores,
+        "level": receipt.level,
+        "readout": receipt.readout,
+        "tokens_fresh": receipt.num_fresh,
+        "tokens_reused": receipt.num_reused,
+        "tokens_computed": receipt.num_computed,
+        "ms": round(receipt.stage_ms["total"], 3),
+        "batch_size": receipt.batch_size,
+    }
+    return answer | {"receipt": asdict(receipt)} if receipts else answer
+
+
+def failure_to_json(failure: Failure) -> Mapping[str, object]:
+    return {"request_id": failure.request_id, "line": failure.number, "error": failure.error}
+
+
+@contextlib.contextmanager
+def writer(out: str) -> Iterator[Callable[[Mapping[str, object]], None]]:
+    """Writes objects as JSON lines: to stdout at once, or to a file that appears when all are written."""
+
+    def line(value: Mapping[str, object]) -> str:
+        return json.dumps(value, ensure_ascii=False) + "\n"
+
+    if out == STDIO:
+        yield lambda value: print(line(value), end="", flush=True)
+        return
+    target = Path(out)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            yield lambda value: print(line(value), end="", file=file)
+        partial.replace(target)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

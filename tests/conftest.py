@@ -1,0 +1,41 @@
+"""Fixtures that several test folders use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from rcllm.engine.engine import Engine
+from tests.engine import tiny
+
+
+def assert_no_pins(engine: Engine) -> None:
+    engine.pool.check()
+    assert not engine.pool._index._pins, f"{len(engine.pool._index._pins)} blocks are still pinned"
+
+
+@pytest.fixture
+def one_compute_thread() -> Iterator[None]:
+    """A tiny model gains nothing from two threads, and on a busy machine their waiting costs a hundred times the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def engine(one_compute_thread: None) -> Iterator[Engine]:
+    """A tiny engine on the compiled kernels, with an empty cache; checked afterwards."""
+    made = tiny.fresh()
+    yield made
+    assert_no_pins(made)
+
+
+@pytest.fixture(params=[tiny.NATIVE, tiny.TORCH])
+def any_engine(request: pytest.FixtureRequest, one_compute_thread: None) -> Iterator[Engine]:
+    """The same, and once on plain torch."""
+    made = tiny.fresh(request.param)
+    yield made
+    assert_no_pins(made)

@@ -1,0 +1,69 @@
+"""The measures against values worked out by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from rcllm.fidelity.measures import agreement, chance_ndcg, hit_rate, ndcg, reciprocal_rank
+
+
+def test_the_same_scores_agree() -> None:
+    found = agreement([0.1, 0.5, 0.3], [0.1, 0.5, 0.3])
+    assert (found.tau, found.top1, found.max_shift) == (pytest.approx(1.0), True, 0.0)
+
+
+def test_reversed_scores_disagree() -> None:
+    found = agreement([1.0, 2.0, 3.0], [3.0, 2.0, 1.0])
+    assert (found.tau, found.top1, found.max_shift) == (pytest.approx(-1.0), False, 2.0)
+
+
+def test_one_swap_of_four() -> None:
+    # 6 pairs, 5 concordant and 1 discordant
+    assert agreement([4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 1.0, 2.0]).tau == pytest.approx(4 / 6)
+
+
+def test_ties_on_one_side() -> None:
+    # pairs: (0,1) tied on the right, (0,2) and (1,2) concordant: 2 / sqrt(3 · 2)
+    assert agreement([3.0, 2.0, 1.0], [2.0, 2.0, 1.0]).tau == pytest.approx(2 / math.sqrt(6))
+
+
+def test_top1_breaks_ties_by_candidate_order() -> None:
+    assert agreement([1.0, 1.0, 0.0], [2.0, 1.0, 0.0]).top1
+    assert not agreement([1.0, 1.0, 0.0], [1.0, 2.0, 0.0]).top1
+
+
+@pytest.mark.parametrize(("reference", "scores"), [([1.0], [2.0]), ([1.0, 1.0], [1.0, 2.0]), ([1.0, 2.0], [3.0, 3.0])])
+def test_tau_is_nan_where_nothing_is_ranked(reference: list[float], scores: list[float]) -> None:
+    assert math.isnan(agreement(reference, scores).tau)
+
+
+@pytest.mark.parametrize(("reference", "scores"), [([], []), ([1.0], [1.0, 2.0])])
+def test_lists_must_match(reference: list[float], scores: list[float]) -> None:
+    with pytest.raises(ValueError, match="equal length"):
+        agreement(reference, scores)
+
+
+def test_measures_of_one_order() -> None:
+    order = [2, 0, 3, 1]  # candidate 3 has rank 3
+    assert ndcg(order, 3, 10) == pytest.approx(1 / math.log2(4)) == pytest.approx(0.5)
+    assert ndcg(order, 2, 1) == 1.0
+    assert ndcg(order, 3, 2) == 0.0
+    assert (hit_rate(order, 3, 3), hit_rate(order, 3, 2)) == (1.0, 0.0)
+    assert reciprocal_rank(order, 3) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="7"):
+        ndcg(order, 7, 10)
+
+
+@pytest.mark.parametrize(("num_candidates", "k"), [(1, 10), (4, 2), (4, 10), (5, 5)])
+def test_chance_is_the_mean_over_all_orders(num_candidates: int, k: int) -> None:
+    orders = list(itertools.permutations(range(num_candidates)))
+    assert chance_ndcg(num_candidates, k) == pytest.approx(sum(ndcg(order, 0, k) for order in orders) / len(orders))
+
+
+def test_chance_by_hand() -> None:
+    assert chance_ndcg(2, 1) == 0.5
+    with pytest.raises(ValueError, match="one or more"):
+        chance_ndcg(0, 10)

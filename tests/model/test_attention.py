@@ -1,0 +1,189 @@
+"""Attention over segments: all backends against the fp64 reference. Close: fp32 1e-5, 16-bit KV is exact after widening."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rcllm.model.attention import Attend, Group, Segment, merge, prepare
+from rcllm.model.native import kernels
+from rcllm.model.rope import Rope
+from rcllm.model.spec import ModelSpec, RopeSpec
+from tests.reference import attend as reference
+
+BACKENDS = ("native", "segmented", "gather")
+SPEC = ModelSpec(
+    family="llama",
+    num_layers=2,
+    hidden_size=96,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=32,
+    ffn_size=64,
+    vocab_size=100,
+    rms_eps=1e-5,
+    qkv_bias=False,
+    o_bias=False,
+    qk_norm=False,
+    tied_embeddings=True,
+    rope=RopeSpec(theta=10_000.0),
+    max_positions=2048,
+    bos_id=None,
+    eos_ids=(),
+)
+
+
+def make(name: str, spec: ModelSpec, groups: list[Group]) -> Attend:
+    rope = Rope.of(spec, spec.max_positions)
+    compiled = kernels()
+    if name == "native":
+        if compiled is None:
+            pytest.skip("no C++ compiler on this machine")
+        return prepare("segmented", spec, rope, groups, compiled)
+    return prepare(name, spec, rope, groups, None)
+
+
+def random_group(seed: int, spec: ModelSpec = SPEC, dtype: torch.dtype = torch.float32, rows: int = 0) -> Group:
+    """Blocks, some reused whole, some in part, some fresh, with a random strictly lower triangular mask."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, 8))
+    sees = np.tril(rng.random((count, count)) < 0.7, k=-1)
+    segments, block, offset = [], [], []
+    for index in range(count):
+        size = int(rng.integers(1, 120 if rng.random() < 0.1 else 9))
+        fresh_from, fresh_to = sorted(rng.integers(0, size + 1, 2).tolist()) if rng.random() < 0.7 else (0, size)
+        if index == count - 1:
+            size = size + rows
+            fresh_from, fresh_to = 0, size
+        shape = (spec.num_layers, 2, spec.num_kv_heads, size, spec.head_dim)
+        kv = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(dtype)
+        base = int(rng.integers(0, 1500)) * int(rng.random() < 0.8)
+        for start, stop in ((0, fresh_from), (fresh_to, size)):
+            if start < stop:
+                segments.append(Segment(kv, base, start, stop, index))
+        block += [index] * (fresh_to - fresh_from)
+        offset += range(fresh_from, fresh_to)
+    return Group(tuple(segments), np.array(block, np.int32), np.array(offset, np.int32), sees)
+
+
+def random_rows(groups: list[Group], spec: ModelSpec = SPEC) -> torch.Tensor:
+    size = spec.q_size + 2 * spec.kv_size
+    return torch.randn(sum(g.num_rows for g in groups), size, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10_000), num_groups=st.integers(1, 3))
+def test_backend_is_close_to_the_reference(backend: str, dtype: torch.dtype, seed: int, num_groups: int) -> None:
+    groups = [random_group(seed + i, dtype=dtype) for i in range(num_groups)]
+    qkv = random_rows(groups)
+    got, expected = make(backend, SPEC, groups)(1, qkv), reference.attend(SPEC, groups, 1, qkv)
+    torch.testing.assert_close(got.output.double(), expected.output, atol=2e-5, rtol=1e-5)
+    if backend != "gather":
+        torch.testing.assert_close(got.lse.double(), expected.lse, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 32), (8, 2, 64), (14, 2, 64), (16, 1, 128), (32, 1, 96)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_grouping_of_heads(backend: str, heads: int, kv_heads: int, head_dim: int) -> None:
+    spec = dataclasses.replace(SPEC, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    groups = [random_group(3, spec), random_group(4, spec)]
+    qkv = random_rows(groups, spec)
+    got, expected = make(backend, spec, groups)(1, qkv), reference.attend(spec, groups, 1, qkv)
+    torch.testing.assert_close(got.output.double(), expected.output, atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_causal_rows_equal_torch(backend: str) -> None:
+    """Many row and key tiles, where the slow reference would take minutes: against torch's own attention."""
+    spec = dataclasses.replace(SPEC, num_heads=6, num_kv_heads=2)
+    group = Group.causal(701)
+    qkv = random_rows([group], spec)
+    q, k, v = qkv.unflatten(1, (-1, 32)).transpose(0, 1).split((6, 2, 2))
+    expected = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)
+    got = make(backend, spec, [group])(0, qkv).output
+    torch.testing.assert_close(got, expected[0].transpose(0, 1).flatten(1), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_large_groups_agree_between_backends() -> None:
+    spec = dataclasses.replace(SPEC, num_heads=6, num_kv_heads=2)
+    groups = [random_group(11, spec, rows=300), random_group(12, spec, rows=150), random_group(13, spec)]
+    qkv = random_rows(groups, spec)
+    native, gather = make("native", spec, groups)(1, qkv), make("gather", spec, groups)(1, qkv)
+    torch.testing.assert_close(native.output, gather.output, atol=2e-5, rtol=1e-5)
+
+
+def test_segmented_reads_published_kv_without_copying_it() -> None:
+    """Zero copies, shown: the kernel's table holds the addresses of the published tensors, and nothing else is made."""
+    groups = [random_group(5)]
+    attend = make("native", SPEC, groups)
+    pointers = attend._segments[:, 0].tolist()  # type: ignore[attr-defined]
+    assert pointers == [segment.kv.data_ptr() for segment in groups[0].segments]
+    before = [segment.kv.clone() for segment in groups[0].segments]
+    attend(0, random_rows(groups))
+    assert attend.bytes_copied == 0
+    for segment, kv in zip(groups[0].segments, before, strict=True):
+        assert torch.equal(segment.kv, kv)
+
+
+def test_gather_says_what_it_copied() -> None:
+    group = random_group(5)
+    attend = make("gather", SPEC, [group])
+    attend(0, random_rows([group]))
+    assert attend.bytes_copied == sum(segment.num_bytes for segment in group.segments) // SPEC.num_layers
+
+
+def test_merge_joins_disjoint_keys() -> None:
+    group = Group.causal(5)
+    qkv = random_rows([group])
+    q, k, v = qkv.unflatten(1, (-1, 32)).split((3, 1, 1), dim=1)
+    backend = make("segmented", SPEC, [group])
+    everything = torch.ones(5, 5, dtype=torch.bool)
+    whole = backend.part(q, k, v, everything)  # type: ignore[attr-defined]
+    parts = [backend.part(q, k[a:b], v[a:b], everything[:, a:b]) for a, b in ((0, 2), (2, 5))]  # type: ignore[attr-defined]
+    joined = merge(parts)
+    torch.testing.assert_close(joined.output, whole.output)
+    torch.testing.assert_close(joined.lse, whole.lse)
+
+
+def test_merge_of_a_part_in_which_a_row_saw_nothing() -> None:
+    group = Group.causal(3)
+    q, k, v = random_rows([group]).unflatten(1, (-1, 32)).split((3, 1, 1), dim=1)
+    backend = make("segmented", SPEC, [group])
+    some = backend.part(q, k, v, torch.ones(3, 3, dtype=torch.bool))  # type: ignore[attr-defined]
+    none = backend.part(q, k, v, torch.zeros(3, 3, dtype=torch.bool))  # type: ignore[attr-defined]
+    torch.testing.assert_close(merge([some, none]).output, some.output)
+    assert not merge([none, none]).output.isnan().any()
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_reach_agrees_with_the_dense_mask(seed: int) -> None:
+    group = random_group(seed)
+    mask = group.row_mask()
+    for row, (first, last, dense) in enumerate(group.reach().tolist()):
+        seen = np.flatnonzero(mask[row])
+        assert (first, last) == (seen[0], seen[-1] + 1)
+        assert dense == (len(seen) == last - first)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_keys_of_a_scaled_rope_are_shifted_without_the_scale(native: bool) -> None:
+    """YaRN scales cos and sin: a stored key already carries the scale, and turning it on must not apply it twice."""
+    spec = dataclasses.replace(SPEC, rope=RopeSpec(theta=1e4, kind="yarn", factor=4.0, original_max_positions=512))
+    rope = Rope.of(spec, 2048)
+    raw = torch.randn(6, 1, 32)
+    local, shifted = rope.rotate(raw, torch.arange(6)), rope.rotate(raw, torch.arange(6) + 700)
+    torch.testing.assert_close(rope.shift(local, torch.full((6,), 700)), shifted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rope.shift(shifted, torch.full((6,), -700)), local, atol=1e-5, rtol=1e-5)
+    kv = torch.stack([local, raw]).transpose(1, 2)[None].repeat(2, 1, 1, 1, 1).contiguous()
+    last = Group((Segment(kv, 700, 0, 6, 0),), np.ones(1, np.int32), np.zeros(1, np.int32), np.tri(2, k=-1, dtype=bool))
+    qkv = random_rows([last], spec)
+    got = make("native" if native else "gather", spec, [last])(0, qkv)
+    torch.testing.assert_close(got.output.double(), reference.attend(spec, [last], 0, qkv).output, atol=2e-5, rtol=1e-5)

@@ -1,0 +1,72 @@
+"""The compiled element-wise steps against plain torch. Close: fp32, 1e-5."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rcllm.model.native import Kernels, kernels
+from rcllm.model.ops import NativeOps, TorchOps
+from rcllm.model.rope import Rope
+from tests.model.test_attention import SPEC
+
+
+@pytest.fixture
+def compiled() -> Kernels:
+    found = kernels()
+    if found is None:
+        pytest.skip("no C++ compiler on this machine")
+    return found
+
+
+@pytest.mark.parametrize("size", [7, 576, 1000])
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_add_norm(compiled: Kernels, size: int, with_delta: bool) -> None:
+    rope = Rope.of(SPEC, 16)
+    weight, delta = torch.randn(size), torch.randn(13, size) * 5 if with_delta else None
+    residual = torch.randn(13, size) * 30
+    mine, other = residual.clone(), residual.clone()
+    got = NativeOps(SPEC, rope, compiled).add_norm(mine, delta, weight)
+    expected = TorchOps(SPEC, rope).add_norm(other, delta, weight)
+    torch.testing.assert_close(mine, other, atol=0, rtol=0)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [5, 16, 1536])
+def test_swiglu_also_at_extreme_gates(compiled: Kernels, size: int) -> None:
+    rope = Rope.of(SPEC, 16)
+    x = torch.randn(9, 2 * size) * 8
+    x[0, :5] = torch.tensor([0.0, -100.0, 100.0, -1e30, 1e30])
+    got, expected = NativeOps(SPEC, rope, compiled).swiglu(x), TorchOps(SPEC, rope).swiglu(x)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_rotate_turns_queries_and_keys_and_leaves_values(compiled: Kernels, norm: bool) -> None:
+    spec = dataclasses.replace(SPEC, num_heads=6, num_kv_heads=2, qk_norm=norm)
+    rope = Rope.of(spec, 64)
+    weights = (torch.randn(32), torch.randn(32)) if norm else (None, None)
+    qkv = torch.randn(11, spec.q_size + 2 * spec.kv_size)
+    positions = torch.randint(0, 64, (11,))
+    mine, other = qkv.clone(), qkv.clone()
+    NativeOps(spec, rope, compiled).rotate(mine, positions, *weights)
+    TorchOps(spec, rope).rotate(other, positions, *weights)
+    torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+    assert torch.equal(mine[:, spec.q_size + spec.kv_size :], qkv[:, spec.q_size + spec.kv_size :])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 128, 513])
+def test_packed_linear(compiled: Kernels, rows: int) -> None:
+    weight, bias, x = torch.randn(40, 24), torch.randn(40), torch.randn(rows, 24)
+    got = NativeOps(SPEC, Rope.of(SPEC, 16), compiled).linear(weight, bias)(x)
+    torch.testing.assert_close(got, x @ weight.T + bias, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_compiler_there_are_no_kernels() -> None:
+    script = "from rcllm.model.native import kernels; assert kernels() is None"
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "RCLLM_NATIVE": "0"})

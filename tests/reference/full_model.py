@@ -1,0 +1,157 @@
+"""The slow, obvious twin of the request path: one dense computation over all tokens of a prompt, in fp64.
+
+Every token is a row; who sees whom is written out pair by pair; RoPE is applied to unrotated keys at each row's position.
+Reused tokens are rows whose K and V come from a dense computation of their own block after its canonical context.
+Takes weights and prompts from the product, and no other code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rcllm.core import Plan, Prompt, TokenIds
+from rcllm.model.spec import ModelSpec
+from rcllm.model.weights import LayerWeights, load_model
+
+
+@dataclass
+class Computed:
+    hidden: torch.Tensor  # [rows, d], after the final norm
+    k: torch.Tensor  # [layers, rows, KV, D], before RoPE
+    v: torch.Tensor  # [layers, rows, KV, D]
+
+
+class FullModel:
+    """Plain torch, fp64."""
+
+    def __init__(self, folder: Path) -> None:
+        self.spec: ModelSpec
+        self.spec, self.weights = load_model(folder, torch.float64)
+        assert self.spec.rope.kind == "default"
+
+    @torch.inference_mode()
+    def compute(
+        self,
+        token_ids: Sequence[int],
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        given: torch.Tensor | None = None,
+        given_k: torch.Tensor | None = None,
+        given_v: torch.Tensor | None = None,
+    ) -> Computed:
+        """positions [rows]; mask [rows, rows]; where `given` [rows], K and V are those of given_k and given_v."""
+        spec, x = self.spec, self.weights.embed[torch.tensor(token_ids)]
+        ks, vs = [], []
+        for number, layer in enumerate(self.weights.layers):
+            q, k, v = self._project(layer, x)
+            if given is not None and given_k is not None and given_v is not None:
+                k = torch.where(given[:, None, None], given_k[number], k)
+                v = torch.where(given[:, None, None], given_v[number], v)
+            ks.append(k)
+            vs.append(v)
+            q, k = self._turn(q, positions), self._turn(k, positions)
+            attended = torch.zeros_like(q)
+            for head in range(spec.num_heads):
+                shared = head // (spec.num_heads // spec.num_kv_heads)
+                scores = q[:, head] @ k[:, shared].T / math.sqrt(spec.head_dim)
+                attended[:, head] = torch.softmax(scores.masked_fill(~mask, -math.inf), dim=-1) @ v[:, shared]
+            x = x + attended.flatten(1) @ layer.o.T + (0 if layer.o_bias is None else layer.o_bias)
+            gate, up = (self._norm(x, layer.post_norm) @ layer.gate_up.T).chunk(2, dim=-1)
+            x = x + (gate * torch.sigmoid(gate) * up) @ layer.down.T
+        return Computed(self._norm(x, self.weights.final_norm), torch.stack(ks), torch.stack(vs))
+
+    def _project(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        spec = self.spec
+        rows = self._norm(x, layer.input_norm) @ layer.qkv.T
+        rows = rows if layer.qkv_bias is None else rows + layer.qkv_bias
+        heads = rows.unflatten(1, (-1, spec.head_dim))
+        q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+        return q, k, v
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.spec.rms_eps) * weight
+
+    def _turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """x [rows, heads, D]"""
+        half = self.spec.head_dim // 2
+        frequencies = self.spec.rope.theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = positions.double()[:, None, None] * frequencies
+        low, high = x[..., :half], x[..., half:]
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+    def sequence(self, token_ids: Sequence[int]) -> Computed:
+        """One plain causal sequence."""
+        count = len(token_ids)
+        return self.compute(token_ids, torch.arange(count), torch.ones(count, count, dtype=torch.bool).tril())
+
+    def block(self, variants: Sequence[TokenIds], token_ids: TokenIds) -> tuple[torch.Tensor, torch.Tensor]:
+        """K (before RoPE) and V of a block after each of `variants`, averaged: its canonical KV."""
+        runs = [self.sequence((*before, *token_ids)) for before in variants]
+        parts = [(run.k[:, -len(token_ids) :], run.v[:, -len(token_ids) :]) for run in runs]
+        return torch.stack([k for k, _ in parts]).mean(0), torch.stack([v for _, v in parts]).mean(0)
+
+    def scores(
+        self, prompt: Prompt, plan: Plan | None = None, contexts: dict[int, Sequence[TokenIds]] | None = None
+    ) -> list[float]:
+        """What the engine should answer. `plan`: which tokens are read from blocks; contexts: per block of the prompt,
+        the tokens before it when its KV was computed."""
+        places = [(b, o) for b, block in enumerate(prompt.blocks) for o in range(len(block))]
+        token_ids = [prompt.blocks[b].token_ids[o] for b, o in places]
+        positions = torch.tensor([prompt.blocks[b].base + o for b, o in places])
+        block, offset = torch.tensor(places).T
+        sees = torch.from_numpy(prompt.sees)[block][:, block]
+        mask = torch.where(block[:, None] == block, offset <= offset[:, None], sees)
+        given = torch.zeros(len(places), dtype=torch.bool)
+        shape = (self.spec.num_layers, len(places), self.spec.num_kv_heads, self.spec.head_dim)
+        k, v = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        row = {place: i for i, place in enumerate(places)}
+        for piece in plan.pieces if plan else ():
+            if piece.key is not None:
+                assert contexts is not None
+                rows = slice(row[piece.block, piece.start], row[piece.block, piece.stop - 1] + 1)
+                block_k, block_v = self.block(contexts[piece.block], prompt.blocks[piece.block].token_ids)
+                k[:, rows], v[:, rows] = block_k[:, piece.start : piece.stop], block_v[:, piece.start : piece.stop]
+                given[rows] = True
+        hidden = self.compute(token_ids, positions, mask, given, k, v).hidden
+        logits = hidden @ self.weights.lm_head.T
+        return self._read(prompt, [logits[row[read.block, read.offset]] for read in prompt.reads])
+
+    def _read(self, prompt: Prompt, logits: list[torch.Tensor]) -> list[float]:
+        """logits [reads, vocab]"""
+        if prompt.options.readout == "label":
+            return self._read_labels(prompt, logits)
+        per_slot: list[list[float]] = [[] for _ in range(prompt.num_candidates)]
+        for read, row in zip(prompt.reads, logits, strict=True):
+            assert read.slot is not None
+            if prompt.options.readout == "pointwise":
+                yes, *no = (row[token] for token in read.token_ids)
+                per_slot[read.slot].append(float(yes - torch.logsumexp(torch.stack(no), 0)))
+            else:
+                per_slot[read.slot].append(float(torch.log_softmax(row, 0)[read.token_ids[0]]))
+        return [sum(values) / len(values) for values in per_slot]
+
+    def _read_labels(self, prompt: Prompt, logits: list[torch.Tensor]) -> list[float]:
+        """log p(label) = Σ log p(token | the tokens before it, among those that some label continues with)."""
+        nodes: dict[TokenIds, dict[int, float]] = {}
+        for read, row in zip(prompt.reads, logits, strict=True):
+            prefix = self._prefix(prompt, read.block)
+            follow = {label[len(prefix)] for label in prompt.label_ids if label[: len(prefix)] == prefix}
+            assert follow == set(read.token_ids)
+            log_probs = torch.log_softmax(row[list(read.token_ids)], 0).tolist()
+            nodes[prefix] = dict(zip(read.token_ids, log_probs, strict=True))
+        return [sum(nodes[label[:i]][label[i]] for i in range(len(label))) for label in prompt.label_ids]
+
+    def _prefix(self, prompt: Prompt, block: int) -> TokenIds:
+        """The label's tokens up to a branch block: those of all blocks from the question on that it sees, and its own."""
+        question = max(i for i, b in enumerate(prompt.blocks) if b.kind == "question")
+        path = [i for i in range(question + 1, block) if prompt.sees[block, i]]
+        path += [block] if block > question else []
+        return tuple(token for i in path for token in prompt.blocks[i].token_ids)
