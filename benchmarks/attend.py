@@ -1,8 +1,8 @@
 """Which attention backend wins where: number of fresh tokens × number of segments, with and without compiled kernels?
 
-Regime: one forward pass of SmolLM2-135M's shape with random weights over segments of 80 tokens, every fresh row seeing every
-segment, fp32 compute over fp16 KV. Ceiling: FLOPs / GEMM rate at that row count + KV bytes / bandwidth. The rule that
-`rcllm.model.attention.prepare` applies is read off this table.
+Regime: one forward pass of SmolLM2-135M's shape with random weights over segments of 80 tokens, every fresh row
+seeing every segment, fp32 compute over fp16 KV. Ceiling: FLOPs / GEMM rate at that row count + KV bytes / bandwidth.
+The rule that `rcllm.model.attention.prepare` applies is read off this table.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ def main() -> None:
         "gather": Decoder(spec, weights, "gather"),
         "segmented": Decoder(spec, weights, "segmented"),
     }
-    decoders["segmented"].kernels = None  # torch attention; the same layers around each, so that attention alone differs
-    bandwidth, metrics, rows = measure_bandwidth(), {}, []
+    decoders[
+        "segmented"
+    ].kernels = None  # torch attention; the same layers around each, so that attention alone differs
+    bandwidth, rows = measure_bandwidth(), []
+    metrics: dict[str, float] = {}
     generator = torch.Generator().manual_seed(chosen.seed)
     for fresh in FRESH[1::2] if chosen.quick else FRESH:
         rate = gemm_rate(fresh, spec)
@@ -41,7 +44,7 @@ def main() -> None:
             work = make_pass(decoders["kernel"], fresh, count, generator)
             floor = floor_seconds(spec, work, rate, bandwidth)
             took = {
-                name: median_seconds(lambda decoder=decoder, work=work: decoder.forward(work), 3 if chosen.quick else 7)  # type: ignore[misc]
+                name: median_seconds(decoder.forward, work, 3 if chosen.quick else 7)
                 for name, decoder in decoders.items()
             }
             metrics |= {f"floor_ratio_{name}_f{fresh}_s{count}": value / floor for name, value in took.items()}

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,8 @@ from rcllm.data import Dataset, fetch_movielens, load_dataset
 from rcllm.engine.hardware import describe_hardware
 from rcllm.fetch import cache_dir
 
+A = TypeVar("A")
+R = TypeVar("R")
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # real data sets that may not be redistributed, where this machine has them
 console = Console(width=140)
@@ -47,16 +50,17 @@ def dataset(name: str) -> Dataset:
     return fetch_movielens(cache_dir() / "data" / "ml-100k")
 
 
-def median_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median wall time of `run` over `repeats` calls, after one that does not count."""
-    run()
-    return statistics.median(seconds(run) for _ in range(repeats))
-
-
-def seconds(run: Callable[[], object]) -> float:
+def timed(run: Callable[[A], R], argument: A) -> tuple[float, R]:
+    """Wall seconds of `run(argument)`, and what it returned."""
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    result = run(argument)
+    return time.perf_counter() - start, result
+
+
+def median_seconds(run: Callable[[A], object], argument: A, repeats: int) -> float:
+    """Median wall time of `run(argument)` over `repeats` calls, after one that does not count."""
+    run(argument)
+    return statistics.median(timed(run, argument)[0] for _ in range(repeats))
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -76,7 +80,9 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def report(name: str, question: str, chosen: Options, metrics: Mapping[str, float]) -> None:
     """Prints the JSON line and writes it to `chosen.out`."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     result = {
         "name": name,
         "question": question,

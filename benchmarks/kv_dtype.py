@@ -1,8 +1,8 @@
 """In which dtype should cached KV be kept beside fp32 compute?
 
-Regime: paper-shaped prompts at level `blocks`, everything warm, SmolLM2-135M, fp32 compute; the same requests for every
-dtype in one run. Shift is the largest change of a candidate's log-probability against KV kept in fp32. A 16-bit block is
-widened tile by tile as attention reads it, so the ceiling is the time of fp32.
+Regime: paper-shaped prompts at level `blocks`, everything warm, SmolLM2-135M, fp32 compute; the same requests for
+every dtype in one run. Shift is the largest change of a candidate's log-probability against KV kept in fp32. A 16-bit
+block is widened tile by tile as attention reads it, so the ceiling is the time of fp32.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 
-from benchmarks.harness import dataset, options, report, seconds, show
+from benchmarks.harness import dataset, options, report, show, timed
 from benchmarks.ttft import paper_shaped
 from rcllm.config import CacheConfig, Config
 from rcllm.core import Level, RankOptions
@@ -39,19 +39,25 @@ def main() -> None:
     for request in asked * 3:
         reference = engines["fp32"].rank(request).scores
         for name, engine in engines.items():
-            answers = []
-            times[name].append(seconds(lambda engine=engine, answers=answers: answers.append(engine.rank(request))))  # type: ignore[misc]
-            close = agreement(reference, answers[0].scores)
+            took, answer = timed(engine.rank, request)
+            times[name].append(took)
+            close = agreement(reference, answer.scores)
             shifts[name].append(close.max_shift)
             taus[name].append(close.tau)
     p50 = {name: statistics.median(values) for name, values in times.items()}
     rows = [
-        [name, f"{engines[name].stats().num_bytes / 1e6:.0f}", f"{p50[name] * 1e3:.0f}", f"{p50[name] / p50['fp32']:.2f}"]
-        + [f"{max(shifts[name]):.1e}", f"{statistics.mean(taus[name]):.3f}"]
+        [
+            name,
+            f"{engines[name].stats().num_bytes / 1e6:.0f}",
+            f"{p50[name] * 1e3:.0f}",
+            f"{p50[name] / p50['fp32']:.2f}",
+            f"{max(shifts[name]):.1e}",
+            f"{statistics.mean(taus[name]):.3f}",
+        ]
         for name in DTYPES
     ]
     show(f"KV dtype, {len(requests)} requests", ["dtype", "pool MB", "P50 ms", "vs fp32", "max shift", "τ"], rows)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name in DTYPES:
         metrics |= {f"ttft_ratio_{name}": p50[name] / p50["fp32"], f"max_shift_{name}": max(shifts[name])}
         metrics |= {f"tau_{name}": statistics.mean(taus[name])}

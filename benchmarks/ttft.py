@@ -1,12 +1,12 @@
 """How much sooner does the first answer come when items and history are reused beyond the prefix?
 
-Regime: one request at a time, paper-shaped prompts (2.2–3.0K tokens, 20 candidates, RcLLM §V), items warm, every user new,
-SmolLM2-135M in fp32 on the CPU; all levels interleaved on the same requests in one run. Both sides are this engine: level
-`exact` is automatic prefix caching. So that no speed-up is owed to a slow baseline, cold prefill is held against its floor and
-against transformers in the same run.
+Regime: one request at a time, paper-shaped prompts (2.2–3.0K tokens, 20 candidates, RcLLM §V), items warm, every user
+new, SmolLM2-135M in fp32 on the CPU; all levels interleaved on the same requests in one run. Both sides are this
+engine: level `exact` is automatic prefix caching. So that no speed-up is owed to a slow baseline, cold prefill is
+held against its floor and against transformers in the same run.
 
-Ceiling: FLOPs of the fresh tokens (visible pairs only) / the measured GEMM rate at that row count, plus bytes of KV read /
-measured bandwidth.
+Ceiling: FLOPs of the fresh tokens (visible pairs only) / the measured GEMM rate at that row count, plus bytes of KV
+read / measured bandwidth.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from functools import partial
 
 import torch
 
-from benchmarks.harness import Options, console, dataset, median_seconds, options, percentile, report, seconds, show
+from benchmarks.harness import Options, console, dataset, median_seconds, options, percentile, report, show, timed
 from rcllm.config import CacheConfig, Config, PromptConfig
 from rcllm.core import Level, RankOptions, RankRequest, UserId
 from rcllm.data import Dataset, build_requests
@@ -73,17 +74,18 @@ def levels(engine: Engine, requests: list[RankRequest]) -> dict[str, float]:
             asked = dataclasses.replace(
                 request, user_id=UserId(f"{request.user_id}/{level}"), options=RankOptions(level=Level.parse(level))
             )
-            engine.rank(asked) if request is requests[0] else None
-            engine.erase_user(UserId(f"{request.user_id}/{level}"))
-            answers = []
-            times[level].append(seconds(lambda asked=asked, answers=answers: answers.append(engine.rank(asked))))  # type: ignore[misc]
-            reference = reference or answers[0].scores
-            close = agreement(reference, answers[0].scores)
-            fresh[level].append(answers[0].receipt.num_fresh)
+            if request is requests[0]:
+                engine.rank(asked)  # the first call of a level does not count
+                engine.erase_user(asked.user_id or UserId(""))
+            took, answer = timed(engine.rank, asked)
+            reference = reference or answer.scores
+            close = agreement(reference, answer.scores)
+            times[level].append(took)
+            fresh[level].append(answer.receipt.num_fresh)
             tau[level].append(close.tau)
             top1[level].append(close.top1)
-            assert answers[0].receipt.kv_bytes_copied == 0 or answers[0].receipt.backend != "segmented"
-            assert answers[0].receipt.num_computed == 0, "items are warm"
+            assert answer.receipt.kv_bytes_copied == 0 or answer.receipt.backend != "segmented"
+            assert answer.receipt.num_computed == 0, "items are warm"
     tokens = statistics.median(engine.prompter.build(r).num_tokens for r in requests)
     p50 = {level: statistics.median(values) for level, values in times.items()}
     show(
@@ -128,7 +130,7 @@ def floor_of_blocks(engine: Engine, requests: list[RankRequest]) -> dict[str, fl
         with engine.pool.hold() as held:
             assert not held.fetch(piece.key for piece in planned.plan.pieces if piece.key is not None)
             work = assemble([planned], held.blocks, decoder.device).work
-            took = median_seconds(lambda work=work: decoder.forward(work), 5)  # type: ignore[misc]
+            took = median_seconds(decoder.forward, work, 5)
             copied += decoder.forward(work).bytes_copied
         floor = floor_seconds(spec, work, gemm_rate(len(work.token_ids), spec), bandwidth)
         ratios.append(took / floor)
@@ -166,9 +168,9 @@ def cold(engine: Engine, chosen: Options) -> dict[str, float]:
         ids = torch.randint(0, spec.vocab_size, (size,), generator=torch.Generator().manual_seed(chosen.seed))
         work = Pass(ids, torch.arange(size), (Group.causal(size),), wanted=torch.tensor([size - 1]))
         repeats = 2 if chosen.quick else 5
-        took = median_seconds(lambda work=work: decoder.forward(work), repeats)  # type: ignore[misc]
+        took = median_seconds(decoder.forward, work, repeats)
         floor = floor_seconds(spec, work, gemm_rate(size, spec), measure_bandwidth())
-        theirs = median_seconds(lambda ids=ids: _peer_prefill(peer, ids), repeats)  # type: ignore[misc]
+        theirs = median_seconds(partial(_peer_prefill, peer), ids, repeats)
         metrics[f"cold_prefill_floor_ratio_{size}"] = took / floor
         metrics[f"cold_prefill_time_ratio_vs_transformers_{size}"] = took / theirs
         row = [str(size), f"{took * 1e3:.0f}", f"{floor * 1e3:.0f}", f"{took / floor:.2f}"]
@@ -195,7 +197,11 @@ def memory(chosen: Options) -> dict[str, float]:
         metrics[f"peak_rss_ratio_to_budget{name}"] = told["peak_rss_mb"] / budget
         share = f"{told['done']} / {told['total']}"
         rows.append([str(items), str(budget), f"{told['peak_rss_mb']:.0f}", share, f"{told['evictions']}"])
-    show("Peak memory while warming", ["items", "budget MB", "peak RSS MB", "blocks warmed", "evictions in 3 requests"], rows)
+    show(
+        "Peak memory while warming",
+        ["items", "budget MB", "peak RSS MB", "blocks warmed", "evictions in 3 requests"],
+        rows,
+    )
     return metrics
 
 

@@ -1,1 +1,59 @@
-"""rcllm: serve language models that recommend, with KV reuse beyond the prefix."""
+"""rcllm: serve language models that recommend, with KV reuse beyond the prefix.
+
+    from rcllm import Catalogue, Config, Engine, Event, RankRequest
+
+    catalogue, report = Catalogue.read("items.jsonl")
+    engine = Engine.build(catalogue, Config())
+    engine.warm()
+    response = engine.rank(RankRequest("r1", candidates=(...), history=(Event("…"),)))
+
+Importing this package imports no torch; the first use of `Engine` does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
+    from rcllm.core import Event, Item, Level, RankOptions, RankRequest, RankResponse, Receipt
+    from rcllm.data import Catalogue, build_requests, load_dataset
+    from rcllm.engine.engine import Engine
+    from rcllm.errors import RcllmError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "rcllm.config": ("CacheConfig", "Config", "ModelConfig", "PromptConfig"),
+    "rcllm.core": ("Event", "Item", "Level", "RankOptions", "RankRequest", "RankResponse", "Receipt"),
+    "rcllm.data": ("Catalogue", "build_requests", "load_dataset"),
+    "rcllm.engine.engine": ("Engine",),
+    "rcllm.errors": ("RcllmError",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CacheConfig",
+    "Catalogue",
+    "Config",
+    "Engine",
+    "Event",
+    "Item",
+    "Level",
+    "ModelConfig",
+    "PromptConfig",
+    "RankOptions",
+    "RankRequest",
+    "RankResponse",
+    "RcllmError",
+    "Receipt",
+    "build_requests",
+    "load_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rcllm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,7 +1,7 @@
 """The configuration tree: frozen, unknown keys refused with the nearest name, resolved against the hardware once.
 
-Never imports torch. Invariant: after `resolve` no field is "auto", and a component receives its section or plain values,
-never the tree.
+Never imports torch. Invariant: after `resolve` nothing that the hardware decides is "auto", and a component receives
+its section or plain values, never the tree.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def assert_no_pins(engine: Engine) -> None:
 
 @pytest.fixture
 def one_compute_thread() -> Iterator[None]:
-    """A tiny model gains nothing from two threads, and on a busy machine their waiting costs a hundred times the work."""
+    """A tiny model gains nothing from two threads, and on a busy machine their waiting costs a hundred times that."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,7 +1,7 @@
 """The pool: published KV blocks on the device, within a byte budget, over one store that may hold more.
 
-Knows nothing of prompts or models. Invariant: a published block never changes, and one that a `Held` has handed out stays
-until that `Held` is released. Safe to use from several threads.
+Knows nothing of prompts or models. Invariant: a published block never changes, and one that a `Held` has handed out
+stays until that `Held` is released. Safe to use from several threads.
 
     publish → pool —evicted→ store —asked for again→ pool
 """
@@ -85,16 +85,21 @@ class Pool:
             return len(owned) + self.store.delete_owner(owner)
 
     def clear(self) -> None:
-        """Drops every block that no request holds from the pool (not from the store)."""
+        """Drops every block from the pool (not from the store). A running request that holds one finishes with it."""
         with self._lock:
             for key in list(self._index):
                 self._index.remove(key)
             self._blocks.clear()
 
     def stats(self) -> PoolStats:
+        try:
+            below = self.store.stats()
+        except Exception:
+            self._count_store_error()
+            below = StoreStats(0, 0, 0)
         with self._lock:
             counts = (self._hits, self._misses, self._index.evictions, self._store_errors)
-            return PoolStats(len(self._blocks), self._index.used, self.budget, *counts, self.store.stats())
+            return PoolStats(len(self._blocks), self._index.used, self.budget, *counts, below)
 
     def check(self) -> None:
         """Asserts that index and blocks agree."""

@@ -5,7 +5,6 @@ Knows nothing of caches. Invariant: the scores of a prompt depend on its own rea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,24 +70,3 @@ def _likelihood(decoder: Decoder, prompt: Prompt, hidden: torch.Tensor, rows: In
 
 
 _READOUTS = {"label": _label, "pointwise": _pointwise, "likelihood": _likelihood}
-
-
-class RunningBias:
-    """The mean log-probability that each slot has had so far, per number of candidates: a label's bias, learnt online.
-
-    Order-dependent by nature: a score depends on the requests before it, and the receipt says so.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[object, tuple[int, Scores]] = {}
-
-    def update(self, kind: object, log_probs: Scores) -> Scores:
-        """Adds one request's log-probabilities, and returns the mean including it."""
-        count, total = self._sums.get(kind, (0, np.zeros_like(log_probs)))
-        self._sums[kind] = (count + 1, total + log_probs)
-        return (total + log_probs) / (count + 1)
-
-
-def centre(prior: Scores) -> Scores:
-    """A bias in log-probabilities relative to the uniform one, so that correcting keeps the scores' scale."""
-    return prior + math.log(len(prior))

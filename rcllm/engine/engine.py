@@ -3,7 +3,8 @@
     prompt → plan → materialise → forward → readout → respond
 
 Invariant: a request's answer does not depend on what else is in its batch or in the cache, beyond the tolerance of the
-kernels (docs/numerics.md); the cache decides how fast it comes. Safe to call from several threads: one batch runs at a time.
+kernels (docs/numerics.md); the cache decides how fast it comes. Safe to call from several threads: one batch runs at
+a time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,8 +20,7 @@ import psutil
 import torch
 
 from rcllm.cache.pool import Held, Pool, PoolStats
-from rcllm.cache.store import MemoryStore
-from rcllm.config import MIB, Config, Hardware, check_options, resolve
+from rcllm.config import Config, Hardware, check_options, resolve
 from rcllm.core import (
     Block,
     BlockKind,
@@ -34,21 +35,19 @@ from rcllm.core import (
     RankResponse,
     UserId,
 )
-from rcllm.decode.rank import RunningBias, Scores, centre, score
+from rcllm.decode.rank import Scores, score
+from rcllm.engine.bias import LabelBias
+from rcllm.engine.build import load_decoder, make_pool, make_prompter
 from rcllm.engine.materialise import NOTHING, Materialiser, Missing, chunks, recompute_flops
 from rcllm.engine.respond import BatchFacts, respond
-from rcllm.errors import CapacityError, ConfigError
+from rcllm.errors import CapacityError
 from rcllm.metrics import Stopwatch
 from rcllm.model.decoder import Decoder
 from rcllm.model.pull import pull
-from rcllm.model.weights import fingerprint, load_model
+from rcllm.model.weights import fingerprint
 from rcllm.prompt.blocks import Context, Prompter
-from rcllm.prompt.template import Template, chat_format
-from rcllm.prompt.tokenizer import Tokenizer
 from rcllm.reuse.assemble import Planned, assemble
 from rcllm.reuse.plan import plan
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +59,8 @@ class WarmProgress:
     computed_tokens: int
     pool_bytes: int
     full: bool  # the pool has no room for the rest
+    elapsed_s: float
+    eta_s: float  # until the rest is done, at the speed so far; 0 when it is
 
 
 class Engine:
@@ -69,8 +70,7 @@ class Engine:
         self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id
         self._materialiser = Materialiser(decoder, prompter.namespace, config.cache.pass_tokens)
         self._lock = threading.Lock()
-        self._running_bias = RunningBias()
-        self._content_free: dict[tuple[int, RankOptions], Scores] = {}
+        self._bias = LabelBias(self._score_content_free)
 
     @classmethod
     def build(
@@ -81,40 +81,23 @@ class Engine:
     ) -> Engine:
         """Loads the model and makes an empty cache.
 
-        `samples`: real requests for the canonical contexts `typical` and `mean(n)`. Fetches the model when it is not there.
-        Raises ConfigError, ModelError, FetchError.
+        `samples`: real requests for the canonical contexts `typical` and `mean(n)`. Fetches the model when it is not
+        there. Raises ConfigError, ModelError, FetchError.
         """
         memory = psutil.virtual_memory().total
         config = resolve(config or Config(), Hardware(torch.cuda.is_available(), memory))
         if config.model.threads:
             torch.set_num_threads(config.model.threads)
         folder = pull(config.model.path)
-        spec, weights = load_model(folder, DTYPES[config.model.dtype], config.model.device)
-        decoder = Decoder(spec, weights, config.model.attention, config.model.max_positions)
-        tokenizer = Tokenizer.load(folder)
-        if tokenizer.vocab_size > spec.vocab_size:
-            raise ConfigError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {spec.vocab_size}")
-        template = Template.load(config.prompt.template)
-        chat = config.prompt.chat if config.prompt.chat != "auto" else tokenizer.chat_format
-        model_id = fingerprint(folder)
-        parts = (model_id, tokenizer.fingerprint, template.fingerprint, chat.encode(), config.cache.kv_dtype.encode())
-        prompter = Prompter(
-            template,
-            chat_format(chat),
-            tokenizer,
-            catalogue,
-            b"".join(parts),
-            decoder.max_positions,
-            config.prompt.max_candidates,
-            config.prompt.context,
-            samples,
-        )
-        return cls(config, decoder, prompter, make_pool(config, decoder), model_id.hex()[:12])
+        model = fingerprint(folder)
+        decoder = load_decoder(config, folder)
+        prompter = make_prompter(config, folder, model, decoder, catalogue, samples)
+        return cls(config, decoder, prompter, make_pool(config, decoder), model.hex()[:12])
 
     # ---- ranking ----
 
     def rank(self, request: RankRequest) -> RankResponse:
-        """Scores the candidates of one request. Raises RequestError, ConfigError or CapacityError; nothing else changes."""
+        """Scores the candidates of one request. Raises RequestError, ConfigError or CapacityError."""
         return self.rank_batch([request])[0]
 
     def rank_batch(self, requests: Sequence[RankRequest]) -> list[RankResponse]:
@@ -156,7 +139,7 @@ class Engine:
                 scores = [
                     score(self.decoder, p, passed.hidden, r) for p, r in zip(prompts, assembled.read_rows, strict=True)
                 ]
-                scores = [self._unbias(p.options, s) for p, s in zip(prompts, scores, strict=True)]
+                scores = [self._bias.correct(p.options, s) for p, s in zip(prompts, scores, strict=True)]
             with watch.stage("publish"):
                 self._publish(batch, passed.kept, held)
             facts = BatchFacts(
@@ -226,21 +209,8 @@ class Engine:
             with contextlib.suppress(CapacityError):
                 held.publish(block.chain_key, kv, cost, user_owner(prompt.user_id))
 
-    # ---- label bias ----
-
-    def _unbias(self, options: RankOptions, scores: Scores) -> Scores:
-        kind = (len(scores), replace(options, level=Level("full"), bias="none"))
-        match options.bias:
-            case "content_free":
-                if kind not in self._content_free:
-                    self._content_free[kind] = self._content_free_prior(*kind)
-                return scores - centre(self._content_free[kind])
-            case "running_mean":
-                return scores - centre(self._running_bias.update(kind, scores))
-            case _:
-                return scores
-
-    def _content_free_prior(self, num_candidates: int, options: RankOptions) -> Scores:
+    def _score_content_free(self, num_candidates: int, options: RankOptions) -> Scores:
+        """The log-probabilities of labels whose candidates all read the same, with nothing reused."""
         prompt = self.prompter.build_content_free(num_candidates, options)
         assembled = assemble([Planned(prompt, plan(prompt, options.level, lambda key: False))], {}, self.decoder.device)
         hidden = self.decoder.forward(assembled.work).hidden
@@ -264,8 +234,15 @@ class Engine:
         blocks = [self.prompter.item_block(item, layout) for item in items]
         if self.config.rank.history == "shared":
             blocks += [self.prompter.event_block(item, layout) for item in items]
-        todo = [self._warmable(block, layout) for block in blocks if block.key and not self.pool.contains(block.key)]
-        done, tokens, full = len(blocks) - len(todo), 0, False
+        todo = [self._warmable(block, layout) for block in {block.key: block for block in blocks}.values()]
+        todo = [missing for missing in todo if not self.pool.contains(missing.key)]
+        start, total, left, tokens, full = time.perf_counter(), len(blocks), len(todo), 0, False
+
+        def progress() -> WarmProgress:
+            elapsed = time.perf_counter() - start
+            eta = elapsed * left / (len(todo) - left) if left < len(todo) else 0.0
+            return WarmProgress(total - left, total, tokens, self.pool.stats().num_bytes, full, elapsed, eta)
+
         for chunk in chunks(todo, self.config.cache.pass_tokens):
             num_bytes = sum(len(missing.token_ids) for missing in chunk) * self._kv_bytes_per_token
             with self._lock, self.pool.hold() as held:
@@ -273,17 +250,17 @@ class Engine:
                 if not full:
                     absent = set(held.fetch(missing.key for missing in chunk))
                     tokens += self._materialiser.compute([m for m in chunk if m.key in absent], held)
-                    done += len(chunk)
-            progress = WarmProgress(done, len(blocks), tokens, self.pool.stats().num_bytes, full)
+                    left -= len(chunk)
             if on_progress:
-                on_progress(progress)
+                on_progress(progress())
             if full:
                 break
-        return WarmProgress(done, len(blocks), tokens, self.pool.stats().num_bytes, full)
+        return progress()
 
     def erase_user(self, user_id: UserId) -> int:
-        """Removes every block derived from a user; returns how many there were. Waits for the batch that is running, which
-        may be about to publish some.
+        """Removes every block derived from a user; returns how many there were.
+
+        Waits for the batch that is running, which may be about to publish some.
         """
         with self._lock:
             return self.pool.delete_owner(user_owner(user_id) or "")
@@ -322,23 +299,3 @@ def user_owner(user_id: str | None) -> str | None:
 
 def item_owner(item_id: str | None) -> str | None:
     return None if item_id is None else f"item:{item_id}"
-
-
-def make_pool(config: Config, decoder: Decoder) -> Pool:
-    """The pool within the configured memory: what the process, the model and the workspace leave. Raises ConfigError."""
-    spec, cache = decoder.spec, config.cache
-    activations = (6 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 3 * spec.ffn_size) * 4
-    workspace = decoder.max_positions * activations + 2 * cache.pass_tokens * spec.kv_bytes_per_token(4) + 64 * MIB
-    if decoder.device.type == "cuda":
-        free = torch.cuda.mem_get_info(decoder.device)[0] - workspace
-    else:
-        free = cache.memory_mb * MIB - psutil.Process().memory_info().rss - workspace
-    budget = cache.pool_mb * MIB or int(free)
-    if budget < spec.kv_bytes_per_token(4) * 256:
-        raise ConfigError(
-            f"cache.memory_mb = {cache.memory_mb} leaves {budget / MIB:.0f} MB for cached KV: the process with its "
-            f"model takes {psutil.Process().memory_info().rss / MIB:.0f} MB and passes need {workspace / MIB:.0f} MB. "
-            "Raise cache.memory_mb, or lower cache.pass_tokens or model.max_positions"
-        )
-    store = MemoryStore(cache.host_mb * MIB) if cache.host_mb else None
-    return Pool(budget, DTYPES[cache.kv_dtype], decoder.device, store)

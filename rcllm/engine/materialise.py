@@ -1,7 +1,8 @@
 """Computes the canonical KV of missing blocks: all misses of a batch together, in passes of bounded size.
 
-Knows prompts' contexts and the decoder, not requests. Invariant: a block is published once, whole, under a key that names
-exactly the context it was computed in. Where a context has several variants, the KV is the mean over them (expected KV).
+Knows prompts' contexts and the decoder, not requests. Invariant: a block is published once, whole, under a key that
+names exactly the context it was computed in. Where a context has several variants, the KV is the mean over them
+(expected KV).
 """
 
 from __future__ import annotations

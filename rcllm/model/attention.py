@@ -6,8 +6,8 @@ A segment is cached KV at a place in this prompt: its keys are stored turned to 
 turned on by the segment's base when they are read. Knows nothing of blocks' meaning, keys or eviction. Invariant: all
 backends compute the same function; `tests/reference/attend.py` is the slow, obvious fp64 twin.
 
-`gather` copies the segments into one buffer per layer and makes one fused call; `segmented` reads each where it lies and
-merges; on the CPU a compiled kernel does that tile by tile. `choose_backend` holds the measured rule.
+`gather` copies the segments into one buffer per layer and makes one fused call; `segmented` reads each where it lies
+and merges; on the CPU a compiled kernel does that tile by tile. `prepare` holds the measured rule.
 """
 
 from __future__ import annotations
@@ -169,7 +169,15 @@ def _group_table(groups: Sequence[Group]) -> npt.NDArray[np.int64]:
     )
     starts = np.cumsum(sizes, axis=0) - sizes
     blocks = np.array([len(group.sees) for group in groups], dtype=np.int64)
-    columns: list[npt.NDArray[np.int64]] = [starts[:, 0], sizes[:, 0], starts[:, 1], sizes[:, 1], starts[:, 2], starts[:, 3], blocks]
+    columns: list[npt.NDArray[np.int64]] = [
+        starts[:, 0],
+        sizes[:, 0],
+        starts[:, 1],
+        sizes[:, 1],
+        starts[:, 2],
+        starts[:, 3],
+        blocks,
+    ]
     return np.ascontiguousarray(np.column_stack(columns))
 
 

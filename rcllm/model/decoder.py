@@ -1,8 +1,8 @@
 """One decoder-only transformer for all families: a forward pass over fresh rows that attend to cached segments.
 
-Knows nothing of caches, prompts or servers: it gets rows, their positions and their groups, and returns the hidden states
-that were asked for and the KV of the rows to keep. Invariant: with no segments and a causal mask it is the model, equal
-to `transformers` (fp32, ≤ 1e-4 in the logits).
+Knows nothing of caches, prompts or servers: it gets rows, their positions and their groups, and returns the hidden
+states that were asked for and the KV of the rows to keep. Invariant: with no segments and a causal mask it is the
+model, equal to `transformers` (fp32, ≤ 1e-4 in the logits).
 """
 
 from __future__ import annotations

@@ -39,9 +39,8 @@ class Kernels:
 
 def _argument(value: torch.Tensor | int | float | None) -> object:
     if isinstance(value, torch.Tensor):
-        assert value.device.type == "cpu" and value.stride(-1) in (0, 1), (
-            "kernels take CPU tensors with contiguous rows"
-        )
+        assert value.device.type == "cpu", "kernels take CPU tensors"
+        assert value.stride(-1) in (0, 1), "kernels take contiguous rows"
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, float):
         return ctypes.c_float(value)
@@ -53,8 +52,8 @@ def kernels() -> Kernels | None:
     """The kernels of this machine, compiled on first use (seconds), or None where that is not possible."""
     if os.environ.get("RCLLM_NATIVE") == "0" or (compiler := find_compiler()) is None:
         return None
-    library = cache_dir() / "native" / f"{_identity(compiler)}.so"
     try:
+        library = cache_dir() / "native" / f"{_identity(compiler)}.so"
         if not library.exists():
             _build(compiler, library)
         return Kernels(ctypes.CDLL(str(library)))

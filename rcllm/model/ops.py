@@ -1,6 +1,7 @@
 """The steps of a decoder layer other than attention, twice: in plain torch, and on the compiled CPU kernels.
 
-Knows nothing of caches. Invariant: both variants compute the same function (fp32, error ≤ 1e-5); torch is the reference.
+Knows nothing of caches. Invariant: both variants compute the same function (fp32, error ≤ 1e-5); torch is the
+reference.
 """
 
 from __future__ import annotations

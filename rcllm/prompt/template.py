@@ -121,7 +121,9 @@ def _checked(source: str, values: dict[str, Any]) -> dict[str, Any]:
     if len(values["pointwise_answers"]) < 2:
         raise ConfigError(f"template {source}: pointwise_answers needs an answer for the item and one against it")
     if not all(values["pointwise_answers"]):
-        raise ConfigError(f"template {source}: an answer of pointwise_answers is empty; its first token is what is scored")
+        raise ConfigError(
+            f"template {source}: an answer of pointwise_answers is empty; its first token is what is scored"
+        )
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 

@@ -1,7 +1,7 @@
 """Turns plans into one forward pass: rows, positions, segments, masks. Computes nothing, decides nothing.
 
-Invariant: row r of the pass is token `offset[r]` of block `block[r]` of its prompt, and each prompt is one group, so what
-else is in the batch cannot change what a row sees.
+Invariant: row r of the pass is token `offset[r]` of block `block[r]` of its prompt, and each prompt is one group, so
+what else is in the batch cannot change what a row sees.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Decides for one request which tokens are fresh and which are read from which KV block. Never imports torch.
 
-The exactness ladder (design, section 5): from `full`, where nothing is reused, over `exact`, where only a cached prefix
-is, to `blocks`, where every block that has a canonical KV is. Invariant: pieces tile every block of the prompt in order.
+The exactness ladder (design, section 5): from `full`, where nothing is reused, over `exact`, where only a cached
+prefix is, to `blocks`, where every block that has a canonical KV is. Invariant: pieces tile every block of the prompt
+in order.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class _Use:
 
 
 def plan(prompt: Prompt, level: Level, cached: Callable[[ContentKey], bool]) -> Plan:
-    """`cached` tells which chain keys exist; canonical blocks that do not exist yet are planned as reused, and computed."""
+    """`cached` tells which chain keys exist; canonical blocks are planned as reused, and computed where missing."""
     uses = _uses(prompt, level, cached)
     spent = _spend(prompt, uses, level)
     pieces = tuple(piece for i, use in enumerate(uses) for piece in _cut(i, len(prompt.blocks[i]), use, spent[i]))

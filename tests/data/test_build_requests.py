@@ -106,7 +106,7 @@ GOLDEN = [
 ]
 
 PRINTED = """
-from test_build_requests import DATA, KINDS, build_requests
+from tests.data.test_build_requests import DATA, KINDS, build_requests
 for kind in KINDS:
     print(build_requests(DATA, 1, 4, 2, kind, seed=3)[0])
 """

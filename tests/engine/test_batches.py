@@ -8,6 +8,7 @@ import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ TOLERANCE = 1e-5
 
 def mixed(count: int) -> list[RankRequest]:
     """Requests of all kinds: read-outs, layouts, levels, users, and none of them twice."""
-    shapes = itertools.cycle(
+    shapes: itertools.cycle[dict[str, Any]] = itertools.cycle(
         [
             {"level": "blocks"},
             {"level": "linked(4)", "layout": "items_first"},
@@ -107,9 +108,7 @@ def test_an_empty_batch_is_answered() -> None:
 
 @pytest.mark.parametrize("readout", ["pointwise", "likelihood"])
 @pytest.mark.parametrize("level", ["full", "blocks", "linked(3)"])
-def test_isolated_candidates_score_the_same_in_any_order_and_list(
-    any_engine: Engine, readout: str, level: str
-) -> None:
+def test_isolated_candidates_score_the_same_in_any_order_and_list(any_engine: Engine, readout: str, level: str) -> None:
     numbers = (0, 1, 7, 58, 9, 12)
     forward = any_engine.rank(tiny.request(numbers, readout=readout, level=level))
     backward = any_engine.rank(tiny.request(numbers[::-1], readout=readout, level=level))
@@ -155,7 +154,7 @@ def test_labels_belong_to_slots_so_other_labels_are_another_question(engine: Eng
 
 
 def test_a_slot_under_parallel_hides_its_place_from_its_item(engine: Engine) -> None:
-    """exact: what is between a label and the history does not depend on the slot, so only the label tells slots apart."""
+    """exact: what stands between a label and the history does not depend on the slot; only the label tells."""
     blocks = engine.prompter.build(tiny.request((3, 3, 3), parallel=True)).blocks
     items = [b for b in blocks if b.kind == "item"]
     assert len({(b.base, b.token_ids, b.key) for b in items}) == 1
@@ -165,8 +164,7 @@ def test_a_slot_under_parallel_hides_its_place_from_its_item(engine: Engine) -> 
 def test_threads_on_a_small_pool_get_the_scores_of_one(host: bool) -> None:
     requests = mixed(40)
     wanted = {response.request_id: response for response in singly(requests)}
-    tiers = {"store": MemoryStore(1 << 20)} if host else {}
-    engine = tiny.fresh(pool_tokens=900, **tiers)
+    engine = tiny.fresh(pool_tokens=900, store=MemoryStore(1 << 20) if host else None)
     with ThreadPoolExecutor(8) as threads:
         for response in threads.map(engine.rank, requests * 2):
             assert_same(response, wanted[response.request_id])

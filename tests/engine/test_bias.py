@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from rcllm.engine.engine import Engine
 from tests.engine import tiny
 
 
-def blank(engine: Engine, count: int, **options: object) -> RankRequest:
+def blank(engine: Engine, count: int, **options: Any) -> RankRequest:
     """A request whose candidates all read as the content-free ones do."""
     engine.prompter.catalogue[ItemId("blank")] = Item(ItemId("blank"), {})  # type: ignore[index]
     asked = tiny.request(1, (), **options)
@@ -25,7 +26,7 @@ def blank(engine: Engine, count: int, **options: object) -> RankRequest:
 def test_content_free_correction_makes_blank_candidates_equal(layout: str, parallel: bool, count: int) -> None:
     """close, 1e-4: what is scored is what the prior was made from"""
     engine = tiny.build()
-    options = {"layout": layout, "parallel": parallel, "level": "full"}
+    options: dict[str, Any] = {"layout": layout, "parallel": parallel, "level": "full"}
     raw = engine.rank(blank(engine, count, **options)).scores
     response = engine.rank(blank(engine, count, bias="content_free", **options))
     assert max(raw) - min(raw) > 0.005, "labels have a bias of their own"
@@ -53,4 +54,4 @@ def test_priors_are_kept_apart_by_what_they_depend_on(engine: Engine) -> None:
         tiny.request(3, bias="content_free", label_place="before"),
     ):
         engine.rank(request)
-    assert len(engine._content_free) == 4
+    assert len(engine._bias._priors) == 4

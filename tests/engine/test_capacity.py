@@ -86,7 +86,7 @@ def test_a_broken_tier_is_a_miss_that_is_counted(store: BrokenStore, level: str)
     for start in (0, 10, 20, 0):
         asked = tiny.request(tuple(range(start, start + 4)), (start, 31), level=level)
         assert np.allclose(engine.rank(asked).scores, tiny.fresh().rank(asked).scores, atol=1e-4)
-    assert engine.pool._store_errors > 0
+    assert engine.stats().store_errors > 0
     assert_no_pins(engine)
 
 

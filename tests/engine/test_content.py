@@ -1,4 +1,4 @@
-"""What may be cached, for whom, and what a change of content does; volatile fields, titles, users' own words, erasure."""
+"""What may be cached, for whom, and what a change does: volatile fields, titles, users' own words, erasure."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def test_names_of_users_cannot_be_chosen_to_meet_anothers_key(engine: Engine) ->
     a = engine.prompter
     shared = {b.key for b in a.build(tiny.request(1, (30,), user="")).blocks}
     assert not shared & {b.chain_key for b in a.build(tiny.request(1, (30,), user="")).blocks[1:] if b.chain_key}
-    assert keys_of_chain(engine, tiny.request(1, ("abc",))) != keys_of_chain(engine, tiny.request(1, ("abc",), user=forged))
+    assert keys_of_chain(engine, tiny.request(1, ("abc",))) != keys_of_chain(
+        engine, tiny.request(1, ("abc",), user=forged)
+    )
 
 
 @pytest.mark.parametrize("events", [WORDS, (30, 31, 32)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rcllm.core import BlockKind, ContentKey, RankRequest
-from rcllm.engine.engine import Engine
+from rcllm.engine.engine import Engine, WarmProgress
 from rcllm.errors import ConfigError
 from tests.engine import tiny
 
@@ -16,7 +16,9 @@ CONTEXTS = ("none", "bos", "instruction", "typical", "mean(2)")
 
 def kv_of_items(engine: Engine, asked: RankRequest) -> dict[str | None, torch.Tensor]:
     engine.rank(asked)
-    keys = {b.owner: b.key for b in engine.prompter.build(asked).blocks if b.kind in (BlockKind.ITEM, BlockKind.HISTORY)}
+    keys = {
+        b.owner: b.key for b in engine.prompter.build(asked).blocks if b.kind in (BlockKind.ITEM, BlockKind.HISTORY)
+    }
     return {owner: engine.pool._blocks[key].kv for owner, key in keys.items() if key}
 
 
@@ -59,13 +61,15 @@ def test_a_sampled_context_wants_samples_with_a_history() -> None:
 def test_warming_covers_what_requests_ask_for() -> None:
     for context in CONTEXTS:
         engine = tiny.build(context=context, samples=SAMPLES)
-        seen = []
+        seen: list[WarmProgress] = []
         progress = engine.warm(tiny.IDS[:40], on_progress=seen.append)
-        assert progress == seen[-1]
+        assert (progress.done_blocks, progress.computed_tokens) == (seen[-1].done_blocks, seen[-1].computed_tokens)
         assert progress.done_blocks == progress.total_blocks == 80
         assert not progress.full
         receipt = engine.rank(tiny.request(6)).receipt
-        assert receipt.num_computed == (0 if context == "instruction" else len(engine.prompter.instructions["history_first"]))
+        assert receipt.num_computed == (
+            0 if context == "instruction" else len(engine.prompter.instructions["history_first"])
+        )
         again = engine.warm(tiny.IDS[:40])
         assert (again.done_blocks, again.computed_tokens) == (80, 0)
 

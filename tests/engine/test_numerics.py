@@ -6,6 +6,7 @@ KV is kept in fp32 here unless a test says otherwise; tolerance 1e-4 on log-prob
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,38 +16,40 @@ from rcllm.engine.engine import Engine
 from tests.engine import tiny
 
 TOLERANCE = 1e-4
-LABEL = [
+LABEL: list[dict[str, Any]] = [
     {"readout": "label", "layout": layout, "label_place": place, "parallel": parallel, "history": history}
     for layout, place, parallel, history in itertools.product(
         ("history_first", "items_first"), ("before", "after"), (False, True), ("shared", "chain")
     )
 ]
-OTHERS = [
+OTHERS: list[dict[str, Any]] = [
     {"readout": readout, "history": history}
     for readout, history in itertools.product(("pointwise", "likelihood"), ("shared", "chain"))
 ]
 ids = pytest.mark.parametrize("shape", LABEL + OTHERS, ids=lambda s: "-".join(map(str, s.values())))
 
 
-def error(engine: Engine, level: str, **options: object) -> float:
+def error(engine: Engine, level: str, **options: Any) -> float:
     """Largest difference of a score from `full`, on an empty cache and again on a warm one."""
     asked = tiny.request(6, (30, 31, 32, 33), **options)
     full = np.array(engine.rank(tiny.asking(asked, level="full")).scores)
     runs = [np.array(engine.rank(tiny.asking(asked, level=level)).scores) for _ in range(2)]
     if level != "exact" and asked.options is not None and asked.options.history == "shared":
-        assert np.array_equal(*runs), "exact: what is in the cache does not change an answer"
+        assert np.array_equal(runs[0], runs[1]), "exact: what is in the cache does not change an answer"
     return float(max(np.abs(run - full).max() for run in runs))
 
 
 @ids
 @pytest.mark.parametrize("level", ["exact", "linked(10000)", "tail(1.0)"])
-def test_exact_and_a_full_budget_equal_full_cold_and_warm(any_engine: Engine, level: str, shape: dict[str, str]) -> None:
+def test_exact_and_a_full_budget_equal_full_cold_and_warm(
+    any_engine: Engine, level: str, shape: dict[str, Any]
+) -> None:
     """close"""
     assert error(any_engine, level, **shape) < TOLERANCE
 
 
 @ids
-def test_no_budget_is_blocks(engine: Engine, shape: dict[str, str]) -> None:
+def test_no_budget_is_blocks(engine: Engine, shape: dict[str, Any]) -> None:
     """exact: the plans are the same"""
     engine.rank(tiny.request(level="blocks", **shape))  # leaves the user's chain, where there is one
     scores = [engine.rank(tiny.request(level=level, **shape)).scores for level in ("blocks", "linked(0)", "tail(0)")]
@@ -73,14 +76,16 @@ def test_the_error_falls_as_the_budget_grows(engine: Engine, rungs: list[str]) -
 
 @pytest.mark.parametrize("readout", ["pointwise", "likelihood"])
 def test_isolated_candidates_lose_nothing_but_the_users_part(any_engine: Engine, readout: str) -> None:
-    """close: without a history, the instruction is all that precedes… and `likelihood` has no reused item at all."""
-    asked = tiny.request(5, (), readout=readout)
+    """close: with a history of the user's own, `likelihood` at `blocks` is exact, since its candidates are fresh; and
+    `pointwise` reads whole items, yet never another candidate's."""
+    asked = tiny.request(5, history="chain", readout=readout)
     blocks, full = (any_engine.rank(tiny.asking(asked, level=level)) for level in ("blocks", "full"))
     if readout == "likelihood":
         assert np.allclose(blocks.scores, full.scores, atol=TOLERANCE)
     else:
         items = [b for b in blocks.receipt.blocks if b.kind is BlockKind.ITEM]
         assert all(b.num_fresh == 0 for b in items)
+        assert not np.allclose(blocks.scores, full.scores, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("kv_dtype", "bound"), [("fp16", 0.02), ("bf16", 0.15)])

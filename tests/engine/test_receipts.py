@@ -17,7 +17,12 @@ STAGES = {"prompt", "wait", "plan", "materialise", "assemble", "forward", "reado
 @pytest.mark.parametrize("level", ["full", "exact", "linked(3)", "tail(0.3)", "blocks"])
 @pytest.mark.parametrize(
     ("readout", "layout"),
-    [("label", "history_first"), ("label", "items_first"), ("pointwise", "history_first"), ("likelihood", "history_first")],
+    [
+        ("label", "history_first"),
+        ("label", "items_first"),
+        ("pointwise", "history_first"),
+        ("likelihood", "history_first"),
+    ],
 )
 def test_tokens_add_up_in_the_prompt_and_in_every_block(engine: Engine, level: str, readout: str, layout: str) -> None:
     """exact; the first time, on an empty cache, and the second"""

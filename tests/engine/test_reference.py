@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_the_torch_and_native_paths_are_both_taken() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
 @pytest.mark.parametrize("level", ["full", "blocks", "linked(3)", "tail(0.3)"])
 def test_every_level_computes_what_the_dense_twin_computes(
-    any_engine: Engine, shape: dict[str, object], level: str
+    any_engine: Engine, shape: dict[str, Any], level: str
 ) -> None:
     """close; `full` is the whole prompt, the others read blocks that were computed in their canonical context."""
     asked = tiny.request((0, 1, 7, 58, 5), (30, 31, 32), level=level, **shape)

@@ -21,11 +21,12 @@ from rcllm.cache.pool import Pool
 from rcllm.cache.store import Store
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core import Event, Item, ItemId, Level, RankOptions, RankRequest, UserId
-from rcllm.engine.engine import DTYPES, Engine
+from rcllm.engine.engine import Engine
 from tests.tiny_models import tiny_model
 
 NATIVE, TORCH = "qwen3", "llama"  # head_dim 32: the compiled kernels; head_dim 16: plain torch
 VOCAB = 512
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = r"""
 name = "tiny"
@@ -137,7 +138,11 @@ def train_tokenizer() -> BackendTokenizer:
     backend = BackendTokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    texts = [text for item in catalogue().values() for text in item.fields.values()] * 2 + [TEMPLATE, " yes no", "(10) (27) (33)"] * 6
+    texts = [text for item in catalogue().values() for text in item.fields.values()] * 2 + [
+        TEMPLATE,
+        " yes no",
+        "(10) (27) (33)",
+    ] * 6
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
         show_progress=False,
@@ -169,11 +174,13 @@ def _prototype(family: str) -> Engine:
     return build(family)
 
 
-def fresh(family: str = NATIVE, *, pool_tokens: int | None = None, kv_dtype: str = "fp32", **pool: Store) -> Engine:
+def fresh(
+    family: str = NATIVE, *, pool_tokens: int | None = None, kv_dtype: str = "fp32", store: Store | None = None
+) -> Engine:
     """An engine with an empty pool (of `pool_tokens` tokens) over a model that is loaded once."""
     engine = _prototype(family)
     dtype: torch.dtype = DTYPES[kv_dtype]
     per_token = engine.decoder.spec.kv_bytes_per_token(dtype.itemsize)
     budget = engine.pool.budget if pool_tokens is None else pool_tokens * per_token
-    made = Pool(budget, dtype, engine.decoder.device, **pool)
+    made = Pool(budget, dtype, engine.decoder.device, store)
     return Engine(engine.config, engine.decoder, engine.prompter, made, engine.model_id)

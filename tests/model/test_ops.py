@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from rcllm.model import native
+from rcllm.model.attention import prepare
 from rcllm.model.native import Kernels, kernels
 from rcllm.model.ops import NativeOps, TorchOps
 from rcllm.model.rope import Rope
-from tests.model.test_attention import SPEC
+from tests.model.test_attention import SPEC, random_group, random_rows
 
 
 @pytest.fixture
@@ -70,3 +74,42 @@ def test_packed_linear(compiled: Kernels, rows: int) -> None:
 def test_without_a_compiler_there_are_no_kernels() -> None:
     script = "from rcllm.model.native import kernels; assert kernels() is None"
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "RCLLM_NATIVE": "0"})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("-mno-avx512f",),
+        ("-mno-avx",),
+        ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-fno-sanitize=alignment"),
+    ],
+)
+def test_kernels_of_other_processors(
+    flags: tuple[str, ...], compiled: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same source for narrower vectors, and once with traps at undefined behaviour: equal results."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the flags are x86's")
+    monkeypatch.setenv("RCLLM_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, *flags))
+    narrow = native.kernels.__wrapped__()
+    assert narrow is not None
+    rope = Rope.of(SPEC, SPEC.max_positions)
+    groups = [random_group(21, dtype=torch.float16), random_group(22, rows=250)]
+    qkv = random_rows(groups)
+    wide = prepare("segmented", SPEC, rope, groups, compiled)(1, qkv)
+    got = prepare("segmented", SPEC, rope, groups, narrow)(1, qkv)
+    torch.testing.assert_close(got.output, wide.output, atol=1e-5, rtol=1e-5)
+    x = torch.randn(9, 2 * 40)
+    torch.testing.assert_close(
+        NativeOps(SPEC, rope, narrow).swiglu(x), TorchOps(SPEC, rope).swiglu(x), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_compiler_that_fails_means_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("RCLLM_HOME", str(tmp_path))
+    assert native.kernels.__wrapped__() is None

@@ -20,7 +20,11 @@ def attend(spec: ModelSpec, groups: Sequence[Group], layer: int, qkv: torch.Tens
     start = 0
     for group in groups:
         fresh = slice(start, start + group.num_rows)
-        keys, values, places = [k[fresh]], [v[fresh]], list(zip(group.block.tolist(), group.offset.tolist(), strict=True))
+        keys, values, places = (
+            [k[fresh]],
+            [v[fresh]],
+            list(zip(group.block.tolist(), group.offset.tolist(), strict=True)),
+        )
         for segment in group.segments:
             cached = segment.kv[layer, :, :, segment.start : segment.stop].double().transpose(1, 2)
             keys.append(turn(spec, cached[0], segment.base))

@@ -1,6 +1,6 @@
 """The slow, obvious twin of the request path: one dense computation over all tokens of a prompt, in fp64.
 
-Every token is a row; who sees whom is written out pair by pair; RoPE is applied to unrotated keys at each row's position.
+Every token is a row; who sees whom is written out pair by pair; RoPE is applied to unrotated keys at each position.
 Reused tokens are rows whose K and V come from a dense computation of their own block after its canonical context.
 Takes weights and prompts from the product, and no other code.
 """
@@ -150,7 +150,7 @@ class FullModel:
         return [sum(nodes[label[:i]][label[i]] for i in range(len(label))) for label in prompt.label_ids]
 
     def _prefix(self, prompt: Prompt, block: int) -> TokenIds:
-        """The label's tokens up to a branch block: those of all blocks from the question on that it sees, and its own."""
+        """The label's tokens up to a branch block: those of the branches that it sees, and its own."""
         question = max(i for i, b in enumerate(prompt.blocks) if b.kind == "question")
         path = [i for i in range(question + 1, block) if prompt.sees[block, i]]
         path += [block] if block > question else []

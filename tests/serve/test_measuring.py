@@ -57,7 +57,7 @@ def test_bench_ttft(run: Run, shop: Shop, tmp_path: Path, source: str) -> None:
     assert rows[0]["speedup_full"] == 1.0
     assert rows[0]["tau"] == rows[1]["tau"] == pytest.approx(1.0)
     assert rows[2]["fresh_tokens"] < rows[3]["fresh_tokens"] < rows[1]["fresh_tokens"] < rows[0]["fresh_tokens"]
-    assert "prefix cache" in shown.stdout
+    assert "prefix caching" in shown.stdout
 
 
 def test_bench_needs_requests(run: Run, shop: Shop) -> None:

@@ -1,0 +1,86 @@
+"""Makes the parts of an engine from a configuration: decoder, prompter, pool.
+
+Knows nothing of requests. Invariant: the pool's budget is what the configured memory leaves once the model is loaded,
+so that the process as a whole stays within it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from rcllm.cache.pool import Pool
+from rcllm.cache.store import MemoryStore
+from rcllm.config import MIB, Config
+from rcllm.core import Item, ItemId, RankRequest
+from rcllm.errors import ConfigError, ModelError
+from rcllm.model.decoder import Decoder
+from rcllm.model.weights import load_model
+from rcllm.prompt.blocks import Prompter
+from rcllm.prompt.template import Template, chat_format
+from rcllm.prompt.tokenizer import Tokenizer
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_SMALLEST_POOL_TOKENS = 256
+
+
+def load_decoder(config: Config, folder: Path) -> Decoder:
+    """Apart, so that the matrices as loaded are gone when memory is counted: the decoder packs its own."""
+    spec, weights = load_model(folder, DTYPES[config.model.dtype], config.model.device)
+    return Decoder(spec, weights, config.model.attention, config.model.max_positions)
+
+
+def make_prompter(
+    config: Config,
+    folder: Path,
+    model: bytes,
+    decoder: Decoder,
+    catalogue: Mapping[ItemId, Item],
+    samples: Sequence[RankRequest],
+) -> Prompter:
+    """`model`: the model's fingerprint, part of every content key. Raises ConfigError, ModelError."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > decoder.spec.vocab_size:
+        raise ModelError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {decoder.spec.vocab_size}; "
+            "they do not belong together"
+        )
+    template = Template.load(config.prompt.template)
+    chat = config.prompt.chat if config.prompt.chat != "auto" else tokenizer.chat_format
+    dtypes = f"{config.model.dtype} {config.cache.kv_dtype}"
+    namespace = b"".join((model, tokenizer.fingerprint, template.fingerprint, chat.encode(), dtypes.encode()))
+    return Prompter(
+        template,
+        chat_format(chat),
+        tokenizer,
+        catalogue,
+        namespace,
+        decoder.max_positions,
+        config.prompt.max_candidates,
+        config.prompt.context,
+        samples,
+    )
+
+
+def make_pool(config: Config, decoder: Decoder) -> Pool:
+    """The pool that process, model and workspace leave of the configured memory. Raises ConfigError."""
+    spec, cache = decoder.spec, config.cache
+    activations = (6 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 3 * spec.ffn_size) * 4
+    workspace = decoder.max_positions * activations + 2 * cache.pass_tokens * spec.kv_bytes_per_token(4) + 64 * MIB
+    resident = psutil.Process().memory_info().rss
+    if decoder.device.type == "cuda":
+        free = torch.cuda.mem_get_info(decoder.device)[0] - workspace
+    else:
+        free = cache.memory_mb * MIB - resident - workspace
+    budget = cache.pool_mb * MIB or int(free)
+    if budget < spec.kv_bytes_per_token(4) * _SMALLEST_POOL_TOKENS:
+        raise ConfigError(
+            f"cache.memory_mb = {cache.memory_mb} leaves {budget / MIB:.0f} MB for cached KV: the process with its "
+            f"model takes {resident / MIB:.0f} MB and passes need {workspace / MIB:.0f} MB. "
+            "Raise cache.memory_mb, or lower cache.pass_tokens or model.max_positions"
+        )
+    store = MemoryStore(cache.host_mb * MIB) if cache.host_mb else None
+    return Pool(budget, DTYPES[cache.kv_dtype], decoder.device, store)

@@ -1,0 +1,234 @@
+"""The pool against a model of it: what is published stays while held, within the budget, whatever is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from rcllm.cache.pool import Held, Pool
+from rcllm.cache.store import MemoryStore, StoredBlock
+from rcllm.core import ContentKey
+from rcllm.errors import CapacityError
+from tests.engine.test_capacity import BrokenStore
+
+CPU = torch.device("cpu")
+BUDGET_TOKENS = 20
+TOKEN_BYTES = 2 * 2 * 4  # [1 layer, K and V, 1 head, 1 token, 2 dims] in fp32
+
+
+def key(number: int) -> ContentKey:
+    return ContentKey(bytes([number]) * 32)
+
+
+def kv(number: int, size: int | None = None) -> torch.Tensor:
+    """Block `number`: its contents tell which it is, its length is fixed."""
+    return torch.full((1, 2, 1, number % 6 + 1 if size is None else size, 2), float(number))
+
+
+def owner(number: int) -> str:
+    return f"owner {number % 3}"
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """What must hold: contents are right, held blocks stay, erased ones go, and the budget is kept."""
+
+    @initialize(tier=st.sampled_from(["none", "memory", "broken"]))
+    def make(self, tier: str) -> None:
+        stores = {"none": None, "memory": MemoryStore(10 * TOKEN_BYTES), "broken": BrokenStore()}
+        self.store = stores[tier]
+        self.pool = Pool(BUDGET_TOKENS * TOKEN_BYTES, torch.float32, CPU, self.store)
+        self.held: list[tuple[Held, set[int]]] = []
+        self.published: set[int] = set()  # ever, and not erased since: what may be found
+
+    @rule(count=st.integers(1, 2))
+    def hold(self, count: int) -> None:
+        for _ in range(count):
+            self.held.append((Held(self.pool), set()))
+
+    @precondition(lambda self: self.held)
+    @rule(who=st.integers(0, 9), number=st.integers(0, 11))
+    def publish(self, who: int, number: int) -> None:
+        held, mine = self.held[who % len(self.held)]
+        before = set(self.pool._blocks)
+        try:
+            held.publish(key(number), kv(number), 1.0 + number, owner(number))
+        except CapacityError:
+            assert set(self.pool._blocks) == before, "a refusal changes nothing"
+            return
+        mine.add(number)
+        if key(number) in self.pool._blocks:  # not so when it was erased while this holder kept it
+            self.published.add(number)
+
+    @precondition(lambda self: self.held)
+    @rule(who=st.integers(0, 9), numbers=st.lists(st.integers(0, 11), max_size=4))
+    def fetch(self, who: int, numbers: list[int]) -> None:
+        held, mine = self.held[who % len(self.held)]
+        pins = sum(self.pool._index._pins.values())
+        try:
+            missing = held.fetch(map(key, numbers))
+        except CapacityError:
+            assert sum(self.pool._index._pins.values()) == pins, "a refusal leaves no pin"
+            return
+        got = {number for number in numbers if key(number) not in missing}
+        assert got <= self.published | mine
+        mine |= got
+
+    @precondition(lambda self: self.held)
+    @rule(who=st.integers(0, 9))
+    def release(self, who: int) -> None:
+        self.held.pop(who % len(self.held))[0].release()
+
+    @rule(number=st.integers(0, 2))
+    def erase(self, number: int) -> None:
+        try:
+            self.pool.delete_owner(owner(number))
+        except OSError:
+            assert isinstance(self.store, BrokenStore)
+        gone = {n for n in range(12) if owner(n) == owner(number)}
+        self.published -= gone
+        assert not any(self.pool.contains(key(n)) for n in gone)
+
+    @rule()
+    def clear(self) -> None:
+        self.pool.clear()
+        assert not self.pool._blocks
+
+    @invariant()
+    def whole(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check()
+        if isinstance(self.store, MemoryStore):
+            self.store.check()
+        assert self.pool.budget - self.pool.free_bytes <= BUDGET_TOKENS * TOKEN_BYTES
+        for held, mine in self.held:
+            assert held.blocks.keys() == set(map(key, mine))
+            for number in mine:
+                assert torch.equal(held.blocks[key(number)], kv(number)), "what is held never changes"
+        for number in range(12):
+            if key(number) in self.pool._blocks:
+                assert number in self.published
+                assert torch.equal(self.pool._blocks[key(number)].kv, kv(number))
+        pins = sum(len(mine) for _, mine in self.held)
+        assert sum(self.pool._index._pins.values()) == pins
+
+    def teardown(self) -> None:
+        for held, _ in getattr(self, "held", []):
+            held.release()
+        if hasattr(self, "pool"):
+            assert not self.pool._index._pins
+
+
+TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def pool(tokens: int, store: object = None, dtype: torch.dtype = torch.float32) -> Pool:
+    return Pool(tokens * TOKEN_BYTES, dtype, CPU, store)  # type: ignore[arg-type]
+
+
+def put(target: Pool, *numbers: int, size: int = 1) -> None:
+    with target.hold() as held:
+        for number in numbers:
+            held.publish(key(number), kv(number, size), 1.0, owner(number))
+
+
+def test_what_does_not_fit_leaves_everything_as_it_was() -> None:
+    target = pool(4)
+    put(target, 0, 1)
+    with target.hold() as held, pytest.raises(CapacityError):
+        held.publish(key(9), kv(9, 5), 1.0, None)
+    assert set(target._blocks) == {key(0), key(1)}
+    assert target.stats().evictions == 0
+    target.check()
+
+
+def test_a_block_that_comes_back_from_below_and_does_not_fit_leaves_no_pin() -> None:
+    """A regression: the blocks of the same fetch that were there stayed pinned for ever."""
+    store = MemoryStore(1 << 20)
+    target = pool(4, store)
+    put(target, 0, size=3)
+    store.put_many({key(7): StoredBlock(kv(7, 3), 1.0, None)})
+    with target.hold() as held, pytest.raises(CapacityError):
+        held.fetch([key(0), key(7)])
+    target.check()
+    assert not target._index._pins
+    put(target, 9, size=4)
+
+
+def test_evicted_blocks_go_below_and_come_back() -> None:
+    target = pool(2, MemoryStore(1 << 20))
+    put(target, 0, 1)
+    put(target, 2)
+    assert key(0) not in target._blocks
+    assert target.contains(key(0))
+    with target.hold() as held:
+        assert held.fetch([key(0), key(0), key(5)]) == [key(5)]
+        assert held.sources == {key(0): "host"}
+        assert torch.equal(held.blocks[key(0)], kv(0, 1))
+    stats = target.stats()
+    assert (stats.hits, stats.misses, stats.store_errors) == (1, 1, 0)
+
+
+def test_published_blocks_are_copies_in_the_pools_dtype() -> None:
+    target = pool(4, dtype=torch.float16)
+    source = kv(3, 1)
+    with target.hold() as held:
+        held.publish(key(3), source, 1.0, None)
+        source.zero_()
+        assert held.blocks[key(3)].dtype == torch.float16
+        assert held.blocks[key(3)].is_contiguous()
+        assert (held.blocks[key(3)] == 3.0).all()
+        assert target.stats().num_bytes == TOKEN_BYTES // 2
+
+
+def test_a_store_that_raises_is_a_miss_and_counted() -> None:
+    target = pool(1, BrokenStore())
+    put(target, 0)
+    put(target, 1)  # evicts: put_many raises
+    assert not target.contains(key(5))  # contains_many raises
+    with target.hold() as held:
+        assert held.fetch([key(5)]) == [key(5)]  # get_many raises
+    assert target.stats().store.num_blocks == 0  # stats raises
+    assert target.stats().store_errors == 5
+    target.check()
+
+
+class HalfStore(MemoryStore):
+    """Fails on every second read."""
+
+    reads = 0
+
+    def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, StoredBlock]:
+        self.reads += 1
+        if self.reads % 2:
+            raise TimeoutError("slow")
+        return super().get_many(keys)
+
+
+def test_a_store_that_recovers_is_used_again() -> None:
+    target = pool(1, HalfStore(1 << 20))
+    put(target, 0)
+    put(target, 1)
+    for expected in ([key(0)], []):
+        with target.hold() as held:
+            assert held.fetch([key(0)]) == expected
+
+
+def test_an_erased_block_lives_on_with_its_holder_alone() -> None:
+    target = pool(4)
+    with target.hold() as held:
+        held.publish(key(0), kv(0, 1), 1.0, "ann")
+        assert target.delete_owner("ann") == 1
+        assert torch.equal(held.blocks[key(0)], kv(0, 1))
+        with target.hold() as other:
+            assert other.fetch([key(0)]) == [key(0)]
+            other.publish(key(0), kv(0, 1), 1.0, "ann")
+        target.check()
+    assert not target._index._pins
+    target.check()

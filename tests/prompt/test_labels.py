@@ -1,0 +1,46 @@
+"""Names of labels, and the trie of their tokens."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rcllm.prompt.labels import choices, label_names
+
+
+@given(st.integers(1, 1200))
+def test_names_are_distinct_and_of_one_width(count: int) -> None:
+    names = label_names(count)
+    assert len(set(names)) == len(names) == count
+    assert len({len(name) for name in names}) == 1
+    assert all(name.isalpha() for name in names) if count <= 26 else all(name.isdecimal() for name in names)
+
+
+def test_letters_then_numbers() -> None:
+    assert label_names(3) == ("A", "B", "C")
+    assert label_names(26)[-1] == "Z"
+    assert label_names(27)[:2] == ("01", "02")
+    assert label_names(27)[-1] == "27"
+    assert label_names(100)[0] == "001"
+
+
+def test_choices_are_the_inner_nodes_parents_first() -> None:
+    nodes = choices([(1, 2), (1, 3), (4,), (5, 6, 7)])
+    assert [(node.prefix, node.token_ids) for node in nodes] == [
+        ((), (1, 4, 5)),
+        ((1,), (2, 3)),
+        ((5,), (6,)),
+        ((5, 6), (7,)),
+    ]
+
+
+@given(st.sets(st.tuples(*[st.integers(0, 3)] * 3), min_size=1))
+def test_every_label_is_one_path(labels: set[tuple[int, ...]]) -> None:
+    nodes = {node.prefix: node.token_ids for node in choices(sorted(labels))}
+    for label in labels:
+        assert all(label[i] in nodes[label[:i]] for i in range(3))
+    assert sum(len(after) for prefix, after in nodes.items() if len(prefix) == 2) == len(labels)
+    seen: set[tuple[int, ...]] = {()}
+    for prefix in nodes:
+        assert prefix in seen
+        seen |= {(*prefix, token) for token in nodes[prefix]}

@@ -1,0 +1,156 @@
+"""The configuration: read strictly, resolved once."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcllm.config import (
+    MIB,
+    CacheConfig,
+    Config,
+    Hardware,
+    ModelConfig,
+    PromptConfig,
+    check_options,
+    context_samples,
+    from_mapping,
+    nearest,
+    resolve,
+)
+from rcllm.core import Level, RankOptions
+from rcllm.errors import ConfigError
+
+SMALL = Hardware(has_cuda=False, memory_bytes=1000 * MIB)
+LARGE = Hardware(has_cuda=True, memory_bytes=1000 * MIB)
+
+
+def load(folder: Path, text: str) -> Config:
+    path = folder / "rcllm.toml"
+    path.write_text(text, encoding="utf-8")
+    return Config.load(path)
+
+
+def test_a_file_is_read_section_by_section(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        """
+        [model]
+        path = "some/model"
+        threads = 2
+        [prompt]
+        context = "mean(4)"
+        [cache]
+        kv_dtype = "bf16"
+        [rank]
+        level = "linked(8)"
+        parallel = true
+        """,
+    )
+    assert config.model == ModelConfig(path="some/model", threads=2)
+    assert config.prompt == PromptConfig(context="mean(4)")
+    assert config.cache == CacheConfig(kv_dtype="bf16")
+    assert config.rank == RankOptions(level=Level("linked", 8), parallel=True)
+    assert load(tmp_path, "") == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[cahce]", "unknown key 'cahce'; did you mean 'cache'"),
+        ("[cache]\nmemory_gb = 3", "cache: unknown key 'memory_gb'; did you mean 'memory_mb'"),
+        ("[cache]\nmemory_mb = '3'", "cache: memory_mb must be int, got '3'"),
+        ("[cache]\nmemory_mb = true", "cache: memory_mb must be int, got True"),
+        ("[rank]\nparallel = 1", "rank: parallel must be bool, got 1"),
+        ("[rank]\nreadout = 'labels'", "rank: readout must be one of label, pointwise, likelihood, got 'labels'"),
+        ("[rank]\nlevel = 'fast'", "unknown reuse level 'fast'"),
+        ("[rank]\nlevel = 3", "rank: level must be a text"),
+        ("model = 3", "model must be a section, got 3"),
+        ("[model", r"rcllm\.toml"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, text)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml"):
+        Config.load(tmp_path / "absent.toml")
+
+
+def autos(value: Any) -> list[str]:
+    found = []
+    for field in fields(value):
+        inner = getattr(value, field.name)
+        found += autos(inner) if is_dataclass(inner) else [field.name] * (inner == "auto")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("hardware", "device", "dtype", "kv_dtype"), [(SMALL, "cpu", "fp32", "fp16"), (LARGE, "cuda", "bf16", "bf16")]
+)
+def test_resolving_fits_the_hardware(hardware: Hardware, device: str, dtype: str, kv_dtype: str) -> None:
+    config = resolve(Config(), hardware)
+    assert (config.model.device, config.model.dtype, config.cache.kv_dtype) == (device, dtype, kv_dtype)
+    assert config.cache.memory_mb == 600
+    # what is left to choose are the backend (per pass) and the chat format (by the tokenizer)
+    assert autos(config) == ["attention", "chat"]
+    assert resolve(config, hardware) == config
+
+
+def test_resolving_keeps_what_is_given() -> None:
+    given = Config(ModelConfig(device="cpu", dtype="bf16"), cache=CacheConfig(memory_mb=7, kv_dtype="fp32"))
+    assert resolve(given, LARGE) == given
+    assert resolve(replace(given, cache=CacheConfig(memory_mb=7)), LARGE).cache.kv_dtype == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Config(ModelConfig(device="cuda")), "torch sees no GPU"),
+        (Config(ModelConfig(max_positions=0)), r"model\.max_positions must be at least 1, got 0"),
+        (Config(prompt=PromptConfig(max_candidates=0)), r"prompt\.max_candidates must be at least 1"),
+        (Config(cache=CacheConfig(pass_tokens=-1)), r"cache\.pass_tokens must be at least 1"),
+        (Config(prompt=PromptConfig(context="instructions")), "unknown canonical context 'instructions'"),
+        (Config(rank=RankOptions(layout="items_first", readout="pointwise")), "needs layout history_first"),
+    ],
+)
+def test_what_cannot_work_is_refused(config: Config, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(config, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": "content_free", "readout": "likelihood"}, "corrects label letters; read-out 'likelihood' has none"),
+        ({"layout": "items_first", "readout": "likelihood"}, "needs layout history_first"),
+        ({"readout": "labels"}, "unknown readout 'labels'; did you mean 'label'"),
+        ({"history": "none"}, "unknown history 'none'; known: chain, shared"),
+        ({"level": "blocks"}, r"level must be a Level, got 'blocks'; read one with Level\.parse"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_options(RankOptions(**options))
+
+
+def test_contexts() -> None:
+    counts = [context_samples(name) for name in ("none", "bos", "instruction", "typical", "mean(1)", "mean(12)")]
+    assert counts == [0, 0, 0, 1, 1, 12]
+    for name in ("", "mean", "mean()", "mean(0)", "mean(-1)", "mean(²)", "mean(2.5)"):
+        with pytest.raises(ConfigError, match="expected one of none, bos"):
+            context_samples(name)
+
+
+def test_the_nearest_name_or_all_of_them() -> None:
+    assert nearest("blokcs", ["blocks", "exact"]) == "did you mean 'blocks'?"
+    assert nearest("zzz", ["b", "a"]) == "known: a, b"
+
+
+def test_a_mapping_gives_defaults_where_it_is_silent() -> None:
+    assert from_mapping(CacheConfig, {}, "here") == CacheConfig()
