@@ -257,7 +257,7 @@ class Receipt:
     num_reused: int
     num_computed: int  # tokens of missing blocks that were computed for it (or for its batch) and published
     kv_bytes_read: int  # cached KV that attention read
-    kv_bytes_copied: int  # of these, bytes that were copied or converted to another buffer first
+    kv_bytes_copied: int  # published KV that the whole batch copied or converted before reading; 0 when read in place
     stage_ms: Mapping[str, float]  # wall time of each stage; of the whole batch where requests are batched
     batch_size: int
     blocks: tuple[BlockReceipt, ...]

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rcllm.core import Level, RankOptions
+from rcllm.core import RankOptions
 from rcllm.decode.rank import Scores
 
 
@@ -26,33 +26,33 @@ class LabelBias:
 
     def correct(self, options: RankOptions, scores: Scores) -> Scores:
         """Scores without the bias that `options.bias` estimates; the scores themselves where it is "none"."""
-        kind = (len(scores), replace(options, level=Level("full"), bias="none"))
+        kind = (len(scores), replace(options, bias="none"))
         match options.bias:
             case "content_free":
                 if kind not in self._priors:
                     self._priors[kind] = self._content_free(*kind)
                 return scores - centre(self._priors[kind])
             case "running_mean":
-                return scores - centre(self._running.setdefault(kind, RunningMean()).update(scores))
+                return scores - centre(self._running.setdefault(kind, RunningMean(len(scores))).then_add(scores))
             case _:
                 return scores
 
 
 class RunningMean:
-    """The mean log-probability that each slot has had so far: a label's bias, learnt online.
+    """The mean log-probability that each slot had in earlier requests: a label's bias, learnt online.
 
     Order-dependent by nature: a score depends on the requests before it, and the receipt says so.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_slots: int) -> None:
         self._count = 0
-        self._total: Scores = np.zeros(1)
+        self._total: Scores = np.zeros(num_slots)
 
-    def update(self, log_probs: Scores) -> Scores:
-        """Adds one request's log-probabilities, and returns the mean including it."""
-        self._count += 1
-        self._total = self._total + log_probs
-        return self._total / self._count
+    def then_add(self, log_probs: Scores) -> Scores:
+        """The mean so far, uniform before the first request; then adds this request's log-probabilities."""
+        mean = self._total / self._count if self._count else np.full(len(log_probs), -math.log(len(log_probs)))
+        self._count, self._total = self._count + 1, self._total + log_probs
+        return mean
 
 
 def centre(prior: Scores) -> Scores:

@@ -210,11 +210,13 @@ class Engine:
                 held.publish(block.chain_key, kv, cost, user_owner(prompt.user_id))
 
     def _score_content_free(self, num_candidates: int, options: RankOptions) -> Scores:
-        """The log-probabilities of labels whose candidates all read the same, with nothing reused."""
-        prompt = self.prompter.build_content_free(num_candidates, options)
-        assembled = assemble([Planned(prompt, plan(prompt, options.level, lambda key: False))], {}, self.decoder.device)
-        hidden = self.decoder.forward(assembled.work).hidden
-        return score(self.decoder, prompt, hidden, assembled.read_rows[0])
+        """The log-probabilities of labels whose candidates all read the same."""
+        planned = self._plan(self.prompter.build_content_free(num_candidates, options))
+        with self.pool.hold() as held:
+            self._materialise([planned], held)
+            assembled = assemble([planned], held.blocks, self.decoder.device)
+            hidden = self.decoder.forward(assembled.work).hidden
+        return score(self.decoder, planned.prompt, hidden, assembled.read_rows[0])
 
     # ---- the cache ----
 
@@ -230,7 +232,7 @@ class Engine:
         computed when it is asked for. Give the most requested items first. Requests are served in between.
         """
         layout: Layout = self.config.rank.layout
-        items = [self.prompter.catalogue[i] for i in (self.prompter.catalogue if item_ids is None else item_ids)]
+        items = [self.prompter.item(i) for i in (self.prompter.catalogue if item_ids is None else item_ids)]
         blocks = [self.prompter.item_block(item, layout) for item in items]
         if self.config.rank.history == "shared":
             blocks += [self.prompter.event_block(item, layout) for item in items]

@@ -7,7 +7,7 @@ tokenizer, template and KV dtype (the namespace), the tokens before it when it w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
@@ -126,15 +126,18 @@ class Prompter:
         """The text of an event, and whether it had to be cut."""
         if (event.item_id is None) == (event.text is None):
             raise RequestError(f"an event has either an item_id or a text, got {event}")
+        t = self.template
         if event.item_id is not None:
-            text = render(self.template.event, self._item(event.item_id).fields) or f"\n- {EMPTY_TEXT}"
-        else:
-            text = self.template.event_text.replace("{text}", event.text or EMPTY_TEXT)
-        return self._cut(text, self.template.max_event_tokens)
+            text = render(t.event, self.item(event.item_id).fields) or f"\n- {EMPTY_TEXT}"
+            return self._cut(text, t.max_event_tokens)
+        text = t.event_text.replace("{text}", event.text or EMPTY_TEXT)
+        return self._cut(text, t.max_event_tokens, self.tokenizer.encode_unremembered)
 
-    def _cut(self, text: str, most_tokens: int) -> tuple[TokenIds, bool]:
+    def _cut(
+        self, text: str, most_tokens: int, encode: Callable[[str], TokenIds] | None = None
+    ) -> tuple[TokenIds, bool]:
         """At least one token: a tokenizer may make nothing of white space or of what its normaliser drops."""
-        ids = self.tokenizer.encode(text) or self.tokenizer.encode(EMPTY_TEXT)
+        ids = (encode or self.tokenizer.encode)(text) or self.tokenizer.encode(EMPTY_TEXT)
         return ids[:most_tokens], len(ids) > most_tokens
 
     def item_block(self, item: Item, layout: Layout) -> Block:
@@ -155,7 +158,7 @@ class Prompter:
         """Raises RequestError (bad request, unknown item, too long)."""
         options = request.options or RankOptions()
         self._check(request)
-        items = [self._item(item_id, request.volatile.get(item_id)) for item_id in request.candidates]
+        items = [self.item(item_id, request.volatile.get(item_id)) for item_id in request.candidates]
         return self._assemble(request, items, options)
 
     def build_content_free(self, num_candidates: int, options: RankOptions) -> Prompt:
@@ -243,7 +246,8 @@ class Prompter:
                 block = draft.add(BlockKind.LABEL, ids[:-1])
                 draft.reads.extend(Read(block, i, (ids[i + 1],), slot) for i in range(len(ids) - 1))
 
-    def _item(self, item_id: ItemId, volatile: Mapping[str, str] | None = None) -> Item:
+    def item(self, item_id: ItemId, volatile: Mapping[str, str] | None = None) -> Item:
+        """An entry of the catalogue, with a request's own volatile fields. Raises UnknownItemError."""
         item = self.catalogue.get(item_id)
         if item is None:
             raise UnknownItemError(f"item {item_id!r} is not in the catalogue of {len(self.catalogue)} items")

@@ -84,6 +84,10 @@ class Tokenizer:
         """Ids of a user's text. What looks like a control token in it is spelled out in ordinary tokens."""
         return self._cached(text)
 
+    def encode_unremembered(self, text: str) -> TokenIds:
+        """The same, keeping no copy of the text: for a user's own words, which may have to be erased."""
+        return self._encode(text)
+
     def encode_control(self, text: str) -> TokenIds:
         """Ids of a template's own text, in which control tokens such as `<|im_start|>` are meant."""
         return tuple(self._full.encode(text, add_special_tokens=False).ids)

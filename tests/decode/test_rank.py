@@ -80,10 +80,11 @@ def test_order_is_by_score_and_ties_by_candidate(scores: list[float]) -> None:
     assert order(scores) == tuple(sorted(range(len(scores)), key=lambda i: (-scores[i], i)))
 
 
-def test_a_running_mean_includes_the_request_itself() -> None:
-    mean = RunningMean()
-    assert mean.update(np.array([1.0, 3.0])).tolist() == [1.0, 3.0]
-    assert mean.update(np.array([3.0, 5.0])).tolist() == [2.0, 4.0]
+def test_a_running_mean_is_of_earlier_requests_and_uniform_before_the_first() -> None:
+    mean = RunningMean(2)
+    assert np.allclose(mean.then_add(np.array([1.0, 3.0])), -math.log(2))
+    assert mean.then_add(np.array([3.0, 5.0])).tolist() == [1.0, 3.0]
+    assert mean.then_add(np.array([0.0, 0.0])).tolist() == [2.0, 4.0]
 
 
 def test_a_uniform_prior_corrects_nothing() -> None:

@@ -173,3 +173,13 @@ def test_an_item_and_a_user_of_one_name_are_two_owners(engine: Engine) -> None:
     engine.rank(tiny.request((0,), ()))
     assert engine.erase_user(UserId("i0")) == 2
     assert engine.retire_item(ItemId("i0")) == 1
+
+
+def test_a_users_words_leave_no_copy_in_the_tokenizer() -> None:
+    engine = tiny.build()
+    tokenizer = engine.prompter.tokenizer
+    engine.rank(tiny.request(3, ("my own words",)))
+    before = tokenizer._cached.cache_info()  # type: ignore[attr-defined]
+    for text in ("\n- my own words", "my own words"):
+        tokenizer.encode(text)
+    assert tokenizer._cached.cache_info().misses == before.misses + 2  # type: ignore[attr-defined]
