@@ -45,7 +45,8 @@ from rcllm.metrics import Stopwatch
 from rcllm.model.decoder import Decoder
 from rcllm.model.pull import pull
 from rcllm.model.weights import fingerprint
-from rcllm.prompt.blocks import Context, Prompter
+from rcllm.prompt.blocks import Prompter
+from rcllm.prompt.keys import Context
 from rcllm.reuse.assemble import Planned, assemble
 from rcllm.reuse.plan import plan
 

@@ -16,7 +16,7 @@ from rcllm.cache.pool import Held
 from rcllm.core import ContentKey, TokenIds
 from rcllm.model.decoder import Decoder
 from rcllm.model.spec import ModelSpec
-from rcllm.prompt.blocks import Context, content_key
+from rcllm.prompt.keys import Context, content_key
 from rcllm.reuse.assemble import assemble_blocks
 
 NOTHING = Context(((),))

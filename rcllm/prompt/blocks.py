@@ -1,14 +1,13 @@
 """A request becomes a prompt: typed blocks with positions, keys, a block mask, and what is to be read at the end.
 
 Typed fields are tokenised apart and joined here; no separator is ever searched for in text. Knows nothing of which KV
-exists. Invariant: a content key names KV by everything that its values depend on, and nothing else: model, adapter,
-tokenizer, template and KV dtype (the namespace), the tokens before it when it was computed (the context), and its own.
+exists. Invariant: the blocks' tokens in order are the prompt, and a block sees only blocks before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -31,38 +30,12 @@ from rcllm.core import (
     TokenIds,
 )
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
+from rcllm.prompt.keys import Context, content_key, token_bytes
 from rcllm.prompt.labels import choices, label_names
 from rcllm.prompt.template import ChatFormat, Template, render
 from rcllm.prompt.tokenizer import Tokenizer
 
 EMPTY_TEXT = "(no text)"  # an item none of whose template fields is known still needs a block
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """A canonical context: what stood before a block when its KV was computed. Several: the KV is their mean."""
-
-    variants: tuple[TokenIds, ...]  # each the tokens before; () is nothing at all
-
-    digest: bytes = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", self._digest())
-
-    def _digest(self) -> bytes:
-        digests = [blake3(_bytes(tokens)).digest() for tokens in self.variants]
-        return digests[0] if len(digests) == 1 else blake3(b"mean" + b"".join(digests)).digest()
-
-
-def content_key(namespace: bytes, context: bytes, token_ids: TokenIds, owner: str | None = None) -> ContentKey:
-    """`context`: digest of the tokens before the block; `owner`: the user, for what must not be shared."""
-    # hashed apart, so that no name of a user can stand for another's name and first tokens, nor for nobody's
-    whose = b"" if owner is None else blake3(owner.encode("utf-8", "surrogatepass")).digest()
-    return ContentKey(blake3(namespace + context + whose + b"\0" + _bytes(token_ids)).digest())
-
-
-def _bytes(token_ids: TokenIds) -> bytes:
-    return np.asarray(token_ids, dtype="<i4").tobytes()
 
 
 class Prompter:
@@ -294,7 +267,7 @@ class _Draft:
             chain_key = self._chain_key(kind, ids)
             key = chain_key if kind is BlockKind.INSTRUCTION else key
         self._chained = chain_key is not None
-        self._context.update(_bytes(ids))
+        self._context.update(token_bytes(ids))
         self.blocks.append(Block(kind, ids, self._base, owner, key, chain_key, self._slot))
         self._base += len(ids)
         self.end = max(self.end, self._base)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from rcllm.core import Block, BlockKind, ContentKey, Event, Item, ItemId, Layout, Prompt, RankRequest, Readout
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
-from rcllm.prompt.blocks import EMPTY_TEXT, Prompter, content_key
+from rcllm.prompt.blocks import EMPTY_TEXT, Prompter
+from rcllm.prompt.keys import content_key
 from rcllm.prompt.template import Template, chat_format
 from rcllm.prompt.tokenizer import Tokenizer
 from tests.engine import tiny
