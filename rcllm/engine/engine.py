@@ -239,13 +239,16 @@ class Engine:
             blocks += [self.prompter.event_block(item, layout) for item in items]
         todo = [self._warmable(block, layout) for block in {block.key: block for block in blocks}.values()]
         todo = [missing for missing in todo if not self.pool.contains(missing.key)]
-        start, total, left, tokens, full = time.perf_counter(), len(blocks), len(todo), 0, False
+        start, total, left, full = time.perf_counter(), len(blocks), len(todo), False
 
         def progress() -> WarmProgress:
             elapsed = time.perf_counter() - start
             eta = elapsed * left / (len(todo) - left) if left < len(todo) else 0.0
             return WarmProgress(total - left, total, tokens, self.pool.stats().num_bytes, full, elapsed, eta)
 
+        instruction = self._warmable(self.prompter.instruction_block(layout), layout)
+        with self._lock, self.pool.hold() as held:
+            tokens = self._materialiser.compute([instruction] if held.fetch([instruction.key]) else [], held)
         for chunk in chunks(todo, self.config.cache.pass_tokens):
             num_bytes = sum(len(missing.token_ids) for missing in chunk) * self._kv_bytes_per_token
             with self._lock, self.pool.hold() as held:
@@ -284,7 +287,8 @@ class Engine:
 
     def _warmable(self, block: Block, layout: Layout) -> Missing:
         assert block.key is not None
-        return Missing(block.key, block.token_ids, self.prompter.contexts[layout][block.kind], item_owner(block.owner))
+        context = NOTHING if block.kind is BlockKind.INSTRUCTION else self.prompter.contexts[layout][block.kind]
+        return Missing(block.key, block.token_ids, context, item_owner(block.owner))
 
     def _notes(self, options: RankOptions) -> tuple[str, ...]:
         notes = []

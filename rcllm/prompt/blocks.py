@@ -113,6 +113,11 @@ class Prompter:
         ids = (encode or self.tokenizer.encode)(text) or self.tokenizer.encode(EMPTY_TEXT)
         return ids[:most_tokens], len(ids) > most_tokens
 
+    def instruction_block(self, layout: Layout) -> Block:
+        """The shared first block, whose canonical context is nothing."""
+        ids = self.instructions[layout]
+        return Block(BlockKind.INSTRUCTION, ids, 0, None, content_key(self.namespace, Context(((),)).digest, ids))
+
     def item_block(self, item: Item, layout: Layout) -> Block:
         """What `warm` computes for an item as a candidate."""
         ids, _ = self.item_ids(item)

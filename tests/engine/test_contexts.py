@@ -66,10 +66,7 @@ def test_warming_covers_what_requests_ask_for() -> None:
         assert (progress.done_blocks, progress.computed_tokens) == (seen[-1].done_blocks, seen[-1].computed_tokens)
         assert progress.done_blocks == progress.total_blocks == 80
         assert not progress.full
-        receipt = engine.rank(tiny.request(6)).receipt
-        assert receipt.num_computed == (
-            0 if context == "instruction" else len(engine.prompter.instructions["history_first"])
-        )
+        assert engine.rank(tiny.request(6)).receipt.num_computed == 0, "the instruction is warm too"
         again = engine.warm(tiny.IDS[:40])
         assert (again.done_blocks, again.computed_tokens) == (80, 0)
 
