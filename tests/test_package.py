@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import rcllm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,3 +43,12 @@ def test_commands_in_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^\s*make ([a-z]+)", readme, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"README names `make {target}`"
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the real model, which is fetched when it is not there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert "tokens reused" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import gzip
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields as fields_of
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -19,6 +20,7 @@ from rcllm.data.rows import BadRowError, ReadReport, RowReader
 from rcllm.data.text import as_text, did_you_mean, shown
 from rcllm.errors import RcllmError, RequestError
 
+DEFAULTS = RankOptions()
 _OPTION_TYPES = get_type_hints(RankOptions)
 
 
@@ -46,7 +48,7 @@ def write_requests(path: str | Path, requests: Iterable[RankRequest]) -> None:
     partial.replace(target)
 
 
-def parse_request(value: Mapping[str, object]) -> RankRequest:
+def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS) -> RankRequest:
     """The request that a JSON object describes; raises RequestError or ConfigError.
 
     `request_id` and `candidates` are needed. An event of `history` is an item id, `{"item_id": …}` or `{"text": …}`;
@@ -67,15 +69,18 @@ def parse_request(value: Mapping[str, object]) -> RankRequest:
         history=tuple(map(_event, _list("history", value.get("history")))),
         user_id=None if user_id is None else UserId(_id("user_id", user_id)),
         volatile=volatile,
-        options=None if options is None else parse_options(_object("options", options)),
+        options=None if options is None else parse_options(_object("options", options), defaults),
         positive=None if positive is None else ItemId(_id("positive", positive)),
     )
 
 
-def parse_options(value: Mapping[str, object]) -> RankOptions:
-    """RankOptions of a JSON object; raises RequestError, and ConfigError for a level that does not exist."""
+def parse_options(value: Mapping[str, object], defaults: RankOptions = DEFAULTS) -> RankOptions:
+    """`defaults` with the fields of a JSON object over them.
+
+    Raises RequestError, and ConfigError for a level that does not exist.
+    """
     _refuse_unknown("option", value, _OPTION_TYPES)
-    return RankOptions(**{name: _option(name, given) for name, given in value.items()})
+    return replace(defaults, **{name: _option(name, given) for name, given in value.items()})
 
 
 def request_to_json(request: RankRequest) -> dict[str, object]:
@@ -95,17 +100,7 @@ def request_to_json(request: RankRequest) -> dict[str, object]:
 
 def _options_to_json(options: RankOptions) -> dict[str, object]:
     values = {field.name: getattr(options, field.name) for field in fields_of(options)}
-    return values | {"level": _level_text(options.level)}
-
-
-def _level_text(level: Level) -> str:
-    """Exact, where `str(level)` rounds to six digits for people."""
-    match level.name:
-        case "linked":
-            return f"linked({int(level.budget)})"
-        case "tail":
-            return f"tail({level.budget!r})"
-    return level.name
+    return values | {"level": str(options.level)}
 
 
 def _option(name: str, given: object) -> Any:

@@ -136,11 +136,10 @@ class Engine:
             with watch.stage("forward"):
                 passed = self.decoder.forward(assembled.work)
             with watch.stage("readout"):
-                prompts = [planned.prompt for planned in batch]
                 scores = [
-                    score(self.decoder, p, passed.hidden, r) for p, r in zip(prompts, assembled.read_rows, strict=True)
+                    self._bias.correct(p.prompt.options, score(self.decoder, p.prompt, passed.hidden, rows))
+                    for p, rows in zip(batch, assembled.read_rows, strict=True)
                 ]
-                scores = [self._bias.correct(p.options, s) for p, s in zip(prompts, scores, strict=True)]
             with watch.stage("publish"):
                 self._publish(batch, passed.kept, held)
             facts = BatchFacts(
@@ -234,7 +233,8 @@ class Engine:
         """
         layout: Layout = self.config.rank.layout
         items = [self.prompter.item(i) for i in (self.prompter.catalogue if item_ids is None else item_ids)]
-        blocks = [self.prompter.item_block(item, layout) for item in items]
+        reads_items = self.config.rank.readout != "likelihood"  # which computes its candidates afresh
+        blocks = [self.prompter.item_block(item, layout) for item in items if reads_items]
         if self.config.rank.history == "shared":
             blocks += [self.prompter.event_block(item, layout) for item in items]
         todo = [self._warmable(block, layout) for block in {block.key: block for block in blocks}.values()]

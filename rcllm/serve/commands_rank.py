@@ -49,13 +49,13 @@ def rank_command(
     """Rank the candidates of every request in a file.
 
     A request: `{"request_id": "r1", "candidates": ["a", "b"], "history": ["c", {"text": "my own words"}]}`. One that
-    names `options` keeps them; the options here are for those that do not. One that fails becomes a line with its
+    names `options` keeps those; the options here hold for what it leaves out. One that fails becomes a line with its
     error, the others go on, and the command ends with 1. `ms` is the wall time of the answer's batch.
 
     Example: `rcllm rank --items items.jsonl --in requests.jsonl --out answers.jsonl --readout likelihood`
     """
     config = make_config(engine_options, ranking)
-    lines = read_lines(requests)
+    lines = read_lines(requests, config.rank)
     if strict:
         _raise_first([line for line in lines if isinstance(line, Failure)], requests)
     inputs = load_inputs(item_options)
@@ -100,7 +100,7 @@ def explain_command(
     Example: `rcllm explain --items items.jsonl --request requests.jsonl:3 --level "linked(4)"`
     """
     config = make_config(engine_options, ranking)
-    asked = one_line(request)
+    asked = one_line(request, config.rank)
     inputs = load_inputs(item_options)
     engine = make_engine(config, inputs, [asked])
     if warm:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rcllm.core import RankRequest, RankResponse
+from rcllm.core import RankOptions, RankRequest, RankResponse
 from rcllm.data import Problem, parse_request
 from rcllm.data.files import iter_rows
 from rcllm.errors import DataError, RcllmError
 
 STDIO = "-"
+DEFAULTS = RankOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +38,29 @@ class Failure:
     error: str
 
 
-def read_lines(path: str) -> list[RequestLine | Failure]:
-    """Reads `path`, or stdin for `-`, as JSON lines; other formats by the name's end. Raises DataError for no rows."""
+def read_lines(path: str, defaults: RankOptions = DEFAULTS) -> list[RequestLine | Failure]:
+    """Reads `path`, or stdin for `-`, as JSON lines; other formats by the name's end.
+
+    `defaults`: what holds for options that a request leaves out. Raises DataError for no rows.
+    """
     if path != STDIO:
-        lines = list(_parse(Path(path)))
+        lines = list(_parse(Path(path), defaults))
     else:
         with tempfile.NamedTemporaryFile(suffix=".jsonl") as copy:
             copy.write(sys.stdin.buffer.read())
             copy.flush()
-            lines = list(_parse(Path(copy.name)))
+            lines = list(_parse(Path(copy.name), defaults))
     if not lines:
         raise DataError(f"{path}: expected requests, one JSON object per line, got an empty file")
     return lines
 
 
-def one_line(where: str) -> RankRequest:
+def one_line(where: str, defaults: RankOptions = DEFAULTS) -> RankRequest:
     """The request at `FILE` (the first) or `FILE:N` (the one on line N). Raises DataError where there is none."""
     path, _, suffix = where.rpartition(":")
     number = int(suffix) if path and suffix.isdecimal() and not Path(where).exists() else None
     path = path if number is not None else where
-    lines = read_lines(path)
+    lines = read_lines(path, defaults)
     found = lines[0] if number is None else next((line for line in lines if line.number == number), None)
     if found is None:
         raise DataError(
@@ -67,14 +71,14 @@ def one_line(where: str) -> RankRequest:
     return found.request
 
 
-def _parse(path: Path) -> Iterator[RequestLine | Failure]:
+def _parse(path: Path, defaults: RankOptions) -> Iterator[RequestLine | Failure]:
     for row in iter_rows(path):
         if isinstance(row, Problem):
             yield Failure(row.line, None, row.reason)
             continue
         fields = {name: value for name, value in row.fields.items() if value is not None}  # parquet has all columns
         try:
-            yield RequestLine(row.line, parse_request(fields))
+            yield RequestLine(row.line, parse_request(fields, defaults))
         except RcllmError as error:
             request_id = fields.get("request_id")
             yield Failure(row.line, request_id if isinstance(request_id, str) else None, str(error))

@@ -136,6 +136,13 @@ def test_malformed_requests_are_refused(change: dict[str, object], message: str)
         parse_request({"request_id": "r", "candidates": ["a"]} | change)
 
 
+def test_options_that_a_request_leaves_out_are_the_given_defaults() -> None:
+    defaults = RankOptions(readout="likelihood", level=Level("exact"))
+    fields = {"request_id": "r", "candidates": ["a"], "options": {"level": "blocks"}}
+    assert parse_request(fields, defaults).options == RankOptions(readout="likelihood", level=Level("blocks"))
+    assert parse_request(fields | {"options": None}, defaults).options is None
+
+
 def test_an_unknown_level_names_the_levels() -> None:
     with pytest.raises(ConfigError, match=r"unknown reuse level 'fast': expected full"):
         parse_options({"level": "fast"})
