@@ -2,6 +2,6 @@
 
 import os
 
-# Threads that wait spin this often before they sleep. The OpenMP runtime's own 300,000 halves the speed as soon as another
-# process shares the cores; this costs nothing on quiet ones (docs/log.md). Read when torch loads, so it stands here.
+# Threads that wait spin this often before they sleep. The OpenMP runtime's own 300,000 halves the speed as soon as
+# another process shares the cores; this costs nothing on quiet ones (docs/log.md). Read when torch loads, so it is here.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
