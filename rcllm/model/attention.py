@@ -322,8 +322,8 @@ def native_fits(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> bo
 def prepare(name: str, spec: ModelSpec, rope: Rope, groups: Sequence[Group], kernels: Kernels | None) -> Attend:
     """The attention of one pass. `name`: one of BACKENDS; `kernels`: None where they do not fit or do not exist.
 
-    The measured rule (`python -m benchmarks.attend`): with kernels, `segmented` wins at every size; on torch alone a
-    launch per segment and layer costs more than the copy, so `gather` wins from two segments on.
+    The measured rule (`python -m benchmarks.attend`): with kernels, `segmented` wins at every size; on torch alone
+    `gather` does, because a launch per segment and layer costs more than the copy.
     """
     if name == "auto":
         name = "segmented" if kernels else "gather"

@@ -112,7 +112,8 @@ def _compare(engine: Engine, requests: Sequence[RankRequest], shape: DemoShape, 
     screen.print(levels_table(title, rows, shape.num_candidates))
     screen.print(
         "label: a letter per candidate, all scored in one pass. This model was never tuned to rank, so its "
-        "labels carry no signal (compare NDCG with chance): there, look at how closely reuse follows full recompute. "
+        "labels carry little signal, if any (compare NDCG with chance): there, look at how closely reuse follows full "
+        "recompute. "
         "likelihood: how likely each title is after the history. That does carry signal without tuning, but candidates "
         "are then fresh tokens, and only the instruction and the history are reused. Films are short, about 12 tokens; "
         f"longer items leave more to reuse. NDCG over {shape.num_requests} requests is a hint, not a verdict.\n",
