@@ -190,15 +190,11 @@ class Engine:
 
     def _missing(self, key: ContentKey, prompt: Prompt, index: int) -> Missing:
         block = prompt.blocks[index]
-        if block.kind is BlockKind.INSTRUCTION:
-            return Missing(key, block.token_ids, NOTHING, None)
         if key != block.key:  # a user's chain that was dropped after planning: its context is all that precedes it
             before = tuple(token for earlier in prompt.blocks[:index] for token in earlier.token_ids)
             owner = user_owner(prompt.user_id)
             return Missing(key, block.token_ids, Context((before,)), owner, owner if index > 1 else None)
-        return Missing(
-            key, block.token_ids, self.prompter.contexts[prompt.options.layout][block.kind], item_owner(block.owner)
-        )
+        return self._canonical(block, prompt.options.layout)
 
     def _publish(self, batch: Sequence[Planned], kept: Sequence[torch.Tensor], held: Held) -> None:
         """Keeps the history that was computed exactly; a full cache is no reason to fail a request."""
@@ -237,7 +233,7 @@ class Engine:
         blocks = [self.prompter.item_block(item, layout) for item in items if reads_items]
         if self.config.rank.history == "shared":
             blocks += [self.prompter.event_block(item, layout) for item in items]
-        todo = [self._warmable(block, layout) for block in {block.key: block for block in blocks}.values()]
+        todo = [self._canonical(block, layout) for block in {block.key: block for block in blocks}.values()]
         todo = [missing for missing in todo if not self.pool.contains(missing.key)]
         start, total, left, full = time.perf_counter(), len(blocks), len(todo), False
 
@@ -246,7 +242,7 @@ class Engine:
             eta = elapsed * left / (len(todo) - left) if left < len(todo) else 0.0
             return WarmProgress(total - left, total, tokens, self.pool.stats().num_bytes, full, elapsed, eta)
 
-        instruction = self._warmable(self.prompter.instruction_block(layout), layout)
+        instruction = self._canonical(self.prompter.instruction_block(layout), layout)
         with self._lock, self.pool.hold() as held:
             tokens = self._materialiser.compute([instruction] if held.fetch([instruction.key]) else [], held)
         for chunk in chunks(todo, self.config.cache.pass_tokens):
@@ -285,7 +281,8 @@ class Engine:
     def _kv_bytes_per_token(self) -> int:
         return self.decoder.spec.kv_bytes_per_token(self.pool.dtype.itemsize)
 
-    def _warmable(self, block: Block, layout: Layout) -> Missing:
+    def _canonical(self, block: Block, layout: Layout) -> Missing:
+        """A block to compute in the canonical context of its kind."""
         assert block.key is not None
         context = NOTHING if block.kind is BlockKind.INSTRUCTION else self.prompter.contexts[layout][block.kind]
         return Missing(block.key, block.token_ids, context, item_owner(block.owner))
