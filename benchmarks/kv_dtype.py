@@ -14,6 +14,7 @@ from benchmarks.harness import dataset, options, report, show, timed
 from benchmarks.ttft import paper_shaped
 from rcllm.config import CacheConfig, Config
 from rcllm.core import Level, RankOptions
+from rcllm.data import named_items
 from rcllm.engine.engine import Engine
 from rcllm.fidelity.measures import agreement
 
@@ -30,7 +31,7 @@ def main() -> None:
     }
     requests = paper_shaped(engines["fp32"], data, 6 if chosen.quick else 24, chosen.seed)
     asked = [dataclasses.replace(r, options=RankOptions(level=Level("blocks"))) for r in requests]
-    needed = dict.fromkeys(i for r in requests for i in (*r.candidates, *(e.item_id for e in r.history if e.item_id)))
+    needed = named_items(requests)
     for engine in engines.values():
         engine.warm(needed)
     times: dict[str, list[float]] = {name: [] for name in DTYPES}

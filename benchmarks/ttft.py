@@ -26,7 +26,7 @@ import torch
 from benchmarks.harness import Options, console, dataset, median_seconds, options, percentile, report, show, timed
 from rcllm.config import CacheConfig, Config, PromptConfig
 from rcllm.core import Level, RankOptions, RankRequest, UserId
-from rcllm.data import Dataset, build_requests
+from rcllm.data import Dataset, build_requests, named_items
 from rcllm.engine.engine import Engine
 from rcllm.engine.hardware import measure_bandwidth, measure_gemm
 from rcllm.fidelity.measures import agreement
@@ -63,7 +63,7 @@ def paper_shaped(engine: Engine, data: Dataset, count: int, seed: int) -> list[R
 
 
 def levels(engine: Engine, requests: list[RankRequest]) -> dict[str, float]:
-    needed = dict.fromkeys(i for r in requests for i in (*r.candidates, *(e.item_id for e in r.history if e.item_id)))
+    needed = named_items(requests)
     with console.status(f"warming {len(needed)} items"):
         engine.warm(needed)
     times, fresh, tau, top1 = (defaultdict[str, list[float]](list) for _ in range(4))

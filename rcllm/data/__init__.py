@@ -12,7 +12,7 @@ from rcllm.data.interactions import InteractionColumns, histories, read_interact
 from rcllm.data.movielens import fetch_movielens
 from rcllm.data.negatives import Negatives
 from rcllm.data.request_file import parse_options, parse_request, read_requests, request_to_json, write_requests
-from rcllm.data.requests import Split, build_requests, split_of
+from rcllm.data.requests import Split, build_requests, named_items, split_of
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "fetch_movielens",
     "histories",
     "load_dataset",
+    "named_items",
     "parse_options",
     "parse_request",
     "read_interactions",

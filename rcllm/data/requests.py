@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 from blake3 import blake3
 
-from rcllm.core import Event, Interaction, RankRequest, UserId
+from rcllm.core import Event, Interaction, ItemId, RankRequest, UserId
 from rcllm.data.dataset import Dataset
 from rcllm.data.interactions import histories
 from rcllm.data.negatives import SAMPLERS, Negatives, Pool, Wanted, draw_negatives
@@ -140,3 +140,13 @@ def _event(row: Interaction, review_history: bool) -> Event:
 
 def _hash(seed: int, user_id: UserId) -> int:
     return int.from_bytes(blake3(f"{seed} {user_id}".encode()).digest()[:8], "big")
+
+
+def named_items(requests: Iterable[RankRequest]) -> list[ItemId]:
+    """Every item that the requests name, as a candidate or an event, once."""
+    named = [
+        item_id
+        for request in requests
+        for item_id in (*request.candidates, *(e.item_id for e in request.history if e.item_id is not None))
+    ]
+    return list(dict.fromkeys(named))

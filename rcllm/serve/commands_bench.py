@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 
 from rcllm.core import Level, RankOptions, RankRequest
-from rcllm.data import build_requests
+from rcllm.data import build_requests, named_items
 from rcllm.engine.engine import Engine
 from rcllm.engine.hardware import describe_hardware
 from rcllm.errors import ConfigError, DataError
-from rcllm.serve.commands_rank import named_items
 from rcllm.serve.compare import LevelRow, compare_levels
 from rcllm.serve.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.serve.options import EngineOptions, ItemOptions, RankingOptions, spread

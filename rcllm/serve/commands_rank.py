@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from rcllm.core import ItemId, RankRequest, RankResponse
+from rcllm.core import RankRequest, RankResponse
+from rcllm.data import named_items
 from rcllm.engine.engine import Engine
 from rcllm.errors import CapacityError, ConfigError, RequestError
 from rcllm.serve.inputs import Inputs, load_inputs, make_config, make_engine
@@ -150,16 +151,6 @@ def _warm(engine: Engine, requests: Sequence[RankRequest]) -> None:
     known = [item_id for item_id in named_items(reusing) if item_id in engine.prompter.catalogue]
     if known and warm_with_progress(engine, known).full:
         say("the cache is full: what did not fit is computed with its requests. Raise --memory-mb to hold more")
-
-
-def named_items(requests: Sequence[RankRequest]) -> list[ItemId]:
-    """Every item that the requests name, once."""
-    named = [
-        item_id
-        for request in requests
-        for item_id in (*request.candidates, *(e.item_id for e in request.history if e.item_id is not None))
-    ]
-    return list(dict.fromkeys(named))
 
 
 def _raise_first(failures: Sequence[Failure], path: str) -> None:

@@ -18,13 +18,12 @@ from rich.text import Text
 
 from rcllm.config import Config, PromptConfig
 from rcllm.core import Level, RankRequest
-from rcllm.data import build_requests, fetch_movielens, write_requests
+from rcllm.data import build_requests, fetch_movielens, named_items, write_requests
 from rcllm.engine.engine import Engine
 from rcllm.engine.hardware import describe_hardware
 from rcllm.fetch import cache_dir
 from rcllm.model.pull import pull
 from rcllm.serve.commands_bench import measure
-from rcllm.serve.commands_rank import named_items
 from rcllm.serve.inputs import Inputs, make_engine
 from rcllm.serve.screen import busy, console, warm_with_progress
 from rcllm.serve.tables import item_title, levels_table, scores_table

@@ -17,10 +17,10 @@ from pathlib import Path
 from rcllm.core import RankOptions, RankRequest, RankResponse
 from rcllm.data import Problem, parse_request
 from rcllm.data.files import iter_rows
+from rcllm.data.request_file import DEFAULTS
 from rcllm.errors import DataError, RcllmError
 
 STDIO = "-"
-DEFAULTS = RankOptions()
 
 
 @dataclass(frozen=True, slots=True)
