@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from rcllm.core import Level, Mask, RankOptions
+from rcllm.core import Level, RankOptions
 from rcllm.errors import ConfigError
 
 T = TypeVar("T")
@@ -32,7 +32,8 @@ class ModelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # fp32 on CPU, bf16 on CUDA
     attention: Literal["auto", "segmented", "gather"] = "auto"
-    mask: Mask = "causal"  # the mask that the model was tuned for
+    adapter: str = ""  # folder of a LoRA adapter that is merged into the model
+    mask: Literal["auto", "causal", "blocks"] = "auto"  # tuned under; auto: as the adapter says, or causal
     max_positions: int = 8192  # longer prompts are refused; the model's own limit if that is lower
     threads: int = 0  # 0: torch's default
 

@@ -30,7 +30,9 @@ Layout = Literal["history_first", "items_first"]
 LabelPlace = Literal["before", "after"]
 Bias = Literal["none", "content_free", "running_mean"]
 Mask = Literal["causal", "blocks"]
-HistoryMode = Literal["chain", "shared"]
+HistoryMode = Literal["chain", "shared", "semantic"]
+Policy = Literal["rcllm", "k_difference", "first", "question", "static", "two_pass", "tail", "random"]
+Reduction = Literal["question", "mean", "sum"]
 Source = Literal["fresh", "computed", "device", "host"]  # where the KV of a block came from
 
 # ---- what users bring -----------------------------------------------------------------------------------------------
@@ -79,15 +81,19 @@ class RankRequest:
 
 # ---- how a request is answered --------------------------------------------------------------------------------------
 
-_LEVEL = re.compile(r"^(full|exact|blocks|linked|tail)(?:\(([^()]*)\))?$")
+_LEVEL = re.compile(r"^(full|exact|blocks|linked|tail|corrected|auto)(?:\(([^()]*)\))?$")
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A rung of the exactness ladder: `exact`, `linked(16)`, `tail(0.1)`, `blocks`; or `full`: reuse nothing."""
+    """A rung of the exactness ladder: `exact`, `corrected(0.3, 0.3)`, `linked(16)`, `tail(0.1)`, `blocks`.
 
-    name: Literal["full", "exact", "linked", "tail", "blocks"]
-    budget: float = 0.0  # linked: fresh tokens per reused block; tail: fresh share of the reused tokens
+    Beside it `full`, which reuses nothing, and `auto`, the cheapest rung that passes the model's calibration.
+    """
+
+    name: Literal["full", "exact", "corrected", "linked", "tail", "blocks", "auto"]
+    budget: float = 0.0  # linked: fresh tokens per reused block; tail, corrected: fresh share of the reused item tokens
+    history_budget: float = 0.0  # corrected: fresh share of the reused history tokens
 
     @classmethod
     def parse(cls, text: str | Level) -> Level:
@@ -98,8 +104,13 @@ class Level:
         name, argument = found.groups() if found else (None, None)
         try:
             match name:
-                case "full" | "exact" | "blocks" if argument is None:
+                case "full" | "exact" | "blocks" | "auto" if argument is None:
                     return cls(name)
+                case "corrected":
+                    shares = [float(part) for part in (argument or "0.3").split(",")]
+                    items, history = shares if len(shares) == 2 else (*shares, *shares)
+                    if 0.0 <= items <= 1.0 and 0.0 <= history <= 1.0:
+                        return cls("corrected", items, history)
                 case "linked" if (k := int(argument or "16")) >= 0:
                     return cls("linked", k)
                 case "tail" if 0.0 <= (share := float(argument or "0.1")) <= 1.0:
@@ -107,14 +118,31 @@ class Level:
         except ValueError:
             pass
         raise ConfigError(
-            f"unknown reuse level {text!r}: expected full (nothing reused), exact, linked(k) with k ≥ 0 tokens, "
-            "tail(r) with 0 ≤ r ≤ 1, or blocks"
+            f"unknown reuse level {text!r}: expected full (nothing reused), exact, corrected(r_item, r_history) or "
+            "tail(r) with shares from 0 to 1, linked(k) with k ≥ 0 tokens, blocks, or auto"
         )
 
     def __str__(self) -> str:
         if self.name == "linked":
             return f"linked({int(self.budget)})"
+        if self.name == "corrected":
+            return f"corrected({self.budget}, {self.history_budget})"
         return f"tail({self.budget})" if self.name == "tail" else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which reused tokens level `corrected` computes afresh, at equal budgets.
+
+    RcLLM (§III-D, its M7) scores S_i = (1 - λ)·A_i + λ·(|ΔK_i| + |ΔV_i|) after the check layer, items by A_i alone; it
+    discloses neither λ, nor the reduction of A, nor the window.
+    """
+
+    policy: Policy = "rcllm"
+    divergence: float = 0.5  # λ: weight of the KV difference against the attention, for history tokens
+    reduction: Reduction = "question"  # whose attention A_i is: the question's, or the mean or sum over all that see i
+    window: int = 0  # the last reused tokens before the question that are fresh whatever they score
+    check_layer: int = 0  # layers up to this one run for all tokens; the scores are taken there
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +155,8 @@ class RankOptions:
     label_place: LabelPlace = "after"  # fresh label tokens after their item see history and item
     parallel: bool = False  # all candidates share one base position and do not see each other
     bias: Bias = "none"  # correction of the label letters' own bias
-    history: HistoryMode = "shared"  # reuse catalogue events across users, or only the user's own chain
+    history: HistoryMode = "shared"  # reuse events position-free, only the user's own chain, or from token prototypes
+    selection: Selection = Selection()  # level corrected: which tokens are fresh
 
 
 # ---- a prompt, decided but not computed -----------------------------------------------------------------------------

@@ -7,18 +7,21 @@ so that the process as a whole stays within it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
+from blake3 import blake3
 
 from rcllm.cache.pool import Pool
 from rcllm.cache.store import MemoryStore
 from rcllm.config import MIB, Config
 from rcllm.core import Item, ItemId, RankRequest
 from rcllm.errors import ConfigError, ModelError
+from rcllm.model.adapter import adapter_fingerprint, adapter_mask, load_adapter, merge
 from rcllm.model.decoder import Decoder
-from rcllm.model.weights import load_model
+from rcllm.model.weights import fingerprint, load_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import Template, chat_format
 from rcllm.prompt.tokenizer import Tokenizer
@@ -27,9 +30,25 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SMALLEST_POOL_TOKENS = 256
 
 
+def declared_mask(config: Config) -> Config:
+    """Replaces mask `auto` by what the adapter was tuned under, `causal` where there is none. Raises ModelError."""
+    if config.model.mask != "auto":
+        return config
+    mask = adapter_mask(Path(config.model.adapter)) if config.model.adapter else "causal"
+    return replace(config, model=replace(config.model, mask=mask))
+
+
+def model_fingerprint(config: Config, folder: Path) -> bytes:
+    """32 bytes that change with any weight of the model or of its adapter. Raises ModelError."""
+    model = fingerprint(folder)
+    return blake3(model + adapter_fingerprint(Path(config.model.adapter))).digest() if config.model.adapter else model
+
+
 def load_decoder(config: Config, folder: Path) -> Decoder:
     """Apart, so that the matrices as loaded are gone when memory is counted: the decoder packs its own."""
     spec, weights = load_model(folder, DTYPES[config.model.dtype], config.model.device)
+    if config.model.adapter:
+        weights = merge(weights, load_adapter(Path(config.model.adapter), spec))
     return Decoder(spec, weights, config.model.attention, config.model.max_positions)
 
 

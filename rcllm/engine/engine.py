@@ -37,14 +37,13 @@ from rcllm.core import (
 )
 from rcllm.decode.rank import Scores, score
 from rcllm.engine.bias import LabelBias
-from rcllm.engine.build import load_decoder, make_pool, make_prompter
+from rcllm.engine.build import declared_mask, load_decoder, make_pool, make_prompter, model_fingerprint
 from rcllm.engine.materialise import NOTHING, Materialiser, Missing, chunks, recompute_flops
 from rcllm.engine.respond import BatchFacts, respond
 from rcllm.errors import CapacityError
 from rcllm.metrics import Stopwatch
 from rcllm.model.decoder import Decoder
 from rcllm.model.pull import pull
-from rcllm.model.weights import fingerprint
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.keys import Context
 from rcllm.reuse.assemble import Planned, assemble
@@ -86,11 +85,11 @@ class Engine:
         there. Raises ConfigError, ModelError, FetchError.
         """
         memory = psutil.virtual_memory().total
-        config = resolve(config or Config(), Hardware(torch.cuda.is_available(), memory))
+        config = declared_mask(resolve(config or Config(), Hardware(torch.cuda.is_available(), memory)))
         if config.model.threads:
             torch.set_num_threads(config.model.threads)
         folder = pull(config.model.path)
-        model = fingerprint(folder)
+        model = model_fingerprint(config, folder)
         decoder = load_decoder(config, folder)
         prompter = make_prompter(config, folder, model, decoder, catalogue, samples)
         return cls(config, decoder, prompter, make_pool(config, decoder), model.hex()[:12])

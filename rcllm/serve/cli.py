@@ -16,6 +16,7 @@ from rcllm.errors import ConfigError, RcllmError
 from rcllm.serve.commands_bench import bench
 from rcllm.serve.commands_cache import pull_command, warm_command
 from rcllm.serve.commands_rank import explain_command, rank_command
+from rcllm.serve.commands_tune import tune_command
 from rcllm.serve.demo import demo_command
 from rcllm.serve.doctor import doctor_command
 from rcllm.serve.screen import console, say
@@ -47,6 +48,7 @@ app.command("pull", rich_help_panel="Work")(pull_command)
 app.command("warm", rich_help_panel="Work")(warm_command)
 app.command("rank", rich_help_panel="Work")(rank_command)
 app.command("explain", rich_help_panel="Work")(explain_command)
+app.command("tune", rich_help_panel="Work")(tune_command)
 app.add_typer(bench, name="bench", rich_help_panel="Work")
 
 

@@ -51,7 +51,7 @@ def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) ->
     config = Config.load(engine.config) if engine.config else Config()
     config = replace(
         config,
-        model=_override(config.model, path=engine.model, threads=engine.threads),
+        model=_override(config.model, path=engine.model, adapter=engine.adapter, threads=engine.threads),
         prompt=_override(config.prompt, template=engine.template, context=engine.context),
         cache=_override(config.cache, memory_mb=engine.memory_mb, kv_dtype=engine.kv_dtype),
     )

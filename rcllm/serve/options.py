@@ -30,10 +30,20 @@ class EngineOptions:
             rich_help_panel=_ENGINE,
         ),
     ] = None
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="LoRA adapter (of `rcllm tune`, or as peft saves it), merged into the model.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None
     template: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FILE", help="Prompt template: shopping, movies, or a .toml file.", rich_help_panel=_ENGINE
+            metavar="NAME|FILE",
+            help="Prompt template: shopping, movies, titles, or a .toml file.",
+            rich_help_panel=_ENGINE,
         ),
     ] = None
     config: Annotated[

@@ -1,0 +1,170 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in the files that `peft` reads and writes, merged into a model's weights.
+
+Knows nothing of training. Invariant: a merged model is an ordinary model, W + (alpha / rank) · up · down, with a
+fingerprint of its own; every tensor in the file is used or named in an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from rcllm.core import Mask
+from rcllm.errors import ModelError
+from rcllm.model.spec import ModelSpec
+from rcllm.model.weights import LayerWeights, Weights
+
+_NAMES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+MODULES = tuple(_NAMES)
+_PREFIX = "base_model.model.model.layers."
+_TENSORS, _CONFIG, _RECORD = "adapter_model.safetensors", "adapter_config.json", "rcllm.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    down: torch.Tensor  # A, [rank, in]
+    up: torch.Tensor  # B, [out, rank]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    rank: int
+    alpha: float
+    layers: Mapping[tuple[int, str], LowRank]  # by layer and module
+
+
+def module_shape(spec: ModelSpec, module: str) -> tuple[int, int]:
+    """(out, in) of one of MODULES."""
+    d, ffn = spec.hidden_size, spec.ffn_size
+    outputs = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size, "o": d, "gate": ffn, "up": ffn, "down": d}
+    inputs = {"o": spec.q_size, "down": ffn}
+    return outputs[module], inputs.get(module, d)
+
+
+def save_adapter(folder: Path, adapter: Adapter, base: str, record: Mapping[str, Any]) -> None:
+    """Writes what `peft` loads, tensors in fp16, and `record` (which holds the mask) beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for (layer, module), low_rank in adapter.layers.items():
+        at = f"{_PREFIX}{layer}.{_NAMES[module]}"
+        tensors[f"{at}.lora_A.weight"] = low_rank.down.half().contiguous()
+        tensors[f"{at}.lora_B.weight"] = low_rank.up.half().contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "target_modules": sorted(name.rpartition(".")[2] for name in _NAMES.values()),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    save_file(tensors, folder / f"{_TENSORS}.part")
+    (folder / f"{_TENSORS}.part").replace(folder / _TENSORS)
+    (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def load_adapter(folder: Path, spec: ModelSpec) -> Adapter:
+    """Reads a LoRA adapter as `peft` writes it. Raises ModelError for what is not plain LoRA or does not fit the model."""
+    config = _read_json(folder / _CONFIG)
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+        raise ModelError(f"{folder / _CONFIG}: expected plain LoRA without biases; merge other adapters into the model")
+    if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("modules_to_save"):
+        raise ModelError(f"{folder / _CONFIG}: ranks that differ by module and saved modules are not supported")
+    try:
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        tensors = load_file(folder / _TENSORS)
+    except (KeyError, TypeError, ValueError, SafetensorError, OSError) as error:
+        raise ModelError(f"{folder} is not a whole LoRA adapter ({error})") from error
+    scale = rank**0.5 if config.get("use_rslora") else 1.0  # rank-stabilised LoRA divides by √rank
+    layers = {}
+    for layer in range(spec.num_layers):
+        for module, name in _NAMES.items():
+            at = f"{_PREFIX}{layer}.{name}"
+            down, up = tensors.pop(f"{at}.lora_A.weight", None), tensors.pop(f"{at}.lora_B.weight", None)
+            if down is None and up is None:
+                continue
+            rows, columns = module_shape(spec, module)
+            if down is None or up is None or down.shape != (rank, columns) or up.shape != (rows, rank):
+                found = [None if tensor is None else tuple(tensor.shape) for tensor in (down, up)]
+                raise ModelError(f"{folder}: {at} has A, B of {found}, expected {(rank, columns)}, {(rows, rank)}")
+            layers[layer, module] = LowRank(down.float(), up.float())
+    if tensors or not layers:
+        raise ModelError(f"{folder}: the model has no place for {', '.join(sorted(tensors)[:4]) or 'an empty adapter'}")
+    return Adapter(rank, alpha * scale, layers)
+
+
+def adapter_mask(folder: Path) -> Mask:
+    """The mask that the adapter was tuned under, as its record says; `causal` for adapters from elsewhere."""
+    if not (folder / _RECORD).exists():
+        return "causal"
+    mask: Mask = _read_json(folder / _RECORD).get("mask", "causal")
+    if mask not in get_args(Mask):
+        raise ModelError(f"{folder / _RECORD}: expected mask causal or blocks, got {mask!r}")
+    return mask
+
+
+def adapter_fingerprint(folder: Path) -> bytes:
+    """32 bytes that change with any weight or setting of the adapter."""
+    state = blake3()
+    for name in (_CONFIG, _TENSORS):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder / name} is missing; expected the folder of a LoRA adapter")
+        state.update((folder / name).read_bytes())
+    return state.digest()
+
+
+def merge(weights: Weights, adapter: Adapter) -> Weights:
+    """The adapted model. The given weights are changed in place: a model is never in memory twice."""
+    layers = []
+    for i, layer in enumerate(weights.layers):
+        for module in MODULES:
+            if low_rank := adapter.layers.get((i, module)):
+                delta = (low_rank.up @ low_rank.down) * (adapter.alpha / adapter.rank)
+                _part(layer, module).add_(delta.to(layer.qkv.dtype).to(layer.qkv.device))
+        layers.append(layer)
+    return replace(weights, layers=tuple(layers))
+
+
+def _part(layer: LayerWeights, module: str) -> torch.Tensor:
+    """The rows of a fused matrix that belong to a module, as a view."""
+    q, ffn = layer.o.shape[1], layer.down.shape[1]
+    kv = (layer.qkv.shape[0] - q) // 2
+    views = {
+        "q": layer.qkv[:q],
+        "k": layer.qkv[q : q + kv],
+        "v": layer.qkv[q + kv :],
+        "o": layer.o,
+        "gate": layer.gate_up[:ffn],
+        "up": layer.gate_up[ffn:],
+        "down": layer.down,
+    }
+    return views[module]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}); expected a LoRA adapter's folder") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content

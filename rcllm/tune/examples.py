@@ -1,0 +1,166 @@
+"""Training examples from interaction data: requests whose positive is known, made so that prompts can share work.
+
+Users of a batch contribute several targets each, whose histories begin at the same event; under the `blocks` mask they
+also share candidates. Never imports torch. Invariant: a batch depends on the data, the settings and its number alone,
+and training users alone are in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rcllm.core import Event, Interaction, Item, ItemId, RankRequest, UserId
+from rcllm.data import Catalogue, Dataset, build_requests, histories, split_of
+from rcllm.data.negatives import SAMPLERS, Negatives, Pool, Wanted, draw_negatives
+from rcllm.data.popularity import with_popularity
+from rcllm.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleConfig:
+    num_candidates: int = 20
+    num_history: int = 10  # most events before a target
+    min_history: int = 2
+    targets_per_user: int = 4
+    prompts_per_batch: int = 16
+    negatives: tuple[Negatives, ...] = ("uniform", "popularity")  # taken in turns
+    borrowed: int = 0  # candidates that a prompt takes from the other prompts of its batch, instead of drawing its own
+
+
+class Source:
+    """The users and items of one data set. Ids are prefixed by its name, so that several sets share one catalogue."""
+
+    def __init__(self, dataset: Dataset, config: ExampleConfig) -> None:
+        self.dataset, self.config = with_popularity(dataset), config
+        self.prefix = f"{dataset.name}/"
+        by_user = histories(dataset.interactions)
+        training = [rows for user, rows in by_user.items() if split_of(user) == "train"]
+        self.pool = Pool.of(dataset.catalogue, ([row.item_id for row in rows] for rows in training))
+        self.users = [rows for rows in training if len(rows) > config.min_history]
+        if not self.users:
+            raise DataError(f"{dataset.name}: no training user has more than {config.min_history} events to learn from")
+
+    def batch(self, rng: np.random.Generator) -> list[RankRequest]:
+        """One batch of requests, candidates in random order."""
+        config = self.config
+        places: list[tuple[tuple[Interaction, ...], int, int]] = []  # a user's rows, first event, target
+        while len(places) < config.prompts_per_batch:
+            rows = self.users[int(rng.integers(len(self.users)))]
+            last = int(rng.integers(config.min_history, len(rows)))
+            first = max(0, last - config.num_history)
+            targets = range(last, max(first + config.min_history, last - config.targets_per_user + 1) - 1, -1)
+            room = config.prompts_per_batch - len(places)
+            places += [(rows, first, target) for target in targets][:room]
+        drawn = [self._draw(rows, first, target, rng) for rows, first, target in places]
+        shared = list(
+            dict.fromkeys(
+                item
+                for (rows, _, at), own in zip(places, drawn, strict=True)
+                for item in (self.pool.numbers[rows[at].item_id], *own)
+            )
+        )
+        return [self._request(*place, own, shared, rng) for place, own in zip(places, drawn, strict=True)]
+
+    def _draw(self, rows: Sequence[Interaction], first: int, target: int, rng: np.random.Generator) -> list[int]:
+        """A prompt's own negatives: of each kind in turn."""
+        config = self.config
+        banned = np.array(sorted({self.pool.numbers[row.item_id] for row in rows}), dtype=np.int64)
+        history = np.array([self.pool.numbers[row.item_id] for row in rows[first:target]], dtype=np.int64)
+        count = config.num_candidates - 1 - config.borrowed
+        drawn: list[int] = []
+        for turn, kind in enumerate(config.negatives):
+            some = count // len(config.negatives) + (turn < count % len(config.negatives))
+            wanted = Wanted(some, np.concatenate([banned, np.array(drawn, dtype=np.int64)]), history)
+            drawn += draw_negatives(self.pool, kind, wanted, rng)
+        return drawn
+
+    def _request(
+        self,
+        rows: Sequence[Interaction],
+        first: int,
+        target: int,
+        own: Sequence[int],
+        shared: Sequence[int],
+        rng: np.random.Generator,
+    ) -> RankRequest:
+        touched = {self.pool.numbers[row.item_id] for row in rows} | set(own)
+        others = [number for number in shared if number not in touched]
+        borrowed = rng.permutation(len(others))[: self.config.borrowed]
+        positive = ItemId(self.prefix + rows[target].item_id)
+        names = [positive, *(self._name(number) for number in own), *(self._name(others[i]) for i in borrowed)]
+        return RankRequest(
+            request_id=f"{self.prefix}{rows[target].user_id}-{target}",
+            candidates=tuple(names[slot] for slot in rng.permutation(len(names))),
+            history=tuple(Event(item_id=ItemId(self.prefix + row.item_id)) for row in rows[first:target]),
+            user_id=UserId(self.prefix + rows[target].user_id),
+            positive=positive,
+        )
+
+    def validation(self, count: int, seed: int) -> list[RankRequest]:
+        """Requests of validation users, half with uniform and half with popularity-matched negatives."""
+        config = self.config
+        found = []
+        for kind, share in (("uniform", count - count // 2), ("popularity", count // 2)):
+            requests = build_requests(
+                self.dataset,
+                None,
+                20,
+                config.num_history,
+                kind,  # type: ignore[arg-type]
+                "validation",
+                seed,
+                min_history=config.min_history,
+            )
+            found += [prefixed(request, self.prefix) for request in requests[:share]]
+        return found
+
+    def items(self) -> Mapping[ItemId, Item]:
+        return {
+            ItemId(self.prefix + item_id): Item(ItemId(self.prefix + item_id), item.fields, item.volatile)
+            for item_id, item in self.dataset.catalogue.items()
+        }
+
+    def _name(self, number: int) -> ItemId:
+        return ItemId(self.prefix + self.pool.item_ids[number])
+
+
+def prefixed(request: RankRequest, prefix: str) -> RankRequest:
+    """The request with all ids under `prefix`."""
+    return RankRequest(
+        prefix + request.request_id,
+        tuple(ItemId(prefix + item_id) for item_id in request.candidates),
+        tuple(Event(ItemId(prefix + event.item_id)) if event.item_id else event for event in request.history),
+        None if request.user_id is None else UserId(prefix + request.user_id),
+        options=request.options,
+        positive=None if request.positive is None else ItemId(prefix + request.positive),
+    )
+
+
+def joined_catalogue(sources: Sequence[Source]) -> Catalogue:
+    """The items of all sources. Raises ConfigError where two have one name."""
+    names = [source.dataset.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"data sets must differ in name, got {', '.join(names)}")
+    return Catalogue(item for source in sources for item in source.items().values())
+
+
+def batch_of(sources: Sequence[Source], number: int, seed: int) -> list[RankRequest]:
+    """Batch `number` of the training: of one source, all sources equally often."""
+    rng = np.random.default_rng([seed, number])
+    return sources[int(rng.integers(len(sources)))].batch(rng)
+
+
+def check(config: ExampleConfig) -> None:
+    """Raises ConfigError."""
+    if config.num_candidates < 2 or not 0 <= config.borrowed < config.num_candidates - 1:
+        raise ConfigError(
+            f"expected at least 2 candidates of which at least one is drawn, got {config.num_candidates} with "
+            f"{config.borrowed} borrowed"
+        )
+    if min(config.num_history, config.min_history, config.targets_per_user, config.prompts_per_batch) < 1:
+        raise ConfigError(f"expected num_history, min_history, targets and prompts of at least 1, got {config}")
+    if not config.negatives or set(config.negatives) - set(SAMPLERS):
+        raise ConfigError(f"expected negatives out of {', '.join(SAMPLERS)}, got {config.negatives}")

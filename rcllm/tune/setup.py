@@ -1,0 +1,62 @@
+"""Makes a trainer from names and folders. Knows nothing of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from rcllm.config import Config, Hardware, ModelConfig, PromptConfig, resolve
+from rcllm.core import Mask
+from rcllm.data import Dataset
+from rcllm.model.pull import pull
+from rcllm.model.weights import load_model
+from rcllm.prompt.blocks import Prompter
+from rcllm.prompt.template import Template, chat_format
+from rcllm.prompt.tokenizer import Tokenizer
+from rcllm.tune.examples import ExampleConfig, Source, joined_catalogue
+from rcllm.tune.network import Network
+from rcllm.tune.train import Trainer, TuneConfig, check_config, warm_start
+
+_MAX_POSITIONS = 4096
+
+
+def examples_for(mask: Mask) -> ExampleConfig:
+    """Batches that suit the mask: under `blocks` candidates are shared, so many of them cost little."""
+    if mask == "blocks":
+        return ExampleConfig(num_candidates=24, prompts_per_batch=32, borrowed=22, negatives=("uniform",))
+    return ExampleConfig(num_candidates=6, prompts_per_batch=16)
+
+
+def make_trainer(
+    model: ModelConfig,
+    prompt: PromptConfig,
+    datasets: Sequence[Dataset],
+    config: TuneConfig,
+    folder: Path,
+    start: Path | None = None,
+) -> Trainer:
+    """`start`: an adapter to begin at. Raises ConfigError, DataError, ModelError, FetchError."""
+    check_config(config)
+    resolved = resolve(Config(model, prompt), Hardware(torch.cuda.is_available(), 0)).model
+    sources = [Source(dataset, config.examples) for dataset in datasets]
+    files = pull(model.path)
+    spec, weights = load_model(files, torch.float32, resolved.device)
+    tokenizer = Tokenizer.load(files)
+    chat = tokenizer.chat_format if prompt.chat == "auto" else prompt.chat
+    positions = min(spec.max_positions, resolved.max_positions, _MAX_POSITIONS)
+    prompter = Prompter(
+        Template.load(prompt.template),
+        chat_format(chat),
+        tokenizer,
+        joined_catalogue(sources),
+        b"tune",  # keys only tell blocks apart here; nothing is stored under them
+        positions,
+        prompt.max_candidates,
+        prompt.context,
+    )
+    network = Network(spec, weights, positions, config.rank, config.alpha, config.seed)
+    if start is not None:
+        warm_start(network, start)
+    return Trainer(network, prompter, sources, config, folder, model.path)

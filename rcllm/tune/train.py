@@ -1,0 +1,287 @@
+"""The training loop: batches, loss, schedule, validation, checkpoints.
+
+Knows nothing of files other than its own folder. Invariant: a run that was killed and started again with the same
+settings makes the same steps as one that was not (a checkpoint holds adapter, optimiser and counters, and is written
+whole or not at all).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rcllm.core import Mask, Prompt, RankOptions, RankRequest, Readout
+from rcllm.decode.rank import order
+from rcllm.errors import ConfigError, ModelError
+from rcllm.fidelity.measures import ndcg
+from rcllm.model.adapter import load_adapter, save_adapter
+from rcllm.prompt.blocks import Prompter
+from rcllm.tune.examples import ExampleConfig, Source, batch_of, check
+from rcllm.tune.loss import listwise_loss, readout_scores
+from rcllm.tune.network import Network
+from rcllm.tune.pack import Packed, pack
+
+_CHECKPOINT, _BEST = "checkpoint.pt", "best"
+_VALIDATION_BATCH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TuneConfig:
+    """What to learn, from what, and for how long."""
+
+    mask: Mask = "causal"
+    readout: Readout = "pointwise"
+    rank: int = 16
+    alpha: float = 32.0
+    learning_rate: float = 1e-3
+    losses: int = 6000  # prompts learnt from, at most
+    minutes: float = math.inf  # of training, over all runs; the learning rate falls towards whichever end is nearer
+    warm_up: float = 0.05  # share of the training in which the learning rate rises
+    clip: float = 1.0  # largest norm of a gradient
+    evaluate_every: int = 480  # losses
+    validation_requests: int = 100
+    patience: int = 8  # evaluations without a better validation loss before it stops early
+    seed: int = 0
+    examples: ExampleConfig = field(default_factory=ExampleConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One point of the curve."""
+
+    losses: int  # prompts learnt from so far
+    minutes: float
+    train_loss: float  # mean since the last evaluation
+    validation_loss: float
+    validation_ndcg10: float
+
+
+@dataclass(frozen=True, slots=True)
+class TuneProgress:
+    losses: int
+    share: float  # of the whole training, 0 to 1
+    loss: float  # running mean
+    losses_per_s: float
+    eta_s: float
+    rows_per_loss: float
+    last: Evaluation | None
+
+
+@dataclass(slots=True)
+class _State:
+    batches: int = 0
+    losses: int = 0
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    curve: list[Evaluation] = field(default_factory=list)
+    rows: int = 0
+
+
+class Trainer:
+    """One training in one folder: `folder/best` is the adapter with the lowest validation loss so far."""
+
+    def __init__(
+        self,
+        network: Network,
+        prompter: Prompter,
+        sources: Sequence[Source],
+        config: TuneConfig,
+        folder: Path,
+        base: str,
+    ) -> None:
+        check_config(config)
+        self.network, self.prompter, self.sources, self.config = network, prompter, sources, config
+        self.folder, self.base = folder, base
+        self.options = RankOptions(readout=config.readout)
+        self.state = _State()
+        self.optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        share = -(-config.validation_requests // len(sources))
+        self._validation = [request for source in sources for request in source.validation(share, config.seed)]
+
+    def run(self, on_progress: Callable[[TuneProgress], None] | None = None) -> list[Evaluation]:
+        """Trains to the end, going on from a checkpoint where there is one; returns the curve."""
+        self._restore()
+        if not self.state.curve:
+            self._evaluate()
+        while self._share() < 1.0 and not self._stalled():
+            start = time.perf_counter()
+            self._step()
+            self.state.seconds += time.perf_counter() - start
+            if self.state.losses >= self.state.curve[-1].losses + self.config.evaluate_every or self._share() >= 1.0:
+                self._evaluate()
+                self._save()
+            if on_progress:
+                on_progress(self._progress())
+        return self.state.curve
+
+    def _step(self) -> None:
+        requests = batch_of(self.sources, self.state.batches, self.config.seed)
+        rate = self.config.learning_rate * self._schedule()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        packed, losses = self._losses(requests)
+        loss = torch.stack(losses).mean()
+        if not torch.isfinite(loss):
+            raise ModelError(
+                f"the loss became {loss.item()} after {self.state.losses} prompts: lower the learning rate"
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        self.optimiser.step()
+        self.state.batches += 1
+        self.state.losses += len(losses)
+        self.state.rows += packed.num_rows
+        self.state.recent.append(loss.item())
+
+    def _losses(self, requests: Sequence[RankRequest]) -> tuple[Packed, list[torch.Tensor]]:
+        packed, scores = self.score(requests)
+        return packed, [
+            listwise_loss(s, r.candidates.index(r.positive))
+            for r, s in zip(requests, scores, strict=True)
+            if r.positive
+        ]
+
+    def score(self, requests: Sequence[RankRequest]) -> tuple[Packed, list[torch.Tensor]]:
+        """Differentiable scores of all requests in one pass."""
+        prompts = [self._prompt(request) for request in requests]
+        packed = pack(prompts, self.config.mask, self.prompter.contexts[self.options.layout])
+        hidden = self.network(packed, np.concatenate(packed.read_rows))
+        parts = hidden.split([len(rows) for rows in packed.read_rows])
+        return packed, [readout_scores(p, part, self.network.logits) for p, part in zip(prompts, parts, strict=True)]
+
+    def _prompt(self, request: RankRequest) -> Prompt:
+        return self.prompter.build(replace(request, options=self.options))
+
+    # ---- schedule ----
+
+    def _share(self) -> float:
+        return max(self.state.losses / self.config.losses, self.state.seconds / 60 / self.config.minutes)
+
+    def _schedule(self) -> float:
+        share, warm_up = self._share(), self.config.warm_up
+        return (
+            max(share, 0.1 * warm_up) / warm_up if share < warm_up else 1.0 - 0.95 * (share - warm_up) / (1 - warm_up)
+        )
+
+    def _stalled(self) -> bool:
+        losses = [point.validation_loss for point in self.state.curve]
+        return len(losses) - 1 - int(np.argmin(losses)) >= self.config.patience
+
+    # ---- validation ----
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        losses, gains = [], []
+        for start in range(0, len(self._validation), _VALIDATION_BATCH):
+            requests = self._validation[start : start + _VALIDATION_BATCH]
+            for request, scores in zip(requests, self.score(requests)[1], strict=True):
+                assert request.positive is not None
+                positive = request.candidates.index(request.positive)
+                losses.append(listwise_loss(scores, positive).item())
+                gains.append(ndcg(order(scores.tolist()), positive, 10))
+        state = self.state
+        train = float(np.mean(state.recent)) if state.recent else math.nan
+        point = Evaluation(state.losses, state.seconds / 60, train, float(np.mean(losses)), float(np.mean(gains)))
+        best = min((p.validation_loss for p in state.curve), default=math.inf)
+        state.curve.append(point)
+        state.recent = []
+        if point.validation_loss < best:
+            save_adapter(self.folder / _BEST, self.network.adapter(), self.base, self.record())
+
+    def record(self) -> dict[str, Any]:
+        """How the adapter was made."""
+        return {
+            "mask": self.config.mask,
+            "template": self.prompter.template.name,
+            "template_fingerprint": self.prompter.template.fingerprint.hex(),
+            "readout": self.config.readout,
+            "datasets": [source.dataset.name for source in self.sources],
+            "settings": _settings(self.config),
+            "rows_per_loss": round(self.state.rows / max(self.state.losses, 1), 1),
+            "curve": [asdict(point) for point in self.state.curve],
+        }
+
+    # ---- checkpoints ----
+
+    def _save(self) -> None:
+        content = {
+            "settings": _settings(self.config),
+            "network": self.network.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "state": asdict(self.state),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(content, self.folder / f"{_CHECKPOINT}.part")
+        (self.folder / f"{_CHECKPOINT}.part").replace(self.folder / _CHECKPOINT)
+
+    def _restore(self) -> None:
+        path = self.folder / _CHECKPOINT
+        if not path.exists():
+            return
+        content = torch.load(path, weights_only=True)
+        if content["settings"] != _settings(self.config):
+            raise ConfigError(
+                f"{path} was made with other settings: {_difference(content['settings'], _settings(self.config))}; "
+                "use another folder, or delete this one to begin anew"
+            )
+        self.network.load_state_dict(content["network"])
+        self.optimiser.load_state_dict(content["optimiser"])
+        state = content["state"]
+        self.state = _State(**state | {"curve": [Evaluation(**point) for point in state["curve"]]})
+
+    def _progress(self) -> TuneProgress:
+        state, share = self.state, self._share()
+        return TuneProgress(
+            state.losses,
+            min(share, 1.0),
+            float(np.mean(state.recent)) if state.recent else state.curve[-1].train_loss,
+            state.losses / max(state.seconds, 1e-9),
+            state.seconds * (1 - share) / max(share, 1e-9),
+            state.rows / max(state.losses, 1),
+            state.curve[-1] if state.curve else None,
+        )
+
+
+def warm_start(network: Network, folder: Path) -> None:
+    """Begins at an adapter that exists, instead of at the model. Raises ModelError, ConfigError."""
+    adapter = load_adapter(folder, network.spec)
+    if (adapter.rank, adapter.alpha) != (network.rank, network.alpha):
+        raise ConfigError(
+            f"{folder} has rank {adapter.rank} and alpha {adapter.alpha:g}, expected {network.rank} and "
+            f"{network.alpha:g}: give the same to start from it"
+        )
+    network.load_adapter(adapter)
+
+
+def check_config(config: TuneConfig) -> None:
+    """Raises ConfigError."""
+    check(config.examples)
+    if config.readout == "likelihood":
+        raise ConfigError("likelihood needs no tuning: tune the read-out label or pointwise")
+    if config.rank < 1 or config.losses < 1 or config.minutes <= 0 or config.learning_rate <= 0:
+        raise ConfigError(f"expected rank, losses, minutes and learning_rate above 0, got {config}")
+    if config.evaluate_every < 1 or config.validation_requests < 1 or config.patience < 1:
+        raise ConfigError("expected evaluate_every, validation_requests and patience of at least 1")
+
+
+def _settings(config: TuneConfig) -> dict[str, Any]:
+    """As JSON would give them back."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)).replace("Infinity", "null"))
+    return settings
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in _changed(old, new))
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    return (key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
