@@ -13,9 +13,9 @@ import torch
 from benchmarks.harness import median_seconds, options, report, show
 from benchmarks.ttft import floor_seconds, gemm_rate
 from rcllm.engine.hardware import measure_bandwidth
-from rcllm.model.attention import Group, Segment
 from rcllm.model.decoder import Decoder, Pass
 from rcllm.model.pull import pull
+from rcllm.model.segments import Group, Segment
 from rcllm.model.weights import load_model
 
 QUESTION = "Forward pass of each attention backend over its floor, by fresh tokens and segments"

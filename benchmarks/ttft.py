@@ -30,9 +30,9 @@ from rcllm.data import Dataset, build_requests, named_items
 from rcllm.engine.engine import Engine
 from rcllm.engine.hardware import measure_bandwidth, measure_gemm
 from rcllm.fidelity.measures import agreement
-from rcllm.model.attention import Group
 from rcllm.model.decoder import Pass
 from rcllm.model.pull import pull
+from rcllm.model.segments import Group
 from rcllm.model.spec import ModelSpec
 from rcllm.reuse.assemble import Planned, assemble
 from rcllm.reuse.plan import plan

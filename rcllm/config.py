@@ -13,15 +13,16 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from rcllm.core import Level, RankOptions
+from rcllm.core import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
 
 T = TypeVar("T")
 MIB = 1 << 20
 CONTEXTS = ("none", "bos", "instruction", "typical", "mean(n)")
-_OPTIONS = {
-    name: get_args(kind) for name, kind in get_type_hints(RankOptions).items() if get_origin(kind) is Literal
-}  # the options of a ranking that are one of a few words
+_WORDS = {
+    cls: {name: get_args(kind) for name, kind in get_type_hints(cls).items() if get_origin(kind) is Literal}
+    for cls in (RankOptions, Selection)
+}  # the options that are one of a few words
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class CacheConfig:
     pool_mb: int = 0  # 0: what memory_mb leaves
     host_mb: int = 0  # second tier in host memory, for pools on a GPU
     kv_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # fp16 beside fp32 compute, else the compute dtype
+    semantic_pool: str = ""  # file of `rcllm pool build`, for history "semantic"
     pass_tokens: int = 2048  # most fresh tokens in one forward pass that computes missing blocks
 
 
@@ -113,15 +115,39 @@ def check_options(options: RankOptions) -> None:
     """Raises ConfigError for values that are not there and combinations that mean nothing."""
     if not isinstance(options.level, Level):
         raise ConfigError(f"level must be a Level, got {options.level!r}; read one with Level.parse")
-    for name, known in _OPTIONS.items():
-        if (value := getattr(options, name)) not in known:
-            raise ConfigError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
+    _check_words(options)
+    if options.level.name == "corrected":
+        _check_selection(options.level, options.selection)
+    if options.history == "semantic" and options.level.name == "corrected" and options.selection.policy == "static":
+        raise ConfigError("policy static ranks the tokens of blocks that are cached; history 'semantic' has none")
     if options.layout == "items_first" and options.readout != "label":
         raise ConfigError(
             f"read-out {options.readout!r} needs layout history_first: its candidates are branches after the history"
         )
     if options.bias != "none" and options.readout != "label":
         raise ConfigError(f"bias {options.bias!r} corrects label letters; read-out {options.readout!r} has none")
+
+
+def _check_words(options: RankOptions | Selection) -> None:
+    for name, known in _WORDS[type(options)].items():
+        if (value := getattr(options, name)) not in known:
+            raise ConfigError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
+
+
+def _check_selection(level: Level, selection: Selection) -> None:
+    _check_words(selection)
+    shares = {"r_item": level.budget, "r_history": level.history_budget, "selection.divergence": selection.divergence}
+    for name, share in shares.items():
+        if not 0.0 <= share <= 1.0:
+            raise ConfigError(f"{name} must be from 0 to 1, got {share}")
+    for name, count in {"window": selection.window, "check_layer": selection.check_layer}.items():
+        if count < 0:
+            raise ConfigError(f"selection.{name} must be 0 or more, got {count}")
+    if selection.policy == "k_difference" and selection.check_layer == 0:
+        raise ConfigError(
+            "policy k_difference needs selection.check_layer of 1 or more: "
+            "in layer 0 a key depends on its token alone, and so none differs there"
+        )
 
 
 def context_samples(name: str) -> int:

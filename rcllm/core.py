@@ -33,7 +33,7 @@ Mask = Literal["causal", "blocks"]
 HistoryMode = Literal["chain", "shared", "semantic"]
 Policy = Literal["rcllm", "k_difference", "first", "question", "static", "two_pass", "tail", "random"]
 Reduction = Literal["question", "mean", "sum"]
-Source = Literal["fresh", "computed", "device", "host"]  # where the KV of a block came from
+Source = Literal["fresh", "computed", "device", "host", "semantic"]  # where the KV of a block came from
 
 # ---- what users bring -----------------------------------------------------------------------------------------------
 
@@ -135,13 +135,14 @@ class Selection:
     """Which reused tokens level `corrected` computes afresh, at equal budgets.
 
     RcLLM (§III-D, its M7) scores S_i = (1 - λ)·A_i + λ·(|ΔK_i| + |ΔV_i|) after the check layer, items by A_i alone; it
-    discloses neither λ, nor the reduction of A, nor the window.
+    discloses neither λ, nor the reduction of A, nor the window. In layer 0, K and V depend on the token alone, so there
+    only KV of other tokens (prototypes) differs. The policies: `reuse/select.py`.
     """
 
     policy: Policy = "rcllm"
     divergence: float = 0.5  # λ: weight of the KV difference against the attention, for history tokens
     reduction: Reduction = "question"  # whose attention A_i is: the question's, or the mean or sum over all that see i
-    window: int = 0  # the last reused tokens before the question that are fresh whatever they score
+    window: int = 0  # the last reused tokens before the question, fresh on top of the budgets
     check_layer: int = 0  # layers up to this one run for all tokens; the scores are taken there
 
 
@@ -185,6 +186,7 @@ class Block:
     key: ContentKey | None = None
     chain_key: ContentKey | None = None
     slot: int | None = None  # candidate number, for items and what belongs to them
+    private: bool = False  # in the words of one user (the owner): never shared, and erased with them
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -2,6 +2,7 @@
 
     RcllmError
     ├── ConfigError              an option, file or value of the configuration is wrong
+    │   └── UncalibratedError        a reuse level was asked for that no calibration allows
     ├── DataError                a data file is malformed (names file and line)
     ├── FetchError               a package or model could not be downloaded
     ├── ModelError               a model folder cannot be used
@@ -21,6 +22,10 @@ class RcllmError(Exception):
 
 class ConfigError(RcllmError):
     """An option is unknown or has a value that cannot work."""
+
+
+class UncalibratedError(ConfigError):
+    """A reuse level has no passing calibration for this model, template and options."""
 
 
 class DataError(RcllmError):

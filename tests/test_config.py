@@ -21,7 +21,7 @@ from rcllm.config import (
     nearest,
     resolve,
 )
-from rcllm.core import Level, RankOptions
+from rcllm.core import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
 
 SMALL = Hardware(has_cuda=False, memory_bytes=1000 * MIB)
@@ -48,12 +48,15 @@ def test_a_file_is_read_section_by_section(tmp_path: Path) -> None:
         [rank]
         level = "linked(8)"
         parallel = true
+        [rank.selection]
+        policy = "tail"
+        window = 4
         """,
     )
     assert config.model == ModelConfig(path="some/model", threads=2)
     assert config.prompt == PromptConfig(context="mean(4)")
     assert config.cache == CacheConfig(kv_dtype="bf16")
-    assert config.rank == RankOptions(level=Level("linked", 8), parallel=True)
+    assert config.rank == RankOptions(level=Level("linked", 8), parallel=True, selection=Selection("tail", window=4))
     assert load(tmp_path, "") == Config()
 
 
@@ -68,6 +71,8 @@ def test_a_file_is_read_section_by_section(tmp_path: Path) -> None:
         ("[rank]\nreadout = 'labels'", "rank: readout must be one of label, pointwise, likelihood, got 'labels'"),
         ("[rank]\nlevel = 'fast'", "unknown reuse level 'fast'"),
         ("[rank]\nlevel = 3", "rank: level must be a text"),
+        ("[rank.selection]\npolicy = 'best'", "rank: selection: policy must be one of rcllm, .*, got 'best'"),
+        ("[rank.selection]\nlambda = 0.5", "rank: selection: unknown key 'lambda'; known: check_layer, divergence"),
         ("model = 3", "model must be a section, got 3"),
         ("[model", r"rcllm\.toml"),
     ],
@@ -97,8 +102,8 @@ def test_resolving_fits_the_hardware(hardware: Hardware, device: str, dtype: str
     config = resolve(Config(), hardware)
     assert (config.model.device, config.model.dtype, config.cache.kv_dtype) == (device, dtype, kv_dtype)
     assert config.cache.memory_mb == 600
-    # what is left to choose are the backend (per pass) and the chat format (by the tokenizer)
-    assert autos(config) == ["attention", "chat"]
+    # what is left to choose: the backend (per pass), the mask (by the adapter), the chat format (by the tokenizer)
+    assert autos(config) == ["attention", "mask", "chat"]
     assert resolve(config, hardware) == config
 
 
@@ -130,7 +135,7 @@ def test_what_cannot_work_is_refused(config: Config, message: str) -> None:
         ({"bias": "content_free", "readout": "likelihood"}, "corrects label letters; read-out 'likelihood' has none"),
         ({"layout": "items_first", "readout": "likelihood"}, "needs layout history_first"),
         ({"readout": "labels"}, "unknown readout 'labels'; did you mean 'label'"),
-        ({"history": "none"}, "unknown history 'none'; known: chain, shared"),
+        ({"history": "none"}, "unknown history 'none'; known: chain, semantic, shared"),
         ({"level": "blocks"}, r"level must be a Level, got 'blocks'; read one with Level\.parse"),
     ],
 )

@@ -23,6 +23,10 @@ from rcllm.errors import ConfigError
         ("tail", Level("tail", 0.1)),
         ("tail(0.25)", Level("tail", 0.25)),
         ("tail(1)", Level("tail", 1.0)),
+        ("corrected", Level("corrected", 0.3, 0.3)),
+        ("corrected(.4)", Level("corrected", 0.4, 0.4)),
+        ("corrected(0.4, 0.5)", Level("corrected", 0.4, 0.5)),
+        ("auto", Level("auto")),
         (Level("exact"), Level("exact")),
     ],
 )
@@ -33,10 +37,12 @@ def test_levels_are_read(text: str | Level, level: Level) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "fast", "Exact", "exact(1)", "blocks()", "linked(-1)", "linked(1.5)", "linked(x)", "tail(1.1)", "tail(-0.1)",
-     "tail(nan)", "tail(0.1", "linked(4) tail(0.1)"],
+     "tail(nan)", "tail(0.1", "linked(4) tail(0.1)", "corrected(1.1)", "corrected(0.1, -1)", "corrected(0.1, 0.2, 0.3)",
+     "corrected(nan)", "corrected(x)", "auto(1)"],
 )  # fmt: skip
 def test_what_is_no_level_is_told_the_levels(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"unknown reuse level .*full.*exact, linked\(k\).*tail\(r\).*blocks"):
+    known = r"unknown reuse level .*full.*exact, corrected\(.*tail\(r\).*linked\(k\).*blocks"
+    with pytest.raises(ConfigError, match=known):
         Level.parse(text)
 
 
@@ -45,6 +51,7 @@ def test_what_is_no_level_is_told_the_levels(text: str) -> None:
         st.sampled_from(["full", "exact", "blocks"]).map(Level.parse),
         st.integers(0, 10**6).map(lambda k: Level("linked", k)),
         st.floats(0, 1).map(lambda share: Level("tail", share)),
+        st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda shares: Level("corrected", *shares)),
     )
 )
 def test_levels_survive_a_round_trip(level: Level) -> None:

@@ -175,6 +175,7 @@ class Held:
         self._pool = pool
         self.blocks: dict[ContentKey, torch.Tensor] = {}
         self.sources: dict[ContentKey, Source] = {}
+        self._lent: set[ContentKey] = set()
 
     def fetch(self, keys: Iterable[ContentKey]) -> list[ContentKey]:
         """Pins those of `keys` that exist, and returns those that do not."""
@@ -189,6 +190,12 @@ class Held:
             self.blocks[key] = self._pool._insert(key, StoredBlock(kv, cost, owner))
             self.sources[key] = "computed"
 
+    def lend(self, key: ContentKey, kv: torch.Tensor, source: Source) -> None:
+        """Adds a block for this batch alone, in place: the pool never has it, and it ends with the release."""
+        assert key not in self.blocks or key in self._lent, "a lent block never stands in for a published one"
+        self.blocks[key], self.sources[key] = kv, source
+        self._lent.add(key)
+
     def release(self) -> None:
-        self._pool._release(self.blocks)
-        self.blocks, self.sources = {}, {}
+        self._pool._release(key for key in self.blocks if key not in self._lent)
+        self.blocks, self.sources, self._lent = {}, {}, set()

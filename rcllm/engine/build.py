@@ -18,6 +18,7 @@ from rcllm.cache.pool import Pool
 from rcllm.cache.store import MemoryStore
 from rcllm.config import MIB, Config
 from rcllm.core import Item, ItemId, RankRequest
+from rcllm.engine.admission import Identity
 from rcllm.errors import ConfigError, ModelError
 from rcllm.model.adapter import adapter_fingerprint, adapter_mask, load_adapter, merge
 from rcllm.model.decoder import Decoder
@@ -25,6 +26,7 @@ from rcllm.model.weights import fingerprint, load_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import Template, chat_format
 from rcllm.prompt.tokenizer import Tokenizer
+from rcllm.reuse.semantic_pool import SemanticPool
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SMALLEST_POOL_TOKENS = 256
@@ -82,6 +84,30 @@ def make_prompter(
         config.prompt.context,
         samples,
     )
+
+
+def identity(config: Config, prompter: Prompter, model_id: str, semantic_pool: SemanticPool | None) -> Identity:
+    """What a calibration of the engine made of these holds for. `config`: resolved."""
+    chat = blake3(repr(prompter.chat).encode()).digest()
+    tokenizer, template = prompter.tokenizer.fingerprint, prompter.template.fingerprint
+    assert config.model.mask != "auto", "mask is resolved by declared_mask"
+    return Identity(
+        model_id,
+        tokenizer.hex()[:12],
+        template.hex()[:12],
+        chat.hex()[:12],
+        config.model.dtype,
+        config.cache.kv_dtype,
+        config.model.mask,
+        semantic_pool.identity if semantic_pool else "",
+    )
+
+
+def open_semantic_pool(config: Config, decoder: Decoder, prompter: Prompter) -> SemanticPool | None:
+    """The pool that the configuration names, if any. Raises ConfigError, ModelError."""
+    if not config.cache.semantic_pool:
+        return None
+    return SemanticPool.open(Path(config.cache.semantic_pool), decoder, prompter.namespace)
 
 
 def make_pool(config: Config, decoder: Decoder) -> Pool:

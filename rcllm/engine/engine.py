@@ -1,6 +1,6 @@
 """The engine on one device: requests in, scores and receipts out.
 
-    prompt → plan → materialise → forward → readout → respond
+    prompt → plan → materialise → select → forward → readout → respond
 
 Invariant: a request's answer does not depend on what else is in its batch or in the cache, beyond the tolerance of the
 kernels (docs/numerics.md); the cache decides how fast it comes. Safe to call from several threads: one batch runs at
@@ -22,8 +22,6 @@ import torch
 from rcllm.cache.pool import Held, Pool, PoolStats
 from rcllm.config import Config, Hardware, check_options, resolve
 from rcllm.core import (
-    Block,
-    BlockKind,
     ContentKey,
     Item,
     ItemId,
@@ -36,18 +34,39 @@ from rcllm.core import (
     UserId,
 )
 from rcllm.decode.rank import Scores, score
+from rcllm.engine.admission import Admission, AdmissionFactory, Identity, Open
+from rcllm.engine.batch import Limits, parts
 from rcllm.engine.bias import LabelBias
-from rcllm.engine.build import declared_mask, load_decoder, make_pool, make_prompter, model_fingerprint
-from rcllm.engine.materialise import NOTHING, Materialiser, Missing, chunks, recompute_flops
+from rcllm.engine.build import (
+    declared_mask,
+    identity,
+    load_decoder,
+    make_pool,
+    make_prompter,
+    model_fingerprint,
+    open_semantic_pool,
+)
+from rcllm.engine.correct import Corrector, choose_without_evidence, first_phase
+from rcllm.engine.materialise import (
+    Materialiser,
+    Missing,
+    canonical,
+    chunks,
+    item_owner,
+    recompute_flops,
+    user_owner,
+)
 from rcllm.engine.respond import BatchFacts, respond
-from rcllm.errors import CapacityError
+from rcllm.errors import CapacityError, ConfigError
 from rcllm.metrics import Stopwatch
 from rcllm.model.decoder import Decoder
 from rcllm.model.pull import pull
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.keys import Context
 from rcllm.reuse.assemble import Planned, assemble
-from rcllm.reuse.plan import plan
+from rcllm.reuse.plan import NOTHING_BORROWED, plan
+from rcllm.reuse.prototypes import Borrowed
+from rcllm.reuse.semantic_pool import SemanticPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +85,22 @@ class WarmProgress:
 class Engine:
     """Make one with `Engine.build`."""
 
-    def __init__(self, config: Config, decoder: Decoder, prompter: Prompter, pool: Pool, model_id: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        decoder: Decoder,
+        prompter: Prompter,
+        pool: Pool,
+        model_id: str,
+        admission: Admission | None = None,
+        semantic_pool: SemanticPool | None = None,
+    ) -> None:
+        """`admission`: which reuse levels may be used; None for all. `semantic_pool`: for history "semantic"."""
         self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id
+        self.semantic_pool = semantic_pool
+        self.admission = admission or Open.of(self.identity, prompter.context_name)
         self._materialiser = Materialiser(decoder, prompter.namespace, config.cache.pass_tokens)
+        self._corrector = Corrector(decoder, prompter, self._materialiser, config.cache.pass_tokens)
         self._lock = threading.Lock()
         self._bias = LabelBias(self._score_content_free)
 
@@ -78,10 +110,12 @@ class Engine:
         catalogue: Mapping[ItemId, Item],
         config: Config | None = None,
         samples: Sequence[RankRequest] = (),
+        admission: AdmissionFactory = Open.of,
     ) -> Engine:
         """Loads the model and makes an empty cache.
 
-        `samples`: real requests for the canonical contexts `typical` and `mean(n)`. Fetches the model when it is not
+        `samples`: real requests for the canonical contexts `typical` and `mean(n)`. `admission`: told what the engine
+        is, makes what decides which reuse levels may be used; by default, all. Fetches the model when it is not
         there. Raises ConfigError, ModelError, FetchError.
         """
         memory = psutil.virtual_memory().total
@@ -92,7 +126,15 @@ class Engine:
         model = model_fingerprint(config, folder)
         decoder = load_decoder(config, folder)
         prompter = make_prompter(config, folder, model, decoder, catalogue, samples)
-        return cls(config, decoder, prompter, make_pool(config, decoder), model.hex()[:12])
+        model_id = model.hex()[:12]
+        semantic_pool = open_semantic_pool(config, decoder, prompter)
+        admitting = admission(identity(config, prompter, model_id, semantic_pool), prompter.context_name)
+        return cls(config, decoder, prompter, make_pool(config, decoder), model_id, admitting, semantic_pool)
+
+    @property
+    def identity(self) -> Identity:
+        """What a calibration of this engine holds for."""
+        return identity(self.config, self.prompter, self.model_id, self.semantic_pool)
 
     # ---- ranking ----
 
@@ -113,27 +155,44 @@ class Engine:
         try:
             with watch.stage("plan"):
                 planned = [self._plan(prompt) for prompt in prompts]
-            responses: list[RankResponse] = []
+            responses: dict[int, RankResponse] = {}
             for part in self._parts(planned):
-                some = requests[len(responses) : len(responses) + len(part)]
-                responses.extend(self._run(some, part, watch))
-            return responses
+                answers = self._run([requests[i] for i in part], [planned[i] for i in part], watch)
+                responses.update(zip(part, answers, strict=True))
+            return [responses[i] for i in range(len(requests))]
         finally:
             self._lock.release()
 
     def _prompt(self, request: RankRequest) -> Prompt:
         options = request.options or self.config.rank
         check_options(options)
-        return self.prompter.build(replace(request, options=options))
+        admitted = self.admission.admit(options)
+        options = admitted.options
+        if options.history == "semantic" and self.semantic_pool is None:
+            raise ConfigError(
+                "history 'semantic' needs a semantic pool: build one with `rcllm pool build` and name it in "
+                "cache.semantic_pool"
+            )
+        check_layer, last = options.selection.check_layer, self.decoder.spec.num_layers - 1
+        if options.level.name == "corrected" and check_layer >= last:
+            raise ConfigError(
+                f"selection.check_layer is {check_layer}; the model has the layers 0 to {last}, of which at least the "
+                "last must be left to run for the chosen tokens alone"
+            )
+        prompt = self.prompter.build(replace(request, options=options))
+        return replace(prompt, notes=prompt.notes + admitted.notes)
 
     def _run(self, requests: Sequence[RankRequest], batch: Sequence[Planned], watch: Stopwatch) -> list[RankResponse]:
-        with self.pool.hold() as held:
+        with self._pool_of(batch).hold() as held:
             with watch.stage("materialise"):
                 num_computed = self._materialise(batch, held)
+            with watch.stage("select"):
+                selected = self._corrector.select(batch, held)
+                batch = selected.batch
             with watch.stage("assemble"):
                 assembled = assemble(batch, held.blocks, self.decoder.device)
             with watch.stage("forward"):
-                passed = self.decoder.forward(assembled.work)
+                passed = self.decoder.forward(assembled.work, selected.carried)
             with watch.stage("readout"):
                 scores = [
                     self._bias.correct(p.prompt.options, score(self.decoder, p.prompt, passed.hidden, rows))
@@ -146,39 +205,54 @@ class Engine:
                 self.model_id,
                 self.prompter.context_name,
                 passed.backend,
-                passed.bytes_copied,
+                passed.bytes_copied + selected.bytes_copied,
                 num_computed,
                 len(batch),
                 held.sources,
                 watch.read_ms(),
             )
-            segments = [group.segments for group in assembled.work.groups]
+            read = selected.bytes_read(assembled.work.groups, self.decoder.spec.num_layers)
             return [
-                respond(r, p, p.prompt.options.level, s, g, facts, self._notes(p.prompt.options))
-                for r, p, s, g in zip(requests, batch, scores, segments, strict=True)
+                respond(r, p, p.prompt.options.level, s, b, facts, self._notes(p.prompt.options) + n)
+                for r, p, s, b, n in zip(requests, batch, scores, read, selected.notes, strict=True)
             ]
 
     def _plan(self, prompt: Prompt) -> Planned:
-        # under a block mask, reading the blocks is exact, and letting them see more would be wrong
-        level = Level("blocks") if self.config.model.mask == "blocks" else prompt.options.level
-        return Planned(prompt, plan(prompt, level, self.pool.contains))
+        level = prompt.options.level
+        if self.config.model.mask == "blocks":  # reading the blocks is exact, and letting them see more would be wrong
+            cached = self.pool.contains if not self._is_anew(prompt) else lambda key: False
+            borrowed = self._borrow(prompt)
+            return Planned(prompt, plan(prompt, Level("blocks"), cached, borrowed), borrowed=borrowed)
+        assert level.name != "auto", "admission resolves it"
+        borrowed = self._borrow(prompt)
+        planned = Planned(prompt, plan(prompt, level, self.pool.contains, borrowed), level, borrowed)
+        return choose_without_evidence(planned)
 
-    def _parts(self, batch: Sequence[Planned]) -> Iterator[Sequence[Planned]]:
-        """Runs of prompts whose fresh tokens and KV fit together; a prompt that fits alone nowhere is tried alone."""
-        start, rows, needed = 0, 0, dict[ContentKey, int]()
-        for i, planned in enumerate(batch):
-            keys = {p.key: len(planned.prompt.blocks[p.block]) for p in planned.plan.pieces if p.key is not None}
-            total = sum((needed | keys).values()) * self._kv_bytes_per_token
-            too_much = rows + planned.plan.num_fresh > self.config.cache.pass_tokens or total > self.pool.budget // 2
-            if i > start and too_much:
-                yield batch[start:i]
-                start, rows, needed = i, 0, {}
-            rows, needed = rows + planned.plan.num_fresh, needed | keys
-        if batch:
-            yield batch[start:]
+    def _borrow(self, prompt: Prompt) -> Mapping[int, Borrowed]:
+        """What of the history the semantic pool gives to a request that asks for it."""
+        asked = prompt.options.history == "semantic" and prompt.options.level.name not in ("full", "exact")
+        return self.semantic_pool.borrow(prompt) if asked and self.semantic_pool is not None else NOTHING_BORROWED
+
+    def _is_anew(self, prompt: Prompt) -> bool:
+        """Full recompute under a block mask: the prompt is read from blocks, but from none that are cached."""
+        return self.config.model.mask == "blocks" and prompt.options.level.name in ("full", "exact")
+
+    def _pool_of(self, batch: Sequence[Planned]) -> Pool:
+        """The pool, or, where every block is to be computed anew, an empty one without rounding, for this batch."""
+        if not self._is_anew(batch[0].prompt):
+            return self.pool
+        return Pool(self.pool.budget, self.decoder.dtype, self.decoder.device)
+
+    def _parts(self, batch: Sequence[Planned]) -> Iterator[list[int]]:
+        limits = Limits(self.config.cache.pass_tokens, self.pool.budget // 2, self._kv_bytes_per_token)
+        return parts(batch, lambda planned: (self._is_anew(planned.prompt), first_phase(planned)), limits)
 
     def _materialise(self, batch: Sequence[Planned], held: Held) -> int:
         """Fetches every block that the plans read, and computes those that do not exist; returns tokens computed."""
+        for borrowed in (each for planned in batch for each in planned.borrowed.values()):
+            if borrowed.key not in held.blocks:
+                assert self.semantic_pool is not None
+                held.lend(borrowed.key, self.semantic_pool.block(borrowed.matches), "semantic")
         needed = {
             piece.key: (planned.prompt, piece.block)
             for planned in batch
@@ -193,7 +267,7 @@ class Engine:
             before = tuple(token for earlier in prompt.blocks[:index] for token in earlier.token_ids)
             owner = user_owner(prompt.user_id)
             return Missing(key, block.token_ids, Context((before,)), owner, owner if index > 1 else None)
-        return self._canonical(block, prompt.options.layout)
+        return canonical(self.prompter, block, prompt.options.layout)
 
     def _publish(self, batch: Sequence[Planned], kept: Sequence[torch.Tensor], held: Held) -> None:
         """Keeps the history that was computed exactly; a full cache is no reason to fail a request."""
@@ -207,10 +281,11 @@ class Engine:
     def _score_content_free(self, num_candidates: int, options: RankOptions) -> Scores:
         """The log-probabilities of labels whose candidates all read the same."""
         planned = self._plan(self.prompter.build_content_free(num_candidates, options))
-        with self.pool.hold() as held:
+        with self._pool_of([planned]).hold() as held:
             self._materialise([planned], held)
-            assembled = assemble([planned], held.blocks, self.decoder.device)
-            hidden = self.decoder.forward(assembled.work).hidden
+            selected = self._corrector.select([planned], held)
+            assembled = assemble(selected.batch, held.blocks, self.decoder.device)
+            hidden = self.decoder.forward(assembled.work, selected.carried).hidden
         return score(self.decoder, planned.prompt, hidden, assembled.read_rows[0])
 
     # ---- the cache ----
@@ -232,7 +307,7 @@ class Engine:
         blocks = [self.prompter.item_block(item, layout) for item in items if reads_items]
         if self.config.rank.history == "shared":
             blocks += [self.prompter.event_block(item, layout) for item in items]
-        todo = [self._canonical(block, layout) for block in {block.key: block for block in blocks}.values()]
+        todo = [canonical(self.prompter, block, layout) for block in {block.key: block for block in blocks}.values()]
         todo = [missing for missing in todo if not self.pool.contains(missing.key)]
         start, total, left, full = time.perf_counter(), len(blocks), len(todo), False
 
@@ -241,7 +316,7 @@ class Engine:
             eta = elapsed * left / (len(todo) - left) if left < len(todo) else 0.0
             return WarmProgress(total - left, total, tokens, self.pool.stats().num_bytes, full, elapsed, eta)
 
-        instruction = self._canonical(self.prompter.instruction_block(layout), layout)
+        instruction = canonical(self.prompter, self.prompter.instruction_block(layout), layout)
         with self._lock, self.pool.hold() as held:
             tokens = self._materialiser.compute([instruction] if held.fetch([instruction.key]) else [], held)
         for chunk in chunks(todo, self.config.cache.pass_tokens):
@@ -251,6 +326,7 @@ class Engine:
                 if not full:
                     absent = set(held.fetch(missing.key for missing in chunk))
                     tokens += self._materialiser.compute([m for m in chunk if m.key in absent], held)
+                    self._corrector.warm(chunk, self.config.rank, held)
                     left -= len(chunk)
             if on_progress:
                 on_progress(progress())
@@ -261,17 +337,23 @@ class Engine:
     def erase_user(self, user_id: UserId) -> int:
         """Removes every block derived from a user; returns how many there were.
 
-        Waits for the batch that is running, which may be about to publish some.
+        Waits for the batch that is running, which may be about to publish some. The semantic pool is a read-only file
+        that was made of users' texts: build it again without the user (`rcllm pool build --exclude-users`).
         """
         with self._lock:
-            return self.pool.delete_owner(user_owner(user_id) or "")
+            owner = user_owner(user_id) or ""
+            self._corrector.rankings.forget(owner)
+            return self.pool.delete_owner(owner)
 
     def retire_item(self, item_id: ItemId) -> int:
         """Removes the blocks of an item whose text changed or that is gone; returns how many there were.
 
         Not needed for correctness: new text has new keys. It frees the memory of the old ones at once.
         """
-        return self.pool.delete_owner(item_owner(item_id) or "")
+        owner = item_owner(item_id) or ""
+        with self._lock:
+            self._corrector.rankings.forget(owner)
+            return self.pool.delete_owner(owner)
 
     def stats(self) -> PoolStats:
         return self.pool.stats()
@@ -280,25 +362,14 @@ class Engine:
     def _kv_bytes_per_token(self) -> int:
         return self.decoder.spec.kv_bytes_per_token(self.pool.dtype.itemsize)
 
-    def _canonical(self, block: Block, layout: Layout) -> Missing:
-        """A block to compute in the canonical context of its kind."""
-        assert block.key is not None
-        context = NOTHING if block.kind is BlockKind.INSTRUCTION else self.prompter.contexts[layout][block.kind]
-        return Missing(block.key, block.token_ids, context, item_owner(block.owner))
-
     def _notes(self, options: RankOptions) -> tuple[str, ...]:
         notes = []
         if self.config.model.mask == "blocks":
-            notes.append("the model's mask is `blocks`: reading cached blocks is exact under it")
+            anew = options.level.name in ("full", "exact")
+            exact = "every block was computed anew for it" if anew else "reading cached blocks is exact under it"
+            notes.append(f"the model's mask is `blocks`: {exact}")
+        if options.history == "semantic" and self.semantic_pool is not None:
+            notes.append(f"semantic pool {self.semantic_pool.identity}: its tokens are approximate")
         if options.bias == "running_mean":
             notes.append("bias running_mean: the scores depend on the requests before this one")
         return tuple(notes)
-
-
-def user_owner(user_id: str | None) -> str | None:
-    """Owner names of users and items never collide."""
-    return None if user_id is None else f"user:{user_id}"
-
-
-def item_owner(item_id: str | None) -> str | None:
-    return None if item_id is None else f"item:{item_id}"

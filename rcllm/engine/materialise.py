@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from rcllm.cache.pool import Held
-from rcllm.core import ContentKey, TokenIds
+from rcllm.core import Block, BlockKind, ContentKey, Layout, TokenIds
 from rcllm.model.decoder import Decoder
 from rcllm.model.spec import ModelSpec
+from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.keys import Context, content_key
 from rcllm.reuse.assemble import assemble_blocks
 
@@ -33,6 +34,23 @@ class Missing:
     context_owner: str | None = None  # the user, where the context holds that user's history
 
 
+def canonical(prompter: Prompter, block: Block, layout: Layout) -> Missing:
+    """A block to compute in the canonical context of its kind."""
+    assert block.key is not None
+    context = NOTHING if block.kind is BlockKind.INSTRUCTION else prompter.contexts[layout][block.kind]
+    owner = user_owner(block.owner) if block.private else item_owner(block.owner)
+    return Missing(block.key, block.token_ids, context, owner)
+
+
+def user_owner(user_id: str | None) -> str | None:
+    """Owner names of users and items never collide."""
+    return None if user_id is None else f"user:{user_id}"
+
+
+def item_owner(item_id: str | None) -> str | None:
+    return None if item_id is None else f"item:{item_id}"
+
+
 class Materialiser:
     """Computes blocks with one decoder; at most about `pass_tokens` fresh tokens a pass (one block may exceed it)."""
 
@@ -43,15 +61,15 @@ class Materialiser:
         """Publishes every block of `missing`; returns how many tokens went through the layers for it."""
         tokens = 0
         for context, blocks in _by_context(missing):
-            tokens += self._contexts(context, blocks[0].context_owner, held)
+            tokens += self.fetch_context(context, blocks[0].context_owner, held)
             for chunk in chunks(blocks, self._pass_tokens):
                 tokens += self._chunk(context, chunk, held)
         return tokens
 
-    def _contexts(self, context: Context, owner: str | None, held: Held) -> int:
-        """Makes sure that the KV of the contexts' own tokens is there."""
+    def fetch_context(self, context: Context, owner: str | None, held: Held) -> int:
+        """Makes sure that the KV of the contexts' own tokens is held; returns how many were computed for that."""
         variants = [variant for variant in context.variants if variant]
-        keys = {self._key(variant): variant for variant in variants}
+        keys = {self.key(variant): variant for variant in variants}
         absent = [Missing(key, keys[key], NOTHING, owner) for key in held.fetch(keys)]
         return self.compute(absent, held) if absent else 0
 
@@ -59,7 +77,7 @@ class Materialiser:
         token_ids = [missing.token_ids for missing in chunk]
         total: list[torch.Tensor] = []
         for variant in context.variants:
-            kv = held.blocks[self._key(variant)] if variant else None
+            kv = held.blocks[self.key(variant)] if variant else None
             kept = self._decoder.forward(assemble_blocks(token_ids, kv, len(variant), self._decoder.device)).kept
             total = [a + b for a, b in zip(total, kept, strict=True)] if total else kept
         for missing, kv in zip(chunk, total, strict=True):
@@ -70,7 +88,8 @@ class Materialiser:
             held.publish(missing.key, kv, cost, missing.owner)
         return len(context.variants) * sum(map(len, token_ids))
 
-    def _key(self, variant: TokenIds) -> ContentKey:
+    def key(self, variant: TokenIds) -> ContentKey:
+        """Names the KV of a context's own tokens."""
         return content_key(self._namespace, NOTHING.digest, variant)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from rcllm.core import BlockReceipt, ContentKey, Level, RankRequest, RankResponse, Receipt, Source
 from rcllm.decode.rank import Scores, order
-from rcllm.model.attention import Segment
 from rcllm.reuse.assemble import Planned
 
 
@@ -31,7 +30,7 @@ def respond(
     planned: Planned,
     level: Level,
     scores: Scores,
-    segments: tuple[Segment, ...],
+    kv_bytes_read: int,
     facts: BatchFacts,
     notes: tuple[str, ...],
 ) -> RankResponse:
@@ -52,7 +51,7 @@ def respond(
         num_fresh=plan.num_fresh,
         num_reused=plan.num_reused,
         num_computed=facts.num_computed,
-        kv_bytes_read=sum(segment.num_bytes for segment in segments),
+        kv_bytes_read=kv_bytes_read,
         kv_bytes_copied=facts.bytes_copied,
         stage_ms=facts.stage_ms,
         batch_size=facts.batch_size,

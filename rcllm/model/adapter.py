@@ -83,7 +83,7 @@ def save_adapter(folder: Path, adapter: Adapter, base: str, record: Mapping[str,
 
 
 def load_adapter(folder: Path, spec: ModelSpec) -> Adapter:
-    """Reads a LoRA adapter as `peft` writes it. Raises ModelError for what is not plain LoRA or does not fit the model."""
+    """Reads a LoRA adapter as `peft` writes it. Raises ModelError for what does not fit or is not plain LoRA."""
     config = _read_json(folder / _CONFIG)
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
         raise ModelError(f"{folder / _CONFIG}: expected plain LoRA without biases; merge other adapters into the model")

@@ -2,19 +2,18 @@
 
     attend(layer, qkv) -> (output, logsumexp)        lse = log Σ_s exp(lse_s),  out = Σ_s exp(lse_s - lse) · out_s
 
-A segment is cached KV at a place in this prompt: its keys are stored turned to their place within the block, and are
-turned on by the segment's base when they are read. Knows nothing of blocks' meaning, keys or eviction. Invariant: all
-backends compute the same function; `tests/reference/attend.py` is the slow, obvious fp64 twin.
+Knows nothing of blocks' meaning, content keys or eviction. Invariant: all backends compute the same function, that of
+`tests/reference/attend.py`, the slow, obvious fp64 twin.
 
 `gather` copies the segments into one buffer per layer and makes one fused call; `segmented` reads each where it lies
-and merges; on the CPU a compiled kernel does that tile by tile. `prepare` holds the measured rule.
+and merges; both exist in torch and, for the CPU, compiled. `prepare` holds the rule.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -22,70 +21,11 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from rcllm.core import BoolArray, IntArray
+from rcllm.core import BoolArray
 from rcllm.model.native import Kernels
 from rcllm.model.rope import Rope
+from rcllm.model.segments import Group, Keys
 from rcllm.model.spec import ModelSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Tokens `start` to `stop` of one KV block, as one request sees them."""
-
-    kv: torch.Tensor  # [layers, 2, kv_heads, block_len, head_dim]; contiguous; K turned to block-local positions
-    base: int  # position of the block's token 0 in this prompt
-    start: int
-    stop: int
-    block: int  # which block of the group it belongs to
-
-    @property
-    def num_bytes(self) -> int:
-        return self.kv[:, :, :, self.start : self.stop].numel() * self.kv.element_size()
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Consecutive fresh rows that share segments; rows of different groups never see each other.
-
-    Who sees whom is told by blocks: a row sees what precedes it in its own block, and all of the blocks that its block
-    sees, fresh or cached.
-    """
-
-    segments: tuple[Segment, ...]
-    block: IntArray  # [rows], block of each row; rows of one block are consecutive
-    offset: IntArray  # [rows], place of each row within its block
-    sees: BoolArray  # [blocks, blocks], strictly lower triangular
-
-    @classmethod
-    def causal(cls, num_rows: int) -> Group:
-        """One plain sequence."""
-        return cls((), np.zeros(num_rows, np.int32), np.arange(num_rows, dtype=np.int32), np.zeros((1, 1), bool))
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.block)
-
-    def segment_mask(self) -> BoolArray:
-        """[rows, segments]"""
-        blocks = np.array([segment.block for segment in self.segments], dtype=np.int32)
-        starts = np.array([segment.start for segment in self.segments], dtype=np.int32)
-        own = (self.block[:, None] == blocks) & (starts < self.offset[:, None])
-        return np.asarray(own | self.sees[self.block[:, None], blocks], dtype=np.bool_)
-
-    def row_mask(self) -> BoolArray:
-        """[rows, rows]"""
-        own = (self.block[:, None] == self.block) & (self.offset <= self.offset[:, None])
-        return np.asarray(own | self.sees[self.block[:, None], self.block], dtype=np.bool_)
-
-    def reach(self) -> IntArray:
-        """[rows, 3]: the first row that a row sees, one past the last (itself), and whether it sees all between."""
-        count = np.bincount(self.block, minlength=len(self.sees))
-        start = np.cumsum(count) - count
-        row = np.arange(self.num_rows)
-        seen = self.sees & (count > 0)
-        first = np.minimum(np.where(seen, start, self.num_rows).min(axis=1), start)[self.block]
-        num_seen = (seen @ count)[self.block] + row - start[self.block] + 1
-        return np.stack([first, row + 1, num_seen == row + 1 - first], axis=1).astype(np.int32)
 
 
 class Attended(NamedTuple):
@@ -115,7 +55,7 @@ def merge(parts: Sequence[Attended]) -> Attended:
     return Attended(merged.to(parts[0].output.dtype), lse)
 
 
-# ---- compiled, in place ---------------------------------------------------------------------------------------------
+# ---- compiled -------------------------------------------------------------------------------------------------------
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -130,55 +70,96 @@ class NativeSegmented:
     bytes_copied = 0
 
     def __init__(self, spec: ModelSpec, rope: Rope, groups: Sequence[Group], kernels: Kernels) -> None:
+        self._init(spec, rope, kernels, groups, [Keys.of(replace(group, segments=())) for group in groups])
+        self._segments = self._segment_table(groups)
+
+    def _init(
+        self, spec: ModelSpec, rope: Rope, kernels: Kernels, groups: Sequence[Group], keys: Sequence[Keys]
+    ) -> None:
+        """`groups` with the segments that are read in place; `keys`: what lies in one buffer."""
         self._spec, self._rope, self._kernels = spec, rope, kernels
+        self._num_groups = len(groups)
+        self._groups = torch.from_numpy(_group_table(groups, keys))
+        self._sees_segment = _flat_bytes([group.segment_mask() for group in groups])
+        self._sees = _flat_bytes([group.sees for group in groups])
+        rows = [np.column_stack([g.block, g.offset, g.reach(k)]) for g, k in zip(groups, keys, strict=True)]
+        self._rows = torch.from_numpy(np.concatenate(rows).astype(np.int32))
+        places = [np.column_stack([k.block, k.offset]) for k in keys]
+        self._keys = torch.from_numpy(np.concatenate(places).astype(np.int32))
+
+    def _segment_table(self, groups: Sequence[Group]) -> torch.Tensor:
         segments = [segment for group in groups for segment in group.segments]
         assert all(s.kv.is_contiguous() for s in segments), "KV blocks are contiguous"
         self._kv = [segment.kv for segment in segments]  # keeps the memory behind the pointers alive
-        self._num_groups = len(groups)
-        rows = [
+        table = [
             (s.kv.data_ptr(), s.kv.shape[3], s.start, s.stop - s.start, s.base, _DTYPE_CODES[s.kv.dtype])
             for s in segments
         ]
-        self._segments = torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
-        masks = [group.segment_mask() for group in groups]
-        self._groups = torch.from_numpy(_group_table(groups))
-        self._sees_segment = _flat_bytes(masks)
-        self._sees = _flat_bytes([group.sees for group in groups])
-        table = [np.column_stack([group.block, group.offset, group.reach()]) for group in groups]
-        self._rows = torch.from_numpy(np.concatenate(table).astype(np.int32))
+        return torch.tensor(table, dtype=torch.int64).reshape(-1, 6)
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
+        return self._attend(layer, qkv, qkv[:, self._spec.q_size :])
+
+    def _attend(self, layer: int, qkv: torch.Tensor, kv: torch.Tensor) -> Attended:
+        """kv [keys, 2·KV·D]"""
         spec, rope = self._spec, self._rope
         output = qkv.new_empty(qkv.shape[0], spec.q_size)
         lse = qkv.new_empty(qkv.shape[0], spec.num_heads)
-        k, v = qkv[:, spec.q_size :], qkv[:, spec.q_size + spec.kv_size :]
         scale = math.log2(math.e) / math.sqrt(spec.head_dim)  # the kernel's exponential is base 2
+        inputs = (qkv, qkv.stride(0), kv, kv[:, spec.kv_size :], kv.stride(0))
         shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        tables = (self._groups, self._num_groups, self._segments, self._sees_segment, self._sees, self._rows)
-        threads = torch.get_num_threads()
-        self._kernels.call(
-            "attend", qkv, k, v, qkv.shape[1], output, lse, *shape, layer, scale, *tables, rope.cos, rope.sin, threads
+        tables = (
+            self._groups,
+            self._num_groups,
+            self._segments,
+            self._sees_segment,
+            self._sees,
+            self._rows,
+            self._keys,
         )
+        threads = torch.get_num_threads()
+        self._kernels.call("attend", *inputs, output, lse, *shape, layer, scale, *tables, rope.cos, rope.sin, threads)
         return Attended(output, lse)
 
 
-def _group_table(groups: Sequence[Group]) -> npt.NDArray[np.int64]:
-    """[groups, 7]: first row, rows, first segment, segments, where its two masks start in the flat bytes, blocks."""
-    sizes = np.array(
-        [(g.num_rows, len(g.segments), g.num_rows * len(g.segments), g.sees.size) for g in groups], dtype=np.int64
-    )
+class NativeGather(NativeSegmented):
+    """The same, over one buffer per layer that holds the keys of segments and fresh rows in the order of the prompt.
+
+    For segments of few tokens: every softmax step reads and writes the whole output, however few keys it adds.
+    """
+
+    name = "gather"
+
+    def __init__(self, spec: ModelSpec, rope: Rope, groups: Sequence[Group], kernels: Kernels) -> None:
+        keys = [Keys.of(group) for group in groups]
+        self._init(spec, rope, kernels, [replace(group, segments=()) for group in groups], keys)
+        self._segments = self._segment_table(groups)
+        starts = np.cumsum([0, *(len(k.block) for k in keys)]).tolist()
+        self._where = torch.from_numpy(np.concatenate([k.segments + at for k, at in zip(keys, starts, strict=False)]))
+        self._fresh = torch.from_numpy(np.concatenate([k.rows + at for k, at in zip(keys, starts, strict=False)]))
+        self._buffer = torch.empty(starts[-1], 2 * spec.kv_size)
+        self._layer_bytes = sum(s.num_bytes for group in groups for s in group.segments) // spec.num_layers
+        self.bytes_copied = 0
+
+    def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
+        spec, rope, buffer = self._spec, self._rope, self._buffer
+        shape = (spec.num_kv_heads, spec.head_dim, layer)
+        target = (rope.cos, rope.sin, buffer, buffer.stride(0), torch.get_num_threads())
+        self._kernels.call("gather", self._segments, len(self._segments), self._where, *shape, *target)
+        buffer.index_copy_(0, self._fresh, qkv[:, spec.q_size :])
+        self.bytes_copied += self._layer_bytes
+        return self._attend(layer, qkv, buffer)
+
+
+def _group_table(groups: Sequence[Group], keys: Sequence[Keys]) -> npt.NDArray[np.int64]:
+    """[groups, 9]: first and number of rows, keys and segments, where the two masks start in the flat bytes, blocks."""
+    counts = [(g.num_rows, len(k.block), len(g.segments)) for g, k in zip(groups, keys, strict=True)]
+    masks = [(g.num_rows * len(g.segments), g.sees.size) for g in groups]
+    sizes = np.column_stack([np.array(counts, dtype=np.int64), np.array(masks, dtype=np.int64)])
     starts = np.cumsum(sizes, axis=0) - sizes
+    pairs = np.stack([starts[:, :3], sizes[:, :3]], axis=2).reshape(len(groups), 6)
     blocks = np.array([len(group.sees) for group in groups], dtype=np.int64)
-    columns: list[npt.NDArray[np.int64]] = [
-        starts[:, 0],
-        sizes[:, 0],
-        starts[:, 1],
-        sizes[:, 1],
-        starts[:, 2],
-        starts[:, 3],
-        blocks,
-    ]
-    return np.ascontiguousarray(np.column_stack(columns))
+    return np.ascontiguousarray(np.column_stack([pairs, starts[:, 3:], blocks]))
 
 
 def _flat_bytes(masks: Sequence[BoolArray]) -> torch.Tensor:
@@ -311,6 +292,7 @@ TORCH_BACKENDS: dict[str, Callable[[ModelSpec, Rope, Sequence[Group]], Attend]] 
     "segmented": Segmented,
 }
 BACKENDS = ("auto", *TORCH_BACKENDS)
+SCRAP = 12  # tokens of a segment, on average, below which all are copied first; estimated from tile sizes, not measured
 
 
 def native_fits(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> bool:
@@ -322,11 +304,19 @@ def native_fits(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> bo
 def prepare(name: str, spec: ModelSpec, rope: Rope, groups: Sequence[Group], kernels: Kernels | None) -> Attend:
     """The attention of one pass. `name`: one of BACKENDS; `kernels`: None where they do not fit or do not exist.
 
-    The measured rule (`python -m benchmarks.attend`): with kernels, `segmented` wins at every size; on torch alone
-    `gather` does, because a launch per segment and layer costs more than the copy.
+    The measured rule (`python -m benchmarks.attend`): with kernels, `segmented` wins for whole blocks of every size; on
+    torch alone `gather` does, because a launch per segment and layer costs more than the copy.
     """
     if name == "auto":
-        name = "segmented" if kernels else "gather"
-    if kernels and name == "segmented":
-        return NativeSegmented(spec, rope, groups, kernels)
+        name = "segmented" if kernels and not _scattered(groups) else "gather"
+    if kernels:
+        return (NativeSegmented if name == "segmented" else NativeGather)(spec, rope, groups, kernels)
     return TORCH_BACKENDS[name](spec, rope, groups)
+
+
+def _scattered(groups: Sequence[Group]) -> bool:
+    """Whether the segments are scraps of blocks, between tokens that level `corrected` makes fresh."""
+    segments = [segment for group in groups for segment in group.segments]
+    num_blocks = sum(len({segment.block for segment in group.segments}) for group in groups)
+    num_tokens = sum(segment.stop - segment.start for segment in segments)
+    return len(segments) > 1.5 * num_blocks and num_tokens < SCRAP * len(segments)

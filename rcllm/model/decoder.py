@@ -1,23 +1,27 @@
 """One decoder-only transformer for all families: a forward pass over fresh rows that attend to cached segments.
 
 Knows nothing of caches, prompts or servers: it gets rows, their positions and their groups, and returns the hidden
-states that were asked for and the KV of the rows to keep. Invariant: with no segments and a causal mask it is the
-model, equal to `transformers` (fp32, ≤ 1e-4 in the logits).
+states that were asked for and the KV of the rows to keep. `advance` stops inside a layer, and `forward` can go on from
+there with fewer rows. Invariant: with no segments and a causal mask it is the model, equal to `transformers`
+(fp32, ≤ 1e-4 in the logits).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from rcllm.model.attention import Group, native_fits, prepare
+from rcllm.model.attention import Attend, native_fits, prepare
 from rcllm.model.native import kernels
 from rcllm.model.ops import Linear, NativeOps, Ops, TorchOps
 from rcllm.model.rope import Rope
+from rcllm.model.segments import Group
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, Weights
+
+Observe = Callable[[int, torch.Tensor], None]  # told of each layer's number and qkv [rows, (H + 2·KV)·D], turned
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,20 @@ class Pass:
     groups: Sequence[Group]  # in row order, covering all rows
     wanted: torch.Tensor  # [wanted], int64: rows whose final hidden state is read
     keep: Sequence[Keep] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Rows on their way: `num_layers` layers are done, but for what follows the attention of the last of them."""
+
+    residual: torch.Tensor  # [rows, d], the residual stream
+    attended: torch.Tensor  # [rows, H·D], what attention gave
+    kept: list[torch.Tensor]  # per Keep: [num_layers, 2, kv_heads, len, D], K turned to block-local positions
+    num_layers: int
+
+    def of_rows(self, rows: torch.Tensor) -> Carried:
+        """Copies of some rows; what was kept is kept."""
+        return replace(self, residual=self.residual[rows], attended=self.attended[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +99,73 @@ class Decoder:
         return _Layer(w.input_norm, w.post_norm, w.q_norm, w.k_norm, *matrices)
 
     @torch.inference_mode()
-    def forward(self, work: Pass) -> Passed:
-        """Runs the layers over the rows of `work`. After the last layer's attention only the wanted rows go on."""
-        assert int(work.positions.max()) < self.max_positions, "planning refuses prompts beyond the context"
-        attend = prepare(self.backend, self.spec, self.rope, work.groups, self.kernels)
-        kept = _Kept(self, work.keep) if work.keep else None
-        residual = self.embed[work.token_ids]
-        delta = None
-        for i, layer in enumerate(self._layers):
-            qkv = layer.qkv(self._ops.add_norm(residual, delta, layer.input_norm))
-            self._ops.rotate(qkv, work.positions, layer.q_norm, layer.k_norm)
-            if kept is not None:
-                kept.take(i, qkv)
-            attended = attend(i, qkv).output
-            if i == len(self._layers) - 1:
+    def forward(self, work: Pass, carried: Carried | None = None, observe: Observe | None = None) -> Passed:
+        """Runs the layers over the rows of `work`. After the last layer's attention only the wanted rows go on.
+
+        `carried`: where these rows stand, in place of the embedding of their tokens; at least one layer is left to run,
+        and the residual stream is changed in place.
+        """
+        layers = range(carried.num_layers if carried else 0, self.spec.num_layers)
+        assert layers, "nothing is left to run"
+        attend, kept = self._attend(work), self._kept(work, layers)
+        residual, delta = self.embed[work.token_ids] if carried is None else carried.residual, None
+        if carried:
+            delta = self._feed(layers.start - 1, residual, carried.attended)
+        for i in layers:
+            attended = self._mix(i, residual, delta, work, attend, kept, observe)
+            if i == layers[-1]:
                 attended, residual = attended[work.wanted], residual[work.wanted]
-            normed = self._ops.add_norm(residual, layer.o(attended), layer.post_norm)
-            delta = layer.down(self._ops.swiglu(layer.gate_up(normed)))
+            delta = self._feed(i, residual, attended)
         hidden = self._ops.add_norm(residual, delta, self.final_norm)
-        return Passed(hidden, kept.blocks() if kept else [], attend.name, attend.bytes_copied)
+        blocks = kept.blocks() if kept else []
+        if carried:
+            blocks = [torch.cat(parts) for parts in zip(carried.kept, blocks, strict=True)]
+        return Passed(hidden, blocks, attend.name, attend.bytes_copied)
+
+    @torch.inference_mode()
+    def advance(self, work: Pass, num_layers: int, observe: Observe | None = None) -> Carried:
+        """Runs the first `num_layers` layers, the last of them up to its attention, over every row of `work`."""
+        assert 0 < num_layers < self.spec.num_layers
+        attend, kept = self._attend(work), self._kept(work, range(num_layers))
+        residual = self.embed[work.token_ids]
+        attended = self._mix(0, residual, None, work, attend, kept, observe)
+        for i in range(1, num_layers):
+            delta = self._feed(i - 1, residual, attended)
+            attended = self._mix(i, residual, delta, work, attend, kept, observe)
+        return Carried(residual, attended, kept.blocks() if kept else [], num_layers)
+
+    def _mix(
+        self,
+        number: int,
+        residual: torch.Tensor,
+        delta: torch.Tensor | None,
+        work: Pass,
+        attend: Attend,
+        kept: _Kept | None,
+        observe: Observe | None,
+    ) -> torch.Tensor:
+        """The first half of a layer: residual += delta, and what attention over it gives; [rows, H·D]."""
+        layer = self._layers[number]
+        qkv = layer.qkv(self._ops.add_norm(residual, delta, layer.input_norm))
+        self._ops.rotate(qkv, work.positions, layer.q_norm, layer.k_norm)
+        if kept is not None:
+            kept.take(number, qkv)
+        if observe is not None:
+            observe(number, qkv)
+        return attend(number, qkv).output
+
+    def _feed(self, number: int, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The second half: residual += the projection of `attended`, and the delta of the MLP over it; [rows, d]."""
+        layer = self._layers[number]
+        normed = self._ops.add_norm(residual, layer.o(attended), layer.post_norm)
+        return layer.down(self._ops.swiglu(layer.gate_up(normed)))
+
+    def _attend(self, work: Pass) -> Attend:
+        assert int(work.positions.max()) < self.max_positions, "planning refuses prompts beyond the context"
+        return prepare(self.backend, self.spec, self.rope, work.groups, self.kernels)
+
+    def _kept(self, work: Pass, layers: range) -> _Kept | None:
+        return _Kept(self, work.keep, layers) if work.keep else None
 
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         """[n, d] -> fp32 [n, vocab], or the columns of `token_ids` alone."""
@@ -118,19 +184,20 @@ class Decoder:
 class _Kept:
     """Collects K and V of the rows to keep, layer by layer, K shifted back to block-local positions."""
 
-    def __init__(self, decoder: Decoder, keep: Sequence[Keep]) -> None:
+    def __init__(self, decoder: Decoder, keep: Sequence[Keep], layers: range) -> None:
         spec, device = decoder.spec, decoder.device
-        self.spec, self.rope, self.keep = spec, decoder.rope, keep
+        self.spec, self.rope, self.keep, self.layers = spec, decoder.rope, keep, layers
         self.rows = torch.cat([torch.arange(k.start, k.stop, device=device) for k in keep])
         self.back = torch.cat([torch.full((k.stop - k.start,), -k.base, device=device) for k in keep])
-        shape = (spec.num_layers, 2, spec.num_kv_heads, len(self.rows), spec.head_dim)
+        shape = (len(layers), 2, spec.num_kv_heads, len(self.rows), spec.head_dim)
         self.kv = torch.empty(shape, dtype=decoder.dtype, device=device)
 
     def take(self, layer: int, qkv: torch.Tensor) -> None:
         kv = qkv[self.rows, self.spec.q_size :].unflatten(1, (2, self.spec.num_kv_heads, self.spec.head_dim))
         k = self.rope.shift(kv[:, 0], self.back)
-        self.kv[layer, 0] = k.transpose(0, 1)
-        self.kv[layer, 1] = kv[:, 1].transpose(0, 1)
+        at = layer - self.layers.start
+        self.kv[at, 0] = k.transpose(0, 1)
+        self.kv[at, 1] = kv[:, 1].transpose(0, 1)
 
     def blocks(self) -> list[torch.Tensor]:
         """Views into the buffer; whoever publishes one copies it."""

@@ -116,9 +116,10 @@ inline vec widen(const char* p, int64_t i, int64_t dtype) {
 inline const char* at(const char* p, int64_t elements, int64_t dtype) { return p + elements * (dtype == F32 ? 4 : 2); }
 
 // Rows of `dim` values: widened and, for keys, rotated by the angle whose cos and sin are given ([dim / 2], or null).
-void read_rows(const char* src, int64_t dtype, int rows, int dim, const float* cos, const float* sin, float* dst) {
+void read_rows(const char* src, int64_t dtype, int rows, int dim, const float* cos, const float* sin, float* dst,
+               int64_t stride) {
   const int half = dim / 2;
-  for (int r = 0; r < rows; r++, dst += dim) {
+  for (int r = 0; r < rows; r++, dst += stride) {
     const int64_t row = (int64_t)r * dim;
     if (!cos) {
       for (int d = 0; d < dim; d += VL) store(dst + d, widen(src, row + d, dtype));
@@ -134,14 +135,22 @@ void read_rows(const char* src, int64_t dtype, int rows, int dim, const float* c
 
 // ---- attention of one row tile of one KV head ----
 
-struct Segment {  // one row of the segment table, int64 each; strides and offsets in elements
+struct Segment {  // one row of the segment table, int64 each; of a block [layers, 2, kv_heads, block_len, dim]
   int64_t pointer, block_len, start, len, base, dtype;
+
+  const char* rows(int64_t plane, int64_t kv_heads, int64_t head, int64_t dim) const {  // plane: 2 · layer, + 1 for values
+    return at(reinterpret_cast<const char*>(pointer), ((plane * kv_heads + head) * block_len + start) * dim, dtype);
+  }
 };
-struct Group {  // rows that attend among themselves and to their own segments; the last three locate and size its masks
-  int64_t row_start, num_rows, seg_start, num_segs, sees_segment, sees, num_blocks;
+struct Group {  // rows that attend to keys in one buffer (their own among them) and to segments in place
+  int64_t row_start, num_rows, key_start, num_keys, seg_start, num_segs;
+  int64_t sees_segment, sees, num_blocks;  // locate and size its masks
 };
-struct Row {  // of a fresh row: its block, its place in that block, and the rows of its group that it reaches
-  int32_t block, offset, first, last, dense;  // sees rows first … last - 1; dense: all of them
+struct Row {  // of a fresh row: its block, its place in that block, and the keys of its group that it reaches
+  int32_t block, offset, first, last, dense;  // sees keys first … last - 1; dense: all of them
+};
+struct Key {
+  int32_t block, offset;
 };
 
 struct Scratch {
@@ -181,14 +190,15 @@ void fold(Scratch& w, int dim, int keys, int r0, int r1, const float* v, int64_t
 
 extern "C" {
 
-// q, k, v: rows of the fused projection, already rotated to their positions; row r of q starts at q + r * stride.
+// q: rows of the fused projection, k, v: rows of keys and values, all rotated to their positions; row r of q starts at
+// q + r * stride, key r at k + r * kv_stride.
 // out: [rows, heads * dim]; lse: [rows, heads], natural logarithm, or null.
 // sees_segment: bytes [num_rows, num_segs] per group; sees: bytes [num_blocks, num_blocks] per group, which blocks see
 // which; inside its own block a row sees what precedes it. cos, sin: [positions, dim / 2].
-void rcllm_attend(const float* q, const float* k, const float* v, int64_t stride, float* out, float* lse, int64_t heads,
-                  int64_t kv_heads, int64_t dim, int64_t layer, float scale, const Group* groups, int64_t num_groups,
+void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v, int64_t kv_stride, float* out, float* lse,
+                  int64_t heads, int64_t kv_heads, int64_t dim, int64_t layer, float scale, const Group* groups, int64_t num_groups,
                   const Segment* segments, const uint8_t* sees_segment, const uint8_t* sees_block, const Row* table,
-                  const float* cos, const float* sin, int64_t num_threads) {
+                  const Key* key_table, const float* cos, const float* sin, int64_t num_threads) {
   const int share = heads / kv_heads, half = dim / 2;
   // Row tiles are as large as fits, then made smaller until every thread has its equal share of work items.
   auto tiles_of = [&](const Group& group) {
@@ -237,10 +247,7 @@ void rcllm_attend(const float* q, const float* k, const float* v, int64_t stride
         while (t1 > t0 && !sees[(t1 - 1) * group.num_segs]) t1--;
         if (t0 == t1) continue;
         const int r0 = t0 * share / VL * VL, r1 = (t1 * share + VL - 1) / VL * VL;
-        const int64_t size = seg.block_len * dim, from = seg.start * dim;  // [layers, 2, kv_heads, block_len, dim]
-        const char* block = reinterpret_cast<const char*>(seg.pointer);
-        const char* ks = at(block, ((layer * 2) * kv_heads + head) * size + from, seg.dtype);
-        const char* vs = at(block, ((layer * 2 + 1) * kv_heads + head) * size + from, seg.dtype);
+        const char *ks = seg.rows(layer * 2, kv_heads, head, dim), *vs = seg.rows(layer * 2 + 1, kv_heads, head, dim);
         for (int64_t j = 0; j < seg.len; j += KEY_TILE) {
           const int keys = std::min<int64_t>(KEY_TILE, seg.len - j);
           const bool turned = seg.base != 0 || seg.dtype != F32;
@@ -248,8 +255,8 @@ void rcllm_attend(const float* q, const float* k, const float* v, int64_t stride
           const char* vj = at(vs, j * dim, seg.dtype);
           const float *kt = reinterpret_cast<const float*>(kj), *vt = reinterpret_cast<const float*>(vj);
           if (turned)
-            read_rows(kj, seg.dtype, keys, dim, seg.base ? cos + seg.base * half : nullptr, sin + seg.base * half, w.k), kt = w.k;
-          if (seg.dtype != F32) read_rows(vj, seg.dtype, keys, dim, nullptr, nullptr, w.v), vt = w.v;
+            read_rows(kj, seg.dtype, keys, dim, seg.base ? cos + seg.base * half : nullptr, sin + seg.base * half, w.k, dim), kt = w.k;
+          if (seg.dtype != F32) read_rows(vj, seg.dtype, keys, dim, nullptr, nullptr, w.v, dim), vt = w.v;
           gemm(keys, r1 - r0, dim, kt, dim, 1, w.q + r0, ROW_TILE, w.s + r0, ROW_TILE, false);
           for (int r = r0; r < r1; r++) {
             const int t = r / share;
@@ -260,13 +267,13 @@ void rcllm_attend(const float* q, const float* k, const float* v, int64_t stride
         }
       }
 
-      const Row* others = table + group.row_start;
-      const Row* own = others + first;
+      const Key* others = key_table + group.key_start;
+      const Row* own = table + group.row_start + first;
       const uint8_t* sees = sees_block + group.sees;
-      int64_t lo = group.num_rows, hi = 0;
+      int64_t lo = group.num_keys, hi = 0;
       for (int t = 0; t < num; t++) lo = std::min<int64_t>(lo, own[t].first), hi = std::max<int64_t>(hi, own[t].last);
-      const float* k0 = k + group.row_start * stride + head * dim;
-      const float* v0 = v + group.row_start * stride + head * dim;
+      const float* k0 = k + group.key_start * kv_stride + head * dim;
+      const float* v0 = v + group.key_start * kv_stride + head * dim;
       for (int64_t j = lo; j < hi; j += KEY_TILE) {
         const int keys = std::min<int64_t>(KEY_TILE, hi - j);
         int t0 = 0, t1 = num;
@@ -275,19 +282,19 @@ void rcllm_attend(const float* q, const float* k, const float* v, int64_t stride
         while (t1 > t0 && outside(t1 - 1)) t1--;
         if (t0 == t1) continue;
         const int r0 = t0 * share / VL * VL, r1 = (t1 * share + VL - 1) / VL * VL;
-        gemm(keys, r1 - r0, dim, k0 + j * stride, stride, 1, w.q + r0, ROW_TILE, w.s + r0, ROW_TILE, false);
+        gemm(keys, r1 - r0, dim, k0 + j * kv_stride, kv_stride, 1, w.q + r0, ROW_TILE, w.s + r0, ROW_TILE, false);
         for (int t = r0 / share; t * share < r1; t++) {
           if (t < num && own[t].dense && own[t].first <= j && own[t].last >= j + keys) continue;
           const int h0 = std::max(t * share, r0), h1 = std::min((t + 1) * share, r1);
           for (int n = 0; n < keys; n++) {
-            const Row& key = others[j + n];
+            const Key& key = others[j + n];
             if (t < num && (key.block == own[t].block ? key.offset <= own[t].offset
                                                       : sees[own[t].block * group.num_blocks + key.block]))
               continue;
             for (int h = h0; h < h1; h++) w.s[n * ROW_TILE + h] = HIDDEN;
           }
         }
-        fold(w, dim, keys, r0, r1, v0 + j * stride, stride);
+        fold(w, dim, keys, r0, r1, v0 + j * kv_stride, kv_stride);
       }
 
       for (int t = 0; t < num; t++)
@@ -302,6 +309,22 @@ void rcllm_attend(const float* q, const float* k, const float* v, int64_t stride
         }
     }
   }
+}
+
+// Copies one layer of segments into rows of `stride` values, keys and behind them values, widened and the keys rotated to
+// their positions; segment i goes to the rows from where[i].
+void rcllm_gather(const Segment* segments, int64_t num_segments, const int64_t* where, int64_t kv_heads, int64_t dim,
+                  int64_t layer, const float* cos, const float* sin, float* out, int64_t stride, int64_t num_threads) {
+#pragma omp parallel for collapse(2) num_threads(num_threads)
+  for (int64_t i = 0; i < num_segments; i++)
+    for (int64_t head = 0; head < kv_heads; head++) {
+      const Segment& seg = segments[i];
+      float* k = out + where[i] * stride + head * dim;
+      const float *c = cos + seg.base * (dim / 2), *s = sin + seg.base * (dim / 2);
+      read_rows(seg.rows(layer * 2, kv_heads, head, dim), seg.dtype, seg.len, dim, seg.base ? c : nullptr, s, k, stride);
+      read_rows(seg.rows(layer * 2 + 1, kv_heads, head, dim), seg.dtype, seg.len, dim, nullptr, nullptr,
+                k + kv_heads * dim, stride);
+    }
 }
 
 // residual += delta (where given); out = residual / rms(residual) * weight. All [rows, size].

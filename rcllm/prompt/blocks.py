@@ -27,6 +27,7 @@ from rcllm.core import (
     RankOptions,
     RankRequest,
     Read,
+    Readout,
     TokenIds,
 )
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
@@ -128,9 +129,19 @@ class Prompter:
         ids, _ = self.event_ids(Event(item.item_id))
         return Block(BlockKind.HISTORY, ids, 0, item.item_id, self.key(BlockKind.HISTORY, ids, layout))
 
-    def key(self, kind: BlockKind, ids: TokenIds, layout: Layout) -> ContentKey:
-        """Names the KV of `ids` in the canonical context of its kind."""
-        return content_key(self.namespace, self.contexts[layout][kind].digest, ids)
+    def key(self, kind: BlockKind, ids: TokenIds, layout: Layout, user: str | None = None) -> ContentKey:
+        """Names the KV of `ids` in the canonical context of its kind; `user`: whose words they are."""
+        return content_key(self.namespace, self.contexts[layout][kind].digest, ids, user)
+
+    def question_ids(self, readout: Readout) -> TokenIds:
+        """What a prompt asks at its end, or of each candidate."""
+        t = self.template
+        text = {
+            "label": t.question + self.chat.assistant + t.answer,
+            "pointwise": t.pointwise_question,
+            "likelihood": t.likelihood_head,
+        }
+        return self.tokenizer.encode_control(text[readout])
 
     def build(self, request: RankRequest) -> Prompt:
         """Raises RequestError (bad request, unknown item, too long)."""
@@ -185,7 +196,7 @@ class Prompter:
         if options.layout == "items_first":
             draft.add(BlockKind.LABEL, encode(t.history_head))
             draft.add_history()
-        question = draft.add(BlockKind.QUESTION, encode(t.question + self.chat.assistant + t.answer))
+        question = draft.add(BlockKind.QUESTION, self.question_ids("label"))
         nodes: dict[TokenIds, int] = {(): question}
         for choice in choices(names):  # labels of several tokens: their inner nodes are branches after the question
             if choice.prefix:
@@ -204,7 +215,7 @@ class Prompter:
                 f"template {t.name!r}: with this tokenizer the first of pointwise_answers {t.pointwise_answers} begins "
                 "with the same token as another, so that no score could tell them apart; choose other words"
             )
-        question = encode(t.pointwise_question)
+        question = self.question_ids("pointwise")
         draft.isolate_slots()
         for slot, item in enumerate(items):
             draft.open_slot(slot)
@@ -214,7 +225,7 @@ class Prompter:
 
     def _continue_each(self, draft: _Draft, items: Sequence[Item]) -> None:
         t = self.template
-        head = draft.add(BlockKind.QUESTION, self.tokenizer.encode_control(t.likelihood_head))
+        head = draft.add(BlockKind.QUESTION, self.question_ids("likelihood"))
         draft.isolate_slots()
         for slot, item in enumerate(items):
             ids, _ = self._cut(render(t.likelihood_item, item.fields), t.max_item_tokens)
@@ -265,7 +276,15 @@ class _Draft:
         self._context = blake3()  # of all tokens so far, while they form one chain
         self._chained = True
 
-    def add(self, kind: BlockKind, ids: TokenIds, owner: str | None = None, *, key: ContentKey | None = None) -> int:
+    def add(
+        self,
+        kind: BlockKind,
+        ids: TokenIds,
+        owner: str | None = None,
+        *,
+        key: ContentKey | None = None,
+        private: bool = False,
+    ) -> int:
         """Appends a block after the last one, and returns its index."""
         chain_key = None
         if self._chained and kind in (BlockKind.INSTRUCTION, BlockKind.HISTORY):
@@ -273,7 +292,7 @@ class _Draft:
             key = chain_key if kind is BlockKind.INSTRUCTION else key
         self._chained = chain_key is not None
         self._context.update(token_bytes(ids))
-        self.blocks.append(Block(kind, ids, self._base, owner, key, chain_key, self._slot))
+        self.blocks.append(Block(kind, ids, self._base, owner, key, chain_key, self._slot, private))
         self._base += len(ids)
         self.end = max(self.end, self._base)
         return len(self.blocks) - 1
@@ -287,13 +306,18 @@ class _Draft:
             self.add(BlockKind.LABEL, self.prompter.tokenizer.encode(text), item.item_id)
 
     def add_history(self) -> None:
-        shared = self.options.history == "shared" and all(event.text is None for event in self.request.history)
+        """Events one after another; a user's own words have KV of their own, and none where nobody is named."""
+        user = self.request.user_id
         for event in self.request.history:
             ids, cut = self.prompter.event_ids(event)
             if cut:
                 self.notes.append(f"event {event.item_id or 'text'} cut to {len(ids)} tokens")
-            key = self.prompter.key(BlockKind.HISTORY, ids, self.options.layout) if shared else None
-            self.add(BlockKind.HISTORY, ids, event.item_id or self.request.user_id, key=key)
+            private = event.text is not None
+            owner = user if private else event.item_id
+            key = None
+            if self.options.history == "shared" and owner is not None:
+                key = self.prompter.key(BlockKind.HISTORY, ids, self.options.layout, owner if private else None)
+            self.add(BlockKind.HISTORY, ids, owner, key=key, private=private)
 
     def add_branch(self, ids: TokenIds, parent: int) -> int:
         """A block that continues `parent`, beside other branches that do not see it."""

@@ -7,14 +7,18 @@ what else is in the batch cannot change what a row sees.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from rcllm.core import ContentKey, IntArray, Plan, Prompt, TokenIds
-from rcllm.model.attention import Group, Segment
+from rcllm.core import ContentKey, IntArray, Level, Plan, Prompt, TokenIds
 from rcllm.model.decoder import Keep, Pass
+from rcllm.model.segments import Group, Segment
+from rcllm.reuse.plan import NOTHING_BORROWED
+from rcllm.reuse.prototypes import Borrowed
+
+_BLOCKS = Level("blocks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,10 @@ class Planned:
     """A prompt with its plan."""
 
     prompt: Prompt
-    plan: Plan
+    plan: Plan  # what it reuses; under `corrected`, until the choice is made, what it would without corrections
+    level: Level = _BLOCKS  # as resolved
+    # by block, what the plan reads from the semantic pool
+    borrowed: Mapping[int, Borrowed] = field(default_factory=lambda: NOTHING_BORROWED)
 
 
 @dataclass(frozen=True, slots=True)

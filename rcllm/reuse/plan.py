@@ -1,17 +1,24 @@
 """Decides for one request which tokens are fresh and which are read from which KV block. Never imports torch.
 
 The exactness ladder (design, section 5): from `full`, where nothing is reused, over `exact`, where only a cached
-prefix is, to `blocks`, where every block that has a canonical KV is. Invariant: pieces tile every block of the prompt
-in order.
+prefix is, to `blocks`, where every block that has a canonical KV is. `corrected` is planned like `blocks`; `select.py`
+spends its budgets. Invariant: pieces tile every block of the prompt in order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
 
-from rcllm.core import BlockKind, ContentKey, Level, Piece, Plan, Prompt
+import numpy as np
+
+from rcllm.core import BlockKind, BoolArray, ContentKey, Level, Piece, Plan, Prompt
+from rcllm.reuse.prototypes import Borrowed
+
+NOTHING_BORROWED: Mapping[int, Borrowed] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +28,32 @@ class _Use:
     key: ContentKey | None
     why: str
     exact: bool = True  # whether the reused KV is what a full prefill would give
+    there: BoolArray | None = None  # [tokens], which of the block's tokens the KV block has; None: all
 
 
-def plan(prompt: Prompt, level: Level, cached: Callable[[ContentKey], bool]) -> Plan:
-    """`cached` tells which chain keys exist; canonical blocks are planned as reused, and computed where missing."""
-    uses = _uses(prompt, level, cached)
+def plan(
+    prompt: Prompt,
+    level: Level,
+    cached: Callable[[ContentKey], bool],
+    borrowed: Mapping[int, Borrowed] = NOTHING_BORROWED,
+) -> Plan:
+    """`cached` tells which chain keys exist; canonical blocks are planned as reused, and computed where missing.
+
+    `borrowed`: by the index of a block, what of it is read from the semantic pool at levels that reuse more than a
+    prefix. A user's own chain is not read there, cached or not, so that the cache cannot change an answer.
+    """
+    uses = _uses(prompt, level, cached, borrowed if level.name not in ("full", "exact") else NOTHING_BORROWED)
     spent = _spend(prompt, uses, level)
     pieces = tuple(piece for i, use in enumerate(uses) for piece in _cut(i, len(prompt.blocks[i]), use, spent[i]))
     return Plan(pieces, _publishable(prompt, uses) if level.name != "full" else ())
 
 
-def _uses(prompt: Prompt, level: Level, cached: Callable[[ContentKey], bool]) -> list[_Use]:
+def _uses(
+    prompt: Prompt, level: Level, cached: Callable[[ContentKey], bool], borrowed: Mapping[int, Borrowed]
+) -> list[_Use]:
     uses: list[_Use] = []
     in_prefix = True  # so far, every block is cached under its chain key
-    for block in prompt.blocks:
+    for index, block in enumerate(prompt.blocks):
         if level.name == "full":
             uses.append(_Use(None, "level full reuses nothing"))
             continue
@@ -42,10 +61,13 @@ def _uses(prompt: Prompt, level: Level, cached: Callable[[ContentKey], bool]) ->
             uses.append(_Use(block.key, "the same for all requests"))
             continue
         # a block with a canonical KV is read from that, whatever is cached, so that the cache cannot change an answer
-        by_chain = level.name == "exact" or block.key is None
+        by_chain = level.name == "exact" or (block.key is None and index not in borrowed)
         in_prefix = in_prefix and by_chain and block.chain_key is not None and cached(block.chain_key)
         if in_prefix:
             uses.append(_Use(block.chain_key, "cached prefix of this user"))
+        elif index in borrowed:
+            reused = borrowed[index].matches.reused
+            uses.append(_Use(borrowed[index].key, "from the semantic pool", exact=False, there=reused))
         elif block.key is None:
             uses.append(_Use(None, "this user's own" if block.kind is BlockKind.HISTORY else "always fresh"))
         elif level.name == "exact":
@@ -72,14 +94,17 @@ def _spend(prompt: Prompt, uses: list[_Use], level: Level) -> list[slice]:
 def _cut(index: int, size: int, use: _Use, fresh: slice) -> list[Piece]:
     if use.key is None:
         return [Piece(index, 0, size, None, use.why)] if size else []
-    if use.exact or fresh.start == fresh.stop:
-        return [Piece(index, 0, size, use.key, use.why)] if size else []
-    whole = [
-        Piece(index, 0, fresh.start, use.key, use.why),
-        Piece(index, fresh.start, fresh.stop, None, "corrected by the level's budget"),
-        Piece(index, fresh.stop, size, use.key, use.why),
+    reasons = (None, "corrected by the level's budget", "not in the semantic pool")
+    which = np.zeros(size, dtype=np.int8)
+    if use.there is not None:
+        which[~use.there] = 2
+    which[fresh] = 1
+    cuts = (np.flatnonzero(np.diff(which)) + 1).tolist()
+    return [
+        Piece(index, start, stop, None if (why := reasons[which[start]]) else use.key, why or use.why)
+        for start, stop in pairwise([0, *cuts, size])
+        if stop > start
     ]
-    return [piece for piece in whole if len(piece)]
 
 
 def _publishable(prompt: Prompt, uses: list[_Use]) -> tuple[int, ...]:

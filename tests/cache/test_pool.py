@@ -232,3 +232,23 @@ def test_an_erased_block_lives_on_with_its_holder_alone() -> None:
         target.check()
     assert not target._index._pins
     target.check()
+
+
+def test_a_lent_block_is_its_holders_alone_and_ends_with_it() -> None:
+    pool = Pool(BUDGET_TOKENS * TOKEN_BYTES, torch.float32, CPU, MemoryStore(10 * TOKEN_BYTES))
+    with pool.hold() as held:
+        held.publish(key(1), kv(1), 1.0, None)
+        lent = kv(2)
+        held.lend(key(2), lent, "semantic")
+        assert held.fetch([key(2)]) == []
+        assert held.blocks[key(2)] is lent
+        assert held.sources[key(2)] == "semantic"
+        assert not pool.contains(key(2))
+        with pytest.raises(AssertionError, match="never stands in for"):
+            held.lend(key(1), lent, "semantic")
+        with pool.hold() as other:
+            assert other.fetch([key(2)]) == [key(2)]
+    pool.check()
+    assert not pool._index._pins
+    assert pool.contains(key(1))
+    assert not pool.contains(key(2))

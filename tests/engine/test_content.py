@@ -11,7 +11,8 @@ import pytest
 from rcllm.cache.pool import Held, Pool
 from rcllm.cache.store import MemoryStore
 from rcllm.core import BlockKind, ContentKey, Item, ItemId, RankRequest, UserId
-from rcllm.engine.engine import Engine, user_owner
+from rcllm.engine.engine import Engine
+from rcllm.engine.materialise import user_owner
 from tests.engine import tiny
 
 WORDS = ("my secret words", 31)
@@ -58,14 +59,35 @@ def test_a_changed_title_is_another_key_and_an_equal_text_the_same() -> None:
     assert copy == [before[1]], "the content is the key, not the id"
 
 
-def test_a_users_own_words_have_no_shared_key_and_neither_has_the_history_around_them(engine: Engine) -> None:
-    for user in ("u1", None):
-        blocks = engine.prompter.build(tiny.request(3, WORDS, user=user)).blocks
-        history = [b for b in blocks if b.kind is BlockKind.HISTORY]
-        assert all(b.key is None for b in history)
-        assert all((b.chain_key is None) == (user is None) for b in history)
-    one, other = (keys_of_chain(engine, tiny.request(3, WORDS, user=user)) for user in ("u1", "u2"))
-    assert not set(one) & set(other)
+def test_a_users_own_words_have_no_shared_key_and_the_history_around_them_has(engine: Engine) -> None:
+    one, other, nobody = (
+        engine.prompter.build(tiny.request(3, WORDS, user=user)).blocks[1:3] for user in ("u1", "u2", None)
+    )
+    assert [b.private for b in one] == [True, False]
+    assert one[0].key is not None
+    assert one[0].key != other[0].key
+    assert nobody[0].key is None, "without a user nobody could erase it"
+    assert one[1].key == other[1].key == nobody[1].key is not None
+    assert not {b.chain_key for b in one} & {b.chain_key for b in other}
+    assert all(b.chain_key is None for b in nobody)
+    chained = engine.prompter.build(tiny.request(3, WORDS, history="chain")).blocks[1:3]
+    assert all(b.key is None for b in chained)
+
+
+def test_anothers_own_words_are_never_read_though_they_are_the_same(engine: Engine) -> None:
+    """The same words of two users are computed twice, and each is erased with its own."""
+    asked = tiny.request(3, WORDS)
+    engine.rank(asked)
+    other = engine.rank(replace(asked, user_id=UserId("u2")))
+    sources = [b.source for b in other.receipt.blocks if b.kind is BlockKind.HISTORY]
+    assert sources == ["computed", "device"], "own words, and an event of the catalogue"
+    assert len(owned(engine, "u1")) == len(owned(engine, "u2")) == 1
+    item = ItemId("u1")  # an item of the user's name is another owner
+    engine.prompter.catalogue[item] = tiny.catalogue()[tiny.IDS[7]]  # type: ignore[index]
+    engine.rank(tiny.request(1, (30,)))
+    engine.rank(replace(tiny.request(1), candidates=(item,)))
+    assert engine.erase_user(UserId("u1")) == 1
+    del engine.prompter.catalogue[item]  # type: ignore[attr-defined]
 
 
 def keys_of_chain(engine: Engine, request: RankRequest) -> list[ContentKey | None]:
@@ -96,16 +118,30 @@ def test_users_never_share_a_chain(engine: Engine, events: tuple[int | str, ...]
     assert len(owned(engine, "u1")) == len(owned(engine, "u2")) == len(events)
 
 
-@pytest.mark.parametrize("level", ["blocks", "linked(3)", "exact"])
-def test_an_erased_user_is_gone_and_served_again(engine: Engine, level: str) -> None:
-    asked = tiny.request(3, WORDS, level=level)
+@pytest.mark.parametrize(
+    ("level", "history", "num_blocks"),
+    [
+        ("exact", "shared", 2),
+        ("exact", "chain", 2),
+        ("blocks", "chain", 2),
+        ("blocks", "shared", 1),
+        ("linked(3)", "shared", 1),
+        ("corrected(.3,.3)", "shared", 1),
+        ("corrected(.3,.3)", "chain", 2),
+    ],
+)
+def test_an_erased_user_is_gone_and_served_again(engine: Engine, level: str, history: str, num_blocks: int) -> None:
+    """In a chain every event is the user's; position-free, only what is in the user's own words."""
+    asked = tiny.request(3, WORDS, level=level, history=history)
     first = engine.rank(asked)
     engine.rank(replace(asked, user_id=UserId("u2")))
-    assert engine.erase_user(UserId("u1")) == len(WORDS)
+    assert len(owned(engine, "u1")) == num_blocks
+    assert engine.erase_user(UserId("u1")) == num_blocks
     assert not owned(engine, "u1")
-    assert owned(engine, "u2")
+    assert len(owned(engine, "u2")) == num_blocks
     again = engine.rank(asked)
-    assert all(b.source == "fresh" for b in again.receipt.blocks if b.kind is BlockKind.HISTORY)
+    sources = [b.source for b in again.receipt.blocks if b.kind is BlockKind.HISTORY]
+    assert sources == (["fresh"] * 2 if num_blocks == 2 else ["computed", "device"])
     assert np.allclose(again.scores, first.scores, atol=1e-5)
     assert engine.erase_user(UserId("nobody")) == 0
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rcllm.cache.store import MemoryStore
-from rcllm.core import Event, ItemId, Level, RankOptions, RankRequest, UserId
+from rcllm.core import Event, ItemId, Level, Policy, RankOptions, RankRequest, Reduction, Selection, UserId
 from rcllm.engine.engine import Engine
 from rcllm.errors import RcllmError
 from tests.conftest import assert_no_pins
@@ -33,6 +33,15 @@ levels = st.one_of(
     st.sampled_from(["full", "exact", "blocks"]).map(Level.parse),
     st.integers(0, 60).map(lambda k: Level("linked", k)),
     st.floats(0, 1).map(lambda share: Level("tail", share)),
+    st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda shares: Level("corrected", *shares)),
+)
+selections = st.builds(
+    Selection,
+    policy=st.sampled_from(get_args(Policy)),
+    divergence=st.sampled_from([0.0, 0.5, 1.0]),
+    reduction=st.sampled_from(get_args(Reduction)),
+    window=st.sampled_from([0, 0, 3, 1000]),
+    check_layer=st.sampled_from([0, 1, 1, 2]),
 )
 options = st.builds(
     RankOptions,
@@ -43,6 +52,7 @@ options = st.builds(
     parallel=st.booleans(),
     bias=st.sampled_from(["none", "none", "none", "content_free", "running_mean"]),
     history=st.sampled_from(["chain", "shared"]),
+    selection=selections,
 )
 few = st.lists(item_ids, min_size=1, max_size=12)
 candidates = st.one_of(
@@ -69,7 +79,7 @@ many = st.builds(
     st.integers(100, 500).map(lambda n: tuple(itertools.islice(itertools.cycle(tiny.IDS), n))),
     options=st.builds(
         RankOptions,
-        level=st.sampled_from(["blocks", "linked(2)", "exact"]).map(Level.parse),
+        level=st.sampled_from(["blocks", "linked(2)", "exact", "corrected(.1)"]).map(Level.parse),
         readout=st.sampled_from(["label", "pointwise", "likelihood"]),
         parallel=st.just(True),
     ),
@@ -132,7 +142,7 @@ def test_good_requests_are_answered_not_refused(served: Engine) -> None:
     """The strategies above must not hide behind errors: every valid combination of options gives scores."""
     for readout, place, parallel, history, level, layout in itertools.product(
         ("label", "pointwise", "likelihood"), ("before", "after"), (False, True), ("chain", "shared"),
-        ("full", "exact", "blocks", "linked(3)", "tail(0.2)"), ("history_first", "items_first"),
+        ("full", "exact", "blocks", "linked(3)", "tail(0.2)", "corrected(.3,.3)"), ("history_first", "items_first"),
     ):  # fmt: skip
         if layout == "items_first" and readout != "label":
             continue

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rcllm.core import BlockKind
 from rcllm.engine.engine import Engine
@@ -107,12 +108,59 @@ def test_a_models_blocks_mask_decides_the_level() -> None:
     plain = tiny.fresh()
     asked = tiny.request()
     wanted = plain.rank(tiny.asking(asked, level="blocks")).scores
-    for level in ("full", "exact", "linked(4)", "tail(0.5)", "blocks"):
+    for level in ("full", "exact", "linked(4)", "tail(0.5)", "corrected(0.3, 0.3)", "blocks"):
         response = engine.rank(tiny.asking(asked, level=level))
         assert response.scores == wanted
         assert response.receipt.level == level
         assert any("mask" in note for note in response.receipt.notes)
         assert all(b.num_fresh == 0 for b in response.receipt.blocks if b.kind is BlockKind.ITEM)
+
+
+def poisoned(engine: Engine) -> Engine:
+    """With noise in every published block: whatever reads the cache answers something else."""
+    for block in engine.pool._blocks.values():
+        block.kv.normal_()
+    return engine
+
+
+@pytest.mark.parametrize("family", [tiny.NATIVE, tiny.TORCH])
+@pytest.mark.parametrize("shape", [{}, {"readout": "pointwise"}, {"layout": "items_first"}, {"history": "chain"}])
+def test_full_under_a_blocks_mask_is_an_independent_oracle_for_blocks(family: str, shape: dict[str, Any]) -> None:
+    """close: every block is computed anew, into a pool of its own; what is cached is neither read nor written"""
+    engine = tiny.build(family, mask="blocks")
+    asked = tiny.request(6, (30, 31, "my words"), **shape)
+    cold = engine.rank(tiny.asking(asked, level="full"))
+    assert engine.stats().num_blocks == 0
+    blocks = engine.rank(tiny.asking(asked, level="blocks"))
+    assert np.abs(np.array(cold.scores) - np.array(blocks.scores)).max() < 1e-5
+    held = {key: block.kv.clone() for key, block in poisoned(engine).pool._blocks.items()}
+    for level in ("full", "exact"):
+        again = engine.rank(tiny.asking(asked, level=level))
+        assert np.abs(np.array(again.scores) - np.array(blocks.scores)).max() < 1e-5
+        assert again.receipt.num_computed >= again.receipt.num_reused > 0
+        assert all(b.source in ("computed", "fresh") for b in again.receipt.blocks)
+        assert any("computed anew" in note for note in again.receipt.notes)
+    assert not np.allclose(engine.rank(tiny.asking(asked, level="blocks")).scores, blocks.scores, atol=1e-2)
+    assert all(torch.equal(engine.pool._blocks[key].kv, kv) for key, kv in held.items())
+
+
+def test_full_under_a_blocks_mask_shows_what_16_bit_kv_costs() -> None:
+    """approximate: `full` keeps the compute dtype, `blocks` reads 16 bits"""
+    wide, narrow = (tiny.build(mask="blocks", kv_dtype=dtype) for dtype in ("fp32", "fp16"))
+    asked = tiny.request(6)
+    full = [np.array(engine.rank(tiny.asking(asked, level="full")).scores) for engine in (wide, narrow)]
+    assert np.allclose(*full, atol=1e-5)
+    assert 1e-6 < np.abs(full[1] - np.array(narrow.rank(asked).scores)).max() < 0.02
+
+
+def test_a_batch_of_full_and_blocks_under_a_blocks_mask() -> None:
+    engine = tiny.build(mask="blocks")
+    levels = ("full", "blocks", "exact", "tail(0.2)")
+    requests = [tiny.request((i, i + 1), name=f"r{i}", level=levels[i % 4]) for i in range(8)]
+    for got, asked in zip(engine.rank_batch(requests), requests, strict=True):
+        assert got.request_id == asked.request_id
+        wanted = tiny.fresh().rank(tiny.asking(asked, level="blocks"))
+        assert np.allclose(got.scores, wanted.scores, atol=1e-5)
 
 
 def test_the_cache_never_decides_the_answer_at_blocks(engine: Engine) -> None:

@@ -11,7 +11,7 @@ from rcllm.core import BlockKind
 from rcllm.engine.engine import Engine
 from tests.engine import tiny
 
-STAGES = {"prompt", "wait", "plan", "materialise", "assemble", "forward", "readout", "publish", "total"}
+STAGES = {"prompt", "wait", "plan", "materialise", "select", "assemble", "forward", "readout", "publish", "total"}
 
 
 @pytest.mark.parametrize("level", ["full", "exact", "linked(3)", "tail(0.3)", "blocks"])

@@ -10,13 +10,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rcllm.model.attention import Attend, Group, Segment, merge, prepare
+from rcllm.model.attention import Attend, merge, prepare
 from rcllm.model.native import kernels
 from rcllm.model.rope import Rope
+from rcllm.model.segments import Group, Keys, Segment
 from rcllm.model.spec import ModelSpec, RopeSpec
 from tests.reference import attend as reference
 
-BACKENDS = ("native", "segmented", "gather")
+BACKENDS = ("native", "native gather", "segmented", "gather")
 SPEC = ModelSpec(
     family="llama",
     num_layers=2,
@@ -41,10 +42,10 @@ SPEC = ModelSpec(
 def make(name: str, spec: ModelSpec, groups: list[Group]) -> Attend:
     rope = Rope.of(spec, spec.max_positions)
     compiled = kernels()
-    if name == "native":
+    if name.startswith("native"):
         if compiled is None:
             pytest.skip("no C++ compiler on this machine")
-        return prepare("segmented", spec, rope, groups, compiled)
+        return prepare(name.removeprefix("native ") if " " in name else "segmented", spec, rope, groups, compiled)
     return prepare(name, spec, rope, groups, None)
 
 
@@ -136,9 +137,10 @@ def test_segmented_reads_published_kv_without_copying_it() -> None:
         assert torch.equal(segment.kv, kv)
 
 
-def test_gather_says_what_it_copied() -> None:
+@pytest.mark.parametrize("backend", ["gather", "native gather"])
+def test_gather_says_what_it_copied(backend: str) -> None:
     group = random_group(5)
-    attend = make("gather", SPEC, [group])
+    attend = make(backend, SPEC, [group])
     attend(0, random_rows([group]))
     assert attend.bytes_copied == sum(segment.num_bytes for segment in group.segments) // SPEC.num_layers
 
@@ -171,7 +173,8 @@ def test_merge_of_a_part_in_which_a_row_saw_nothing() -> None:
 def test_reach_agrees_with_the_dense_mask(seed: int) -> None:
     group = random_group(seed)
     mask = group.row_mask()
-    for row, (first, last, dense) in enumerate(group.reach().tolist()):
+    keys = Keys.of(dataclasses.replace(group, segments=()))
+    for row, (first, last, dense) in enumerate(group.reach(keys).tolist()):
         seen = np.flatnonzero(mask[row])
         assert (first, last) == (seen[0], seen[-1] + 1)
         assert dense == (len(seen) == last - first)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from rcllm.model.attention import Attended, Group
+from rcllm.model.attention import Attended
 from rcllm.model.frequencies import inverse_frequencies
+from rcllm.model.segments import Group
 from rcllm.model.spec import ModelSpec
 
 

@@ -24,6 +24,20 @@ class Computed:
     hidden: torch.Tensor  # [rows, d], after the final norm
     k: torch.Tensor  # [layers, rows, KV, D], before RoPE
     v: torch.Tensor  # [layers, rows, KV, D]
+    attention: torch.Tensor  # [layers, H, rows, rows], softmax weights
+
+
+@dataclass
+class Dense:
+    """A prompt as rows, one per token."""
+
+    places: list[tuple[int, int]]  # block and offset of each
+    token_ids: list[int]
+    positions: torch.Tensor  # [rows]
+    mask: torch.Tensor  # [rows, rows], who sees whom
+
+    def row(self, block: int, offset: int) -> int:
+        return self.places.index((block, offset))
 
 
 class FullModel:
@@ -43,27 +57,33 @@ class FullModel:
         given: torch.Tensor | None = None,
         given_k: torch.Tensor | None = None,
         given_v: torch.Tensor | None = None,
+        given_from: int = 0,
     ) -> Computed:
-        """positions [rows]; mask [rows, rows]; where `given` [rows], K and V are those of given_k and given_v."""
+        """positions [rows]; mask [rows, rows]; where `given` [rows], K and V are those of given_k and given_v, in the
+        layers from `given_from` on."""
         spec, x = self.spec, self.weights.embed[torch.tensor(token_ids)]
-        ks, vs = [], []
+        ks, vs, attention = [], [], []
         for number, layer in enumerate(self.weights.layers):
             q, k, v = self._project(layer, x)
-            if given is not None and given_k is not None and given_v is not None:
+            if given is not None and given_k is not None and given_v is not None and number >= given_from:
                 k = torch.where(given[:, None, None], given_k[number], k)
                 v = torch.where(given[:, None, None], given_v[number], v)
             ks.append(k)
             vs.append(v)
-            q, k = self._turn(q, positions), self._turn(k, positions)
+            q, k = self.turn(q, positions), self.turn(k, positions)
             attended = torch.zeros_like(q)
+            weights = torch.zeros(spec.num_heads, *mask.shape, dtype=torch.float64)
             for head in range(spec.num_heads):
                 shared = head // (spec.num_heads // spec.num_kv_heads)
                 scores = q[:, head] @ k[:, shared].T / math.sqrt(spec.head_dim)
-                attended[:, head] = torch.softmax(scores.masked_fill(~mask, -math.inf), dim=-1) @ v[:, shared]
+                weights[head] = torch.softmax(scores.masked_fill(~mask, -math.inf), dim=-1)
+                attended[:, head] = weights[head] @ v[:, shared]
+            attention.append(weights)
             x = x + attended.flatten(1) @ layer.o.T + (0 if layer.o_bias is None else layer.o_bias)
             gate, up = (self._norm(x, layer.post_norm) @ layer.gate_up.T).chunk(2, dim=-1)
             x = x + (gate * torch.sigmoid(gate) * up) @ layer.down.T
-        return Computed(self._norm(x, self.weights.final_norm), torch.stack(ks), torch.stack(vs))
+        hidden = self._norm(x, self.weights.final_norm)
+        return Computed(hidden, torch.stack(ks), torch.stack(vs), torch.stack(attention))
 
     def _project(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         spec = self.spec
@@ -78,7 +98,7 @@ class FullModel:
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.spec.rms_eps) * weight
 
-    def _turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """x [rows, heads, D]"""
         half = self.spec.head_dim // 2
         frequencies = self.spec.rope.theta ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -103,28 +123,43 @@ class FullModel:
     ) -> list[float]:
         """What the engine should answer. `plan`: which tokens are read from blocks; contexts: per block of the prompt,
         the tokens before it when its KV was computed."""
+        dense = self.dense(prompt)
+        reused = [piece for piece in plan.pieces if piece.key is not None] if plan else []
+        k, v = self.cached(prompt, {piece.block for piece in reused}, contexts or {})
+        given = torch.zeros(len(dense.places), dtype=torch.bool)
+        for piece in reused:
+            given[dense.row(piece.block, piece.start) : dense.row(piece.block, piece.stop - 1) + 1] = True
+        hidden = self.compute(dense.token_ids, dense.positions, dense.mask, given, k, v).hidden
+        return self.read(prompt, self.logits(prompt, dense, hidden))
+
+    def dense(self, prompt: Prompt) -> Dense:
         places = [(b, o) for b, block in enumerate(prompt.blocks) for o in range(len(block))]
         token_ids = [prompt.blocks[b].token_ids[o] for b, o in places]
         positions = torch.tensor([prompt.blocks[b].base + o for b, o in places])
         block, offset = torch.tensor(places).T
         sees = torch.from_numpy(prompt.sees)[block][:, block]
-        mask = torch.where(block[:, None] == block, offset <= offset[:, None], sees)
-        given = torch.zeros(len(places), dtype=torch.bool)
-        shape = (self.spec.num_layers, len(places), self.spec.num_kv_heads, self.spec.head_dim)
-        k, v = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-        row = {place: i for i, place in enumerate(places)}
-        for piece in plan.pieces if plan else ():
-            if piece.key is not None:
-                assert contexts is not None
-                rows = slice(row[piece.block, piece.start], row[piece.block, piece.stop - 1] + 1)
-                block_k, block_v = self.block(contexts[piece.block], prompt.blocks[piece.block].token_ids)
-                k[:, rows], v[:, rows] = block_k[:, piece.start : piece.stop], block_v[:, piece.start : piece.stop]
-                given[rows] = True
-        hidden = self.compute(token_ids, positions, mask, given, k, v).hidden
-        logits = hidden @ self.weights.lm_head.T
-        return self._read(prompt, [logits[row[read.block, read.offset]] for read in prompt.reads])
+        return Dense(
+            places, token_ids, positions, torch.where(block[:, None] == block, offset <= offset[:, None], sees)
+        )
 
-    def _read(self, prompt: Prompt, logits: list[torch.Tensor]) -> list[float]:
+    def cached(
+        self, prompt: Prompt, blocks: set[int], contexts: dict[int, Sequence[TokenIds]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K (before RoPE) and V [layers, rows, KV, D] of `blocks` as they are cached, zeros elsewhere."""
+        k, v = [], []
+        for index, block in enumerate(prompt.blocks):
+            shape = (self.spec.num_layers, len(block), self.spec.num_kv_heads, self.spec.head_dim)
+            nothing = torch.zeros(shape, dtype=torch.float64)
+            block_k, block_v = self.block(contexts[index], block.token_ids) if index in blocks else (nothing, nothing)
+            k.append(block_k)
+            v.append(block_v)
+        return torch.cat(k, dim=1), torch.cat(v, dim=1)
+
+    def logits(self, prompt: Prompt, dense: Dense, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """What each of the prompt's reads sees; [vocab] each."""
+        return [hidden[dense.row(read.block, read.offset)] @ self.weights.lm_head.T for read in prompt.reads]
+
+    def read(self, prompt: Prompt, logits: list[torch.Tensor]) -> list[float]:
         """logits [reads, vocab]"""
         if prompt.options.readout == "label":
             return self._read_labels(prompt, logits)

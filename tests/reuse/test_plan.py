@@ -141,6 +141,6 @@ def test_planning_is_pure(prompt: Prompt, level: Level, chain: set[int]) -> None
 
 
 def test_what_decides_imports_no_torch() -> None:
-    modules = "rcllm.reuse.plan, rcllm.prompt.blocks, rcllm.cache.index, rcllm.core, rcllm.config"
+    modules = "rcllm.reuse.plan, rcllm.reuse.select, rcllm.prompt.blocks, rcllm.cache.index, rcllm.core, rcllm.config"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
