@@ -15,6 +15,8 @@ import numpy.typing as npt
 from scipy import stats
 
 Scores = Sequence[float] | npt.NDArray[np.float64]
+NDCG_AT, HR_AT = (1, 5, 10, 20), (1, 3, 5, 10)
+QUALITY = (*(f"ndcg{k}" for k in NDCG_AT), *(f"hr{k}" for k in HR_AT), "mrr")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,11 @@ def agreement(reference_scores: Scores, scores: Scores) -> Agreement:
     return Agreement(tau, bool(reference.argmax() == other.argmax()), float(np.abs(reference - other).max()))
 
 
+def order(scores: Scores) -> list[int]:
+    """Candidate indices, best first; ties by candidate order."""
+    return [int(i) for i in np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")]
+
+
 def ndcg(order: Sequence[int], positive_index: int, k: int) -> float:
     """NDCG@k with one relevant candidate: 1 / log2(1 + rank) if its rank is at most k, else 0.
 
@@ -59,6 +66,13 @@ def hit_rate(order: Sequence[int], positive_index: int, k: int) -> float:
 def reciprocal_rank(order: Sequence[int], positive_index: int) -> float:
     """1 / rank of the relevant candidate; its mean over requests is MRR."""
     return 1.0 / _rank(order, positive_index)
+
+
+def quality(order: Sequence[int], positive_index: int) -> tuple[float, ...]:
+    """One value per name of QUALITY: NDCG@k, HR@k and the reciprocal rank."""
+    gains = [ndcg(order, positive_index, k) for k in NDCG_AT]
+    hits = [hit_rate(order, positive_index, k) for k in HR_AT]
+    return (*gains, *hits, reciprocal_rank(order, positive_index))
 
 
 def chance_ndcg(num_candidates: int, k: int) -> float:

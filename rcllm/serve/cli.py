@@ -15,6 +15,9 @@ from typer.core import TyperGroup
 from rcllm.errors import ConfigError, RcllmError
 from rcllm.serve.commands_bench import bench
 from rcllm.serve.commands_cache import pull_command, warm_command
+from rcllm.serve.commands_calibrate import calibrate_command
+from rcllm.serve.commands_pool import pool
+from rcllm.serve.commands_probe import probe
 from rcllm.serve.commands_rank import explain_command, rank_command
 from rcllm.serve.commands_tune import tune_command
 from rcllm.serve.demo import demo_command
@@ -48,8 +51,11 @@ app.command("pull", rich_help_panel="Work")(pull_command)
 app.command("warm", rich_help_panel="Work")(warm_command)
 app.command("rank", rich_help_panel="Work")(rank_command)
 app.command("explain", rich_help_panel="Work")(explain_command)
+app.command("calibrate", rich_help_panel="Work")(calibrate_command)
 app.command("tune", rich_help_panel="Work")(tune_command)
 app.add_typer(bench, name="bench", rich_help_panel="Work")
+app.add_typer(pool, name="pool", rich_help_panel="Work")
+app.add_typer(probe, name="probe", rich_help_panel="Work")
 
 
 def _show_version(wanted: bool) -> None:
@@ -72,7 +78,9 @@ def main(
     """Language models that recommend, with KV reuse beyond the prefix.
 
     **pull** a model → **warm**: see what a catalogue needs → **rank** requests → **explain** one answer, block by
-    block. **bench ttft** says what reuse saves, and what it changes, on your data. Example:
+    block. **calibrate** finds how far reuse may go before answers change, and rank goes that far. **bench ttft** says
+    what reuse saves, and what it changes, on your data; **probe position**, what the order of the candidates does.
+    Example:
 
     - `rcllm pull`
     - `rcllm warm --items items.jsonl --limit 500`

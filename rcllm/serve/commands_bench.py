@@ -9,14 +9,13 @@ from typing import Annotated
 import typer
 
 from rcllm.core import Level, RankOptions, RankRequest
-from rcllm.data import build_requests, named_items
+from rcllm.data import named_items
 from rcllm.engine.engine import Engine
 from rcllm.engine.hardware import describe_hardware
-from rcllm.errors import ConfigError, DataError
 from rcllm.serve.compare import LevelRow, compare_levels
-from rcllm.serve.inputs import Inputs, load_inputs, make_config, make_engine
+from rcllm.serve.inputs import load_inputs, load_requests, make_config, make_engine
 from rcllm.serve.options import EngineOptions, ItemOptions, RankingOptions, spread
-from rcllm.serve.request_lines import Failure, read_lines, writer
+from rcllm.serve.request_lines import writer
 from rcllm.serve.screen import console, progress, say, warm_with_progress
 from rcllm.serve.tables import levels_table
 
@@ -55,7 +54,7 @@ def ttft_command(
     chosen = [Level.parse(level) for level in levels.split()]
     config = make_config(engine_options, ranking)
     inputs = load_inputs(item_options)
-    asked = _requests(requests, inputs, count, candidates, history, seed)
+    asked = load_requests(requests, inputs, count, candidates, history, seed)
     engine = make_engine(config, inputs, asked)
     warm_with_progress(engine, named_items(asked))
     rows = measure(engine, asked, chosen, config.rank)
@@ -84,16 +83,3 @@ def measure(
             "Measure again when it is quiet (rcllm doctor tells)"
         )
     return rows
-
-
-def _requests(
-    path: str | None, inputs: Inputs, count: int, candidates: int, history: int, seed: int
-) -> list[RankRequest]:
-    if path is not None:
-        lines = read_lines(path)[:count]
-        if bad := [line for line in lines if isinstance(line, Failure)]:
-            raise DataError(f"{path}, line {bad[0].number}: {bad[0].error}")
-        return [line.request for line in lines if not isinstance(line, Failure)]
-    if inputs.dataset is None:
-        raise ConfigError("there are no requests: give --in FILE, or --dataset FOLDER to make some from")
-    return build_requests(inputs.dataset, count, candidates, history, seed=seed)

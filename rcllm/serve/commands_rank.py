@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from rcllm.core import RankRequest, RankResponse
+from rcllm.core import RankOptions, RankRequest, RankResponse
 from rcllm.data import named_items
 from rcllm.engine.engine import Engine
-from rcllm.errors import CapacityError, ConfigError, RequestError
-from rcllm.serve.inputs import Inputs, load_inputs, make_config, make_engine
-from rcllm.serve.options import EngineOptions, ItemOptions, RankingOptions, spread
+from rcllm.errors import CapacityError, ConfigError, RequestError, UncalibratedError
+from rcllm.serve.calibrated import admission_from, auto_config, check_level
+from rcllm.serve.inputs import Inputs, load_inputs, make_engine
+from rcllm.serve.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, spread
 from rcllm.serve.request_lines import (
     STDIO,
     Failure,
@@ -40,6 +41,7 @@ def rank_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
     ranking: RankingOptions,
+    fidelity: FidelityOptions,
     requests: Annotated[str, typer.Option("--in", metavar="FILE|-", help="Requests as JSON lines; - is stdin.")],
     out: Annotated[str, typer.Option(metavar="FILE|-", help="Where answers go, as JSON lines; - is stdout.")] = STDIO,
     batch: Annotated[int, typer.Option(min=1, help="Requests that are computed together.")] = 1,
@@ -51,17 +53,19 @@ def rank_command(
 
     A request: `{"request_id": "r1", "candidates": ["a", "b"], "history": ["c", {"text": "my own words"}]}`. One that
     names `options` keeps those; the options here hold for what it leaves out. One that fails becomes a line with its
-    error, the others go on, and the command ends with 1. `ms` is the wall time of the answer's batch.
+    error, the others go on, and the command ends with 1. `ms` is the wall time of the answer's batch. Without --level,
+    reuse goes as far as `rcllm calibrate` found that it may, and no further than exact where nothing was calibrated.
 
     Example: `rcllm rank --items items.jsonl --in requests.jsonl --out answers.jsonl --readout likelihood`
     """
-    config = make_config(engine_options, ranking)
+    config = auto_config(engine_options, ranking)
     lines = read_lines(requests, config.rank)
     if strict:
         _raise_first([line for line in lines if isinstance(line, Failure)], requests)
     inputs = load_inputs(item_options)
     good = [line.request for line in lines if isinstance(line, RequestLine)]
-    engine = make_engine(config, inputs, good)
+    engine = make_engine(config, inputs, good, admission_from(fidelity))
+    check_level(engine)
     if warm:
         _warm(engine, good)
     failed = 0
@@ -88,6 +92,7 @@ def explain_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
     ranking: RankingOptions,
+    fidelity: FidelityOptions,
     request: Annotated[
         str, typer.Option(metavar="FILE[:N]", help="Requests as JSON lines; N is the line, else the first request.")
     ],
@@ -98,12 +103,13 @@ def explain_command(
 
     With --no-warm the cache is empty, as in a process that has just started: blocks are then `computed`.
 
-    Example: `rcllm explain --items items.jsonl --request requests.jsonl:3 --level "linked(4)"`
+    Example: `rcllm explain --items items.jsonl --request requests.jsonl:3 --level "linked(4)" --allow-uncalibrated`
     """
-    config = make_config(engine_options, ranking)
+    config = auto_config(engine_options, ranking)
     asked = one_line(request, config.rank)
     inputs = load_inputs(item_options)
-    engine = make_engine(config, inputs, [asked])
+    engine = make_engine(config, inputs, [asked], admission_from(fidelity))
+    check_level(engine)
     if warm:
         _warm(engine, [asked])
     response = engine.rank(asked)
@@ -145,12 +151,20 @@ def _rank(engine: Engine, batch: Sequence[RequestLine]) -> list[RankResponse | F
 
 
 def _warm(engine: Engine, requests: Sequence[RankRequest]) -> None:
-    """Computes what the requests name, as far as the catalogue has it and their levels read it."""
+    """Computes the instruction, and what the requests name as far as the catalogue has it and their levels read it."""
     options = [request.options or engine.config.rank for request in requests]
-    reusing = [r for r, o in zip(requests, options, strict=True) if o.level.name not in _REUSES_NOTHING]
+    reusing = [r for r, o in zip(requests, options, strict=True) if _reads_blocks(engine, o)]
     known = [item_id for item_id in named_items(reusing) if item_id in engine.prompter.catalogue]
-    if known and warm_with_progress(engine, known).full:
+    if warm_with_progress(engine, known).full:
         say("the cache is full: what did not fit is computed with its requests. Raise --memory-mb to hold more")
+
+
+def _reads_blocks(engine: Engine, options: RankOptions) -> bool:
+    """Whether there is something to warm; a request that will be refused needs nothing."""
+    try:
+        return engine.admission.admit(options).options.level.name not in _REUSES_NOTHING
+    except UncalibratedError:
+        return False
 
 
 def _raise_first(failures: Sequence[Failure], path: str) -> None:

@@ -135,9 +135,11 @@ def _next_steps(requests: Sequence[RankRequest], screen: Console) -> None:
     write_requests(path, requests)
     films = f"--dataset {_short(_folder())} --template movies --context typical"
     steps = {
-        f"rcllm explain {films} --request {_short(path)}:1": "every block of a prompt, and where its KV came from",
+        f"rcllm explain {films} --request {_short(path)}:1 --level blocks --allow-uncalibrated": "every block of a "
+        "prompt, and where its KV came from",
         f"rcllm rank {films} --in {_short(path)} --readout likelihood": "the same requests, as JSON lines",
         f"rcllm bench ttft {films} --in {_short(path)}": "the table above, for your own data and levels",
+        f"rcllm calibrate {films} --readouts likelihood": "how far reuse may go, so that rank goes that far by itself",
         "rcllm doctor": "what this machine can do, and what slows it down",
     }
     screen.print("\nWhere to go next", style="bold")

@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 from rcllm.config import Config, check_options, context_samples, from_mapping
 from rcllm.core import RankRequest
 from rcllm.data import Catalogue, Dataset, ReadReport, build_requests, load_dataset
+from rcllm.engine.admission import AdmissionFactory, Open
 from rcllm.engine.engine import Engine
-from rcllm.errors import ConfigError
+from rcllm.errors import ConfigError, DataError
 from rcllm.prompt.template import Template
 from rcllm.serve.options import EngineOptions, ItemOptions, RankingOptions
+from rcllm.serve.request_lines import Failure, read_lines
 from rcllm.serve.screen import busy, say
 
 _Section = TypeVar("_Section")
@@ -46,6 +48,20 @@ def load_inputs(options: ItemOptions) -> Inputs:
     return Inputs(catalogue, dataset)
 
 
+def load_requests(
+    path: str | None, inputs: Inputs, count: int, num_candidates: int, num_history: int, seed: int
+) -> list[RankRequest]:
+    """The first `count` requests of a file, or as many made from the data set. Raises DataError, ConfigError."""
+    if path is not None:
+        lines = read_lines(path)[:count]
+        if bad := [line for line in lines if isinstance(line, Failure)]:
+            raise DataError(f"{path}, line {bad[0].number}: {bad[0].error}")
+        return [line.request for line in lines if not isinstance(line, Failure)]
+    if inputs.dataset is None:
+        raise ConfigError("there are no requests: give --in FILE, or --dataset FOLDER to make some from")
+    return build_requests(inputs.dataset, count, num_candidates, num_history, seed=seed)
+
+
 def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) -> Config:
     """The configuration file, if any, with the options over it. Raises ConfigError."""
     config = Config.load(engine.config) if engine.config else Config()
@@ -58,27 +74,32 @@ def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) ->
     if ranking is not None:
         given = {"level": ranking.level, "readout": ranking.readout, "layout": ranking.layout}
         config = replace(config, rank=_override(config.rank, **given, label_place=ranking.label_place))
+        if ranking.semantic_pool is not None:
+            cache = replace(config.cache, semantic_pool=str(ranking.semantic_pool))
+            config = replace(config, cache=cache, rank=replace(config.rank, history="semantic"))
     check_options(config.rank)
     context_samples(config.prompt.context)
     Template.load(config.prompt.template)
     return config
 
 
-def make_engine(config: Config, inputs: Inputs, like: Sequence[RankRequest] = ()) -> Engine:
+def make_engine(
+    config: Config, inputs: Inputs, like: Sequence[RankRequest] = (), admission: AdmissionFactory = Open.of
+) -> Engine:
     """Loads the model. `like`: requests whose shape the sampled canonical contexts take."""
-    samples = _samples(config, inputs, like)
+    samples = context_requests(config.prompt.context, inputs, like)
     with busy(f"loading {config.model.path}"):
-        return Engine.build(inputs.catalogue, config, samples)
+        return Engine.build(inputs.catalogue, config, samples, admission)
 
 
-def _samples(config: Config, inputs: Inputs, like: Sequence[RankRequest]) -> Sequence[RankRequest]:
-    """Requests of training users, for the canonical contexts that are made from real prompts."""
-    if not (count := context_samples(config.prompt.context)):
+def context_requests(context: str, inputs: Inputs, like: Sequence[RankRequest]) -> Sequence[RankRequest]:
+    """Requests of training users, for the canonical contexts that are made from real prompts. Raises ConfigError."""
+    if not (count := context_samples(context)):
         return ()
     if inputs.dataset is None:
         raise ConfigError(
-            f"context {config.prompt.context!r} is made from requests of real users: give --dataset FOLDER, or use "
-            "--context instruction"
+            f"context {context!r} is made from requests of real users: give --dataset FOLDER, or use --context "
+            "instruction"
         )
     num_candidates = median_low(len(request.candidates) for request in like) if like else 20
     num_history = median_low(len(request.history) for request in like) if like else 10

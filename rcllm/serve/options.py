@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-_ENGINE, _ITEMS, _RANKING = "Model and cache", "Items", "How to rank"
+_ENGINE, _ITEMS, _RANKING, _FIDELITY = "Model and cache", "Items", "How to rank", "How far reuse may go"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,8 @@ class RankingOptions:
         str | None,
         typer.Option(
             metavar="LEVEL",
-            help="full (nothing reused), exact (cached prefix only), linked(k), tail(r) or blocks (default).",
+            help="auto (the fastest that is calibrated, else exact), full (nothing reused), exact (cached prefix), "
+            "corrected(r_item, r_history), linked(k), tail(r) or blocks.",
             rich_help_panel=_RANKING,
         ),
     ] = None
@@ -150,6 +151,37 @@ class RankingOptions:
             metavar="before|after", help="Where a candidate's label stands, by its item.", rich_help_panel=_RANKING
         ),
     ] = None
+    semantic_pool: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Read histories from this pool of token prototypes (`rcllm pool build`) instead of events' own KV.",
+            rich_help_panel=_RANKING,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityOptions:
+    """Which reuse levels may be used."""
+
+    fidelity: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What `rcllm calibrate` wrote. Default: fidelity.json in this folder, where it belongs to this model "
+            "and template.",
+            rich_help_panel=_FIDELITY,
+        ),
+    ] = None
+    allow_uncalibrated: Annotated[
+        bool,
+        typer.Option(
+            "--allow-uncalibrated",
+            help="Use the level that is asked for, whether or not a calibration allows it.",
+            rich_help_panel=_FIDELITY,
+        ),
+    ] = False
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,13 +1,26 @@
-"""The measures against values worked out by hand."""
+"""The measures against values worked out by hand, and against scikit-learn's."""
 
 from __future__ import annotations
 
 import itertools
 import math
 
+import numpy as np
 import pytest
+from sklearn.metrics import label_ranking_average_precision_score, ndcg_score, top_k_accuracy_score
 
-from rcllm.fidelity.measures import agreement, chance_ndcg, hit_rate, ndcg, reciprocal_rank
+from rcllm.fidelity.measures import (
+    HR_AT,
+    NDCG_AT,
+    QUALITY,
+    agreement,
+    chance_ndcg,
+    hit_rate,
+    ndcg,
+    order,
+    quality,
+    reciprocal_rank,
+)
 
 
 def test_the_same_scores_agree() -> None:
@@ -69,3 +82,26 @@ def test_chance_by_hand() -> None:
     assert chance_ndcg(2, 1) == 0.5
     with pytest.raises(ValueError, match="one or more"):
         chance_ndcg(0, 10)
+
+
+def test_quality_equals_scikit_learn() -> None:
+    """With one relevant candidate, label-ranking average precision is the reciprocal rank, top-k accuracy HR@k."""
+    rng = np.random.default_rng(0)
+    scores, positives = rng.normal(size=(200, 30)), rng.integers(0, 30, 200)
+    ours = np.array([quality(order(row), at) for row, at in zip(scores, positives, strict=True)]).mean(axis=0)
+    relevant = np.eye(30)[positives]
+    theirs = [ndcg_score(relevant, scores, k=k) for k in NDCG_AT]
+    theirs += [top_k_accuracy_score(positives, scores, k=k, labels=range(30)) for k in HR_AT]
+    theirs.append(label_ranking_average_precision_score(relevant, scores))
+    assert dict(zip(QUALITY, ours, strict=True)) == pytest.approx(dict(zip(QUALITY, theirs, strict=True)))
+
+
+def test_tau_counts_pairs() -> None:
+    """tau-b by its definition, over all pairs, on scores with many ties."""
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        one, other = rng.integers(0, 5, (2, 12)).astype(float)
+        signs = [(np.sign(one[i] - one[j]), np.sign(other[i] - other[j])) for i in range(12) for j in range(i)]
+        agree = sum(a * b for a, b in signs)
+        norm = math.sqrt(sum(a != 0 for a, _ in signs) * sum(b != 0 for _, b in signs))
+        assert agreement(one, other).tau == pytest.approx(agree / norm)

@@ -87,6 +87,7 @@ def test_options_win_over_the_configuration_file(run: Run, shop: Shop, tmp_path:
     config.write_text("[rank]\nlevel = 'exact'\nreadout = 'pointwise'\n", encoding="utf-8")
     words = ["rank", *shop.on_items, "--in", shop.requests, "--config", config]
     assert '"level": "exact", "readout": "pointwise"' in run(*words).stdout
+    words.append("--allow-uncalibrated")
     assert '"level": "blocks", "readout": "pointwise"' in run(*words, "--level", "blocks").stdout
     config.write_text("[rank]\nlevle = 'exact'\n", encoding="utf-8")
     shown = run(*words)

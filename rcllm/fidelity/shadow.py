@@ -1,0 +1,201 @@
+"""The guard's work on one served request: recompute it in full, compare, and let the monitor decide.
+
+Knows engines only as a function that ranks, no threads and no torch; time is what its clock says. Invariant: the engine
+computes for the guard during at most `cpu_share` of the time between the beginnings of any two of its passes.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from rcllm.core import Level, RankOptions, RankRequest, RankResponse
+from rcllm.errors import ConfigError, RcllmError
+from rcllm.fidelity.measures import Scores
+from rcllm.fidelity.monitor import DriftMonitor, GuardEvent, GuardPolicy, rank_loss
+
+logger = logging.getLogger(__name__)
+
+_FULL = Level("full")
+_KEPT_EVENTS = 1000
+_POLL_S = 0.01  # how often a pass that is due looks whether the engine is idle
+
+
+@dataclass(frozen=True, slots=True)
+class Shadowing:
+    """How much is recomputed, and when."""
+
+    share: float = 0.05  # of the served requests, drawn at random
+    cpu_share: float = 0.05  # of wall time; after a pass of c seconds the guard rests c · (1 / cpu_share - 1)
+    patience_s: float = 30.0  # a pass that waited so long for an idle engine runs on a busy one
+    queue_size: int = 4  # sampled requests that wait; beyond, the oldest is dropped and counted
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.share <= 1.0 and 0.0 < self.cpu_share <= 1.0):
+            raise ConfigError(f"expected share and cpu_share from 0 to 1, got {self.share} and {self.cpu_share}")
+        if self.queue_size < 1 or self.patience_s < 0:
+            raise ConfigError(f"expected queue_size ≥ 1, patience_s ≥ 0, got {self.queue_size} and {self.patience_s}")
+
+
+@dataclass(frozen=True, slots=True)
+class KindStats:
+    """Where one kind of requests stands."""
+
+    requests: str
+    level: str
+    e_value: float  # evidence of drift; 1/α trips
+    num_samples: int  # at this level
+    mean_loss: float  # at this level; NaN before the first sample
+
+
+@dataclass(slots=True)
+class GuardCounts:
+    num_observed: int = 0
+    num_sampled: int = 0
+    num_dropped: int = 0  # sampled, but newer ones took their place while they waited
+    num_stale: int = 0  # sampled at a level that had been left when their turn came
+    num_undefined: int = 0  # full recompute ranked nothing: a single candidate, or all scores equal
+    num_failed: int = 0  # the engine or an `on_event` raised
+    num_shadowed: int = 0  # came to the tests
+    shadow_s: float = 0.0  # time in passes, waiting for the engine included
+
+
+@dataclass(frozen=True, slots=True)
+class GuardStats:
+    """A snapshot."""
+
+    counts: GuardCounts
+    kinds: tuple[KindStats, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """A served request that waits to be recomputed."""
+
+    request: RankRequest
+    options: RankOptions  # as it was answered
+    response: RankResponse
+
+
+class GuardCore:
+    """The guard without its thread: whoever calls `run` does the work.
+
+    `rank`: `Engine.rank`, or another engine's over the same model and catalogue. `sleep` may raise to give up a shadow.
+    """
+
+    def __init__(
+        self,
+        rank: Callable[[RankRequest], RankResponse],
+        policy: GuardPolicy,
+        shadowing: Shadowing,
+        *,
+        defaults: RankOptions,
+        seed: int,
+        idle: Callable[[], bool],
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+        sleep: Callable[[float], None],
+        on_event: Callable[[GuardEvent], None],
+    ) -> None:
+        self._rank, self._policy, self._shadowing, self._defaults = rank, policy, shadowing, defaults
+        self._random, self._idle, self._clock, self._wall_clock = random.Random(seed), idle, clock, wall_clock
+        self._sleep, self._on_event = sleep, on_event
+        self._monitors: dict[str, DriftMonitor] = {}
+        self.events: deque[GuardEvent] = deque(maxlen=_KEPT_EVENTS)
+        self.counts = GuardCounts()
+        self._ready_at = clock()
+
+    def level(self, options: RankOptions) -> Level:
+        monitor = self._monitors.get(kind_of(options))
+        return monitor.level if monitor else self._policy.ladder[self._policy.start]
+
+    def sample(self, request: RankRequest, response: RankResponse) -> Shadow | None:
+        """Tosses the coin. Only answers of the level in use count; a request may have asked for another one."""
+        self.counts.num_observed += 1
+        if self._random.random() >= self._shadowing.share:
+            return None
+        options = request.options or self._defaults
+        if response.receipt.level != str(self.level(options)):
+            return None
+        self.counts.num_sampled += 1
+        return Shadow(request, options, response)
+
+    def run(self, shadow: Shadow) -> None:
+        """Recomputes one request and moves the level if the evidence is there. Raises what `rank` and `sleep` raise."""
+        kind = kind_of(shadow.options)
+        monitor = self._monitors.setdefault(kind, DriftMonitor(self._policy, kind))
+        level, cheaper = monitor.level, monitor.cheaper
+        if shadow.response.receipt.level != str(level):
+            self.counts.num_stale += 1
+            return
+        full = self._pass(shadow, _FULL).scores
+        served = shadow.response if shadow.options.bias != "running_mean" else self._pass(shadow, level)
+        loss = rank_loss(full, served.scores)
+        if loss is None:
+            self.counts.num_undefined += 1
+            return
+        cheaper_loss = self._cheaper_loss(shadow, full, cheaper) if cheaper else None
+        self.counts.num_shadowed += 1
+        if event := monitor.observe(loss, cheaper_loss, self._wall_clock()):
+            self._tell(event)
+
+    def stats(self) -> GuardStats:
+        kinds = tuple(
+            KindStats(kind, str(m.level), m.drift.e_value, m.drift.num_samples, m.drift.mean_loss)
+            for kind, m in list(self._monitors.items())
+        )
+        return GuardStats(replace(self.counts), kinds)
+
+    def _cheaper_loss(self, shadow: Shadow, full_scores: Scores, cheaper: Level) -> float | None:
+        """None where the cheaper level fails, or is refused: that must not hide the losses of the level in use."""
+        try:
+            return rank_loss(full_scores, self._pass(shadow, cheaper).scores)
+        except RcllmError:
+            self.counts.num_failed += 1
+            logger.exception("guard: request %s could not be ranked at %s", shadow.request.request_id, cheaper)
+            return None
+
+    def _pass(self, shadow: Shadow, level: Level) -> RankResponse:
+        """Ranks when the budget and the engine's other work let it.
+
+        Without the user, so that nothing derived from one who may have been erased since is published again; and
+        without a bias that depends on the requests before.
+        """
+        bias = "none" if shadow.options.bias == "running_mean" else shadow.options.bias
+        options = replace(shadow.options, level=level, bias=bias)
+        self._sleep(max(0.0, self._ready_at - self._clock()))
+        give_up_at = self._clock() + self._shadowing.patience_s
+        while not self._idle() and self._clock() < give_up_at:
+            self._sleep(_POLL_S)
+        start = self._clock()
+        try:
+            return self._rank(replace(shadow.request, user_id=None, options=options))
+        finally:
+            took = self._clock() - start
+            self.counts.shadow_s += took
+            self._ready_at = start + took / self._shadowing.cpu_share
+
+    def _tell(self, event: GuardEvent) -> None:
+        self.events.append(event)
+        log = logger.info if event.kind == "step_back" else logger.warning
+        log(
+            "guard: %s from %s to %s for requests %s: mean loss %.4f lately, %.4f over %d shadows, e-value %.3g",
+            event.kind,
+            event.from_level,
+            event.to_level,
+            event.requests,
+            event.recent_loss,
+            event.mean_loss,
+            event.num_samples,
+            event.e_value,
+        )
+        self._on_event(event)
+
+
+def kind_of(options: RankOptions) -> str:
+    """Requests that are answered alike but for the level; they share a rung and its evidence."""
+    name = f"{options.readout} {options.layout} label-{options.label_place} history-{options.history}"
+    return f"{name} bias-{options.bias}" + (" parallel" if options.parallel else "")
