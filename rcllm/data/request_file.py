@@ -9,12 +9,13 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from dataclasses import fields as fields_of
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from rcllm.core import Event, ItemId, Level, RankOptions, RankRequest, UserId
+from rcllm.config import from_mapping
+from rcllm.core import Event, ItemId, Level, RankOptions, RankRequest, Selection, UserId
 from rcllm.data.files import Fields
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
 from rcllm.data.text import as_text, did_you_mean, shown
@@ -77,10 +78,13 @@ def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS)
 def parse_options(value: Mapping[str, object], defaults: RankOptions = DEFAULTS) -> RankOptions:
     """`defaults` with the fields of a JSON object over them.
 
-    Raises RequestError, and ConfigError for a level that does not exist.
+    Raises RequestError, and ConfigError for a level or a selection that does not exist.
     """
     _refuse_unknown("option", value, _OPTION_TYPES)
-    return replace(defaults, **{name: _option(name, given) for name, given in value.items()})
+    chosen = {name: _option(name, given) for name, given in value.items() if name != "selection"}
+    if "selection" in value:
+        chosen["selection"] = _selection(_object("selection", value["selection"]), defaults.selection)
+    return replace(defaults, **chosen)
 
 
 def request_to_json(request: RankRequest) -> dict[str, object]:
@@ -100,7 +104,7 @@ def request_to_json(request: RankRequest) -> dict[str, object]:
 
 def _options_to_json(options: RankOptions) -> dict[str, object]:
     values = {field.name: getattr(options, field.name) for field in fields_of(options)}
-    return values | {"level": str(options.level)}
+    return values | {"level": str(options.level), "selection": asdict(options.selection)}
 
 
 def _option(name: str, given: object) -> Any:
@@ -113,6 +117,11 @@ def _option(name: str, given: object) -> Any:
         "true or false" if kind is bool else "a text such as 'linked(16)'"
     )
     raise RequestError(f"expected option {name!r} to be one of {wanted}, got {shown(given)}")
+
+
+def _selection(given: Mapping[str, object], default: Selection) -> Selection:
+    parsed = from_mapping(Selection, given, "option selection")
+    return replace(default, **{name: getattr(parsed, name) for name in given})
 
 
 def _event(value: object) -> Event:

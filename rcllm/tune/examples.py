@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from rcllm.core import Event, Interaction, Item, ItemId, RankRequest, UserId
-from rcllm.data import Catalogue, Dataset, build_requests, histories, split_of
+from rcllm.data import Catalogue, Dataset, histories, split_of
 from rcllm.data.negatives import SAMPLERS, Negatives, Pool, Wanted, draw_negatives
 from rcllm.data.popularity import with_popularity
 from rcllm.errors import ConfigError, DataError
+
+_VALIDATION_CANDIDATES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,9 @@ class Source:
         by_user = histories(dataset.interactions)
         training = [rows for user, rows in by_user.items() if split_of(user) == "train"]
         self.pool = Pool.of(dataset.catalogue, ([row.item_id for row in rows] for rows in training))
-        self.users = [rows for rows in training if len(rows) > config.min_history]
+        long_enough = [rows for rows in by_user.values() if len(rows) > config.min_history]
+        self.users = [rows for rows in long_enough if split_of(rows[0].user_id) == "train"]
+        self.others = [rows for rows in long_enough if split_of(rows[0].user_id) == "validation"]
         if not self.users:
             raise DataError(f"{dataset.name}: no training user has more than {config.min_history} events to learn from")
 
@@ -54,7 +58,8 @@ class Source:
             targets = range(last, max(first + config.min_history, last - config.targets_per_user + 1) - 1, -1)
             room = config.prompts_per_batch - len(places)
             places += [(rows, first, target) for target in targets][:room]
-        drawn = [self._draw(rows, first, target, rng) for rows, first, target in places]
+        count = config.num_candidates - 1 - config.borrowed
+        drawn = [self._draw(rows, first, target, count, rng) for rows, first, target in places]
         shared = list(
             dict.fromkeys(
                 item
@@ -64,12 +69,13 @@ class Source:
         )
         return [self._request(*place, own, shared, rng) for place, own in zip(places, drawn, strict=True)]
 
-    def _draw(self, rows: Sequence[Interaction], first: int, target: int, rng: np.random.Generator) -> list[int]:
+    def _draw(
+        self, rows: Sequence[Interaction], first: int, target: int, count: int, rng: np.random.Generator
+    ) -> list[int]:
         """A prompt's own negatives: of each kind in turn."""
         config = self.config
         banned = np.array(sorted({self.pool.numbers[row.item_id] for row in rows}), dtype=np.int64)
         history = np.array([self.pool.numbers[row.item_id] for row in rows[first:target]], dtype=np.int64)
-        count = config.num_candidates - 1 - config.borrowed
         drawn: list[int] = []
         for turn, kind in enumerate(config.negatives):
             some = count // len(config.negatives) + (turn < count % len(config.negatives))
@@ -99,23 +105,19 @@ class Source:
             positive=positive,
         )
 
-    def validation(self, count: int, seed: int) -> list[RankRequest]:
-        """Requests of validation users, half with uniform and half with popularity-matched negatives."""
-        config = self.config
-        found = []
-        for kind, share in (("uniform", count - count // 2), ("popularity", count // 2)):
-            requests = build_requests(
-                self.dataset,
-                None,
-                20,
-                config.num_history,
-                kind,  # type: ignore[arg-type]
-                "validation",
-                seed,
-                min_history=config.min_history,
+    def validation(self, count: int) -> list[RankRequest]:
+        """The last items of `count` validation users among 19 negatives of the same kinds as in training."""
+        if len(self.others) < count:
+            raise DataError(
+                f"{self.dataset.name}: expected {count} validation users, got {len(self.others)}; ask for fewer"
             )
-            found += [prefixed(request, self.prefix) for request in requests[:share]]
-        return found
+        requests = []
+        for rows in self.others[:count]:
+            rng = np.random.default_rng([count, len(rows), self.pool.numbers[rows[-1].item_id]])
+            place = rows, max(0, len(rows) - 1 - self.config.num_history), len(rows) - 1
+            own = self._draw(*place, _VALIDATION_CANDIDATES - 1, rng)
+            requests.append(self._request(*place, own, (), rng))
+        return requests
 
     def items(self) -> Mapping[ItemId, Item]:
         return {
@@ -125,18 +127,6 @@ class Source:
 
     def _name(self, number: int) -> ItemId:
         return ItemId(self.prefix + self.pool.item_ids[number])
-
-
-def prefixed(request: RankRequest, prefix: str) -> RankRequest:
-    """The request with all ids under `prefix`."""
-    return RankRequest(
-        prefix + request.request_id,
-        tuple(ItemId(prefix + item_id) for item_id in request.candidates),
-        tuple(Event(ItemId(prefix + event.item_id)) if event.item_id else event for event in request.history),
-        None if request.user_id is None else UserId(prefix + request.user_id),
-        options=request.options,
-        positive=None if request.positive is None else ItemId(prefix + request.positive),
-    )
 
 
 def joined_catalogue(sources: Sequence[Source]) -> Catalogue:

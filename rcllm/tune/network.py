@@ -135,4 +135,5 @@ class _UnitAttention:
         out = F.scaled_dot_product_attention(
             grouped[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None], attn_mask=self.mask
         )[0]
-        return out.unflatten(1, (-1, self.stop - self.start)).permute(2, 0, 1, 3).flatten(1)
+        merged: torch.Tensor = out.unflatten(1, (-1, self.stop - self.start)).permute(2, 0, 1, 3).flatten(1)
+        return merged

@@ -104,7 +104,7 @@ class Trainer:
         self.state = _State()
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
         share = -(-config.validation_requests // len(sources))
-        self._validation = [request for source in sources for request in source.validation(share, config.seed)]
+        self._validation = [request for source in sources for request in source.validation(share)]
 
     def run(self, on_progress: Callable[[TuneProgress], None] | None = None) -> list[Evaluation]:
         """Trains to the end, going on from a checkpoint where there is one; returns the curve."""

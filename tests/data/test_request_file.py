@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.core import Event, ItemId, Level, RankOptions, RankRequest, UserId
+from rcllm.core import Event, ItemId, Level, RankOptions, RankRequest, Selection, UserId
 from rcllm.data import parse_options, parse_request, read_requests, request_to_json, write_requests
 from rcllm.errors import ConfigError, DataError, RequestError
 
@@ -20,6 +20,7 @@ levels = st.one_of(
     st.sampled_from([Level("exact"), Level("blocks")]),
     st.integers(0, 10**7).map(lambda k: Level("linked", k)),
     st.floats(0, 1).map(lambda share: Level("tail", share)),
+    st.builds(lambda item, history: Level("corrected", item, history), st.floats(0, 1), st.floats(0, 1)),
 )
 options = st.builds(
     RankOptions,
@@ -154,3 +155,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_requests(path, [RankRequest("new", (ItemId("a"),)), RankRequest("bad", (b"a",))])  # type: ignore[arg-type]
     assert b'"old"' in gzip.decompress(path.read_bytes())
+
+
+def test_a_selection_is_read_over_the_defaults() -> None:
+    fields = {"request_id": "r", "candidates": ["a"], "options": {"selection": {"policy": "tail", "window": 3}}}
+    defaults = RankOptions(selection=Selection(policy="random", divergence=0.25))
+    asked = parse_request(fields, defaults).options
+    assert asked is not None
+    assert asked.selection == Selection(policy="tail", window=3, divergence=0.25)
+
+
+@pytest.mark.parametrize("selection", [{"polcy": "tail"}, {"policy": "best"}, {"window": "3"}])
+def test_a_wrong_selection_is_refused(selection: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="option selection"):
+        parse_request({"request_id": "r", "candidates": ["a"], "options": {"selection": selection}})
