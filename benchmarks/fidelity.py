@@ -1,0 +1,340 @@
+"""What does reuse cost in ranking quality, on rankers that rank, and what does it gain?
+
+Regime: held-out users of three data sets; short prompts (template `titles`: 20 candidates, up to 8 events, about 500
+tokens), read-out `pointwise`, SmolLM2-135M tuned by `rcllm tune` under the causal mask and under the block mask
+(adapters/), and untuned for score agreement. NDCG@10 against the item that the user did choose next; every difference
+is paired with full recompute of the same variant, intervals are 95 % bootstrap. Beside it popularity and item-kNN on
+the same requests. TTFT is measured apart, on prompts of the paper's length. Ceiling: see `benchmarks.ttft`.
+
+What is scored is kept in the cache folder of rcllm, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from benchmarks.baselines import Baseline, ItemKnn, Popularity, training_pool
+from benchmarks.harness import ROOT, Options, console, dataset, options, report, show
+from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig, context_samples
+from rcllm.core import Level, Policy, RankOptions, RankRequest, Selection
+from rcllm.data import Dataset, Negatives, build_requests, split_of
+from rcllm.data.popularity import with_popularity
+from rcllm.decode.rank import order
+from rcllm.engine.engine import Engine
+from rcllm.fetch import cache_dir
+from rcllm.fidelity.evaluate import Evaluated, evaluate, evaluate_timed
+from rcllm.fidelity.intervals import Interval, bootstrap
+from rcllm.fidelity.measures import chance_ndcg, ndcg
+from rcllm.fidelity.records import Record, RecordFile
+from rcllm.fidelity.summary import CLOSENESS, Summary, summarise, timing
+
+QUESTION = "NDCG@10, score agreement and TTFT of the reuse levels on tuned rankers, three data sets"
+SETS = {"scientific": "amazon_scientific", "yelp": "yelp", "goodreads": "goodreads"}
+TARGETS = {"scientific": 2, "yelp": 1, "goodreads": 3}  # per user, where the test users are too few
+CONTEXT = {"untuned": "mean(4)", "causal": "instruction", "blocks": "instruction"}
+LEVELS = {
+    "causal": ("full", "blocks", "tail(0.1)", "corrected(0.3,0.3)"),
+    "blocks": ("full", "blocks"),
+    "untuned": ("full", "blocks", "tail(0.1)", "corrected(0.3,0.3)"),
+}
+POLICIES: tuple[Policy, ...] = (
+    "rcllm",
+    "k_difference",
+    "question",
+    "static",
+    "two_pass",
+    "first",
+    "tail",
+    "random",
+)
+POLICY_BUDGETS = (0.1, 0.3)
+BUDGETS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
+TTFT_LEVELS = ("exact", "full", "corrected(0.3,0.3)", "tail(0.3)", "tail(0.1)", "linked(16)", "linked(4)", "blocks")
+POINTWISE = RankOptions(readout="pointwise")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many requests each part takes."""
+
+    quality: int
+    popular: int  # with popularity-matched negatives
+    oracle: int  # of a blocks model, whose full recompute is the slow proof of an equality
+    policies: int
+    agreement: int  # paper-shaped, untuned
+    timed: int
+
+
+FULL, QUICK = Sizes(1000, 1000, 100, 100, 60, 10), Sizes(24, 24, 6, 8, 6, 3)
+
+
+def main() -> None:
+    chosen = options("fidelity", QUESTION)
+    sizes = QUICK if chosen.quick else FULL
+    metrics: dict[str, float] = {}
+    with RecordFile(cache_dir() / "benchmarks" / "fidelity.jsonl") as kept:
+        for name in SETS:
+            metrics |= baselines(name, sizes, chosen)
+            for variant in ("causal", "blocks"):
+                metrics |= quality(name, variant, sizes, chosen, kept)
+        metrics |= policies("scientific", sizes, chosen, kept)
+        metrics |= policies("goodreads", sizes, chosen, kept)
+        metrics |= budgets("scientific", sizes, chosen, kept)
+        metrics |= untuned(sizes, chosen, kept)
+        for name in SETS:
+            metrics |= ttft(name, sizes, chosen, kept)
+    report("fidelity", QUESTION, chosen, metrics)
+
+
+# ---- quality --------------------------------------------------------------------------------------------------------
+
+
+def baselines(name: str, sizes: Sizes, chosen: Options) -> dict[str, float]:
+    """What a ranker must beat, on the same requests."""
+    data = dataset(SETS[name])
+    pool = training_pool(data)
+    models: Mapping[str, Baseline] = {"popularity": Popularity(pool), "knn": ItemKnn(pool)}
+    metrics = {f"ndcg10_chance_{name}": chance_ndcg(20, 10)}
+    for kind, suffix, count in kinds(sizes):
+        requests = held_out(data, name, kind, count, chosen.seed)
+        metrics[f"num_requests_{name}{suffix}"] = len(requests)
+        for model, fitted in models.items():
+            metrics[f"ndcg10_{model}_{name}{suffix}"] = statistics.mean(_gain(fitted, r) for r in requests)
+    return metrics
+
+
+def _gain(model: Baseline, request: RankRequest) -> float:
+    assert request.positive is not None
+    return ndcg(order(model.score(request).tolist()), request.candidates.index(request.positive), 10)
+
+
+def quality(name: str, variant: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+    """The table of levels of one variant on one set, with both kinds of negatives."""
+    data = with_popularity(dataset(SETS[name]))
+    metrics: dict[str, float] = {}
+    with engine_of(variant, "titles", data, chosen.seed) as engine:
+        for kind, suffix, count in kinds(sizes):
+            requests = held_out(data, name, kind, count, chosen.seed)
+            rows = []
+            for level, summary in levels(engine, variant, requests, sizes, kept).items():
+                ndcg10, delta, tau = summary.measures["ndcg10"], summary.deltas["ndcg10"], summary.measures["tau"]
+                at = f"{flat(level)}_{variant}_{name}{suffix}"
+                metrics |= {f"ndcg10_{at}": ndcg10.mean, f"tau_{at}": tau.mean, f"num_{at}": summary.num_requests}
+                metrics |= {f"ndcg10_delta_{at}": delta.mean, f"ndcg10_delta_lo_{at}": delta.low}
+                metrics |= {f"ndcg10_delta_hi_{at}": delta.high, f"flops_saved_{at}": summary.flops_saved}
+                row = [level, str(summary.num_requests), str(ndcg10), f"{delta.mean:+.4f}"]
+                row += [f"[{delta.low:+.4f}, {delta.high:+.4f}]", f"{tau.mean:.3f}", f"{summary.flops_saved:.0%}"]
+                rows.append(row)
+            columns = ["level", "requests", "NDCG@10", "Δ full", "95 %", "Kendall τ", "FLOPs saved"]
+            show(f"{name}, {variant} mask, {kind} negatives", columns, rows)
+    return metrics
+
+
+def levels(
+    engine: Engine, variant: str, requests: Sequence[RankRequest], sizes: Sizes, kept: RecordFile
+) -> dict[str, Summary]:
+    """Under the block mask `blocks` is exact by construction: full recompute of some requests is there to prove it."""
+    if variant == "blocks":
+        every = scored(engine, ["blocks"], requests, kept)["blocks"]
+        oracle = scored(engine, ["full"], requests[: sizes.oracle], kept)["full"]
+        some, whole = summarise(every[: len(oracle)], oracle), summarise(every, every)
+        close = {name: some.measures[name] for name in CLOSENESS}
+        reused = replace(whole, deltas=some.deltas, measures={**whole.measures, **close}, flops_saved=some.flops_saved)
+        return {"full": summarise(oracle, oracle), "blocks": reused}
+    found = scored(engine, LEVELS[variant], requests, kept)
+    return {level: summarise(records, found["full"]) for level, records in found.items()}
+
+
+def scored(
+    engine: Engine,
+    names: Sequence[str],
+    requests: Sequence[RankRequest],
+    kept: RecordFile,
+    base: RankOptions = POINTWISE,
+) -> dict[str, list[Record]]:
+    """Records per level, under a progress bar."""
+    asked = {name: replace(base, level=Level.parse(name)) for name in names}
+    found = _evaluated(engine, requests, list(asked.values()), kept)
+    return {name: found[option] for name, option in asked.items()}
+
+
+def _evaluated(
+    engine: Engine, requests: Sequence[RankRequest], asked: Sequence[RankOptions], kept: RecordFile
+) -> Evaluated:
+    done, total = 0, len(requests) * len(asked)
+    with console.status("") as status:
+
+        def more(count: int) -> None:
+            nonlocal done
+            done += count
+            status.update(f"{done} of {total} answers")
+
+        return evaluate(engine, requests, asked, kept, on_records=more)
+
+
+def kinds(sizes: Sizes) -> Iterator[tuple[Negatives, str, int]]:
+    """Negatives, the suffix of their metrics, requests."""
+    yield "uniform", "", sizes.quality
+    yield "popularity", "_popular", sizes.popular
+
+
+def held_out(data: Dataset, name: str, kind: Negatives, count: int, seed: int) -> list[RankRequest]:
+    return build_requests(data, count, 20, 8, kind, "test", seed, TARGETS[name], min_history=2)
+
+
+# ---- which tokens to correct ----------------------------------------------------------------------------------------
+
+
+def policies(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+    """All selection policies at equal numbers of fresh tokens, on the causal ranker."""
+    data = with_popularity(dataset(SETS[name]))
+    metrics: dict[str, float] = {}
+    rows: list[list[str]] = []
+    requests = held_out(data, name, "uniform", sizes.policies, chosen.seed)
+    with engine_of("causal", "titles", data, chosen.seed) as engine:
+        full = scored(engine, ["full"], requests, kept)["full"]
+        for share in POLICY_BUDGETS:
+            for policy in POLICIES:
+                level = Level("corrected", share, share)
+                asked = replace(POINTWISE, level=level, selection=Selection(policy=policy))
+                summary = summarise(_evaluated(engine, requests, [asked], kept)[asked], full)
+                tau, shift, delta = summary.measures["tau"], summary.measures["max_shift"], summary.deltas["ndcg10"]
+                at = f"corrected{round(share * 100)}_{policy}_{name}"
+                metrics |= {f"tau_{at}": tau.mean, f"max_shift_{at}": shift.mean, f"fresh_{at}": summary.fresh_tokens}
+                row = [
+                    f"{share:.0%}",
+                    policy,
+                    f"{summary.fresh_tokens:.0f}",
+                    str(tau),
+                    str(shift),
+                    f"{delta.mean:+.4f}",
+                ]
+                rows.append(row)
+    columns = ["budget", "policy", "fresh tokens", "Kendall τ", "largest shift", "Δ NDCG@10"]
+    show(f"Selection policies at equal fresh tokens, {name}, {len(requests)} requests", columns, rows)
+    return metrics
+
+
+def budgets(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+    """The error of `corrected` as its budget grows: it falls, and ends at zero."""
+    data = with_popularity(dataset(SETS[name]))
+    metrics: dict[str, float] = {}
+    rows: list[list[str]] = []
+    requests = held_out(data, name, "uniform", sizes.policies, chosen.seed)
+    with engine_of("causal", "titles", data, chosen.seed) as engine:
+        full = scored(engine, ["full"], requests, kept)["full"]
+        for share in BUDGETS:
+            asked = replace(POINTWISE, level=Level("corrected", share, share))
+            records = _evaluated(engine, requests, [asked], kept)[asked]
+            error = mean_shift([(a.scores, b.scores) for a, b in zip(full, records, strict=True)], chosen.seed)
+            tau = summarise(records, full).measures["tau"]
+            at = f"corrected{round(share * 100)}_causal_{name}"
+            metrics |= {
+                f"mean_shift_{at}": error.mean,
+                f"mean_shift_lo_{at}": error.low,
+                f"mean_shift_hi_{at}": error.high,
+            }
+            metrics[f"tau_{at}_n{len(requests)}"] = tau.mean
+            rows.append([f"{share:.0%}", str(error), str(tau)])
+    show(f"Error by budget, {name}, {len(requests)} requests", ["budget", "mean |score shift|", "Kendall τ"], rows)
+    return metrics
+
+
+def mean_shift(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int) -> Interval:
+    values = [[float(np.abs(np.subtract(a, b)).mean())] for a, b in pairs]
+    return bootstrap(values, seed=seed)[0]
+
+
+# ---- the untuned model, and time ------------------------------------------------------------------------------------
+
+
+def untuned(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+    """Agreement of the scores on paper-shaped prompts, label read-out: fidelity without any claim of quality."""
+    data = dataset(SETS["scientific"])
+    metrics: dict[str, float] = {}
+    rows: list[list[str]] = []
+    for context in ("instruction", CONTEXT["untuned"]):
+        with engine_of("untuned", "shopping", data, chosen.seed, context, RankOptions()) as engine:
+            requests = paper_shaped(engine, data, "scientific", 20, sizes.agreement, chosen.seed)
+            found = scored(engine, LEVELS["untuned"], requests, kept, RankOptions())
+            for level, records in found.items():
+                summary = summarise(records, found["full"])
+                suffix = "" if context == CONTEXT["untuned"] else f"_{context}"
+                metrics[f"tau_{flat(level)}_untuned_scientific{suffix}"] = summary.measures["tau"].mean
+                shift, top1 = summary.measures["max_shift"], summary.measures["top1"]
+                rows.append([context, level, str(summary.measures["tau"]), f"{top1.mean:.2f}", str(shift)])
+    metrics["num_requests_untuned_scientific"] = len(requests)
+    columns = ["context", "level", "Kendall τ", "top-1", "largest log-prob shift"]
+    show(f"Untuned, paper-shaped prompts, label read-out, {len(requests)} requests", columns, rows)
+    return metrics
+
+
+def ttft(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+    """Paper-shaped prompts, one request at a time, items warm, users new; level `exact` is prefix caching."""
+    data = dataset(SETS[name])
+    metrics: dict[str, float] = {}
+    rows: list[list[str]] = []
+    num_candidates = 20 if name == "scientific" else 90  # short texts: a prompt of that length holds more of them
+    for variant in ("causal", "blocks"):
+        with engine_of(variant, "shopping", data, chosen.seed) as engine:
+            requests = paper_shaped(engine, data, name, num_candidates, sizes.timed, chosen.seed)
+            names = TTFT_LEVELS if variant == "causal" else ("exact", "full", "blocks")
+            asked = {level: replace(POINTWISE, level=Level.parse(level)) for level in names}
+            found = evaluate_timed(engine, requests, list(asked.values()), kept)
+            full, exact = found[asked["full"]], found[asked["exact"]]
+            for level, option in asked.items():
+                took = timing(found[option], full, exact)
+                metrics[f"ttft_speedup_{flat(level)}_{variant}_{name}"] = took.speedup_exact
+                fresh = statistics.median(record.num_fresh for record in found[option])
+                rows.append([variant, level, f"{fresh:.0f}", f"{took.ttft_ms:.0f}", f"{took.speedup_exact:.2f}×"])
+            metrics[f"ttft_prompt_tokens_{name}"] = statistics.median(record.num_tokens for record in full)
+    tokens = metrics[f"ttft_prompt_tokens_{name}"]
+    columns = ["mask", "level", "fresh tokens", "P50 ms", "over prefix caching"]
+    show(f"TTFT, {name}, {num_candidates} candidates, {tokens:.0f} tokens, {sizes.timed} requests", columns, rows)
+    return metrics
+
+
+def paper_shaped(
+    engine: Engine, data: Dataset, name: str, num_candidates: int, count: int, seed: int
+) -> list[RankRequest]:
+    """Held-out requests of the paper's length, 2.2–3.0K tokens; those nearest to it where a data set has too few."""
+    found = build_requests(data, None, num_candidates, 12, "uniform", "test", seed, TARGETS[name], min_history=4)
+    sizes = {r.request_id: engine.prompter.build(replace(r, options=POINTWISE)).num_tokens for r in found[: count * 20]}
+    some = sorted(found[: count * 20], key=lambda r: max(0, 2200 - sizes[r.request_id], sizes[r.request_id] - 3000))
+    return some[:count]
+
+
+@contextmanager
+def engine_of(
+    variant: str, template: str, data: Dataset, seed: int, context: str | None = None, base: RankOptions = POINTWISE
+) -> Iterator[Engine]:
+    """The engine of one variant over one data set; gone afterwards, for the next one's memory."""
+    adapter = "" if variant == "untuned" else str(ROOT / "adapters" / f"smollm2-135m-{variant}")
+    context = context or CONTEXT[variant]
+    config = Config(
+        ModelConfig(adapter=adapter), PromptConfig(template, context=context), CacheConfig(pool_mb=8000), base
+    )
+    count = context_samples(context)
+    samples = build_requests(data, count, 20, 8, split="train", seed=seed, min_history=4) if count else ()
+    assert all(split_of(sample.user_id) == "train" for sample in samples if sample.user_id)
+    engine = Engine.build(data.catalogue, config, samples)
+    yield engine
+    engine.pool.clear()
+    gc.collect()
+
+
+def flat(level: str) -> str:
+    """`corrected(0.3,0.3)` → corrected30, `linked(4)` → linked4."""
+    parsed = Level.parse(level)
+    share = {"tail": 100, "corrected": 100, "linked": 1}.get(parsed.name, 0)
+    return parsed.name + (str(round(parsed.budget * share)) if share else "")
+
+
+if __name__ == "__main__":
+    main()
