@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks.baselines import Baseline, ItemKnn, Popularity, training_pool
 from benchmarks.harness import ROOT, Options, console, dataset, options, report, show
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig, context_samples
-from rcllm.core import Level, Policy, RankOptions, RankRequest, Selection
-from rcllm.data import Dataset, Negatives, build_requests, split_of
+from rcllm.core import Block, Level, Policy, RankOptions, RankRequest, Selection
+from rcllm.data import Dataset, Negatives, build_requests, named_items, split_of
 from rcllm.data.popularity import with_popularity
 from rcllm.decode.rank import order
 from rcllm.engine.engine import Engine
@@ -39,7 +39,7 @@ SETS = {"scientific": "amazon_scientific", "yelp": "yelp", "goodreads": "goodrea
 TARGETS = {"scientific": 2, "yelp": 1, "goodreads": 3}  # per user, where the test users are too few
 CONTEXT = {"untuned": "mean(4)", "causal": "instruction", "blocks": "instruction"}
 LEVELS = {
-    "causal": ("full", "blocks", "tail(0.1)", "corrected(0.3,0.3)"),
+    "causal": ("full", "blocks", "tail(0.1)", "tail(0.3)", "corrected(0.3,0.3)"),
     "blocks": ("full", "blocks"),
     "untuned": ("full", "blocks", "tail(0.1)", "corrected(0.3,0.3)"),
 }
@@ -54,6 +54,7 @@ POLICIES: tuple[Policy, ...] = (
     "random",
 )
 POLICY_BUDGETS = (0.1, 0.3)
+CONTEXTS = ("none", "bos", "instruction", "typical", "mean(4)", "mean(16)")
 BUDGETS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
 TTFT_LEVELS = ("exact", "full", "corrected(0.3,0.3)", "tail(0.3)", "tail(0.1)", "linked(16)", "linked(4)", "blocks")
 POINTWISE = RankOptions(readout="pointwise")
@@ -68,10 +69,11 @@ class Sizes:
     oracle: int  # of a blocks model, whose full recompute is the slow proof of an equality
     policies: int
     agreement: int  # paper-shaped, untuned
+    contexts: int  # the same, for every canonical context
     timed: int
 
 
-FULL, QUICK = Sizes(1000, 1000, 100, 100, 60, 10), Sizes(24, 24, 6, 8, 6, 3)
+FULL, QUICK = Sizes(1000, 1000, 100, 100, 60, 10, 10), Sizes(24, 24, 6, 8, 6, 2, 3)
 
 
 def main() -> None:
@@ -87,6 +89,7 @@ def main() -> None:
         metrics |= policies("goodreads", sizes, chosen, kept)
         metrics |= budgets("scientific", sizes, chosen, kept)
         metrics |= untuned(sizes, chosen, kept)
+        metrics |= contexts(sizes, chosen, kept)
         for name in SETS:
             metrics |= ttft(name, sizes, chosen, kept)
     report("fidelity", QUESTION, chosen, metrics)
@@ -202,7 +205,8 @@ def policies(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict
         for share in POLICY_BUDGETS:
             for policy in POLICIES:
                 level = Level("corrected", share, share)
-                asked = replace(POINTWISE, level=level, selection=Selection(policy=policy))
+                check = 1 if policy == "k_difference" else 0  # in layer 0 keys depend on their token alone
+                asked = replace(POINTWISE, level=level, selection=Selection(policy, check_layer=check))
                 summary = summarise(_evaluated(engine, requests, [asked], kept)[asked], full)
                 tau, shift, delta = summary.measures["tau"], summary.measures["max_shift"], summary.deltas["ndcg10"]
                 at = f"corrected{round(share * 100)}_{policy}_{name}"
@@ -273,6 +277,39 @@ def untuned(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]
     columns = ["context", "level", "Kendall τ", "top-1", "largest log-prob shift"]
     show(f"Untuned, paper-shaped prompts, label read-out, {len(requests)} requests", columns, rows)
     return metrics
+
+
+def contexts(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+    """What stood before an item when its KV was computed: the effect on `blocks`, and what warming it takes."""
+    data = dataset(SETS["scientific"])
+    metrics: dict[str, float] = {}
+    rows: list[list[str]] = []
+    for context in CONTEXTS:
+        with engine_of("untuned", "shopping", data, chosen.seed, context, RankOptions()) as engine:
+            requests = paper_shaped(engine, data, "scientific", 20, sizes.contexts, chosen.seed)
+            found = scored(engine, ["full", "blocks"], requests, kept, RankOptions())
+            tau = summarise(found["blocks"], found["full"]).measures["tau"]
+            engine.pool.clear()
+            warmed = engine.warm(named_items(requests[:2]))
+            blocks = sum(len(b) for b in {b.key: b for b in _cached_blocks(engine, requests[:2])}.values())
+            name = context.replace("(", "").replace(")", "")
+            metrics[f"tau_blocks_untuned_context_{name}"] = tau.mean
+            metrics[f"warm_tokens_per_token_{name}"] = warmed.computed_tokens / blocks
+            metrics[f"warm_tokens_per_s_{name}"] = blocks / warmed.elapsed_s
+            rows.append(
+                [context, str(tau), f"{warmed.computed_tokens / blocks:.2f}", f"{blocks / warmed.elapsed_s:.0f}"]
+            )
+    columns = ["context", "Kendall τ of blocks", "tokens computed per token kept", "tokens warmed per second"]
+    show(f"Canonical contexts, untuned, {sizes.contexts} paper-shaped requests", columns, rows)
+    return metrics
+
+
+def _cached_blocks(engine: Engine, requests: Sequence[RankRequest]) -> Iterator[Block]:
+    """What `warm` computes for the items of the requests."""
+    for item_id in named_items(requests):
+        item = engine.prompter.item(item_id)
+        yield engine.prompter.item_block(item, "history_first")
+        yield engine.prompter.event_block(item, "history_first")
 
 
 def ttft(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:

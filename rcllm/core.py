@@ -220,6 +220,12 @@ class Prompt:
     def num_tokens(self) -> int:
         return sum(len(block) for block in self.blocks)
 
+    @property
+    def isolated(self) -> bool:
+        """Whether the candidates do not see each other, so that none stands nearer to the question than the others."""
+        items = [i for i, block in enumerate(self.blocks) if block.kind is BlockKind.ITEM]
+        return not self.sees[np.ix_(items, items)].any()
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

@@ -292,7 +292,7 @@ TORCH_BACKENDS: dict[str, Callable[[ModelSpec, Rope, Sequence[Group]], Attend]] 
     "segmented": Segmented,
 }
 BACKENDS = ("auto", *TORCH_BACKENDS)
-SCRAP = 12  # tokens of a segment, on average, below which all are copied first; estimated from tile sizes, not measured
+SCRAP = 12  # tokens of a segment, on average, below which copying all first may pay
 
 
 def native_fits(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> bool:
@@ -315,8 +315,15 @@ def prepare(name: str, spec: ModelSpec, rope: Rope, groups: Sequence[Group], ker
 
 
 def _scattered(groups: Sequence[Group]) -> bool:
-    """Whether the segments are scraps of blocks, between tokens that level `corrected` makes fresh."""
+    """Whether copying the segments first pays: scraps of blocks, most of which most rows see.
+
+    Level `corrected` leaves such scraps between the tokens that it makes fresh. Where candidates are isolated a row sees
+    few of them; `segmented` skips the others, `gather` computes and masks them (docs/log.md has the times).
+    """
     segments = [segment for group in groups for segment in group.segments]
     num_blocks = sum(len({segment.block for segment in group.segments}) for group in groups)
     num_tokens = sum(segment.stop - segment.start for segment in segments)
-    return len(segments) > 1.5 * num_blocks and num_tokens < SCRAP * len(segments)
+    if len(segments) <= 1.5 * num_blocks or num_tokens >= SCRAP * len(segments):
+        return False
+    masks = [group.segment_mask() for group in groups]
+    return sum(int(mask.sum()) for mask in masks) > 0.5 * sum(mask.size for mask in masks)

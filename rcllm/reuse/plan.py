@@ -82,13 +82,25 @@ def _spend(prompt: Prompt, uses: list[_Use], level: Level) -> list[slice]:
     sizes = [0 if use.key is None or use.exact else len(block) for use, block in zip(uses, prompt.blocks, strict=True)]
     if level.name == "linked":
         return [slice(0, min(int(level.budget), size)) for size in sizes]
-    left = math.ceil(level.budget * sum(sizes)) if level.name == "tail" else 0
-    spent: list[slice] = []
-    for size in reversed(sizes):
-        take = min(left, size)
-        spent.append(slice(size - take, size))
-        left -= take
-    return spent[::-1]
+    spent = [slice(size, size) for size in sizes]
+    for run in _runs(prompt) if level.name == "tail" else ():
+        left = math.ceil(level.budget * sum(sizes[i] for i in run))
+        for i in reversed(run):
+            take = min(left, sizes[i])
+            spent[i] = slice(sizes[i] - take, sizes[i])
+            left -= take
+    return spent
+
+
+def _runs(prompt: Prompt) -> list[list[int]]:
+    """The blocks that share a tail: all of them, or each isolated candidate's, beside what no candidate owns.
+
+    One run over isolated candidates would compute some of them afresh and not the others, whose scores are compared.
+    """
+    runs: dict[int | None, list[int]] = {}
+    for i, block in enumerate(prompt.blocks):
+        runs.setdefault(block.slot if prompt.isolated else None, []).append(i)
+    return list(runs.values())
 
 
 def _cut(index: int, size: int, use: _Use, fresh: slice) -> list[Piece]:

@@ -161,9 +161,10 @@ def choose(prompt: Prompt, plan: Plan, level: Level, signals: Signals | None = N
 
 def _lists(prompt: Prompt, tokens: Tokens) -> list[BoolArray]:
     """The item tokens that share a budget; [tokens] each: those of all candidates, or of each isolated one."""
+    if not prompt.isolated:
+        return [tokens.item]
     items = [i for i, block in enumerate(prompt.blocks) if block.kind is BlockKind.ITEM]
-    isolated = not prompt.sees[np.ix_(items, items)].any()
-    return [tokens.item & (tokens.block == i) for i in items] if isolated else [tokens.item]
+    return [tokens.item & (tokens.block == i) for i in items]
 
 
 def window(prompt: Prompt, tokens: Tokens, size: int) -> BoolArray:

@@ -78,9 +78,9 @@ def main(
     """Language models that recommend, with KV reuse beyond the prefix.
 
     **pull** a model → **warm**: see what a catalogue needs → **rank** requests → **explain** one answer, block by
-    block. **calibrate** finds how far reuse may go before answers change, and rank goes that far. **bench ttft** says
-    what reuse saves, and what it changes, on your data; **probe position**, what the order of the candidates does.
-    Example:
+    block. **calibrate** finds how far reuse may go before answers change, and rank goes that far; **tune** teaches a
+    model to rank, also so that reuse changes nothing. **bench ttft** says what reuse saves on your data; **probe
+    position**, what the order of the candidates does; **pool build** makes token prototypes for histories. Example:
 
     - `rcllm pull`
     - `rcllm warm --items items.jsonl --limit 500`

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from rcllm.config import Config, check_options, context_samples, from_mapping
 from rcllm.core import RankRequest
 from rcllm.data import Catalogue, Dataset, ReadReport, build_requests, load_dataset
+from rcllm.data.popularity import with_popularity
 from rcllm.engine.admission import AdmissionFactory, Open
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError
@@ -37,7 +38,7 @@ def load_inputs(options: ItemOptions) -> Inputs:
     dataset = None
     with busy("reading items"):
         if options.dataset is not None:
-            dataset = load_dataset(options.format, options.dataset)
+            dataset = with_popularity(load_dataset(options.format, options.dataset))
             _tell(dataset.reports)
         if options.items is not None:
             catalogue, report = Catalogue.read(options.items, options.id_field, options.volatile or ())

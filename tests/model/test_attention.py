@@ -194,3 +194,26 @@ def test_keys_of_a_scaled_rope_are_shifted_without_the_scale(native: bool) -> No
     qkv = random_rows([last], spec)
     got = make("native" if native else "gather", spec, [last])(0, qkv)
     torch.testing.assert_close(got.output.double(), reference.attend(spec, [last], 0, qkv).output, atol=2e-5, rtol=1e-5)
+
+
+def scraps(sees_all: bool, length: int) -> Group:
+    """Rows of ten isolated or ordinary candidates over six segments of `length` tokens in each."""
+    kv = torch.zeros(SPEC.num_layers, 2, SPEC.num_kv_heads, 12 * length, SPEC.head_dim)
+    starts = range(0, 12 * length, 2 * length)
+    segments = tuple(Segment(kv, 0, start, start + length, block) for block in range(10) for start in starts)
+    sees = np.zeros((20, 20), bool)
+    for candidate in range(10):
+        sees[10 + candidate, :10] = sees_all
+        sees[10 + candidate, candidate] = True
+    return Group(segments, np.arange(10, 20, dtype=np.int32), np.zeros(10, np.int32), sees)
+
+
+@pytest.mark.parametrize(
+    ("sees_all", "length", "chosen"), [(True, 3, "gather"), (False, 3, "segmented"), (True, 40, "segmented")]
+)
+def test_scraps_that_most_rows_see_are_copied_first(sees_all: bool, length: int, chosen: str) -> None:
+    compiled = kernels()
+    if compiled is None:
+        pytest.skip("no C++ compiler on this machine")
+    rope = Rope.of(SPEC, SPEC.max_positions)
+    assert prepare("auto", SPEC, rope, [scraps(sees_all, length)], compiled).name == chosen

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rcllm.core import Block, BlockKind, ContentKey, Level, Plan, Prompt, RankOptions
@@ -109,6 +109,7 @@ def test_linked_makes_the_first_k_tokens_of_each_reused_block_fresh(prompt: Prom
 
 @given(prompts(), st.floats(0, 1), CACHED)
 def test_tail_makes_the_last_share_of_the_reused_tokens_fresh(prompt: Prompt, share: float, chain: set[int]) -> None:
+    assume(sum(block.kind is BlockKind.ITEM for block in prompt.blocks) > 1)  # a single one sees no other
     blocks, tail = planned(prompt, Level("blocks"), chain), planned(prompt, Level("tail", share), chain)
     assert tail.num_fresh - blocks.num_fresh == math.ceil(share * sum(approximate(prompt)))
     reused = [
@@ -118,6 +119,17 @@ def test_tail_makes_the_last_share_of_the_reused_tokens_fresh(prompt: Prompt, sh
         (p.block, p.start) for p in tail.pieces if p.key is None and prompt.blocks[p.block].key is not None and p.block
     ]
     assert not reused or not spent or max(reused) < min(spent), "one contiguous run at the end"
+
+
+@given(prompts(), st.floats(0, 1), CACHED)
+def test_isolated_candidates_have_a_tail_each(prompt: Prompt, share: float, chain: set[int]) -> None:
+    prompt = replace(prompt, sees=np.zeros_like(prompt.sees))
+    tail = planned(prompt, Level("tail", share), chain)
+    for i, block in enumerate(prompt.blocks):
+        if block.kind is BlockKind.ITEM:
+            fresh = [p for p in tail.pieces if p.block == i and p.key is None]
+            assert sum(map(len, fresh)) == math.ceil(share * len(block))
+            assert all(piece.stop == len(block) for piece in fresh)
 
 
 @given(prompts(), CACHED)
