@@ -317,8 +317,8 @@ def prepare(name: str, spec: ModelSpec, rope: Rope, groups: Sequence[Group], ker
 def _scattered(groups: Sequence[Group]) -> bool:
     """Whether copying the segments first pays: scraps of blocks, most of which most rows see.
 
-    Level `corrected` leaves such scraps between the tokens that it makes fresh. Where candidates are isolated a row sees
-    few of them; `segmented` skips the others, `gather` computes and masks them (docs/log.md has the times).
+    Level `corrected` leaves such scraps between the tokens that it makes fresh. Where candidates are isolated a row
+    sees few of them; `segmented` skips the others, `gather` computes and masks them (docs/log.md has the times).
     """
     segments = [segment for group in groups for segment in group.segments]
     num_blocks = sum(len({segment.block for segment in group.segments}) for group in groups)

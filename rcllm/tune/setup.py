@@ -59,4 +59,4 @@ def make_trainer(
     network = Network(spec, weights, positions, config.rank, config.alpha, config.seed)
     if start is not None:
         warm_start(network, start)
-    return Trainer(network, prompter, sources, config, folder, model.path)
+    return Trainer(network, prompter, sources, config, folder, model.path, start.name if start else "")

@@ -59,7 +59,7 @@ class Evaluation:
 
     losses: int  # prompts learnt from so far
     minutes: float
-    train_loss: float  # mean since the last evaluation
+    train_loss: float | None  # mean since the last evaluation; None at the beginning
     validation_loss: float
     validation_ndcg10: float
 
@@ -96,10 +96,12 @@ class Trainer:
         config: TuneConfig,
         folder: Path,
         base: str,
+        started_from: str = "",
     ) -> None:
+        """`base` and `started_from`: names of the model and of the adapter that `network` begins at, for the record."""
         check_config(config)
         self.network, self.prompter, self.sources, self.config = network, prompter, sources, config
-        self.folder, self.base = folder, base
+        self.folder, self.base, self.started_from = folder, base, started_from
         self.options = RankOptions(readout=config.readout)
         self.state = _State()
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
@@ -189,7 +191,7 @@ class Trainer:
                 losses.append(listwise_loss(scores, positive).item())
                 gains.append(ndcg(order(scores.tolist()), positive, 10))
         state = self.state
-        train = float(np.mean(state.recent)) if state.recent else math.nan
+        train = float(np.mean(state.recent)) if state.recent else None
         point = Evaluation(state.losses, state.seconds / 60, train, float(np.mean(losses)), float(np.mean(gains)))
         best = min((p.validation_loss for p in state.curve), default=math.inf)
         state.curve.append(point)
@@ -204,6 +206,7 @@ class Trainer:
             "template": self.prompter.template.name,
             "template_fingerprint": self.prompter.template.fingerprint.hex(),
             "readout": self.config.readout,
+            "started_from": self.started_from,
             "datasets": [source.dataset.name for source in self.sources],
             "settings": _settings(self.config),
             "rows_per_loss": round(self.state.rows / max(self.state.losses, 1), 1),
@@ -243,7 +246,7 @@ class Trainer:
         return TuneProgress(
             state.losses,
             min(share, 1.0),
-            float(np.mean(state.recent)) if state.recent else state.curve[-1].train_loss,
+            float(np.mean(state.recent)) if state.recent else state.curve[-1].train_loss or math.nan,
             state.losses / max(state.seconds, 1e-9),
             state.seconds * (1 - share) / max(share, 1e-9),
             state.rows / max(state.losses, 1),

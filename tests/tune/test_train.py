@@ -113,6 +113,7 @@ def test_the_record_says_how_the_adapter_was_made(tmp_path: Path, one_compute_th
     trainer(tmp_path, replace(CONFIG, losses=16)).run()
     record = json.loads((tmp_path / "best" / "rcllm.json").read_text(encoding="utf-8"))
     assert record["mask"] == "causal"
+    assert record["started_from"] == ""
     assert record["datasets"] == ["log"]
     assert record["settings"]["rank"] == 4
     assert record["curve"][0]["losses"] == 0
