@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -41,7 +42,7 @@ CONTEXT = {"untuned": "mean(4)", "causal": "instruction", "blocks": "instruction
 LEVELS = {
     "causal": ("full", "blocks", "tail(0.1)", "tail(0.3)", "corrected(0.3,0.3)"),
     "blocks": ("full", "blocks"),
-    "untuned": ("full", "blocks", "tail(0.1)", "corrected(0.3,0.3)"),
+    "untuned": ("full", "blocks"),
 }
 POLICIES: tuple[Policy, ...] = (
     "rcllm",
@@ -73,25 +74,18 @@ class Sizes:
     timed: int
 
 
-FULL, QUICK = Sizes(1000, 1000, 100, 100, 60, 10, 10), Sizes(24, 24, 6, 8, 6, 2, 3)
+FULL, QUICK = Sizes(1000, 300, 100, 100, 50, 10, 10), Sizes(24, 24, 6, 8, 6, 2, 3)
 
 
 def main() -> None:
-    chosen = options("fidelity", QUESTION)
+    chosen = options("fidelity", QUESTION, tuple(PARTS))
     sizes = QUICK if chosen.quick else FULL
+    if chosen.requests is not None:
+        sizes = Sizes(**{name: min(count, chosen.requests) for name, count in asdict(sizes).items()})
     metrics: dict[str, float] = {}
     with RecordFile(cache_dir() / "benchmarks" / "fidelity.jsonl") as kept:
-        for name in SETS:
-            metrics |= baselines(name, sizes, chosen)
-            for variant in ("causal", "blocks"):
-                metrics |= quality(name, variant, sizes, chosen, kept)
-        metrics |= policies("scientific", sizes, chosen, kept)
-        metrics |= policies("goodreads", sizes, chosen, kept)
-        metrics |= budgets("scientific", sizes, chosen, kept)
-        metrics |= untuned(sizes, chosen, kept)
-        metrics |= contexts(sizes, chosen, kept)
-        for name in SETS:
-            metrics |= ttft(name, sizes, chosen, kept)
+        for name in chosen.only:
+            metrics |= PARTS[name](sizes, chosen, kept)
     report("fidelity", QUESTION, chosen, metrics)
 
 
@@ -371,6 +365,24 @@ def flat(level: str) -> str:
     parsed = Level.parse(level)
     share = {"tail": 100, "corrected": 100, "linked": 1}.get(parsed.name, 0)
     return parsed.name + (str(round(parsed.budget * share)) if share else "")
+
+
+def _on_set(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+    metrics = baselines(name, sizes, chosen)
+    for variant in ("causal", "blocks"):
+        metrics |= quality(name, variant, sizes, chosen, kept)
+    return metrics
+
+
+PARTS: dict[str, Callable[[Sizes, Options, RecordFile], dict[str, float]]] = {
+    **{name: partial(_on_set, name) for name in SETS},
+    "policies_scientific": partial(policies, "scientific"),
+    "policies_goodreads": partial(policies, "goodreads"),
+    "budgets": partial(budgets, "scientific"),
+    "untuned": untuned,
+    "contexts": contexts,
+    **{f"ttft_{name}": partial(ttft, name) for name in SETS},
+}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,15 +31,23 @@ class Options:
     quick: bool
     seed: int
     out: Path
+    only: tuple[str, ...] = ()  # parts to run; all where a benchmark has none
+    requests: int | None = None  # at most, in each part; None: what the benchmark takes
 
 
-def options(name: str, question: str) -> Options:
+def options(name: str, question: str, parts: Sequence[str] = ()) -> Options:
+    """`parts`: names of what can be run alone, for a benchmark that takes hours."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=question)
     parser.add_argument("--quick", action="store_true", help="a smaller run that ends within 5 minutes on 2 cores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / f"{name}.json")
+    if parts:
+        parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="run these parts alone")
+        parser.add_argument("--requests", type=int, help="at most so many requests in each part")
     given = parser.parse_args()
-    return Options(given.quick, given.seed, given.out)
+    return Options(
+        given.quick, given.seed, given.out, tuple(getattr(given, "only", ())), getattr(given, "requests", None)
+    )
 
 
 def dataset(name: str) -> Dataset:
