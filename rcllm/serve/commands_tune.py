@@ -73,6 +73,9 @@ def tune_command(
     evaluate_every: Annotated[
         int, typer.Option(min=1, help="Losses between two validations.")
     ] = _DEFAULT.evaluate_every,
+    validation_requests: Annotated[
+        int, typer.Option(min=1, help="Requests of validation users that decide when to stop.")
+    ] = _DEFAULT.validation_requests,
     format: Annotated[
         str, typer.Option(metavar="NAME", help="Format of the data sets.", rich_help_panel=_DATA)
     ] = "auto",
@@ -87,10 +90,18 @@ def tune_command(
     Example: `rcllm tune --dataset amazon --mask blocks --out rankers/amazon`, then
     `rcllm rank --adapter rankers/amazon/best --template titles …`
     """
-    values = {"mask": mask, "readout": readout, "rank": rank, "alpha": 2.0 * rank, "learning_rate": learning_rate}
-    config = from_mapping(
-        TuneConfig, values | {"losses": losses, "evaluate_every": evaluate_every, "seed": seed}, "option"
-    )
+    values = {
+        "mask": mask,
+        "readout": readout,
+        "rank": rank,
+        "alpha": 2.0 * rank,
+        "learning_rate": learning_rate,
+        "losses": losses,
+        "evaluate_every": evaluate_every,
+        "validation_requests": validation_requests,
+        "seed": seed,
+    }
+    config = from_mapping(TuneConfig, values, "option")
     shape = {"num_candidates": candidates, "num_history": history, "negatives": tuple(negatives) if negatives else None}
     examples = replace(examples_for(config.mask), **{name: value for name, value in shape.items() if value is not None})  # type: ignore[arg-type]
     examples = replace(examples, borrowed=min(examples.borrowed, examples.num_candidates - 2))
