@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -312,7 +313,7 @@ def ttft(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str
     metrics: dict[str, float] = {}
     rows: list[list[str]] = []
     num_candidates = 20 if name == "scientific" else 90  # short texts: a prompt of that length holds more of them
-    for variant in ("causal", "blocks"):
+    for variant in tuned_variants():
         with engine_of(variant, "shopping", data, chosen.seed) as engine:
             requests = paper_shaped(engine, data, name, num_candidates, sizes.timed, chosen.seed)
             names = TTFT_LEVELS if variant == "causal" else ("exact", "full", "blocks")
@@ -346,7 +347,7 @@ def engine_of(
     variant: str, template: str, data: Dataset, seed: int, context: str | None = None, base: RankOptions = POINTWISE
 ) -> Iterator[Engine]:
     """The engine of one variant over one data set; gone afterwards, for the next one's memory."""
-    adapter = "" if variant == "untuned" else str(ROOT / "adapters" / f"smollm2-135m-{variant}")
+    adapter = "" if variant == "untuned" else str(adapter_of(variant))
     context = context or CONTEXT[variant]
     config = Config(
         ModelConfig(adapter=adapter), PromptConfig(template, context=context), CacheConfig(pool_mb=8000), base
@@ -360,6 +361,20 @@ def engine_of(
     gc.collect()
 
 
+def tuned_variants() -> list[str]:
+    """The masks for which there is a tuned ranker."""
+    found = [variant for variant in ("causal", "blocks") if adapter_of(variant).is_dir()]
+    for missing in {"causal", "blocks"} - set(found):
+        console.print(
+            f"[yellow]no adapter for the mask {missing}: left out; make one with `rcllm tune --mask {missing}`"
+        )
+    return found
+
+
+def adapter_of(variant: str) -> Path:
+    return ROOT / "adapters" / f"smollm2-135m-{variant}"
+
+
 def flat(level: str) -> str:
     """`corrected(0.3,0.3)` → corrected30, `linked(4)` → linked4."""
     parsed = Level.parse(level)
@@ -369,7 +384,7 @@ def flat(level: str) -> str:
 
 def _on_set(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     metrics = baselines(name, sizes, chosen)
-    for variant in ("causal", "blocks"):
+    for variant in tuned_variants():
         metrics |= quality(name, variant, sizes, chosen, kept)
     return metrics
 
