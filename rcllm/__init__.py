@@ -17,28 +17,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-    from rcllm.core import Event, Item, Level, RankOptions, RankRequest, RankResponse, Receipt
+    from rcllm.core import Event, Item, Level, RankOptions, RankRequest, RankResponse, Receipt, Selection
     from rcllm.data import Catalogue, build_requests, load_dataset
     from rcllm.engine.engine import Engine
     from rcllm.errors import RcllmError
+    from rcllm.fidelity.calibration import Calibrated, Calibration, Target
+    from rcllm.fidelity.guard import Guard
+    from rcllm.fidelity.monitor import GuardPolicy
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "rcllm.config": ("CacheConfig", "Config", "ModelConfig", "PromptConfig"),
-    "rcllm.core": ("Event", "Item", "Level", "RankOptions", "RankRequest", "RankResponse", "Receipt"),
+    "rcllm.core": ("Event", "Item", "Level", "RankOptions", "RankRequest", "RankResponse", "Receipt", "Selection"),
     "rcllm.data": ("Catalogue", "build_requests", "load_dataset"),
     "rcllm.engine.engine": ("Engine",),
     "rcllm.errors": ("RcllmError",),
+    "rcllm.fidelity.calibration": ("Calibrated", "Calibration", "Target"),
+    "rcllm.fidelity.guard": ("Guard",),
+    "rcllm.fidelity.monitor": ("GuardPolicy",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CacheConfig",
+    "Calibrated",
+    "Calibration",
     "Catalogue",
     "Config",
     "Engine",
     "Event",
+    "Guard",
+    "GuardPolicy",
     "Item",
     "Level",
     "ModelConfig",
@@ -48,6 +58,8 @@ __all__ = [
     "RankResponse",
     "RcllmError",
     "Receipt",
+    "Selection",
+    "Target",
     "build_requests",
     "load_dataset",
 ]
