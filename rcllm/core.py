@@ -79,6 +79,17 @@ class RankRequest:
     positive: ItemId | None = None  # the item the user did choose, where it is known; for evaluation only
 
 
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """A prompt without candidates, which decoding continues: instruction, `history` (oldest first), question."""
+
+    request_id: str
+    history: tuple[Event, ...] = ()
+    user_id: UserId | None = None
+    level: Level | None = None  # None: exact, which reuses the instruction and this user's own chain
+    history_mode: HistoryMode = "chain"
+
+
 # ---- how a request is answered --------------------------------------------------------------------------------------
 
 _LEVEL = re.compile(r"^(full|exact|blocks|linked|tail|corrected|auto)(?:\(([^()]*)\))?$")
@@ -194,7 +205,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Score `token_ids` as the next token after token `offset` of block `block`."""
+    """Score `token_ids` as the next token after token `offset` of block `block`; none: the hidden state is wanted."""
 
     block: int
     offset: int

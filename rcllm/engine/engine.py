@@ -27,6 +27,7 @@ from rcllm.core import (
     ItemId,
     Layout,
     Level,
+    OpenRequest,
     Prompt,
     RankOptions,
     RankRequest,
@@ -56,10 +57,11 @@ from rcllm.engine.materialise import (
     recompute_flops,
     user_owner,
 )
+from rcllm.engine.opened import OpenedBatch, keeping_fresh, opened
 from rcllm.engine.respond import BatchFacts, respond
 from rcllm.errors import CapacityError, ConfigError
 from rcllm.metrics import Stopwatch
-from rcllm.model.decoder import Decoder
+from rcllm.model.decoder import Decoder, Pass, Passed
 from rcllm.model.pull import pull
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.keys import Context
@@ -217,6 +219,39 @@ class Engine:
                 for r, p, s, b, n in zip(requests, batch, scores, read, selected.notes, strict=True)
             ]
 
+    # ---- decoding ----
+
+    @contextlib.contextmanager
+    def open(self, requests: Sequence[OpenRequest]) -> Iterator[OpenedBatch]:
+        """Computes prompts for decoding to continue; what they read stays in place while the context is open.
+
+        The requests are computed together: give as many as `pass_tokens` allows. Other threads may use the engine
+        meanwhile. Raises RequestError, ConfigError, CapacityError.
+        """
+        watch = Stopwatch()
+        with watch.stage("prompt"):
+            prompts = [self.prompter.build_open(request) for request in requests]
+        with contextlib.ExitStack() as stack:
+            with self._lock:
+                with watch.stage("plan"):
+                    batch = [self._plan(prompt) for prompt in prompts]
+                held = stack.enter_context(self._pool_of(batch).hold())
+                with watch.stage("materialise"):
+                    num_computed = self._materialise(batch, held)
+                with watch.stage("assemble"):
+                    assembled = keeping_fresh(assemble(batch, held.blocks, self.decoder.device), batch)
+                with watch.stage("forward"):
+                    passed = self.decoder.forward(assembled.work)
+                with watch.stage("publish"):
+                    self._publish(batch, passed.kept, held)
+            prompts_open = opened(batch, held.blocks, assembled, passed)
+            yield OpenedBatch(prompts_open, watch.read_ms(), num_computed, passed.bytes_copied, passed.backend)
+
+    def forward(self, work: Pass) -> Passed:
+        """One pass of decoding; waits for its turn."""
+        with self._lock:
+            return self.decoder.forward(work)
+
     def _plan(self, prompt: Prompt) -> Planned:
         level = prompt.options.level
         if self.config.model.mask == "blocks":  # reading the blocks is exact, and letting them see more would be wrong
@@ -272,7 +307,7 @@ class Engine:
     def _publish(self, batch: Sequence[Planned], kept: Sequence[torch.Tensor], held: Held) -> None:
         """Keeps the history that was computed exactly; a full cache is no reason to fail a request."""
         blocks = [(planned.prompt, planned.prompt.blocks[i]) for planned in batch for i in planned.plan.publish]
-        for (prompt, block), kv in zip(blocks, kept, strict=True):
+        for (prompt, block), kv in zip(blocks, kept, strict=False):  # decoding keeps more, after these
             assert block.chain_key is not None
             cost = recompute_flops(self.decoder.spec, len(block), [block.base])
             with contextlib.suppress(CapacityError):

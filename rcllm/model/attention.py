@@ -45,6 +45,13 @@ class Attend(Protocol):
     def __call__(self, layer: int, qkv: torch.Tensor) -> Attended: ...
 
 
+class Beside(Protocol):
+    """More keys that rows of a pass attend to, each row its own: what beams keep of their steps, for example."""
+
+    def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
+        """Attention over those keys alone; `qkv` [rows, (H + 2·KV)·D] is already turned. Rows without any: lse -inf."""
+
+
 def merge(parts: Sequence[Attended]) -> Attended:
     """Joins attention over disjoint sets of keys; rows that saw nothing in a part have lse -inf there."""
     lses = torch.stack([part.lse for part in parts])  # [parts, rows, H]

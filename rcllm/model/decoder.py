@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rcllm.model.attention import Attend, native_fits, prepare
+from rcllm.model.attention import Attend, Beside, merge, native_fits, prepare
 from rcllm.model.native import kernels
 from rcllm.model.ops import Linear, NativeOps, Ops, TorchOps
 from rcllm.model.rope import Rope
@@ -42,6 +42,7 @@ class Pass:
     groups: Sequence[Group]  # in row order, covering all rows
     wanted: torch.Tensor  # [wanted], int64: rows whose final hidden state is read
     keep: Sequence[Keep] = ()
+    beside: Beside | None = None  # keys besides those of the groups, merged by their logsumexp
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,10 @@ class Decoder:
             kept.take(number, qkv)
         if observe is not None:
             observe(number, qkv)
-        return attend(number, qkv).output
+        attended = attend(number, qkv)
+        if work.beside is not None:
+            attended = merge([attended, work.beside(number, qkv)])
+        return attended.output
 
     def _feed(self, number: int, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The second half: residual += the projection of `attended`, and the delta of the MLP over it; [rows, d]."""
@@ -162,7 +166,8 @@ class Decoder:
 
     def _attend(self, work: Pass) -> Attend:
         assert int(work.positions.max()) < self.max_positions, "planning refuses prompts beyond the context"
-        return prepare(self.backend, self.spec, self.rope, work.groups, self.kernels)
+        backend = self.backend if work.beside is None else "segmented"  # which always knows its logsumexp
+        return prepare(backend, self.spec, self.rope, work.groups, self.kernels)
 
     def _kept(self, work: Pass, layers: range) -> _Kept | None:
         return _Kept(self, work.keep, layers) if work.keep else None

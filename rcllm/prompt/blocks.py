@@ -23,6 +23,8 @@ from rcllm.core import (
     Item,
     ItemId,
     Layout,
+    Level,
+    OpenRequest,
     Prompt,
     RankOptions,
     RankRequest,
@@ -146,9 +148,33 @@ class Prompter:
     def build(self, request: RankRequest) -> Prompt:
         """Raises RequestError (bad request, unknown item, too long)."""
         options = request.options or RankOptions()
+        if self.template.open:
+            raise ConfigError(
+                f"template {self.template.name!r} is for open prompts and ranks no candidates; use another"
+            )
         self._check(request)
         items = [self.item(item_id, request.volatile.get(item_id)) for item_id in request.candidates]
         return self._assemble(request, items, options)
+
+    def build_open(self, request: OpenRequest) -> Prompt:
+        """A prompt that decoding continues: instruction, history, question. Raises RequestError."""
+        level = request.level or Level("exact")
+        if level.name in ("corrected", "auto"):
+            raise ConfigError(
+                f"level {level} is for rankings; open prompts take full, exact, linked(k), tail(r), blocks"
+            )
+        options = RankOptions(level=level, history=request.history_mode)
+        draft = _Draft(self, RankRequest(request.request_id, (), request.history, request.user_id), options)
+        draft.add(BlockKind.INSTRUCTION, self.instructions["history_first"])
+        draft.add_history()
+        ids = self.tokenizer.encode_control(self.template.question + self.chat.assistant + self.template.answer)
+        if not ids:
+            raise ConfigError(
+                f"template {self.template.name!r}: question must not be empty; decoding begins at its end"
+            )
+        draft.reads.append(Read(draft.add(BlockKind.QUESTION, ids), len(ids) - 1, ()))
+        self._check_length(draft)
+        return draft.prompt(0)
 
     def build_content_free(self, num_candidates: int, options: RankOptions) -> Prompt:
         """A prompt without history whose candidates all read the same: what it scores is the labels' own bias."""
@@ -167,12 +193,15 @@ class Prompter:
                 self._ask_each(draft, items)
             case "likelihood":
                 self._continue_each(draft, items)
+        self._check_length(draft)
+        return draft.prompt(len(items))
+
+    def _check_length(self, draft: _Draft) -> None:
         if draft.end > self.max_positions:
             raise PromptTooLongError(
-                f"request {request.request_id!r} needs {draft.end} positions, the limit is {self.max_positions}: "
+                f"request {draft.request.request_id!r} needs {draft.end} positions, the limit is {self.max_positions}: "
                 "send fewer or shorter candidates or events, or raise model.max_positions if the model allows more"
             )
-        return draft.prompt(len(items))
 
     def _list_candidates(self, draft: _Draft, items: Sequence[Item], options: RankOptions) -> None:
         t, encode = self.template, self.tokenizer.encode_control

@@ -20,6 +20,8 @@ from rcllm.config import nearest
 from rcllm.errors import ConfigError
 
 Parts = tuple[str, ...]  # rendered one after another; a part whose fields are not all there is left out
+_RANKING = ("items_head", "item", "volatile", "label_before", "label_after", "answer", "pointwise_question")
+_RANKING += ("pointwise_answers", "likelihood_head", "likelihood_item", "max_item_tokens")
 _RENDERED = ("event", "item", "volatile", "likelihood_item")  # these hold placeholders
 _FOLDER = resources.files("rcllm.prompt") / "templates"
 
@@ -35,7 +37,10 @@ class ChatFormat:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """All text of a prompt that is not data. Placeholders such as {title} name fields of items."""
+    """All text of a prompt that is not data. Placeholders such as {title} name fields of items.
+
+    A template for open prompts (`open = true`), which decoding continues, leaves out what only rankings have.
+    """
 
     name: str
     version: int
@@ -44,19 +49,20 @@ class Template:
     history_head: str
     event: Parts
     event_text: str  # for events in the user's own words: {text}
-    items_head: str
-    item: Parts
-    volatile: Parts  # rendered fresh, never cached
-    label_before: Parts  # two: what precedes and what follows the label, when it stands before its item
-    label_after: Parts
     question: str
-    answer: str  # the answer's beginning; the label follows it
-    pointwise_question: str
-    pointwise_answers: Parts  # the first counts for the item, the others against it
-    likelihood_head: str
-    likelihood_item: Parts
-    max_item_tokens: int
     max_event_tokens: int
+    open: bool = False
+    items_head: str = ""
+    item: Parts = ()
+    volatile: Parts = ()  # rendered fresh, never cached
+    label_before: Parts = ()  # two: what precedes and what follows the label, when it stands before its item
+    label_after: Parts = ()
+    answer: str = ""  # the answer's beginning; the label follows it
+    pointwise_question: str = ""
+    pointwise_answers: Parts = ()  # the first counts for the item, the others against it
+    likelihood_head: str = ""
+    likelihood_item: Parts = ()
+    max_item_tokens: int = 1
     fingerprint: bytes = b""  # 32 bytes
 
     @classmethod
@@ -103,16 +109,28 @@ def _checked(source: str, values: dict[str, Any]) -> dict[str, Any]:
     for key in values:
         if key not in expected:
             raise ConfigError(f"template {source}: unknown key {key!r}; {nearest(key, expected)}")
-    if missing := sorted(expected.keys() - values.keys()):
+    is_open = values.get("open", False)
+    optional = {"open", *_RANKING} if is_open else {"open"}
+    if missing := sorted(expected.keys() - values.keys() - optional):
         raise ConfigError(f"template {source}: missing {', '.join(missing)}")
     for key, kind in expected.items():
-        wanted = {"str": str, "int": int, "Parts": list}[str(kind)]
+        if key not in values:
+            continue
+        wanted = {"str": str, "int": int, "bool": bool, "Parts": list}[str(kind)]
         if type(values[key]) is not wanted:
             raise ConfigError(f"template {source}: {key} must be {wanted.__name__}, got {values[key]!r}")
         if wanted is list:
             _check_parts(f"template {source}: {key}", values[key], rendered=key in _RENDERED)
         if wanted is int and key != "version" and values[key] < 1:
             raise ConfigError(f"template {source}: {key} must be at least 1, got {values[key]}")
+    if "{text}" not in values["event_text"]:
+        raise ConfigError(f"template {source}: event_text must hold {{text}}, got {values['event_text']!r}")
+    if not is_open:
+        _check_ranking(source, values)
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _check_ranking(source: str, values: dict[str, Any]) -> None:
     _check_read_from(source, values)
     if len(values["label_before"]) != 2 or len(values["label_after"]) != 2:
         raise ConfigError(
@@ -124,7 +142,6 @@ def _checked(source: str, values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"template {source}: an answer of pointwise_answers is empty; its first token is what is scored"
         )
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _check_parts(where: str, parts: list[Any], *, rendered: bool) -> None:
@@ -143,5 +160,3 @@ def _check_read_from(source: str, values: dict[str, Any]) -> None:
     for keys in (("question", "answer"), ("pointwise_question",), ("likelihood_head",)):
         if not any(values[key] for key in keys):
             raise ConfigError(f"template {source}: {' and '.join(keys)} must not be empty; scores are read at its end")
-    if "{text}" not in values["event_text"]:
-        raise ConfigError(f"template {source}: event_text must hold {{text}}, got {values['event_text']!r}")

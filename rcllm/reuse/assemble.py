@@ -75,6 +75,20 @@ def assemble(batch: Sequence[Planned], kv: Mapping[ContentKey, torch.Tensor], de
     return Assembled(work, tuple(read_rows))
 
 
+def fresh_runs(batch: Sequence[Planned]) -> list[list[Keep]]:
+    """Per prompt, its fresh rows in the pass that `assemble` makes, as runs of consecutive tokens of one block."""
+    runs: list[list[Keep]] = []
+    row = 0
+    for planned in batch:
+        runs.append([])
+        for piece in planned.plan.pieces:
+            if piece.key is None:
+                base = planned.prompt.blocks[piece.block].base + piece.start
+                runs[-1].append(Keep(row, row + len(piece), base))
+                row += len(piece)
+    return runs
+
+
 def assemble_blocks(
     blocks: Sequence[TokenIds], context: torch.Tensor | None, num_context: int, device: torch.device
 ) -> Pass:

@@ -1,0 +1,1 @@
+"""Semantic IDs: codes of items from their texts, and a small decoder that generates them."""

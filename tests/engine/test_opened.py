@@ -1,0 +1,53 @@
+"""Open prompts: what decoding continues equals the plain sequence."""
+
+import numpy as np
+import pytest
+import torch
+
+from rcllm.core import Event, IntArray, Level, OpenRequest, UserId
+from rcllm.engine.opened import sees_all
+from rcllm.errors import ConfigError
+from rcllm.model.decoder import Pass
+from rcllm.model.segments import Group
+from tests.engine.tiny import IDS, NATIVE, TORCH, fresh
+
+
+def _ask(name: str, *events: int, level: str = "exact") -> OpenRequest:
+    return OpenRequest(name, tuple(Event(IDS[i]) for i in events), UserId("u1"), Level.parse(level))
+
+
+@pytest.mark.parametrize("family", [NATIVE, TORCH])
+def test_the_hidden_state_and_the_next_token_equal_the_plain_sequence(family: str) -> None:
+    engine = fresh(family, kv_dtype="fp32")
+    asked = [_ask("a", 1, 2, 3), _ask("b", 4), _ask("c", 1, 2, 3, 5)]
+    for _ in range(2):  # the second time instruction and histories are cached
+        with engine.open(asked) as batch:
+            for request, found in zip(asked, batch.prompts, strict=True):
+                tokens = [t for b in engine.prompter.build_open(request).blocks for t in b.token_ids]
+                assert found.end == len(tokens)
+                assert sum(s.stop - s.start for s in found.segments) == len(tokens)
+                expected = engine.decoder.full_logits([*tokens, 7])
+                assert torch.allclose(engine.decoder.logits(found.hidden[None])[0], expected[-2], atol=1e-4)
+                rows, sees = torch.tensor([0]), sees_all(len(found.segments), 1)
+                group = Group(found.segments, *_single(len(found.segments)), sees)
+                passed = engine.forward(Pass(torch.tensor([7]), torch.tensor([found.end]), [group], rows))
+                assert torch.allclose(engine.decoder.logits(passed.hidden)[0], expected[-1], atol=1e-4)
+    engine.pool.check()
+
+
+def test_a_longer_history_extends_the_chain() -> None:
+    engine = fresh(NATIVE)
+    with engine.open([_ask("a", 1, 2, 3)]):
+        pass
+    with engine.open([_ask("b", 1, 2, 3, 4)]) as batch:
+        plan = batch.prompts[0].planned.plan
+        assert plan.num_reused > plan.num_fresh
+
+
+def test_levels_that_need_candidates_are_refused() -> None:
+    with pytest.raises(ConfigError, match="open prompts take"), fresh(NATIVE).open([_ask("a", 1, level="auto")]):
+        pass
+
+
+def _single(number: int) -> tuple[IntArray, IntArray]:
+    return np.array([number], np.int32), np.zeros(1, np.int32)
