@@ -20,8 +20,19 @@ from rcllm.config import nearest
 from rcllm.errors import ConfigError
 
 Parts = tuple[str, ...]  # rendered one after another; a part whose fields are not all there is left out
-_RANKING = ("items_head", "item", "volatile", "label_before", "label_after", "answer", "pointwise_question")
-_RANKING += ("pointwise_answers", "likelihood_head", "likelihood_item", "max_item_tokens")
+_RANKING: Parts = (  # what templates for open prompts leave out
+    "items_head",
+    "item",
+    "volatile",
+    "label_before",
+    "label_after",
+    "answer",
+    "pointwise_question",
+    "pointwise_answers",
+    "likelihood_head",
+    "likelihood_item",
+    "max_item_tokens",
+)
 _RENDERED = ("event", "item", "volatile", "likelihood_item")  # these hold placeholders
 _FOLDER = resources.files("rcllm.prompt") / "templates"
 
