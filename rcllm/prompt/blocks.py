@@ -249,8 +249,9 @@ class Prompter:
         for slot, item in enumerate(items):
             draft.open_slot(slot)
             draft.add_item(item)
-            asked = draft.add(BlockKind.QUESTION, question)
-            draft.reads.append(Read(asked, len(question) - 1, answers, slot))
+            echo = self.tokenizer.encode(render(t.pointwise_echo, item.fields))[: t.max_echo_tokens]
+            asked = draft.add(BlockKind.QUESTION, echo + question)
+            draft.reads.append(Read(asked, len(echo + question) - 1, answers, slot))
 
     def _continue_each(self, draft: _Draft, items: Sequence[Item]) -> None:
         t = self.template

@@ -33,7 +33,8 @@ _RANKING: Parts = (  # what templates for open prompts leave out
     "likelihood_item",
     "max_item_tokens",
 )
-_RENDERED = ("event", "item", "volatile", "likelihood_item")  # these hold placeholders
+_ECHO = ("pointwise_echo", "max_echo_tokens")  # left out by most templates
+_RENDERED = ("event", "item", "volatile", "likelihood_item", "pointwise_echo")  # these hold placeholders
 _FOLDER = resources.files("rcllm.prompt") / "templates"
 
 
@@ -71,6 +72,8 @@ class Template:
     answer: str = ""  # the answer's beginning; the label follows it
     pointwise_question: str = ""
     pointwise_answers: Parts = ()  # the first counts for the item, the others against it
+    pointwise_echo: Parts = ()  # of the candidate, before its question: fresh tokens that see item and history
+    max_echo_tokens: int = 10
     likelihood_head: str = ""
     likelihood_item: Parts = ()
     max_item_tokens: int = 1
@@ -121,7 +124,7 @@ def _checked(source: str, values: dict[str, Any]) -> dict[str, Any]:
         if key not in expected:
             raise ConfigError(f"template {source}: unknown key {key!r}; {nearest(key, expected)}")
     is_open = values.get("open", False)
-    optional = {"open", *_RANKING} if is_open else {"open"}
+    optional = {"open", *_ECHO, *(_RANKING if is_open else ())}
     if missing := sorted(expected.keys() - values.keys() - optional):
         raise ConfigError(f"template {source}: missing {', '.join(missing)}")
     for key, kind in expected.items():

@@ -1,5 +1,8 @@
 """Open prompts: what decoding continues equals the plain sequence."""
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from rcllm.engine.opened import sees_all
 from rcllm.errors import ConfigError
 from rcllm.model.decoder import Pass
 from rcllm.model.segments import Group
-from tests.engine.tiny import IDS, NATIVE, TORCH, fresh
+from tests.engine.tiny import IDS, NATIVE, TORCH, fresh, request
 
 
 def _ask(name: str, *events: int, level: str = "exact") -> OpenRequest:
@@ -51,3 +54,11 @@ def test_levels_that_need_candidates_are_refused() -> None:
 
 def _single(number: int) -> tuple[IntArray, IntArray]:
     return np.array([number], np.int32), np.zeros(1, np.int32)
+
+
+def test_an_open_template_ranks_nothing() -> None:
+    engine = fresh(NATIVE)
+    made = copy.copy(engine.prompter)
+    made.template = replace(made.template, open=True)
+    with pytest.raises(ConfigError, match="is for open prompts"):
+        made.build(request())

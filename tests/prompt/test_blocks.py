@@ -294,6 +294,20 @@ def test_answers_that_begin_with_one_token_are_refused() -> None:
         made.build(tiny.request(2, readout="pointwise"))
 
 
+def test_an_echo_repeats_the_candidates_first_words_in_its_question() -> None:
+    template = replace(Template.load(str(tiny.template_path())), pointwise_echo=("\n- {title}",), max_echo_tokens=4)
+    made = prompter(template=template)
+    prompt = made.build(tiny.request((1, 5, 58), readout="pointwise"))
+    plain = prompter().build(tiny.request((1, 5, 58), readout="pointwise"))
+    question = made.question_ids("pointwise")
+    asked = [block for block in prompt.blocks if block.kind is BlockKind.QUESTION]
+    for slot, title in enumerate(("\n- blue kettle 1", "\n- blue crème brûlée 5", "")):  # item 58 has no title
+        assert asked[slot].token_ids == made.tokenizer.encode(title)[:4] + question
+        assert prompt.reads[slot].offset == len(asked[slot]) - 1
+    items = [[b for b in p.blocks if b.kind is BlockKind.ITEM] for p in (prompt, plain)]
+    assert [b.token_ids for b in items[0]] == [b.token_ids for b in items[1]], "what is cached stays as it was"
+
+
 def test_content_free_prompts_have_no_history_and_equal_candidates() -> None:
     options = tiny.request(1).options
     assert options is not None
