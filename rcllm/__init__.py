@@ -17,9 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-    from rcllm.core import Event, Item, Level, RankOptions, RankRequest, RankResponse, Receipt, Selection
+    from rcllm.core import (
+        Event,
+        Item,
+        Level,
+        RankOptions,
+        RankRequest,
+        RankResponse,
+        Receipt,
+        RecommendRequest,
+        RecommendResponse,
+        Selection,
+    )
     from rcllm.data import Catalogue, build_requests, load_dataset
     from rcllm.engine.engine import Engine
+    from rcllm.engine.recommend import Recommender
     from rcllm.errors import RcllmError
     from rcllm.fidelity.calibration import Calibrated, Calibration, Target
     from rcllm.fidelity.guard import Guard
@@ -29,9 +41,21 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "rcllm.config": ("CacheConfig", "Config", "ModelConfig", "PromptConfig"),
-    "rcllm.core": ("Event", "Item", "Level", "RankOptions", "RankRequest", "RankResponse", "Receipt", "Selection"),
+    "rcllm.core": (
+        "Event",
+        "Item",
+        "Level",
+        "RankOptions",
+        "RankRequest",
+        "RankResponse",
+        "Receipt",
+        "RecommendRequest",
+        "RecommendResponse",
+        "Selection",
+    ),
     "rcllm.data": ("Catalogue", "build_requests", "load_dataset"),
     "rcllm.engine.engine": ("Engine",),
+    "rcllm.engine.recommend": ("Recommender",),
     "rcllm.errors": ("RcllmError",),
     "rcllm.fidelity.calibration": ("Calibrated", "Calibration", "Target"),
     "rcllm.fidelity.guard": ("Guard",),
@@ -58,6 +82,9 @@ __all__ = [
     "RankResponse",
     "RcllmError",
     "Receipt",
+    "RecommendRequest",
+    "RecommendResponse",
+    "Recommender",
     "Selection",
     "Target",
     "build_requests",

@@ -7,6 +7,7 @@ its section or plain values, never the tree.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -45,6 +46,9 @@ class PromptConfig:
     chat: Literal["auto", "plain", "chatml", "llama3", "mistral"] = "auto"  # auto: by the tokenizer
     context: str = "instruction"  # canonical context of items and shared events; one of CONTEXTS
     max_candidates: int = 500
+    # regular expression of tokens that items may be written with though the tokenizer counts them as control tokens,
+    # such as semantic IDs: "<[a-f]_\\d+>"
+    item_tokens: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,10 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     context_samples(config.prompt.context)
     check_options(config.rank)
+    try:
+        re.compile(config.prompt.item_tokens)
+    except re.error as error:
+        raise ConfigError(f"prompt.item_tokens is no regular expression: {error}") from error
 
 
 def check_options(options: RankOptions) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from rcllm.config import from_mapping
-from rcllm.core import Event, ItemId, Level, RankOptions, RankRequest, Selection, UserId
+from rcllm.core import BeamRule, Event, ItemId, Level, RankOptions, RankRequest, RecommendRequest, Selection, UserId
 from rcllm.data.files import Fields
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
 from rcllm.data.text import as_text, did_you_mean, shown
@@ -23,6 +23,7 @@ from rcllm.errors import RcllmError, RequestError
 
 DEFAULTS = RankOptions()
 _OPTION_TYPES = get_type_hints(RankOptions)
+_CHOICES = {**_OPTION_TYPES, "rule": BeamRule}  # what `_option` reads
 
 
 def read_requests(path: str | Path, strict: bool = False) -> tuple[list[RankRequest], ReadReport]:
@@ -56,7 +57,7 @@ def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS)
     `options` holds fields of RankOptions, `volatile` texts by item id and name.
     """
     _refuse_unknown("request", value, [field.name for field in fields_of(RankRequest)])
-    candidates = tuple(ItemId(_id("candidates", each)) for each in _list("candidates", value.get("candidates")))
+    candidates = _ids("candidates", value.get("candidates"))
     if not candidates:
         raise RequestError("expected one or more item ids in 'candidates', got none")
     volatile = {
@@ -72,6 +73,30 @@ def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS)
         volatile=volatile,
         options=None if options is None else parse_options(_object("options", options), defaults),
         positive=None if positive is None else ItemId(_id("positive", positive)),
+    )
+
+
+def parse_recommend_request(value: Mapping[str, object], defaults: RecommendRequest) -> RecommendRequest:
+    """The request that a JSON object describes; raises RequestError or ConfigError.
+
+    `request_id` is needed. `history` as in `parse_request`; `allow` and `deny` are lists of item ids; what is denied by
+    `defaults` stays so.
+    """
+    _refuse_unknown("request", value, [field.name for field in fields_of(RecommendRequest)])
+    chosen: dict[str, Any] = {name: _count(name, value[name]) for name in ("n", "beam") if name in value}
+    if "allow" in value:
+        chosen["allow"] = _ids("allow", value["allow"])
+    for name in ("rule", "level"):
+        if name in value:
+            chosen[name] = _option(name, value[name])
+    user_id = value.get("user_id")
+    return replace(
+        defaults,
+        request_id=_id("request_id", value.get("request_id")),
+        history=tuple(map(_event, _list("history", value.get("history")))),
+        user_id=None if user_id is None else UserId(_id("user_id", user_id)),
+        deny=defaults.deny + _ids("deny", value.get("deny")),
+        **chosen,
     )
 
 
@@ -108,7 +133,7 @@ def _options_to_json(options: RankOptions) -> dict[str, object]:
 
 
 def _option(name: str, given: object) -> Any:
-    kind = _OPTION_TYPES[name]
+    kind = _CHOICES[name]
     if kind is Level and isinstance(given, str):
         return Level.parse(given)
     if (kind is bool and isinstance(given, bool)) or given in get_args(kind):
@@ -140,6 +165,16 @@ def _id(name: str, value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise RequestError(f"expected an id (a text or a whole number) in {name!r}, got {shown(value)}")
     return str(value)
+
+
+def _ids(name: str, value: object) -> tuple[ItemId, ...]:
+    return tuple(ItemId(_id(name, each)) for each in _list(name, value))
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RequestError(f"expected a whole number of at least 1 in {name!r}, got {shown(value)}")
+    return value
 
 
 def _list(name: str, value: object) -> list[object]:

@@ -63,7 +63,7 @@ def make_prompter(
     samples: Sequence[RankRequest],
 ) -> Prompter:
     """`model`: the model's fingerprint, part of every content key. Raises ConfigError, ModelError."""
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, config.prompt.item_tokens)
     if tokenizer.vocab_size > decoder.spec.vocab_size:
         raise ModelError(
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {decoder.spec.vocab_size}; "

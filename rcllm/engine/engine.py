@@ -222,15 +222,17 @@ class Engine:
     # ---- decoding ----
 
     @contextlib.contextmanager
-    def open(self, requests: Sequence[OpenRequest]) -> Iterator[OpenedBatch]:
+    def open(self, requests: Sequence[OpenRequest | Prompt]) -> Iterator[OpenedBatch]:
         """Computes prompts for decoding to continue; what they read stays in place while the context is open.
+
+        A prompt is one that `prompter.build_open` made of a request before.
 
         The requests are computed together: give as many as `pass_tokens` allows. Other threads may use the engine
         meanwhile. Raises RequestError, ConfigError, CapacityError.
         """
         watch = Stopwatch()
         with watch.stage("prompt"):
-            prompts = [self.prompter.build_open(request) for request in requests]
+            prompts = [each if isinstance(each, Prompt) else self.prompter.build_open(each) for each in requests]
         with contextlib.ExitStack() as stack:
             with self._lock:
                 with watch.stage("plan"):

@@ -193,13 +193,15 @@ class _Kept:
         spec, device = decoder.spec, decoder.device
         self.spec, self.rope, self.keep, self.layers = spec, decoder.rope, keep, layers
         self.rows = torch.cat([torch.arange(k.start, k.stop, device=device) for k in keep])
-        self.back = torch.cat([torch.full((k.stop - k.start,), -k.base, device=device) for k in keep])
+        # keys of blocks at position 0 stand at their block-local positions already
+        back = torch.cat([torch.full((k.stop - k.start,), -k.base, device=device) for k in keep])
+        self.back = back if any(k.base for k in keep) else None
         shape = (len(layers), 2, spec.num_kv_heads, len(self.rows), spec.head_dim)
         self.kv = torch.empty(shape, dtype=decoder.dtype, device=device)
 
     def take(self, layer: int, qkv: torch.Tensor) -> None:
         kv = qkv[self.rows, self.spec.q_size :].unflatten(1, (2, self.spec.num_kv_heads, self.spec.head_dim))
-        k = self.rope.shift(kv[:, 0], self.back)
+        k = kv[:, 0] if self.back is None else self.rope.shift(kv[:, 0], self.back)
         at = layer - self.layers.start
         self.kv[at, 0] = k.transpose(0, 1)
         self.kv[at, 1] = kv[:, 1].transpose(0, 1)

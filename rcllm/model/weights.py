@@ -22,6 +22,7 @@ from rcllm.errors import ModelError
 from rcllm.model.spec import ModelSpec
 
 _IGNORED = "rotary_emb.inv_freq"  # a buffer that old exports wrote; it follows from the config
+CATALOG_PREFIX = "catalog."  # of tensors that are no weights: the catalogue that a generative model was trained for
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class _Source:
             name.removeprefix("model."): (handle, name)
             for handle in files.values()
             for name in handle.keys()  # noqa: SIM118 - a handle is not a mapping
-            if not name.endswith(_IGNORED)
+            if not name.endswith(_IGNORED) and not name.startswith(CATALOG_PREFIX)
         }
 
     @property

@@ -51,8 +51,11 @@ class Tokenizer:
         self._cached: Callable[[str], TokenIds] = lru_cache(_CACHED_TEXTS)(self._encode)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Reads tokenizer.json and, where it exists, tokenizer_config.json. Raises ModelError."""
+    def load(cls, folder: Path, item_tokens: str = "") -> Tokenizer:
+        """Reads tokenizer.json and, where it exists, tokenizer_config.json. Raises ModelError.
+
+        `item_tokens`: regular expression of added tokens that `encode` yields all the same, such as semantic IDs.
+        """
         path = folder / "tokenizer.json"
         try:
             content = path.read_bytes()
@@ -63,7 +66,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception for what it cannot parse
             raise ModelError(f"{path} is not a tokenizer that can be read: {error}") from error
         config = _read_config(folder / "tokenizer_config.json")
-        control = _control_tokens(described)
+        control = [token for token in _control_tokens(described) if not re.fullmatch(item_tokens, token)]
         # special tokens can be switched off; taking them out would shift the ids of those that follow
         added = [{**token, "special": token["content"] in control} for token in described["added_tokens"]]
         plain = tokenizers.Tokenizer.from_str(json.dumps({**described, "added_tokens": added}))

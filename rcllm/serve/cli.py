@@ -16,9 +16,12 @@ from rcllm.errors import ConfigError, RcllmError
 from rcllm.serve.commands_bench import bench
 from rcllm.serve.commands_cache import pull_command, warm_command
 from rcllm.serve.commands_calibrate import calibrate_command
+from rcllm.serve.commands_describe import describe_command
 from rcllm.serve.commands_pool import pool
 from rcllm.serve.commands_probe import probe
 from rcllm.serve.commands_rank import explain_command, rank_command
+from rcllm.serve.commands_recommend import recommend_command
+from rcllm.serve.commands_sid import sid
 from rcllm.serve.commands_tune import tune_command
 from rcllm.serve.demo import demo_command
 from rcllm.serve.doctor import doctor_command
@@ -51,11 +54,14 @@ app.command("pull", rich_help_panel="Work")(pull_command)
 app.command("warm", rich_help_panel="Work")(warm_command)
 app.command("rank", rich_help_panel="Work")(rank_command)
 app.command("explain", rich_help_panel="Work")(explain_command)
+app.command("recommend", rich_help_panel="Work")(recommend_command)
 app.command("calibrate", rich_help_panel="Work")(calibrate_command)
 app.command("tune", rich_help_panel="Work")(tune_command)
+app.command("describe", rich_help_panel="Work")(describe_command)
 app.add_typer(bench, name="bench", rich_help_panel="Work")
 app.add_typer(pool, name="pool", rich_help_panel="Work")
 app.add_typer(probe, name="probe", rich_help_panel="Work")
+app.add_typer(sid, name="sid", rich_help_panel="Work")
 
 
 def _show_version(wanted: bool) -> None:
@@ -80,7 +86,8 @@ def main(
     **pull** a model → **warm**: see what a catalogue needs → **rank** requests → **explain** one answer, block by
     block. **calibrate** finds how far reuse may go before answers change, and rank goes that far; **tune** teaches a
     model to rank, also so that reuse changes nothing. **bench ttft** says what reuse saves on your data; **probe
-    position**, what the order of the candidates does; **pool build** makes token prototypes for histories. Example:
+    position**, what the order of the candidates does; **pool build** makes token prototypes for histories.
+    **recommend** finds items of the whole catalogue, with a decoder that **sid train** made. Example:
 
     - `rcllm pull`
     - `rcllm warm --items items.jsonl --limit 500`

@@ -10,13 +10,13 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rcllm.core import RankOptions, RankRequest, RankResponse
 from rcllm.data import Problem, parse_request
-from rcllm.data.files import iter_rows
+from rcllm.data.files import Row, iter_rows
 from rcllm.data.request_file import DEFAULTS
 from rcllm.errors import DataError, RcllmError
 
@@ -43,13 +43,7 @@ def read_lines(path: str, defaults: RankOptions = DEFAULTS) -> list[RequestLine 
 
     `defaults`: what holds for options that a request leaves out. Raises DataError for no rows.
     """
-    if path != STDIO:
-        lines = list(_parse(Path(path), defaults))
-    else:
-        with tempfile.NamedTemporaryFile(suffix=".jsonl") as copy:
-            copy.write(sys.stdin.buffer.read())
-            copy.flush()
-            lines = list(_parse(Path(copy.name), defaults))
+    lines = list(_parse(rows_of(path), defaults))
     if not lines:
         raise DataError(f"{path}: expected requests, one JSON object per line, got an empty file")
     return lines
@@ -71,8 +65,19 @@ def one_line(where: str, defaults: RankOptions = DEFAULTS) -> RankRequest:
     return found.request
 
 
-def _parse(path: Path, defaults: RankOptions) -> Iterator[RequestLine | Failure]:
-    for row in iter_rows(path):
+def rows_of(path: str) -> Iterator[Row | Problem]:
+    """Rows of a file, or of stdin for `-`, as JSON lines; other formats by the name's end."""
+    if path != STDIO:
+        yield from iter_rows(Path(path))
+        return
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as copy:
+        copy.write(sys.stdin.buffer.read())
+        copy.flush()
+        yield from iter_rows(Path(copy.name))
+
+
+def _parse(rows: Iterable[Row | Problem], defaults: RankOptions) -> Iterator[RequestLine | Failure]:
+    for row in rows:
         if isinstance(row, Problem):
             yield Failure(row.line, None, row.reason)
             continue

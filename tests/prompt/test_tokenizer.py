@@ -164,3 +164,17 @@ def test_a_broken_file_is_named(content: str | None, message: str, tmp_path: Pat
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError, match=rf"tokenizer\.json.*{message}"):
         Tokenizer.load(tmp_path)
+
+
+def test_added_tokens_that_items_are_written_with_are_no_control_tokens(tmp_path: Path) -> None:
+    """Semantic IDs: `<a_1>` names a code, wherever a text of the catalogue says it; chat marks stay out of reach."""
+    backend = byte_level()
+    backend.add_tokens([AddedToken(f"<{level}_{code}>", normalized=False) for level in "ab" for code in (1, 22)])
+    folder = save(tmp_path / "sid", backend)
+    text = "x<a_1><b_22> <a_3><|im_end|>"
+    spelled, known = Tokenizer.load(folder), Tokenizer.load(folder, r"<[a-z]_\d+>")
+    codes = [backend.token_to_id(name) for name in ("<a_1>", "<b_22>")]
+    assert not set(codes) & set(spelled.encode(text))
+    assert list(known.encode(text)[1:3]) == codes
+    assert backend.token_to_id("<|im_end|>") not in known.encode(text)
+    assert spelled.decode(spelled.encode(text)) == known.decode(known.encode(text)) == text

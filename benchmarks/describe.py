@@ -1,0 +1,377 @@
+"""How much faster are users and items described by drafting from earlier answers, and what is the text then worth?
+
+Regime: SmolLM2-135M-Instruct in fp32 on the CPU, greedy, real profiles; plain, strict and relaxed(2, 0.1) decoding in
+turns on the same prompts in one run, each from pools of its own. Scenarios: `refresh` (DARE's own setting, and a
+nightly job's: the pool holds this model's answers about other users, and about each user without the latest choice),
+`new_users` (about others alone), `knowledge` (items of `knowledge/`; the pool holds this model's answers about other
+items and the summaries of the set). No pool holds an answer to a measured prompt.
+
+`speedup_…`: tokens/s of decoding, after the prompt, as the papers count; `job_speedup_…`: prompts included. Unsuffixed
+metrics are of `refresh`. Ceiling: every pass reads all weights once, so plain decoding at batch 1 makes no more
+tokens/s than bandwidth / bytes of weights; speculation multiplies that by the tokens per pass at best.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.describe_drafts import MakeDrafter, Text, learned, reading, simulate
+from benchmarks.describe_setup import (
+    MOST_EVENTS,
+    NONE,
+    RELAXED,
+    STRICT,
+    Scenario,
+    Workbench,
+    knowledge_scenario,
+    user_profile,
+    user_scenarios,
+)
+from benchmarks.harness import Options, console, dataset, options, report, show, timed
+from rcllm.core import Generated, ItemId, Speculation, UserId
+from rcllm.data import Dataset
+from rcllm.decode.draft import PromptLookup
+from rcllm.describe.clicks import Clicks, ClicksConfig, make_clicks
+from rcllm.describe.groups import one_group
+from rcllm.describe.profiles import Profile, items
+from rcllm.describe.quality import Knowledge, Worth, worth
+from rcllm.describe.writer import GeneratorWriter, make_router, to_route
+from rcllm.engine.generate import MOST_NODES
+from rcllm.engine.hardware import measure_bandwidth
+from rcllm.model.pull import pull
+from rcllm.sid.embed import SentenceEncoder, fetch_minilm
+
+QUESTION = (
+    "Tokens/s of strict and relaxed speculation over plain decoding, and what relaxed text is worth to a click model"
+)
+PARTS = ("speed", "exact", "cold", "groups", "hf", "ctr")
+MODES = {"plain": NONE, "strict": STRICT, "relaxed": RELAXED}
+HEADLINE = "refresh"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    max_tokens: int
+    earlier: int  # profiles whose answers fill the pools
+    tested: Mapping[int, int]  # profiles measured at each batch size
+    exact: int
+    cold: int
+    peer: int
+    clicks: ClicksConfig
+
+
+FULL = Sizes(100, 300, {1: 20, 4: 24, 16: 48}, 200, 20, 20, ClicksConfig())
+QUICK = Sizes(32, 16, {1: 2, 4: 4, 16: 16}, 16, 2, 2, ClicksConfig(users=20, items=12, targets=2, negatives=2))
+
+
+def main() -> None:
+    chosen = options("describe", QUESTION, PARTS)
+    sizes = QUICK if chosen.quick else FULL
+    data = dataset("movielens_100k")
+    bench = Workbench("user", sizes.max_tokens, data)
+    scenarios = user_scenarios(data, max(*sizes.tested.values(), sizes.exact), sizes.earlier)
+    metrics: dict[str, float] = {}
+    if "speed" in chosen.only:
+        metrics |= floor(bench)
+        for name in (HEADLINE,) if chosen.quick else tuple(scenarios):
+            metrics |= named(speed(bench, scenarios[name], sizes), "" if name == HEADLINE else f"_{name}")
+        if not chosen.quick and (scenario := knowledge_scenario(max(sizes.tested.values()), sizes.earlier)):
+            metrics |= named(speed(Workbench("item", sizes.max_tokens, data), scenario, sizes), "_knowledge")
+    if "exact" in chosen.only:
+        metrics |= exact(bench, scenarios[HEADLINE], sizes.exact)
+    if "cold" in chosen.only:
+        metrics |= cold(bench, scenarios[HEADLINE].tested[: sizes.cold])
+    if "groups" in chosen.only:
+        metrics |= groups(bench, scenarios["new_users"], chosen)
+    if "hf" in chosen.only:
+        metrics |= peer(bench, scenarios[HEADLINE], sizes.peer)
+    if "ctr" in chosen.only:
+        metrics |= clicks(bench, make_clicks(data, replace(sizes.clicks, seed=chosen.seed)), sizes)
+    report("describe", QUESTION, chosen, metrics)
+
+
+def named(metrics: Mapping[str, float], suffix: str) -> dict[str, float]:
+    return {name + suffix: value for name, value in metrics.items()}
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Spent:
+    """Of one way over all its calls."""
+
+    tokens: int = 0  # that passes decided: without the first of each answer, which the prompt's pass gives
+    answers: int = 0
+    passes: int = 0  # of answers: a pass of a batch counts for each
+    diverged: int = 0
+    wall_s: float = 0.0
+    prompt_s: float = 0.0
+
+    def add(self, wall_s: float, found: Sequence[Generated]) -> None:
+        """Of one call of `generate`, whose requests entered together."""
+        self.tokens += sum(len(each.token_ids) - 1 for each in found)
+        self.answers += len(found)
+        self.passes += sum(each.receipt.passes for each in found)
+        self.diverged += sum(len(each.receipt.divergences) for each in found)
+        self.wall_s += wall_s
+        self.prompt_s += max(each.receipt.stage_ms["open"] for each in found) / 1e3
+
+    @property
+    def decode_rate(self) -> float:
+        return self.tokens / (self.wall_s - self.prompt_s)
+
+    @property
+    def job_rate(self) -> float:
+        return (self.tokens + self.answers) / self.wall_s
+
+
+def run(writer: GeneratorWriter, profiles: Sequence[Profile], spent: Spent) -> list[Generated]:
+    requests = writer.requests(profiles, [0] * len(profiles))
+    took, found = timed(writer.generator.generate, requests)
+    spent.add(took, found)
+    return found
+
+
+def speed(bench: Workbench, scenario: Scenario, sizes: Sizes) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    rows: list[list[str]] = []
+    with tempfile.TemporaryDirectory(prefix="rcllm-pools-") as folder:
+        pools = bench.warm_pools(scenario, Path(folder) / "pools")
+        for batch, count in sizes.tested.items():
+            found = interleaved(bench, pools, scenario.tested[:count], batch)
+            plain = found["plain"]
+            for mode, spent in found.items():
+                length = spent.tokens / spent.passes
+                over = {
+                    "speedup": spent.decode_rate / plain.decode_rate,
+                    "job_speedup": spent.job_rate / plain.job_rate,
+                }
+                metrics[f"tokens_per_s_{mode}_b{batch}"] = spent.decode_rate
+                if mode != "plain":
+                    metrics |= {f"{name}_{mode}_b{batch}": value for name, value in over.items()}
+                    metrics[f"accepted_length_{mode}_b{batch}"] = length
+                    metrics[f"diverged_share_{mode}_b{batch}"] = spent.diverged / spent.tokens
+                row = [f"{mode}, batch {batch}", str(spent.answers), f"{spent.decode_rate:.1f}", f"{length:.2f}"]
+                row += [
+                    f"{over['speedup']:.2f}×",
+                    f"{over['job_speedup']:.2f}×",
+                    f"{spent.diverged / spent.tokens:.1%}",
+                ]
+                rows.append(row)
+    for mode in ("strict", "relaxed"):
+        metrics[f"accepted_length_mean_{mode}"] = metrics[f"accepted_length_{mode}_b1"]
+    metrics["accepted_length_mean"] = metrics["accepted_length_mean_strict"]
+    columns = ["way", "answers", "tokens/s", "tokens a pass", "over plain", "with prompts", "diverged"]
+    show(f"Decoding, scenario {scenario.name}: {len(scenario.earlier)} earlier answers", columns, rows)
+    return metrics
+
+
+def interleaved(bench: Workbench, pools: Path, profiles: Sequence[Profile], batch: int) -> dict[str, Spent]:
+    """All modes on the same batches in turns, who is first changing; after one batch that does not count."""
+    writers = {mode: bench.writer(speculation, batch, pools) for mode, speculation in MODES.items()}
+    spent = {mode: Spent() for mode in MODES}
+    warm_up = [replace(profile, row=profile.row + 10**7) for profile in profiles[:1]]
+    for writer in writers.values():
+        run(writer, warm_up, Spent())
+        if writer.pools is not None:
+            writer.load(pools)  # forgets it
+    for number, start in enumerate(range(0, len(profiles), batch)):
+        some = profiles[start : start + batch]
+        order = list(MODES)[number % 3 :] + list(MODES)[: number % 3]
+        for mode in order:
+            for profile in some:  # no mode finds the prompt that another one computed
+                bench.engine.erase_user(UserId(profile.name))
+            run(writers[mode], some, spent[mode])
+    return spent
+
+
+def floor(bench: Workbench) -> dict[str, float]:
+    """Tokens/s that reading the weights once a pass allows at batch 1."""
+    decoder = bench.engine.decoder
+    weights = decoder.spec.linear_flops_per_token / 2 + decoder.spec.vocab_size * decoder.spec.hidden_size
+    num_bytes = weights * decoder.dtype.itemsize
+    ceiling = measure_bandwidth(decoder.device) / num_bytes
+    console.print(f"{num_bytes / 1e6:.0f} MB of weights a pass: at most {ceiling:.1f} plain tokens/s at batch 1\n")
+    return {"floor_tokens_per_s_b1": ceiling}
+
+
+# ---- what must be so -------------------------------------------------------------------------------------------------
+
+
+def exact(bench: Workbench, scenario: Scenario, count: int) -> dict[str, float]:
+    """Share of prompts whose strict answer has the token ids of the plain one."""
+    profiles = scenario.tested[:count]
+    plain = bench.answers(profiles, NONE)
+    with tempfile.TemporaryDirectory(prefix="rcllm-pools-") as folder:
+        writer = bench.writer(STRICT, 16, bench.warm_pools(scenario, Path(folder) / "pools"))
+        strict = writer.generator.generate(writer.requests(profiles, [0] * len(profiles)))
+    equal = [a.token_ids == b.token_ids for a, b in zip(plain, strict, strict=True)]
+    share = statistics.mean(equal)
+    console.print(f"strict answers equal to plain ones: {sum(equal)} of {len(equal)} ({share:.1%})\n")
+    return {"strict_equal_share": share, "strict_equal_prompts": len(equal)}
+
+
+def cold(bench: Workbench, profiles: Sequence[Profile]) -> dict[str, float]:
+    """Time of strict over plain decoding where the pool is empty, greedy and drawn: draws hardly repeat themselves."""
+    metrics: dict[str, float] = {}
+    for name, temperature in (("", 0.0), ("_sampled", 1.2)):
+        with tempfile.TemporaryDirectory(prefix="rcllm-pools-") as folder:
+            empty = Path(folder) / "pools"
+            bench.writer(STRICT, 1).save(empty)
+            writers = {
+                mode: GeneratorWriter(bench.engine, replace(bench.options(mode, 1), temperature=temperature))
+                for mode in (NONE, STRICT)
+            }
+            ratios = []
+            for number, profile in enumerate([profiles[-1], *profiles]):  # the first does not count
+                took = {}
+                for mode in (NONE, STRICT) if number % 2 else (STRICT, NONE):
+                    writers[mode].load(empty)
+                    bench.engine.erase_user(UserId(profile.name))
+                    spent = Spent()
+                    run(writers[mode], [profile], spent)
+                    took[mode] = 1 / spent.decode_rate
+                ratios.append(took[STRICT] / took[NONE] - 1)
+        metrics[f"cold_pool_overhead{name}"] = statistics.median(ratios[1:])
+    told = ", ".join(f"{name} {value:+.1%}" for name, value in metrics.items())
+    console.print(f"strict with an empty pool against plain decoding, {len(profiles)} prompts: {told}\n")
+    return metrics
+
+
+def groups(bench: Workbench, scenario: Scenario, chosen: Options) -> dict[str, float]:
+    """Tokens per pass of strict verification from pools per group, one pool and the prompt, at equal memory."""
+    profiles = (*scenario.tested[:100], *scenario.earlier)
+    writer = bench.writer(NONE, 1)
+    catalogue = bench.data.catalogue
+    texts = [
+        Text(to_route(profile, "user", catalogue), tuple(writer.prompt_ids(profile)), answer.token_ids)
+        for profile, answer in zip(profiles, bench.answers(profiles, NONE), strict=True)
+    ]
+    router = make_router(profiles, catalogue, 2 if chosen.quick else 8, chosen.seed)
+    tests = [text for text in texts if text.tests]
+    whole = sum(len(text.answer) + 4 for text in texts if not text.tests)
+    ways: dict[str, MakeDrafter] = {"prompt_lookup": lambda text: PromptLookup()}
+    for share in (1.0, 0.25):  # of the tokens of all answers, over all pools
+        for label, each in (("one_pool", one_group()), ("grouped", router)):
+            ways[f"{label}_{share:.0%}".replace("%", "pct")] = reading(learned(each, texts, round(whole * share)))
+    found = {way: simulate(make, tests, MOST_NODES).tokens_per_step for way, make in ways.items()}
+    rows = [[way, f"{value:.2f}"] for way, value in found.items()]
+    title = (
+        f"Tokens per pass by where drafts come from; {len(tests)} answers, pools of {len(texts) - len(tests)} others"
+    )
+    show(title, ["drafts from", f"{MOST_NODES} nodes"], rows)
+    return {f"tokens_per_pass_{way}": value for way, value in found.items()}
+
+
+# ---- a peer ----------------------------------------------------------------------------------------------------------
+
+
+def peer(bench: Workbench, scenario: Scenario, count: int) -> dict[str, float]:
+    """Our strict decoding and Hugging Face's prompt lookup: same prompts and weights, batch 1, prompts included."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (a peer, not a dependency)
+
+    folder = pull(bench.engine.config.model.path)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seconds, tokens, equal = defaultdict[str, float](float), defaultdict[str, int](int), list[bool]()
+    with tempfile.TemporaryDirectory(prefix="rcllm-pools-") as name:
+        writer = bench.writer(STRICT, 1, bench.warm_pools(scenario, Path(name) / "pools"))
+        run(writer, scenario.tested[-1:], Spent())
+        for profile in scenario.tested[:count]:
+            bench.engine.erase_user(UserId(profile.name))
+            prompt = torch.tensor([writer.prompt_ids(profile)])
+            took_ours, ours = timed(writer.generator.generate, writer.requests([profile], [0]))
+            took_lookup, lookup = timed(partial(generated, theirs, lookup=10, most=bench.max_tokens), prompt)
+            took_plain, plain = timed(partial(generated, theirs, lookup=None, most=bench.max_tokens), prompt)
+            spent = {"ours": took_ours, "prompt lookup": took_lookup, "plain": took_plain}
+            for way, took in spent.items():
+                seconds[way] += took
+            for way, count in zip(spent, (len(ours[0].token_ids), len(lookup), len(plain)), strict=True):
+                tokens[way] += count
+            equal.append(list(ours[0].token_ids) == plain)
+    rate = {way: tokens[way] / took for way, took in seconds.items()}
+    rows = [[way, f"{rate[way]:.1f}", f"{rate['ours'] / rate[way]:.2f}×"] for way in rate]
+    show(
+        f"Against Hugging Face generate, {len(equal)} prompts, prompts included",
+        ["way", "tokens/s", "ours over it"],
+        rows,
+    )
+    return {
+        "speedup_vs_hf_prompt_lookup": rate["ours"] / rate["prompt lookup"],
+        "speedup_vs_hf_plain": rate["ours"] / rate["plain"],
+        "hf_equal_share": statistics.mean(equal),
+    }
+
+
+@torch.inference_mode()
+def generated(model: torch.nn.Module, prompt: torch.Tensor, *, most: int, lookup: int | None) -> list[int]:
+    more = {"prompt_lookup_num_tokens": lookup} if lookup else {}
+    seen = torch.ones_like(prompt)
+    found = model.generate(  # type: ignore[operator]
+        prompt, attention_mask=seen, max_new_tokens=most, do_sample=False, pad_token_id=0, **more
+    )
+    ids: list[int] = found[0, prompt.shape[1] :].tolist()
+    return ids
+
+
+# ---- quality ---------------------------------------------------------------------------------------------------------
+
+
+def clicks(bench: Workbench, pairs: Clicks, sizes: Sizes) -> dict[str, float]:
+    """A click model without knowledge, with strict and with relaxed text about users and items."""
+    encoder = SentenceEncoder.load(fetch_minilm())
+    users = [
+        user_profile(2 * 10**6 + n, user, pairs.histories[n][-MOST_EVENTS:]) for n, user in enumerate(pairs.user_ids)
+    ]
+    item_bench = Workbench("item", sizes.max_tokens, bench.data)
+    read = items(item_bench.engine.prompter.template.event)
+    rows = [read(n, item_row(bench.data, item_id)) for n, item_id in enumerate(pairs.item_ids)]
+    ways: dict[str, Worth] = {"without": worth(pairs, None)}
+    for name, speculation in {"strict": NONE, "relaxed": RELAXED}.items():  # strict text is plain text (part `exact`)
+        texts = [texts_of(side, profiles, speculation) for side, profiles in ((bench, users), (item_bench, rows))]
+        ways[name] = worth(pairs, Knowledge(encoder.encode(texts[0]), encoder.encode(texts[1])))
+    metrics: dict[str, float] = {"ctr_held_out_users": float(pairs.held_out.sum()), "ctr_pairs": len(pairs.users)}
+    table = []
+    for name, way in ways.items():
+        auc, loss = way.gain_over(ways["without"])
+        over_strict, loss_over_strict = way.gain_over(ways["strict"])
+        metrics |= {
+            f"ctr_auc_{name}": way.auc,
+            f"ctr_gauc_{name}": way.gauc.mean,
+            f"ctr_logloss_{name}": way.log_loss.mean,
+        }
+        if name != "without":
+            metrics |= {f"ctr_gauc_gain_{name}{end}": value for end, value in ends(auc)}
+        if name == "relaxed":
+            metrics |= {f"ctr_gauc_relaxed_minus_strict{end}": value for end, value in ends(over_strict)}
+            metrics |= {f"ctr_logloss_relaxed_minus_strict{end}": value for end, value in ends(loss_over_strict)}
+        table.append([name, f"{way.auc:.4f}", str(way.gauc), str(way.log_loss), str(auc), str(loss)])
+    columns = ["knowledge", "AUC", "AUC per user", "log-loss", "Δ AUC per user", "Δ log-loss"]
+    show(f"Click model, {int(pairs.held_out.sum())} held-out users, {len(pairs.users)} pairs in all", columns, table)
+    return metrics
+
+
+def texts_of(bench: Workbench, profiles: Sequence[Profile], speculation: Speculation) -> list[str]:
+    """Relaxed ones are drafted from this job's own earlier answers, as a first run of `rcllm describe` does."""
+    return [answer.text for answer in bench.answers(profiles, speculation)]
+
+
+def item_row(data: Dataset, item_id: ItemId) -> dict[str, object]:
+    return {"item_id": item_id, **data.catalogue[item_id].fields}
+
+
+def ends(interval: object) -> list[tuple[str, float]]:
+    return [(end, float(getattr(interval, name))) for end, name in (("", "mean"), ("_lo", "low"), ("_hi", "high"))]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""What the parts of `benchmarks.describe` share: the workloads, the warm pools, and answers that are kept between runs.
+
+Knows nothing of what is measured. Invariant: a pool never holds an answer to a prompt that is measured with it; kept
+answers fill pools and features, and are never timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from blake3 import blake3
+
+from benchmarks.harness import SHARED, console
+from rcllm.config import CacheConfig, Config, PromptConfig
+from rcllm.core import Event, ItemId, Speculation, UserId
+from rcllm.data import Dataset, histories
+from rcllm.describe.groups import Router
+from rcllm.describe.job import DescribeOptions
+from rcllm.describe.pools import Pools
+from rcllm.describe.profiles import Kind, Profile
+from rcllm.describe.writer import GeneratorWriter, to_route
+from rcllm.engine.engine import Engine
+from rcllm.fetch import cache_dir
+
+MOST_EVENTS = 15
+NONE, STRICT, RELAXED = Speculation("none"), Speculation("strict"), Speculation("relaxed", 2, 0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """Prompts to measure, and what their pool is learned from: earlier answers of the same model to other prompts."""
+
+    name: str
+    kind: Kind
+    tested: tuple[Profile, ...]
+    earlier: tuple[Profile, ...]
+    texts: tuple[str, ...] = ()  # besides, texts of another model
+
+
+class Workbench:
+    """An engine for one kind of profile, and the answers that it gave before."""
+
+    def __init__(self, kind: Kind, max_tokens: int, data: Dataset) -> None:
+        config = Config(prompt=PromptConfig(f"describe_{kind}"), cache=CacheConfig(pool_mb=1500))
+        self.kind, self.data = kind, data
+        self.engine = Engine.build(data.catalogue, config)
+        self.max_tokens = max_tokens
+        self.kept = Kept(cache_dir() / "benchmarks" / "describe-answers.jsonl")
+
+    def options(self, speculation: Speculation, batch: int) -> DescribeOptions:
+        return DescribeOptions(
+            kind=self.kind, max_tokens=self.max_tokens, speculation=speculation, batch=batch, most_events=MOST_EVENTS
+        )
+
+    def writer(self, speculation: Speculation, batch: int, pools: Path | None = None) -> GeneratorWriter:
+        writer = GeneratorWriter(self.engine, self.options(speculation, batch))
+        if pools is not None and speculation != NONE:
+            writer.load(pools)
+        return writer
+
+    def answers(
+        self, profiles: Sequence[Profile], speculation: Speculation, pools: Path | None = None
+    ) -> list[Answered]:
+        """Answers, from the file of kept ones where they are. Relaxed ones are kept under the name of their pools."""
+        made_with = f"{speculation} {pools.name if pools and speculation == RELAXED else ''} {self.max_tokens}"
+        writer = self.writer(speculation, 16, pools)
+        keys = [self._key(writer, profile, made_with) for profile in profiles]
+        missing = [profile for profile, key in zip(profiles, keys, strict=True) if key not in self.kept]
+        if missing:
+            by_id = {str(profile.row): self._key(writer, profile, made_with) for profile in missing}
+            requests = writer.requests(missing, [0] * len(missing))
+            with console.status(f"{len(missing)} answers, {speculation}") as status:
+                for number, found in enumerate(writer.generator.stream(requests), 1):
+                    self.kept.add(by_id[found.request_id], Answered(found.text, found.token_ids))
+                    status.update(f"{number} of {len(missing)} answers, {speculation}")
+        return [self.kept[key] for key in keys]
+
+    def warm_pools(self, scenario: Scenario, folder: Path, router: Router | None = None) -> Path:
+        """A folder of pools that hold the answers to the scenario's earlier profiles."""
+        writer = GeneratorWriter(self.engine, self.options(STRICT, 16), router)
+        assert writer.pools is not None
+        self.learn(writer.pools, scenario)
+        writer.save(folder)
+        return folder
+
+    def learn(self, pools: Pools, scenario: Scenario) -> None:
+        lead = self.lead
+        earlier = self.answers(scenario.earlier, NONE)
+        for profile, answer in zip(scenario.earlier, earlier, strict=True):
+            pools.learn(to_route(profile, self.kind, self.data.catalogue), (*lead, *answer.token_ids))
+        for number, text in enumerate(scenario.texts):
+            ids = self.engine.prompter.tokenizer.encode(" " + text)
+            pools.learn(to_route(Profile(0, f"text {number}", ()), self.kind, self.data.catalogue), ids)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The last tokens of every prompt."""
+        prompter = self.engine.prompter
+        return prompter.tokenizer.encode_control(prompter.template.answer)[-4:]
+
+    def _key(self, writer: GeneratorWriter, profile: Profile, made_with: str) -> str:
+        prompt = json.dumps(writer.prompt_ids(profile))
+        return blake3(f"{writer.identity} {made_with} {prompt}".encode()).hexdigest()[:24]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class Kept:
+    """Answers in a file of JSON lines; a line that a kill tore is made again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._found: dict[str, Answered] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                value = json.loads(line)
+                self._found[value["key"]] = Answered(value["text"], tuple(value["token_ids"]))
+            except (ValueError, KeyError):
+                continue
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._found
+
+    def __getitem__(self, key: str) -> Answered:
+        return self._found[key]
+
+    def add(self, key: str, answer: Answered) -> None:
+        self._found[key] = answer
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" if self._torn() else "")
+            file.write(json.dumps({"key": key, **dataclasses.asdict(answer)}) + "\n")
+
+    def _torn(self) -> bool:
+        with self.path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 1))
+            return size > 0 and file.read(1) != b"\n"
+
+
+def user_scenarios(data: Dataset, tested: int, earlier: int) -> dict[str, Scenario]:
+    """MovieLens users. `new_users`: the pool holds answers about others. `refresh` (DARE's own setting): it holds those
+    besides the answer about each user as he was before his latest choice, as a nightly job finds it.
+    """
+    items = {user: [row.item_id for row in rows] for user, rows in histories(data.interactions).items()}
+    order = sorted(
+        (user for user in items if len(items[user]) > MOST_EVENTS), key=lambda user: blake3(user.encode()).digest()
+    )
+    now = [user_profile(n, user, items[user][-MOST_EVENTS:]) for n, user in enumerate(order)]
+    before = [user_profile(10**6 + n, user, items[user][-MOST_EVENTS - 1 : -1]) for n, user in enumerate(order)]
+    mine, others = tuple(now[:tested]), tuple(now[tested : tested + earlier])
+    return {
+        "new_users": Scenario("new_users", "user", mine, others),
+        "refresh": Scenario("refresh", "user", mine, (*others, *before[:tested])),
+    }
+
+
+def user_profile(row: int, user: UserId, items: Iterable[ItemId]) -> Profile:
+    return Profile(row, user, tuple(Event(item) for item in items))
+
+
+def knowledge_scenario(tested: int, earlier: int) -> Scenario | None:
+    """Items of the knowledge texts, by title and what is said of them; the pool: answers about others, and texts."""
+    path = SHARED / "knowledge" / "xrec_amazon_tst.jsonl"
+    if not path.exists():
+        return None
+    rows: dict[str, Mapping[str, str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows.setdefault(str(row["iid"]), row)
+    profiles = [
+        Profile(n, iid, (Event(text=f"{row['title']}\n{row['explanation']}"),))
+        for n, (iid, row) in enumerate(rows.items())
+    ]
+    mine = tuple(profiles[:tested])
+    own = {profile.name for profile in mine}
+    texts = tuple(row["item_summary"] for iid, row in rows.items() if iid not in own)
+    return Scenario("knowledge", "item", mine, tuple(profiles[tested : tested + earlier]), texts)

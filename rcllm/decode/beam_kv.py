@@ -1,0 +1,98 @@
+"""What beams read: the prompt, one for all of them, and a fixed buffer of their own few steps beside it.
+
+Decides nothing: which beam goes on from which is told to it. Invariant: row r of the buffer holds the keys and values
+of the steps of beam r; buffers are allocated once, and beams move inside them.
+Source: xGR (arXiv 2512.11529), shared and unshared KV, staged attention merged by logsumexp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rcllm.core import IntArray
+from rcllm.decode.top_beam import reorder_in_place
+from rcllm.model.attention import Attended
+from rcllm.model.rope import Rope
+from rcllm.model.segments import Group, Segment
+from rcllm.model.spec import ModelSpec
+
+SCRAP = 32  # tokens of a segment, on average, below which a prompt is joined before beams read it again and again
+
+
+class StepBuffer:
+    """KV of the steps of up to `num_rows` beams, of all requests of a batch; [layers, 2, rows, steps, kv_heads, D].
+
+    Keys are turned to their positions. Also the `Beside` of the passes that read it.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, num_rows: int, num_steps: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._spec = spec
+        shape = (spec.num_layers, 2, num_rows, num_steps, spec.num_kv_heads, spec.head_dim)
+        self._kv = torch.empty(shape, dtype=dtype, device=device)
+        self.num_rows, self.num_steps = 0, 0  # in use
+
+    def fits(self, num_rows: int) -> bool:
+        return num_rows <= self._kv.shape[2]
+
+    def clear(self) -> None:
+        self.num_rows, self.num_steps = 0, 0
+
+    @property
+    def num_bytes_per_row(self) -> int:
+        """Of the steps in use, which a pass reads once."""
+        return self._kv[:, :, :1, : self.num_steps].numel() * self._kv.element_size()
+
+    @torch.inference_mode()
+    def append(self, kv: torch.Tensor) -> None:
+        """One more step of every beam; kv [layers, 2, kv_heads, rows, D], keys turned to their positions."""
+        self.num_rows = kv.shape[3]
+        self._kv[:, :, : self.num_rows, self.num_steps] = kv.transpose(2, 3)
+        self.num_steps += 1
+
+    @torch.inference_mode()
+    def reorder(self, parents: IntArray) -> None:
+        """Beam i goes on from beam parents[i]; `parents` never fall, over all requests of the batch."""
+        if self.num_steps:
+            reorder_in_place(self._kv[:, :, :, : self.num_steps], parents, dim=2)
+        self.num_rows = len(parents)
+
+    def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
+        """Attention of every beam over its own earlier steps, in fp32 inside."""
+        spec = self._spec
+        share = spec.num_heads // spec.num_kv_heads
+        keys, values = self._kv[layer, :, : self.num_rows, : self.num_steps].float()  # [rows, steps, KV, D]
+        q = qkv[:, : spec.q_size].float().view(-1, spec.num_kv_heads, share, spec.head_dim)
+        scores = torch.einsum("rgsd,rtgd->rgst", q, keys) / math.sqrt(spec.head_dim)
+        lse = torch.logsumexp(scores, dim=-1)  # [rows, KV, share]
+        output = torch.einsum("rgst,rtgd->rgsd", torch.exp(scores - lse[..., None]), values)
+        return Attended(output.flatten(1).to(qkv.dtype), lse.flatten(1))
+
+
+@torch.inference_mode()
+def joined(segments: tuple[Segment, ...], rope: Rope, dtype: torch.dtype) -> tuple[Segment, ...]:
+    """The same tokens as one segment, where they lie in scraps: every step of every layer would pay for each scrap."""
+    num_tokens = sum(segment.stop - segment.start for segment in segments)
+    if len(segments) == 1 or num_tokens >= SCRAP * len(segments):
+        return segments
+    kv = torch.cat([s.kv[:, :, :, s.start : s.stop].to(dtype) for s in segments], dim=3)
+    bases = torch.tensor([s.base for s in segments], device=kv.device)
+    lengths = torch.tensor([s.stop - s.start for s in segments], device=kv.device)
+    by = bases.repeat_interleave(lengths)
+    for layer in kv:  # one at a time, which stays in the caches
+        layer[0] = rope.shift(layer[0].transpose(0, 1), by).transpose(0, 1)
+    return (Segment(kv, 0, 0, num_tokens, 0),)
+
+
+def beam_group(segments: Sequence[Segment], num_beams: int) -> Group:
+    """The beams of one request: each sees the whole prompt and itself, none of the others."""
+    count = len(segments)
+    sees = np.zeros((count + num_beams,) * 2, dtype=np.bool_)
+    sees[count:, :count] = True
+    blocks = np.arange(count, count + num_beams, dtype=np.int32)
+    return Group(tuple(segments), blocks, np.zeros(num_beams, np.int32), sees)

@@ -1,0 +1,105 @@
+"""The best `beam` of all children of all beams, without sorting them, and beams that move inside their buffer.
+
+Knows nothing of tries or models. Invariant: the result is that of a full stable sort by falling score, then rising flat
+index, ties and infinities included; it comes by rising index, so that parents never fall.
+Source: xGR (arXiv 2512.11529), early sorting termination and in-place reorder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rcllm.core import IntArray
+from rcllm.errors import ModelError
+
+FloatArray = npt.NDArray[np.float32]
+_HEADS_PER_BEAM = 4  # more heads find a closer bound, and take longer to choose from
+
+
+@dataclass(frozen=True, slots=True)
+class TopBeam:
+    """The survivors, by rising flat index."""
+
+    indices: npt.NDArray[np.int64]  # [at most beam]
+    scores: FloatArray  # parent's plus child's
+    num_sorted: int  # candidates that had to be compared with each other, heads included
+    num_skipped: int  # candidates that were never looked at again after the bound was known
+
+
+def top_beam(parent_scores: FloatArray, first: npt.NDArray[np.int64], child_scores: FloatArray, beam: int) -> TopBeam:
+    """The `beam` highest of parent_scores [rows] + child_scores [children], in fp32.
+
+    Children of row i are first[i] to first[i + 1]; first [rows + 1]. Raises ModelError where a score is not a number.
+
+    A k-way merge of sorted children stops as soon as no head can still enter. Here the children are dealt into a few
+    times `beam` lists, whose heads are found without sorting. The beam-th best head is a bound: that many candidates
+    reach it, and whatever stays below it cannot enter. Only the rest, mostly little more than `beam`, is selected from.
+    """
+    scores = child_scores + np.repeat(parent_scores, np.diff(first))
+    indices: npt.NDArray[np.int64] | None = None  # None: all
+    num_heads, num_sorted = _HEADS_PER_BEAM * beam, 0
+    while len(rest := scores if indices is None else scores[indices]) > 2 * num_heads:
+        heads = _heads(rest, num_heads)
+        num_sorted += len(heads)
+        reached = np.flatnonzero(rest >= _nth_best(heads, beam))
+        indices = reached if indices is None else indices[reached]
+        if len(reached) > len(rest) // 2:  # ties, or all the best together in a few lists
+            break
+    rest = scores if indices is None else scores[indices]
+    if np.isnan(rest).any():
+        _raise_not_a_number()
+    num_sorted += len(rest)
+    if len(rest) > beam:
+        kept = _select(rest, beam)
+        indices = kept if indices is None else indices[kept]
+    elif indices is None:
+        indices = np.arange(len(scores))
+    return TopBeam(indices, scores[indices], num_sorted, len(scores) - len(rest))
+
+
+def _heads(scores: FloatArray, num_heads: int) -> FloatArray:
+    """The best of each of `num_heads` lists: list j has the scores j, j + num_heads, …, but for a few at the end."""
+    length = len(scores) // num_heads
+    heads: FloatArray = scores[: length * num_heads].reshape(length, num_heads).max(axis=0)
+    if np.isnan(heads).any() or np.isnan(scores[length * num_heads :]).any():
+        _raise_not_a_number()
+    return heads
+
+
+def _nth_best(scores: FloatArray, n: int) -> np.float32:
+    bound: np.float32 = np.partition(scores, len(scores) - n)[len(scores) - n]
+    return bound
+
+
+def _select(scores: FloatArray, beam: int) -> npt.NDArray[np.int64]:
+    """Rising indices of the `beam` best; of those that equal the last one, the first."""
+    last = _nth_best(scores, beam)
+    chosen = scores > last
+    equal = np.flatnonzero(scores == last)
+    chosen[equal[: beam - np.count_nonzero(chosen)]] = True
+    return np.flatnonzero(chosen)
+
+
+def _raise_not_a_number() -> None:
+    raise ModelError("the model gave scores that are not numbers; its weights or their data type are broken")
+
+
+def reorder_in_place(buffer: torch.Tensor, parents: IntArray, dim: int = 0, scratch_rows: int = 64) -> None:
+    """Row i of `buffer` along `dim` becomes what row parents[i] was; `parents` never fall.
+
+    Rows that come from the right are filled by rising number, then those from the left by falling number, so that none
+    is overwritten before it is read; at most `scratch_rows` are held beside the buffer. Wrong for other `parents`.
+    """
+    assert (np.diff(parents) >= 0).all(), f"parents must never fall: {parents}"
+    assert len(parents) <= buffer.shape[dim], f"{len(parents)} rows do not fit the buffer's {buffer.shape[dim]}"
+    rows = np.arange(len(parents))
+    rising, falling = rows[parents > rows], rows[parents < rows][::-1]
+    for moved in (rising, falling):
+        for start in range(0, len(moved), scratch_rows):
+            some = moved[start : start + scratch_rows].copy()
+            sources = torch.from_numpy(parents[some].astype(np.int64)).to(buffer.device)
+            buffer.index_copy_(dim, torch.from_numpy(some).to(buffer.device), buffer.index_select(dim, sources))

@@ -1,0 +1,92 @@
+"""Files and folders that are whole or not there, whatever kills the process or the machine.
+
+Knows nothing of what they hold. Invariant: a path gets its name when all of it is on the disk; partial work has a name
+that begins with a dot and ends in `.partial`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rcllm.errors import DataError
+
+
+@contextlib.contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Turns what the system says of full disks and missing rights into DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{where}: cannot be written: {error}. What was finished before is kept; make room, or name a place that "
+            "can be written, and run the same command again to go on"
+        ) from error
+
+
+@contextlib.contextmanager
+def renamed(target: Path) -> Iterator[Path]:
+    """A path to write a file or folder to, which then gets the name `target`; nothing written, nothing renamed.
+
+    Replaces a file at once. A folder that is there is moved aside first, so that a kill in between leaves none.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    remove(partial)
+    try:
+        yield partial
+        if not partial.exists():
+            return
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        if target.is_dir():
+            aside = target.with_name(f".{target.name}.old.partial")
+            remove(aside)
+            target.replace(aside)
+            partial.replace(target)
+            remove(aside)
+        else:
+            partial.replace(target)
+        _sync(target.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            remove(partial)
+
+
+def check_writable(out: Path) -> None:
+    """Whether files can be made beside `out`. Raises DataError."""
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+
+
+def write(target: Path, content: bytes) -> None:
+    with renamed(target) as partial:
+        partial.write_bytes(content)
+
+
+def remove(path: Path) -> None:
+    """A file, a folder with all that is in it, or nothing."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_torn(folder: Path) -> None:
+    """What killed processes left half-written."""
+    for path in folder.glob(".*.partial"):
+        remove(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

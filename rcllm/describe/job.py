@@ -1,0 +1,285 @@
+"""The offline job: rows of profiles in, text out, in parts that survive a kill.
+
+Knows nothing of how text is generated: a `Writer` does that. Invariant: a row is in exactly one part, and a part starts
+from the drafting pools that the one before it left, which are kept with it. So a job that was killed and resumed ends
+as one that never was: with its very text where verification is strict; relaxed, text depends on the pools and on how
+much is drafted, which follows measured times, with or without a kill.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from blake3 import blake3
+
+from rcllm.core import GenerateOptions, Speculation
+from rcllm.describe.checkpoint import Checkpoint, Described, Done, Settings
+from rcllm.describe.durable import renamed, writing
+from rcllm.describe.profiles import Kind, Profile, Reject
+from rcllm.engine.generate import check as check_generation
+from rcllm.errors import ConfigError, DataError, RequestError
+
+STRICT = Speculation("strict")
+
+
+@dataclass(frozen=True, slots=True)
+class DescribeOptions:
+    """How to describe. All of them are part of what a job is resumed with."""
+
+    kind: Kind = "user"
+    max_tokens: int = 120  # of an answer
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()  # an answer ends before the first of these
+    seed: int = 0
+    speculation: Speculation = STRICT
+    most_events: int = 15  # of a user's history: the last so many
+    batch: int = 16  # profiles that are answered at a time; another takes the place of one that is complete
+    checkpoint_every: int = 64  # profiles of a part
+    limit: int | None = None  # profiles, at most
+    share_text: bool = True  # False: nobody's answer drafts another's
+
+
+def check(options: DescribeOptions) -> None:
+    """Raises ConfigError."""
+    least = {"max_tokens": 1, "most_events": 1, "batch": 1, "checkpoint_every": 1, "seed": 0}
+    for name, lowest in least.items():
+        if getattr(options, name) < lowest:
+            raise ConfigError(f"{name} must be {lowest} or more, got {getattr(options, name)}")
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"limit must be 1 or more, got {options.limit}")
+    check_generation(generation(options, options.seed))
+
+
+def generation(options: DescribeOptions, seed: int) -> GenerateOptions:
+    """How one answer is decoded."""
+    return GenerateOptions(
+        options.max_tokens, options.temperature, options.top_p, seed, options.stop, options.speculation
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a writer made of one profile."""
+
+    text: str
+    finish_reason: str
+    num_tokens: int
+    num_prompt_tokens: int
+    num_passes: int  # forward passes that decided its tokens, the prompt's own included
+    num_divergences: int = 0
+
+
+class Writer(Protocol):
+    """Generates text. `write` may learn from its answers (drafting pools); `save` and `load` keep what it learnt."""
+
+    def num_prompt_tokens(self, profile: Profile) -> int:
+        """Raises RequestError for a profile that cannot be answered."""
+
+    def write(self, profiles: Sequence[Profile], seeds: Sequence[int]) -> Iterator[tuple[int, Answer]]:
+        """Places in `profiles` and their answers, as they are complete."""
+
+    def save(self, path: Path) -> None:
+        """Writes a file or folder that is not there yet."""
+
+    def load(self, path: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What is noted beside every answer."""
+
+    model: str  # first 12 hex digits of the model fingerprint
+    template: str  # name, version and first 12 hex digits of its fingerprint
+    version: str  # of rcllm
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What a run needed, without what earlier runs did."""
+
+    num_profiles: int
+    num_tokens: int
+    elapsed_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.elapsed_s if self.elapsed_s else 0.0
+
+    @property
+    def seconds_per_profile(self) -> float:
+        return self.elapsed_s / self.num_profiles if self.num_profiles else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    done: Done  # in finished parts, of this and earlier runs
+    num_profiles: int  # done, with those of the part at hand
+    rate: Rate
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    out: Path
+    rejects: Path | None  # None: there were none
+    done: Done
+    rate: Rate
+    num_resumed: int  # profiles that earlier runs had done
+
+
+def describe(
+    rows: Callable[[int], Iterable[Profile | Reject]],
+    writer: Writer,
+    options: DescribeOptions,
+    out: Path,
+    provenance: Provenance,
+    *,
+    settings: Settings | None = None,
+    pools: Path | None = None,
+    strict: bool = False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    clock: Callable[[], float] = time.perf_counter,
+) -> Report:
+    """Describes every profile of `rows` into the parquet file `out`; run it again with the same arguments to go on.
+
+    `rows(after)`: the rows beyond row `after` of the input, in order. `settings`: what else the output depends on (the
+    input's digest, the template): a job is resumed only with equal ones. `pools`: drafting pools of earlier jobs to
+    start from, and where they are kept at the end. `strict`: a row that cannot be described is an error. `now`: stamps
+    answers; `clock`: seconds, for rates. Raises ConfigError, DataError and what `writer` raises.
+    """
+    check(options)
+    noted = asdict(options) | {"speculation": str(options.speculation)}
+    whole = {**noted, "pools": str(pools) if pools else None, **asdict(provenance), **(settings or {})}
+    job = _Job(writer, options, provenance, strict, now, clock)
+    with Checkpoint(out, whole) as checkpoint:
+        before = checkpoint.done
+        spent = Rate(0, 0, 0.0)
+        if not checkpoint.finished:
+            if checkpoint.pools is not None:
+                writer.load(checkpoint.pools)
+            elif pools is not None and pools.exists():
+                writer.load(pools)
+                checkpoint.keep_pools(writer.save)
+            spent = job.run(rows(before.last_row), checkpoint, on_progress)
+            _check_any(checkpoint.done)
+            checkpoint.finish()
+        if pools is not None and checkpoint.pools is not None:
+            writer.load(checkpoint.pools)
+            with writing(pools), renamed(pools) as partial:
+                writer.save(partial)
+        checkpoint.remove_work()
+        rejects = checkpoint.rejects_path if checkpoint.done.num_rejects else None
+        return Report(out, rejects, checkpoint.done, spent, before.num_profiles)
+
+
+def row_seed(seed: int, name: str) -> int:
+    """The seed of one answer: of its own for each row, so that no answer depends on what else a job describes."""
+    return int.from_bytes(blake3(f"{seed} {name}".encode()).digest()[:6], "little")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    profiles: tuple[Profile, ...]
+    rejects: tuple[Reject, ...]
+    last_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    writer: Writer
+    options: DescribeOptions
+    provenance: Provenance
+    strict: bool
+    now: Callable[[], datetime]
+    clock: Callable[[], float]
+
+    def run(
+        self, rows: Iterable[Profile | Reject], checkpoint: Checkpoint, on_progress: Callable[[Progress], None]
+    ) -> Rate:
+        """Part by part, to the end of the rows or to the limit."""
+        started, before, spent = self.clock(), checkpoint.done.num_profiles, Rate(0, 0, 0.0)
+        for part in self.parts(rows, _left(self.options.limit, before)):
+            described: dict[int, Described] = {}
+            for place, row in self.described(part.profiles):
+                described[place] = row
+                spent = Rate(spent.num_profiles + 1, spent.num_tokens + row.num_tokens, self.clock() - started)
+                on_progress(Progress(checkpoint.done, before + spent.num_profiles, spent))
+            in_order = [described[place] for place in range(len(part.profiles))]
+            checkpoint.commit(in_order, part.rejects, part.last_row, self.writer.save)
+        return spent
+
+    def parts(self, rows: Iterable[Profile | Reject], left: int | None) -> Iterator[_Part]:
+        """Cuts the rows into parts of `checkpoint_every` profiles that can be answered, up to `left` of them."""
+        profiles: list[Profile] = []
+        rejects: list[Reject] = []
+        last_row = 0
+        size = self.options.checkpoint_every if left is None else min(left, self.options.checkpoint_every)
+        for row in rows if size else ():
+            last_row = row.row
+            checked = self._checked(row)
+            if isinstance(checked, Reject):
+                rejects.append(checked)
+                continue
+            profiles.append(checked)
+            if len(profiles) == size:
+                yield _Part(tuple(profiles), tuple(rejects), last_row)
+                left = None if left is None else left - size
+                size = size if left is None else min(left, size)
+                profiles, rejects = [], []
+                if not size:
+                    return
+        if profiles or rejects:
+            yield _Part(tuple(profiles), tuple(rejects), last_row)
+
+    def _checked(self, row: Profile | Reject) -> Profile | Reject:
+        if isinstance(row, Profile):
+            try:
+                self.writer.num_prompt_tokens(row)
+                return row
+            except RequestError as error:
+                row = Reject(row.row, row.name, str(error))
+        if self.strict:
+            raise DataError(f"row {row.row}: {row.reason}; leave out --strict to go on without such rows")
+        return row
+
+    def described(self, profiles: Sequence[Profile]) -> Iterator[tuple[int, Described]]:
+        """Places in `profiles` and their rows, as they are complete."""
+        seeds = [row_seed(self.options.seed, profile.name) for profile in profiles]
+        for place, answer in self.writer.write(profiles, seeds):
+            yield place, self._row(profiles[place], answer, seeds[place])
+
+    def _row(self, profile: Profile, answer: Answer, seed: int) -> Described:
+        return Described(
+            row=profile.row,
+            name=profile.name,
+            text=answer.text,
+            finish_reason=answer.finish_reason,
+            num_tokens=answer.num_tokens,
+            num_prompt_tokens=answer.num_prompt_tokens,
+            num_passes=answer.num_passes,
+            accepted_len=answer.num_tokens / answer.num_passes if answer.num_passes else 0.0,
+            num_divergences=answer.num_divergences,
+            num_unknown=profile.num_unknown,
+            seed=seed,
+            described_at=self.now(),
+            model=self.provenance.model,
+            template=self.provenance.template,
+            speculation=str(self.options.speculation),
+            rcllm_version=self.provenance.version,
+        )
+
+
+def _left(limit: int | None, num_done: int) -> int | None:
+    return None if limit is None else max(0, limit - num_done)
+
+
+def _check_any(done: Done) -> None:
+    if not done.num_profiles:
+        told = f"none of its {done.num_rejects:,} rows can be described" if done.num_rejects else "it is empty"
+        raise DataError(f"there is nothing to describe in the input: {told}")

@@ -1,0 +1,157 @@
+"""Answers that are being decoded: their KV, their tokens so far, and the pass that takes all of them a step further.
+
+Knows nothing of how tokens are chosen. Invariant: a sequence's buffer holds the KV of the whole prompt and of every
+token of the answer but the last, at their positions; the last one is the root of the next pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from rcllm.core import Divergence, FinishReason, GenerateRequest
+from rcllm.decode.draft import Drafter, DraftTree
+from rcllm.decode.verify import Accepted, ancestors
+from rcllm.engine.draft_budget import Trust
+from rcllm.engine.ending import Ending
+from rcllm.engine.opened import Opened
+from rcllm.model.decoder import Decoder, Keep, Pass
+from rcllm.model.segments import Group, Segment
+
+# the one row of a sequence without drafts: it sees all of segment 0
+_BLOCK, _OFFSET = np.ones(1, np.int32), np.zeros(1, np.int32)
+_SEES = np.array([[False, False], [True, False]])
+
+
+class SequenceKV:
+    """The KV of one sequence, contiguous, in the compute dtype; keys are turned to their positions."""
+
+    def __init__(self, decoder: Decoder, capacity: int) -> None:
+        """`capacity`: tokens of prompt and answer."""
+        spec = decoder.spec
+        shape = (spec.num_layers, 2, spec.num_kv_heads, capacity, spec.head_dim)
+        self.kv = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
+        self.length = 0
+
+    @torch.inference_mode()
+    def fill(self, decoder: Decoder, segments: Sequence[Segment]) -> None:
+        """Copies an opened prompt: one segment is quicker to read, again and again, than its many blocks."""
+        for segment in segments:
+            stop = self.length + segment.stop - segment.start
+            self.kv[:, :, :, self.length : stop] = segment.kv[:, :, :, segment.start : segment.stop]
+            self.length = stop
+        device = decoder.device
+        bases = torch.tensor([segment.base for segment in segments], device=device)
+        lengths = torch.tensor([segment.stop - segment.start for segment in segments], device=device)
+        by = bases.repeat_interleave(lengths)
+        for layer in self.kv[:, 0, :, : self.length]:  # one at a time, which stays in the caches
+            layer.copy_(decoder.rope.shift(layer.transpose(0, 1), by).transpose(0, 1))
+
+    @torch.inference_mode()
+    def append(self, kept: torch.Tensor, rows: Sequence[int]) -> None:
+        """Some rows of a pass, in order of position; kept [layers, 2, kv_heads, rows, D], keys turned."""
+        first, stop = rows[0], self.length + len(rows)
+        if rows[-1] - first == len(rows) - 1:  # they follow each other
+            some = kept[:, :, :, first : first + len(rows)]
+        else:
+            some = kept[:, :, :, list(rows)]
+        self.kv[:, :, :, self.length : stop] = some
+        self.length = stop
+
+    @property
+    def segment(self) -> Segment:
+        return Segment(self.kv, 0, 0, self.length, 0)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a sequence has cost so far."""
+
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    divergences: list[Divergence] = field(default_factory=list)
+
+
+class Live:
+    """One request that is being decoded."""
+
+    def __init__(
+        self,
+        number: int,
+        request: GenerateRequest,
+        opened: Opened,
+        ending: Ending,
+        drafter: Drafter | None,
+        entered_ms: Mapping[str, float],
+    ) -> None:
+        """number: among the requests; drafter: None where nothing is to be drafted; entered_ms: stage times so far."""
+        self.number, self.request, self.opened, self.ending, self.drafter = number, request, opened, ending, drafter
+        self.prompt_len = opened.end
+        self.context = [token for block in opened.planned.prompt.blocks for token in block.token_ids]
+        self.answer = list[int]()
+        self.finish_reason: FinishReason | None = None
+        self.counts, self.trust = Counts(), Trust()
+        self.entered_ms = entered_ms
+
+    @property
+    def root_position(self) -> int:
+        return self.prompt_len + len(self.answer) - 1
+
+    @property
+    def most_depth(self) -> int:
+        """Of a draft: the pass gives one token more."""
+        return self.ending.most_tokens - len(self.answer) - 1
+
+    def take(self, accepted: Accepted) -> tuple[int, ...]:
+        """Adds what a pass, or the prompt's, decided, up to the token that ends the answer; returns what was added."""
+        before = len(self.answer)
+        for token in accepted.token_ids:
+            self.answer.append(token)
+            self.finish_reason = self.ending.reason(self.answer)
+            if self.finish_reason is not None:
+                break
+        after = len(self.answer)
+        taken = accepted.token_ids[: after - before]
+        self.context.extend(taken)
+        self.counts.accepted += min(len(taken), len(accepted.rows))
+        self.counts.divergences += [each for each in accepted.divergences if each.position < after]
+        return taken
+
+
+def tree_group(segment: Segment, tree: DraftTree) -> Group:
+    """The root and the nodes of a tree: each sees the segment, and what lies between the root and itself."""
+    n = len(tree)
+    if not n:
+        return Group((segment,), _BLOCK, _OFFSET, _SEES)
+    sees = np.zeros((n + 2, n + 2), dtype=np.bool_)
+    sees[1:, 0] = True
+    sees[1:, 1:] = ancestors(tree)
+    return Group((segment,), np.arange(1, n + 2, dtype=np.int32), np.zeros(n + 1, np.int32), sees)
+
+
+def next_pass(
+    segments: Sequence[Segment], roots: Sequence[int], positions: Sequence[int], trees: Sequence[DraftTree]
+) -> Pass:
+    """One pass over the root of each sequence and its tree; every row's hidden state and KV is wanted.
+
+    segments: what each sequence has so far; roots: the token that comes next, at `positions`.
+    """
+    tokens, places = list[int](), list[int]()
+    for root, position, tree in zip(roots, positions, trees, strict=True):
+        tokens.append(root)
+        places.append(position)
+        if len(tree):
+            tokens += tree.token_ids.tolist()
+            places += (tree.depths + position).tolist()
+    device = segments[0].kv.device
+    return Pass(
+        torch.tensor(tokens, device=device),
+        torch.tensor(places, device=device),
+        [tree_group(*each) for each in zip(segments, trees, strict=True)],
+        torch.arange(len(tokens), device=device),
+        (Keep(0, len(tokens), 0),),
+    )

@@ -1,0 +1,64 @@
+"""From a model that generates semantic IDs to a recommender: a folder of `rcllm sid train`, or any model that has the
+tokens in its vocabulary, with codes from a file.
+
+Knows nothing of requests. Invariant: every code of the catalogue is one token of the model, and the items of histories
+are written with the codes by which they can be recommended.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from rcllm.config import Config
+from rcllm.core import Item, ItemId
+from rcllm.decode.catalog import Catalog, LiveCatalog
+from rcllm.decode.sid_files import STYLE
+from rcllm.engine.beam_schedule import BeamLimits
+from rcllm.engine.engine import Engine
+from rcllm.engine.recommend import Recommender
+from rcllm.errors import ConfigError
+from rcllm.model.pull import pull
+from rcllm.prompt.template import Template
+from rcllm.sid.model_folder import load_catalog
+from rcllm.sid.vocabulary import find_code_tokens, items_of_codes, with_semantic_ids
+
+TEMPLATE = "sid"  # of the decoders that `rcllm sid train` makes
+
+
+def load_recommender(
+    config: Config,
+    catalog: Catalog | None = None,
+    items: Mapping[ItemId, Item] | None = None,
+    *,
+    style: str = STYLE,
+    limits: BeamLimits | None = None,
+) -> Recommender:
+    """Loads the model that `config` names, with an empty cache.
+
+    `catalog`: None for a model of `rcllm sid train`, which carries its own and is asked with its own template; for
+    another model, `read_catalog` of its index file, and `config.prompt.template` says how it is asked: {sid} is an
+    item's semantic ID. `items`: their texts, for templates that use them. `style`: how the model's vocabulary writes a
+    code. Raises ConfigError, ModelError, FetchError.
+    """
+    folder = pull(config.model.path)
+    if catalog is None:
+        catalog = load_catalog(folder)
+        config = replace(config, prompt=replace(config.prompt, template=TEMPLATE))
+    if not Template.load(config.prompt.template).open:
+        raise ConfigError(
+            f"template {config.prompt.template!r} is for rankings: give one for open prompts (`open = true`) that ends "
+            "where the model is to write a semantic ID, and writes items as it was trained to, with {sid}"
+        )
+    config = replace(config, prompt=replace(config.prompt, item_tokens=_pattern(style)))
+    catalogue = items_of_codes(catalog, style) if items is None else with_semantic_ids(items, catalog, style)
+    engine = Engine.build(catalogue, config)
+    tokens = find_code_tokens(engine.prompter.tokenizer, catalog.sizes, style)
+    return Recommender(engine, LiveCatalog(catalog), tokens, limits)
+
+
+def _pattern(style: str) -> str:
+    """A regular expression of all codes."""
+    escaped = re.escape(style)
+    return escaped.replace(re.escape("{level}"), "[a-z]").replace(re.escape("{code}"), r"\d+")

@@ -1,0 +1,79 @@
+"""A decoder of semantic IDs as a folder: a Hugging Face model with its catalogue in the weights file.
+
+Knows nothing of training. Invariant: a folder with `model.safetensors` is whole, because that file is renamed into
+place last; what stands in it under `catalog.` is no weight, and loaders of models skip it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from rcllm.core import ItemId
+from rcllm.decode.catalog import Catalog
+from rcllm.errors import ModelError
+from rcllm.model.weights import CATALOG_PREFIX
+from rcllm.sid.vocabulary import Vocabulary
+
+WEIGHTS = "model.safetensors"
+_CODES, _SIZES, _ITEMS = (CATALOG_PREFIX + part for part in ("codes", "sizes", "item_ids"))
+
+
+def save_model(
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    hf_config: Mapping[str, Any],
+    catalog: Catalog,
+    record: Mapping[str, Any],
+) -> None:
+    """`weights`: named as transformers names them, without `model.`; `record`: how the model was made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = Vocabulary(catalog.sizes)
+    texts = {
+        "config.json": json.dumps(hf_config, indent=2),
+        "tokenizer.json": vocabulary.tokenizer().to_str(pretty=True),
+        "tokenizer_config.json": vocabulary.tokenizer_config(),
+        "training.json": json.dumps(record, indent=2),
+    }
+    for name, text in texts.items():
+        _replace(folder / name, text.encode())
+    names = json.dumps(list(catalog.item_ids)).encode()
+    tensors = {"model." + name: tensor.detach().float().contiguous() for name, tensor in weights.items()} | {
+        _CODES: torch.from_numpy(np.array(catalog.codes, dtype=np.int32)),
+        _SIZES: torch.tensor(catalog.sizes, dtype=torch.int32),
+        _ITEMS: torch.from_numpy(np.frombuffer(names, dtype=np.uint8).copy()),  # a JSON list of texts in UTF-8
+    }
+    save_file(tensors, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
+    (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)
+
+
+def load_catalog(folder: Path) -> Catalog:
+    """The catalogue that a model of `rcllm sid train` carries. Raises ModelError."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ModelError(f"{path} is missing; expected a model of `rcllm sid train`")
+    try:
+        with safe_open(path, framework="np") as file:
+            if _CODES not in file.keys():  # noqa: SIM118 - a handle is not a mapping
+                raise ModelError(
+                    f"{path} holds no catalogue; only models of `rcllm sid train` do. For another model give its codes "
+                    "as a file"
+                )
+            codes, sizes, names = (file.get_tensor(name) for name in (_CODES, _SIZES, _ITEMS))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is not a whole safetensors file ({error})") from error
+    item_ids = tuple(ItemId(name) for name in json.loads(names.tobytes()))
+    return Catalog.build(codes, item_ids, tuple(int(size) for size in sizes))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)

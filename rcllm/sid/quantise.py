@@ -1,0 +1,205 @@
+"""Residual k-means: vectors become sequences of codes, coarse to fine, no two items alike.
+
+Level 0 clusters the vectors, each further level what the level before left (the residual). Items that would share all
+of their codes are told apart in the last level: under every prefix, codes are dealt out so that the sum of squared
+distances is least (an assignment problem); a prefix that has more items than codes sends the ones farthest out to
+another one. Knows nothing of items or texts. Invariant: the result depends on vectors, settings and seed alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+from scipy.optimize import linear_sum_assignment
+
+from rcllm.core import IntArray
+from rcllm.errors import ConfigError, DataError
+
+FloatArray = npt.NDArray[np.float32]
+_ROWS = 65_536  # vectors compared with all centroids at a time
+_SAMPLE = (
+    256  # vectors per centroid that k-means learns from, at most: more change the centroids little (as FAISS has it)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CodeConfig:
+    """The shape of the codes."""
+
+    levels: int = 3  # 2 to 6
+    size: int = 256  # codes per level
+    iterations: int = 50  # of k-means, at most
+    seed: int = 0
+
+    def check(self, num_items: int) -> None:
+        """Raises ConfigError."""
+        if not 2 <= self.levels <= 6 or self.size < 2 or self.iterations < 1:
+            raise ConfigError(f"expected levels from 2 to 6, size ≥ 2 and iterations ≥ 1, got {self}")
+        if self.size**self.levels < num_items:
+            raise ConfigError(
+                f"{self.levels} levels of {self.size} codes tell {self.size**self.levels:,} items apart, the catalogue "
+                f"has {num_items:,}: raise levels or size"
+            )
+
+
+def enough_levels(num_items: int, size: int) -> int:
+    """The fewest levels, from 2 to 6, that leave three of four code sequences free: few levels are learnt best."""
+    return next((levels for levels in range(2, 6) if size**levels >= 4 * num_items), 6)
+
+
+@dataclass(frozen=True, slots=True)
+class LevelStats:
+    used: int  # codes that some item has
+    entropy_bits: float  # of the codes' distribution over items; log2(size) when they are used equally
+    error: float  # share of the vectors' variance that the codes up to this level leave unexplained
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Codes of items, in the order of the vectors."""
+
+    codes: IntArray  # [items, levels]
+    sizes: tuple[int, ...]  # codes per level
+    collisions: int  # items that shared all codes with an earlier one before they were told apart
+    moved: int  # items whose codes are not the nearest ones, so that all differ
+    levels: tuple[LevelStats, ...]
+
+
+def quantise(vectors: FloatArray, config: CodeConfig, on_level: Callable[[int], None] | None = None) -> Codes:
+    """[items, d] -> codes. `on_level`: told the number of levels that are done. Raises ConfigError, DataError."""
+    config.check(len(vectors))
+    if not np.isfinite(vectors).all():
+        raise DataError("embeddings hold values that are not finite; compute them anew")
+    rng = np.random.default_rng(config.seed)
+    centred = vectors - vectors.mean(axis=0)
+    variance = max(float((centred**2).sum()), 1e-30)
+    residual, codes, centroids, errors = centred.copy(), [], [], []
+    for level in range(config.levels):
+        few = len(residual) <= _SAMPLE * config.size
+        drawn = residual if few else residual[rng.permutation(len(residual))[: _SAMPLE * config.size]]
+        centres = kmeans(drawn, config.size, config.iterations, rng)
+        nearest = _nearest(residual, centres)[0]
+        residual -= centres[nearest]
+        codes.append(nearest)
+        centroids.append(centres)
+        errors.append(float((residual**2).sum()) / variance)
+        if on_level:
+            on_level(level + 1)
+    table = np.stack(codes, axis=1).astype(np.int32)
+    collisions = len(table) - len(np.unique(table, axis=0))
+    unique = tell_apart(table, centred, centroids)
+    return Codes(
+        unique,
+        (config.size,) * config.levels,
+        collisions,
+        int((unique != table).any(axis=1).sum()),
+        tuple(_level_stats(column, error) for column, error in zip(unique.T, errors, strict=True)),
+    )
+
+
+def kmeans(vectors: FloatArray, count: int, iterations: int, rng: np.random.Generator) -> FloatArray:
+    """[count, d]: Lloyd's algorithm from a k-means++ start; an empty cluster takes the vector that fits worst."""
+    centres = _plus_plus(vectors, count, rng)
+    before, shape = np.full(len(vectors), count), (len(vectors), count)
+    for _ in range(iterations):
+        nearest, distance = _nearest(vectors, centres)
+        if (nearest == before).all():
+            break
+        before = nearest
+        sizes = np.bincount(nearest, minlength=count)
+        members = sparse.csr_array((np.ones(len(nearest), np.float32), nearest, np.arange(len(nearest) + 1)), shape)
+        sums = members.T @ vectors
+        centres = np.where(sizes[:, None] > 0, sums / np.maximum(sizes, 1)[:, None], centres)
+        empty = np.flatnonzero(sizes == 0)
+        worst = np.argsort(-distance, kind="stable")[: len(empty)]
+        centres[empty[: len(worst)]] = vectors[worst]
+    return centres
+
+
+def _plus_plus(vectors: FloatArray, count: int, rng: np.random.Generator) -> FloatArray:
+    """Arthur & Vassilvitskii 2007: each further start is drawn by its squared distance to the ones before."""
+    chosen = [int(rng.integers(len(vectors)))]
+    distance = ((vectors - vectors[chosen[0]]) ** 2).sum(axis=1)
+    for _ in range(count - 1):
+        reach = np.cumsum(distance, dtype=np.float64)
+        at = int(np.searchsorted(reach, rng.random() * reach[-1], side="right")) if reach[-1] > 0 else 0
+        chosen.append(min(at, len(vectors) - 1))
+        distance = np.minimum(distance, ((vectors - vectors[chosen[-1]]) ** 2).sum(axis=1))
+    return vectors[chosen].copy()
+
+
+def _nearest(vectors: FloatArray, centres: FloatArray) -> tuple[npt.NDArray[np.int64], FloatArray]:
+    """The nearest centre of each vector (of equal ones the first), and the squared distance to it."""
+    found, distance = [], []
+    for start in range(0, len(vectors), _ROWS):
+        table = _distances(vectors[start : start + _ROWS], centres)
+        found.append(table.argmin(axis=1))
+        distance.append(table.min(axis=1))
+    return np.concatenate(found), np.concatenate(distance)
+
+
+def tell_apart(codes: IntArray, vectors: FloatArray, centroids: list[FloatArray]) -> IntArray:
+    """[items, levels] without repetition, as near to the vectors as the module's rule finds."""
+    codes, last = codes.copy(), len(centroids) - 1
+    for level in range(last):  # coarse to fine: then a prefix that is too full always has a sibling with room
+        _relieve(codes, vectors, centroids, level)
+    for items in _by_prefix(codes, last).values():
+        if len(items) > len(np.unique(codes[items, last])):
+            distance = _distances(_residual(vectors, codes, centroids, items, last), centroids[last])
+            codes[items, last] = linear_sum_assignment(distance)[1]
+    return codes
+
+
+def _relieve(codes: IntArray, vectors: FloatArray, centroids: list[FloatArray], level: int) -> None:
+    """Where more items share their codes up to `level` than the levels below tell apart, the farthest out move."""
+    size, levels = len(centroids[0]), len(centroids)
+    room = size ** (levels - level - 1)
+    groups = _by_prefix(codes, level + 1)
+    counts = {prefix: len(items) for prefix, items in groups.items()}
+    for prefix, items in groups.items():
+        if len(items) <= room:
+            continue
+        distance = _distances(_residual(vectors, codes, centroids, items, level), centroids[level])
+        for at in np.argsort(-distance[:, prefix[-1]], kind="stable")[: len(items) - room]:
+            order = (int(code) for code in np.argsort(distance[at], kind="stable"))
+            code = next(code for code in order if counts.get((*prefix[:-1], code), 0) < room)
+            counts[(*prefix[:-1], code)] = counts.get((*prefix[:-1], code), 0) + 1
+            item = items[at : at + 1]
+            codes[item, level] = code
+            for below in range(level + 1, levels):
+                rest = _residual(vectors, codes, centroids, item, below)
+                codes[item, below] = _nearest(rest, centroids[below])[0]
+
+
+def _by_prefix(codes: IntArray, length: int) -> dict[tuple[int, ...], npt.NDArray[np.int64]]:
+    """Item numbers under each prefix of `length` codes, in the order of first appearance."""
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for item, row in enumerate(codes[:, :length].tolist()):
+        groups[tuple(row)].append(item)
+    return {prefix: np.array(items) for prefix, items in groups.items()}
+
+
+def _residual(
+    vectors: FloatArray, codes: IntArray, centroids: list[FloatArray], items: npt.NDArray[np.int64], level: int
+) -> FloatArray:
+    rest = vectors[items].copy()
+    for above in range(level):
+        rest -= centroids[above][codes[items, above]]
+    return rest
+
+
+def _distances(vectors: FloatArray, centres: FloatArray) -> FloatArray:
+    """[vectors, centres], squared."""
+    table = (centres**2).sum(axis=1) - 2 * vectors @ centres.T + (vectors**2).sum(axis=1)[:, None]
+    return np.asarray(table, dtype=np.float32)
+
+
+def _level_stats(codes: npt.NDArray[np.int32], error: float) -> LevelStats:
+    share = np.bincount(codes) / len(codes)
+    share = share[share > 0]
+    return LevelStats(len(share), float(-(share * np.log2(share)).sum()), error)

@@ -1,0 +1,307 @@
+"""Trains a decoder of semantic IDs: batches, loss, schedule, validation, checkpoints.
+
+Knows nothing of files other than its own folder. Invariant: a run that was killed and started again with the same
+settings ends with the same weights as one that was not, unless the clock (`minutes`) ends it: a checkpoint holds
+weights, optimiser and counters, dropout is drawn by the number of the step, and files are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from blake3 import blake3
+
+from rcllm.core import IntArray
+from rcllm.decode.catalog import Catalog
+from rcllm.errors import ConfigError, DataError, ModelError
+from rcllm.sid.collaborative import code_vectors, collaborative_vectors
+from rcllm.sid.model_folder import save_model
+from rcllm.sid.network import Network, NetworkConfig
+from rcllm.sid.sequences import SequenceConfig, Sequences
+from rcllm.sid.vocabulary import Vocabulary
+
+CHECKPOINT = "checkpoint.pt"
+_LOWEST_RATE = 0.02  # of the learning rate, at the end
+_MAX_POSITIONS = 2048
+_CODE_STD = 0.03  # of the embeddings of codes, at the beginning
+_SAVE_SECONDS = 60.0  # of training between two checkpoints, at most
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How long and how fast."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    sequences: SequenceConfig = field(default_factory=SequenceConfig)
+    epochs: int = 16
+    minutes: float = math.inf  # of training, over all runs; the learning rate falls towards whichever end is nearer
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05  # of matrices
+    warm_up_steps: int = 100
+    clip: float = 1.0  # largest norm of a gradient
+    patience: int = 5  # epochs without a better validation loss before it stops early
+    window: int = 5  # items of a history at most so far apart count as touched together, where embeddings begin
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        self.network.check()
+        self.sequences.check()
+        if min(self.epochs, self.window, self.patience, self.minutes, self.learning_rate, self.clip) <= 0:
+            raise ConfigError(f"expected epochs, minutes, learning_rate, clip, patience and window above 0, got {self}")
+        if min(self.weight_decay, self.warm_up_steps) < 0:
+            raise ConfigError(f"expected weight_decay and warm_up_steps of 0 or more, got {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One point of the curve; losses are nats per item, summed over its codes."""
+
+    epoch: int
+    minutes: float
+    train_loss: float
+    validation_loss: float  # of the last item of each validation user
+
+
+@dataclass(frozen=True, slots=True)
+class TrainProgress:
+    epoch: int
+    share: float  # of the whole training, 0 to 1
+    loss: float  # running mean
+    tokens_per_s: float
+    last: Evaluation | None
+
+
+@dataclass(slots=True)
+class _State:
+    epoch: int = 0
+    batch: int = 0  # within the epoch
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    curve: list[Evaluation] = field(default_factory=list)
+
+
+class Trainer:
+    """One training in one folder, which holds the weights with the lowest validation loss so far."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        train: Sequence[Sequence[int]],
+        validation: Sequence[Sequence[int]],
+        config: TrainConfig,
+        folder: Path,
+    ) -> None:
+        """`train` and `validation`: histories as item numbers of the catalogue. Raises ConfigError, DataError."""
+        config.check()
+        self.catalog, self.config, self.folder = catalog, config, folder
+        self.histories = [list(history) for history in train if len(history) > 1]
+        checked = [history for history in validation if len(history) > 1]
+        if not self.histories or not checked:
+            raise DataError(
+                f"expected training and validation users with two items or more, got {len(self.histories)} and "
+                f"{len(checked)}: more users are needed"
+            )
+        vocabulary = Vocabulary(catalog.sizes)
+        self.sequences = Sequences.of(vocabulary, catalog.codes)
+        self.hf_config = config.network.hf_config(len(vocabulary), _MAX_POSITIONS)
+        if (longest := 2 + config.sequences.max_items * (1 + vocabulary.num_levels)) > _MAX_POSITIONS:
+            raise ConfigError(
+                f"max_items makes prompts of {longest} tokens, the decoder takes {_MAX_POSITIONS}: lower it"
+            )
+        self.network = Network(config.network, self.hf_config)
+        self.network.reset(config.seed)
+        self._place_codes()
+        self.optimiser = self._optimiser()
+        self.state = _State()
+        self._validation = self.sequences.last(checked, config.sequences)
+        self._batches: list[IntArray] = []
+        self._saved_s = 0.0  # training time at the last checkpoint
+
+    @torch.no_grad()
+    def _place_codes(self) -> None:
+        """Embeddings of codes begin where who touched what puts their items, not at random."""
+        catalog, config, size = self.catalog, self.config, self.config.network.hidden_size
+        vectors = collaborative_vectors(self.histories, catalog.num_items, size, config.window, config.seed)
+        levels = code_vectors(vectors, catalog.codes, catalog.sizes)
+        for ids, means in zip(self.sequences.vocabulary.code_tokens.ids, levels, strict=True):
+            if (spread := float(means.std())) > 0:
+                placed = torch.from_numpy(means * np.float32(_CODE_STD / spread))
+                self.network.embed_tokens.weight[torch.from_numpy(ids).long(), : means.shape[1]] = placed
+
+    def _optimiser(self) -> torch.optim.Optimizer:
+        parameters = list(self.network.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.98))
+
+    def run(
+        self, on_progress: Callable[[TrainProgress], None] | None = None, most_steps: int | None = None
+    ) -> list[Evaluation]:
+        """Trains to the end, or for `most_steps` more steps; goes on from a checkpoint where there is one.
+
+        Returns the curve. Raises ConfigError where the checkpoint has other settings, ModelError where training fails.
+        """
+        self._restore()
+        self._draw()
+        last = math.inf if most_steps is None else self.state.steps + most_steps
+        while not self._done() and self.state.steps < last:
+            start = time.perf_counter()
+            self._step()
+            self.state.seconds += time.perf_counter() - start
+            if self.state.batch == len(self._batches) or self._share() >= 1.0:
+                self._end_epoch()
+            elif self.state.seconds - self._saved_s > _SAVE_SECONDS:
+                self.save()
+            if on_progress:
+                on_progress(self._progress())
+        return self.state.curve
+
+    def _draw(self) -> None:
+        config, state = self.config, self.state
+        self._batches = self.sequences.epoch(self.histories, config.sequences, config.seed, state.epoch)
+
+    def _step(self) -> None:
+        state, config = self.state, self.config
+        rate = config.learning_rate * self._schedule()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        batch = self._batches[state.batch]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed * 1_000_003 + state.steps)  # dropout; no state that a restart would lose
+            loss = self._loss(batch)
+        if not torch.isfinite(loss):
+            raise ModelError(f"the loss became {loss.item()} after {state.steps} steps: lower the learning rate")
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
+        self.optimiser.step()
+        state.batch += 1
+        state.steps += 1
+        state.tokens += batch.size
+        state.recent.append(loss.item())
+
+    def _loss(self, batch: IntArray) -> torch.Tensor:
+        """Mean over the items of the batch of -log p of their codes."""
+        tokens = torch.from_numpy(batch).long()
+        hidden, targets = self.network(tokens[:, :-1]), tokens[:, 1:]
+        codes = targets >= self.sequences.vocabulary.first_code
+        total = F.cross_entropy(self.network.logits(hidden[codes]), targets[codes], reduction="sum")
+        return total / (int(codes.sum()) // self.sequences.vocabulary.num_levels)
+
+    # ---- schedule ----
+
+    def _share(self) -> float:
+        epochs = self.state.epoch + self.state.batch / max(len(self._batches), 1)
+        return max(epochs / self.config.epochs, self.state.seconds / 60 / self.config.minutes)
+
+    def _schedule(self) -> float:
+        """Linear warm-up, then a cosine."""
+        warm = min(1.0, (self.state.steps + 1) / max(self.config.warm_up_steps, 1))
+        return warm * max(_LOWEST_RATE, 0.5 * (1 + math.cos(math.pi * min(1.0, self._share()))))
+
+    def _done(self) -> bool:
+        losses = [point.validation_loss for point in self.state.curve]
+        stalled = bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= self.config.patience
+        return stalled or self._share() >= 1.0
+
+    # ---- validation and checkpoints ----
+
+    def _end_epoch(self) -> None:
+        state = self.state
+        best = min((point.validation_loss for point in state.curve), default=math.inf)
+        point = Evaluation(state.epoch + 1, state.seconds / 60, float(np.mean(state.recent)), self.validation_loss())
+        state.curve.append(point)
+        if point.validation_loss < best:
+            save_model(self.folder, self.network.state_dict(), self.hf_config, self.catalog, self.record())
+        state.epoch, state.batch, state.recent = state.epoch + 1, 0, []
+        self.save()
+        self._draw()
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """-log p of the codes of each validation user's last item, after the items before it; mean over users."""
+        self.network.eval()
+        total, count = 0.0, 0
+        vocabulary = self.sequences.vocabulary
+        for batch in self._validation:
+            tokens = torch.from_numpy(batch).long()
+            ends = (tokens != vocabulary.pad).sum(dim=1)
+            at = ends[:, None] - torch.arange(vocabulary.num_levels, 0, -1)  # places of the last item's codes
+            rows = torch.arange(len(tokens))[:, None]
+            logits = self.network.logits(self.network(tokens)[rows, at - 1])
+            total += F.cross_entropy(logits.flatten(0, 1), tokens[rows, at].flatten(), reduction="sum").item()
+            count += len(tokens)
+        self.network.train()
+        return total / count
+
+    def record(self) -> dict[str, Any]:
+        """How the model was made."""
+        return {
+            "template": "sid",
+            "settings": _settings(self.config),
+            "items": self.catalog.num_items,
+            "training_users": len(self.histories),
+            "curve": [asdict(point) for point in self.state.curve],
+        }
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        content = {
+            "settings": self._identity(),
+            "network": self.network.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "state": asdict(self.state),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(content, self.folder / f"{CHECKPOINT}.part")
+        (self.folder / f"{CHECKPOINT}.part").replace(self.folder / CHECKPOINT)
+        self._saved_s = self.state.seconds
+
+    def _restore(self) -> None:
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return
+        content = torch.load(path, weights_only=True)
+        if content["settings"] != self._identity():
+            raise ConfigError(
+                f"{path} was made with other settings, codes or users; use another folder, or delete this one to begin "
+                "anew"
+            )
+        self.network.load_state_dict(content["network"])
+        self.optimiser.load_state_dict(content["optimiser"])
+        state = content["state"]
+        self.state = _State(**state | {"curve": [Evaluation(**point) for point in state["curve"]]})
+        self._saved_s = self.state.seconds
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        data = blake3(json.dumps([self.histories, self.catalog.codes.tolist()]).encode())
+        return _settings(self.config) | {"data": data.hexdigest()}
+
+    def _progress(self) -> TrainProgress:
+        state = self.state
+        loss = float(np.mean(state.recent)) if state.recent else state.curve[-1].train_loss
+        speed = state.tokens / max(state.seconds, 1e-9)
+        return TrainProgress(
+            state.epoch + 1, min(self._share(), 1.0), loss, speed, state.curve[-1] if state.curve else None
+        )
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """As JSON would give them back."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)).replace("Infinity", "null"))
+    return settings

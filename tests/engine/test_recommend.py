@@ -1,0 +1,259 @@
+"""The recommender on a tiny random decoder of semantic IDs: answers, receipts, batches, filters, live catalogues."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
+from rcllm.core import Event, ItemId, Level, RecommendRequest, RecommendResponse, UserId
+from rcllm.decode.catalog import Catalog, CodeTokens, LiveCatalog
+from rcllm.engine.beam_schedule import WAITING, BeamLimits, Load, Trace, beam_batches, run_overlapped
+from rcllm.engine.engine import Engine
+from rcllm.engine.recommend import Recommender
+from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
+from rcllm.model.decoder import Pass, Passed
+from rcllm.sid.vocabulary import Vocabulary, items_of_codes
+from tests.engine.tiny import folder
+from tests.tiny_models import tiny_model
+
+SIZES = (6, 7, 5)
+
+
+@functools.cache
+def _catalog() -> Catalog:
+    codes = np.stack([np.random.default_rng(0).integers(0, size, 120) for size in SIZES], axis=1).astype(np.int32)
+    return Catalog.build(codes, tuple(ItemId(f"i{i}") for i in range(120)), SIZES)
+
+
+@functools.cache
+def _model() -> Path:
+    """A random Qwen3 whose vocabulary is that of `rcllm sid train`."""
+    vocabulary = Vocabulary(SIZES)
+    path = tiny_model("qwen3", folder() / "sid", vocab_size=len(vocabulary), max_position_embeddings=512)
+    vocabulary.tokenizer().save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(vocabulary.tokenizer_config(), encoding="utf-8")
+    return path
+
+
+@functools.cache
+def _engine() -> Engine:
+    config = Config(
+        ModelConfig(path=str(_model()), device="cpu"),
+        PromptConfig(template="sid"),
+        CacheConfig(pool_mb=64, kv_dtype="fp32"),
+    )
+    return Engine.build(items_of_codes(_catalog()), config)
+
+
+def _recommender(**limits: int) -> Recommender:
+    return Recommender(_engine(), LiveCatalog(_catalog()), Vocabulary(SIZES).code_tokens, BeamLimits(**limits))
+
+
+def _ask(name: str, *events: int, **fields: object) -> RecommendRequest:
+    request = RecommendRequest(name, tuple(Event(ItemId(f"i{i}")) for i in events), UserId(name), beam=20)
+    return replace(request, **fields)  # type: ignore[arg-type]
+
+
+def _many(count: int) -> list[RecommendRequest]:
+    rng = np.random.default_rng(3)
+    return [
+        _ask(
+            f"r{i}",
+            *rng.integers(0, 120, rng.integers(0, 12)).tolist(),
+            n=int(rng.integers(1, 15)),
+            beam=int(rng.integers(1, 40)),
+            deny=tuple(ItemId(f"i{j}") for j in rng.integers(0, 120, 30)),
+            rule=("renormalise", "mask")[i % 2],
+        )
+        for i in range(count)
+    ]
+
+
+def _same(ours: RecommendResponse, theirs: RecommendResponse) -> None:
+    assert (ours.request_id, ours.items) == (theirs.request_id, theirs.items)
+    np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-5)
+
+
+def test_an_answer_and_its_receipt() -> None:
+    recommender = _recommender()
+    first, again = (recommender.recommend(_ask("u", 1, 2, 3, n=5)) for _ in range(2))
+    assert len(first.items) == len(set(first.items)) == 5
+    assert list(first.scores) == sorted(first.scores, reverse=True)
+    _same(first, again)
+    receipt = again.receipt
+    assert receipt.num_tokens == receipt.num_fresh + receipt.num_reused == 1 + 3 * 4 + 1
+    assert receipt.num_reused > first.receipt.num_reused or first.receipt.num_reused > 1
+    assert (receipt.beam, receipt.rule, receipt.level, receipt.batch_size) == (20, "renormalise", "exact", 1)
+    assert len(receipt.steps) == 3
+    assert receipt.kv_bytes_read < receipt.kv_bytes_naive
+    for stage in ("allow", "prefill", "prefill_forward", "join", "gather", "readout", "sort", "step", "items", "total"):
+        assert receipt.stage_ms[stage] >= 0.0
+    _engine().pool.check()
+    assert not _engine().pool._index._pins
+
+
+def test_the_exact_prompt_does_not_depend_on_what_is_cached() -> None:
+    """The level `full` reuses nothing."""
+    recommender = _recommender()
+    warm = [recommender.recommend(_ask("w", 5, 6, 7, 8)) for _ in range(2)][1]
+    _same(recommender.recommend(_ask("w", 5, 6, 7, 8, level=Level("full"))), warm)
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"beam_rows": 50}, {"prompt_tokens": 1}, {"beam_rows": 50, "num_overlapped": 4}]
+)
+def test_batches_answer_as_each_request_alone(limits: dict[str, int]) -> None:
+    requests = _many(12)
+    alone = _recommender()
+    for ours, request in zip(_recommender(**limits).recommend_batch(requests), requests, strict=True):
+        _same(ours, alone.recommend(request))
+
+
+def test_no_invalid_item_ever_comes() -> None:
+    for request, answer in zip(requests := _many(40), _recommender().recommend_batch(requests), strict=True):
+        valid = set(_catalog().item_ids) - set(request.deny)
+        assert set(answer.items) <= valid
+        assert len(answer.items) == min(request.n, len(valid))
+
+
+def test_fewer_valid_items_than_asked_for_gives_all_of_them() -> None:
+    recommender, three = _recommender(), tuple(ItemId(f"i{i}") for i in (3, 50, 99))
+    for rule in ("renormalise", "mask"):
+        assert sorted(recommender.recommend(_ask("f", 1, n=10, beam=1, allow=three, rule=rule)).items) == sorted(three)
+    [one] = recommender.recommend(_ask("f", 1, n=10, allow=three, deny=three[1:])).items
+    assert one == three[0]
+    nothing = recommender.recommend(_ask("f", 1, n=10, allow=()))
+    assert (nothing.items, nothing.scores) == ((), ())
+    assert len(recommender.recommend(_ask("f", 1, n=1000)).items) == 120, "the beam is as wide as n"
+
+
+def test_long_lists_are_remembered_for_one_epoch_alone() -> None:
+    """Lists of a thousand ids, of which the catalogue has some."""
+    recommender = _recommender()
+    stock = tuple(ItemId(f"i{i}") for i in range(0, 4000, 2))
+    first, again = (recommender.recommend(_ask("s", 1, n=100, allow=stock)).items for _ in range(2))
+    assert first == again
+    assert sorted(first) == sorted(ItemId(f"i{i}") for i in range(0, 120, 2))
+    assert set(recommender.recommend(_ask("s", 1, n=100, allow=stock, deny=first[:50])).items) == set(first[50:])
+    recommender.catalogue.remove([first[0]])
+    recommender.catalogue.flush()
+    assert set(recommender.recommend(_ask("s", 1, n=100, allow=stock)).items) == set(first[1:])
+
+
+def test_a_history_and_a_batch_may_be_empty() -> None:
+    assert len(_recommender().recommend(_ask("nobody")).items) == 10
+    assert _recommender().recommend_batch([]) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "said"),
+    [
+        ({"n": 0}, RequestError, "n must be at least 1"),
+        ({"beam": 0}, RequestError, "beam must be at least 1"),
+        ({"rule": "masks"}, ConfigError, "mask"),
+        ({"level": Level("auto")}, ConfigError, "open prompts take"),
+        ({"history": (Event(ItemId("nope")),)}, UnknownItemError, "nope"),
+        ({"history": (Event(ItemId("i1")),) * 130}, PromptTooLongError, "positions"),
+    ],
+)
+def test_what_is_asked_wrongly_is_said_before_anything_is_computed(
+    fields: dict[str, object], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        _recommender().recommend_batch([_ask("good", 1), _ask("bad", 1, **fields)])
+
+
+def test_a_model_without_the_codes_of_the_catalogue_is_refused() -> None:
+    few = CodeTokens(Vocabulary((6, 7, 4)).code_tokens.ids)
+    with pytest.raises(ConfigError, match="do not belong together"):
+        Recommender(_engine(), LiveCatalog(_catalog()), few)
+    far = CodeTokens((*Vocabulary(SIZES).code_tokens.ids[:2], np.arange(900, 905, dtype=np.int32)))
+    with pytest.raises(ConfigError, match="token 904"):
+        Recommender(_engine(), LiveCatalog(_catalog()), far)
+
+
+# ---- live ------------------------------------------------------------------------------------------------------------
+
+
+def test_items_come_and_go_and_a_request_sees_one_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removed and disabled items never come again; a request that runs keeps the epoch that it began with."""
+    recommender = _recommender()
+    live = recommender.catalogue
+    before = recommender.recommend(_ask("e", 1, 2))
+    gone, hidden = before.items[:2]
+    forward, changed = recommender.engine.forward, threading.Event()
+
+    def change_once(work: Pass) -> Passed:
+        if not changed.is_set():
+            changed.set()
+            live.remove([gone])
+            live.disable([hidden])
+            live.flush()
+        return forward(work)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recommender.engine, "forward", change_once)
+        during = recommender.recommend(_ask("e", 1, 2))
+    assert changed.is_set()
+    _same(during, before)
+    after = recommender.recommend(_ask("e", 1, 2))
+    assert not {gone, hidden} & set(after.items)
+    assert after.receipt.epoch > during.receipt.epoch == before.receipt.epoch
+    live.enable([hidden])
+    live.flush()
+    assert hidden in recommender.recommend(_ask("e", 1, 2)).items
+
+
+# ---- scheduling ------------------------------------------------------------------------------------------------------
+
+
+def test_batches_keep_order_and_limits() -> None:
+    loads = [Load(*each) for each in ((10, 4), (10, 4), (5, 9), (500, 1), (1, 1), (1, 99), (1, 1))]
+    assert beam_batches(loads, BeamLimits(20, 10)) == [[0, 1], [2], [3], [4], [5], [6]]
+    assert beam_batches(loads, BeamLimits(1000, 1000)) == [[0, 1, 2, 3, 4, 5, 6]]
+    assert beam_batches([], BeamLimits()) == []
+
+
+def test_results_come_in_order_and_errors_come_out() -> None:
+    slow, fast = threading.Event(), lambda: 2
+
+    def waits() -> int:
+        assert slow.wait(10)
+        return 1
+
+    def releases() -> int:
+        slow.set()
+        return 3
+
+    assert run_overlapped([waits, releases, fast], 2) == [1, 3, 2]
+    with pytest.raises(ZeroDivisionError):
+        run_overlapped([fast, lambda: 1 // 0, fast], 2)
+
+
+def test_host_work_of_a_batch_falls_under_a_pass_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, recommender = Trace(), _recommender(beam_rows=40)
+    forward = recommender.engine.forward
+
+    def long_pass(work: Pass) -> Passed:
+        time.sleep(0.005)
+        return forward(work)
+
+    monkeypatch.setattr(recommender.engine, "forward", long_pass)
+    recommender.recommend_batch(_many(24), trace)
+    assert trace.overlap_s("step") > 0.0
+    passes = sorted((s.start_s, s.end_s) for s in trace.spans if s.stage in ("step", "prefill"))
+    assert all(one[1] <= two[0] for one, two in pairwise(passes)), "one pass at a time"
+    trace.write(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    assert {event["name"] for event in events} >= {"prefill", "step", "gather", "sort", "items", WAITING}
+    assert len({event["tid"] for event in events}) == 2
+    assert all(event["ph"] == "X" and event["dur"] >= 0 for event in events)
