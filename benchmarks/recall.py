@@ -24,8 +24,9 @@ from blake3 import blake3
 from benchmarks.baselines import Baseline, ItemKnn, Popularity, training_pool
 from benchmarks.harness import Options, console, dataset, options, report, show
 from rcllm.config import CacheConfig, Config, ModelConfig
-from rcllm.core import Event, ItemId, RankRequest, RecommendRequest
+from rcllm.core import Event, ItemId, RankRequest
 from rcllm.data import Dataset, Split, histories, split_of
+from rcllm.decoding import RecommendRequest
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
 from rcllm.sid.build import BuildConfig, build_codes, catalog_of, item_texts, split_histories

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcllm.config import Config, ModelConfig, PromptConfig
-from rcllm.core import Event, OpenRequest, RecommendRequest
+from rcllm.core import Event
+from rcllm.decoding import OpenRequest, RecommendRequest
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError, ModelError
 from rcllm.model.weights import load_model
