@@ -26,10 +26,11 @@ import torch
 
 from benchmarks.harness import Options, dataset, options, percentile, report, show, timed
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core import Event, IntArray, Item, ItemId, Level, OpenRequest, RecommendRequest, RecommendResponse
+from rcllm.core import Event, IntArray, Item, ItemId, Level
 from rcllm.decode.beam_kv import StepBuffer
 from rcllm.decode.catalog import Catalog, CodeTokens, LiveCatalog
 from rcllm.decode.updates import Update
+from rcllm.decoding import OpenRequest, RecommendRequest, RecommendResponse
 from rcllm.engine.beam_schedule import BeamLimits, Trace
 from rcllm.engine.engine import Engine
 from rcllm.engine.recommend import Recommender

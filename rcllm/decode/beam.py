@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rcllm.core import BeamRule, BeamStep, IntArray, ItemId
+from rcllm.core import IntArray, ItemId
 from rcllm.decode.allowed import Allowed
 from rcllm.decode.beam_kv import StepBuffer, beam_group
 from rcllm.decode.catalog import Catalog, CodeTokens
 from rcllm.decode.top_beam import top_beam
 from rcllm.decode.trie import Children
+from rcllm.decoding import BeamRule, BeamStep
 from rcllm.model.decoder import Decoder, Keep, Pass, Passed
 from rcllm.model.segments import Segment
 

@@ -17,11 +17,12 @@ from functools import partial
 from typing import get_args
 
 from rcllm.config import nearest
-from rcllm.core import BeamRule, ItemId, OpenRequest, Prompt, RecommendReceipt, RecommendRequest, RecommendResponse
+from rcllm.core import ItemId, Prompt
 from rcllm.decode.allowed import Allowed
 from rcllm.decode.beam import BeamPrompt, BeamSearch, BeamTask, Found, items_of
 from rcllm.decode.beam_kv import joined
 from rcllm.decode.catalog import Catalog, CodeTokens, LiveCatalog
+from rcllm.decoding import BeamRule, OpenRequest, RecommendReceipt, RecommendRequest, RecommendResponse
 from rcllm.engine.beam_schedule import BatchClock, BeamLimits, Load, Trace, Turns, beam_batches, run_overlapped
 from rcllm.engine.engine import Engine
 from rcllm.engine.opened import Opened, OpenedBatch

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rcllm.config import Config, PromptConfig
-from rcllm.core import RecommendRequest, RecommendResponse
 from rcllm.decode.sid_files import STYLE, read_catalog
+from rcllm.decoding import RecommendRequest, RecommendResponse
 from rcllm.engine.recommend import Recommender
 from rcllm.errors import CapacityError, ConfigError, RequestError
 from rcllm.serve.inputs import Inputs, load_inputs, make_config

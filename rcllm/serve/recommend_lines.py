@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rcllm.core import ItemId, RecommendRequest, RecommendResponse
+from rcllm.core import ItemId
 from rcllm.data import Problem
 from rcllm.data.request_file import parse_recommend_request
+from rcllm.decoding import RecommendRequest, RecommendResponse
 from rcllm.errors import DataError, RcllmError
 from rcllm.serve.request_lines import Failure, rows_of
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rcllm.core import BeamRule, ItemId
+from rcllm.core import ItemId
 from rcllm.decode.beam import BeamPrompt, BeamSearch, BeamTask, Found, items_of
 from rcllm.decode.beam_kv import StepBuffer, joined
 from rcllm.decode.catalog import Catalog, CodeTokens
+from rcllm.decoding import BeamRule
 from rcllm.model.decoder import Decoder, Keep, Pass
 from rcllm.model.segments import Group, Segment
 from rcllm.model.weights import load_model

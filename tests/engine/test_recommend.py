@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core import Event, ItemId, Level, RecommendRequest, RecommendResponse, UserId
+from rcllm.core import Event, ItemId, Level, UserId
 from rcllm.decode.catalog import Catalog, CodeTokens, LiveCatalog
+from rcllm.decoding import RecommendRequest, RecommendResponse
 from rcllm.engine.beam_schedule import WAITING, BeamLimits, Load, Trace, beam_batches, run_overlapped
 from rcllm.engine.engine import Engine
 from rcllm.engine.recommend import Recommender
