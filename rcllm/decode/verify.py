@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rcllm.core import BoolArray, Divergence, IntArray, Speculation
+from rcllm.core import BoolArray, IntArray
 from rcllm.decode.draft import DraftTree
+from rcllm.decoding import Divergence, Speculation
 
 
 @dataclass(frozen=True, slots=True)
