@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rcllm.core import FinishReason
+from rcllm.decoding import FinishReason
 
 Decode = Callable[[Sequence[int]], str]
 

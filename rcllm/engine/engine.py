@@ -21,20 +21,9 @@ import torch
 
 from rcllm.cache.pool import Held, Pool, PoolStats
 from rcllm.config import Config, Hardware, check_options, resolve
-from rcllm.core import (
-    ContentKey,
-    Item,
-    ItemId,
-    Layout,
-    Level,
-    OpenRequest,
-    Prompt,
-    RankOptions,
-    RankRequest,
-    RankResponse,
-    UserId,
-)
+from rcllm.core import ContentKey, Item, ItemId, Layout, Level, Prompt, RankOptions, RankRequest, RankResponse, UserId
 from rcllm.decode.rank import Scores, score
+from rcllm.decoding import OpenRequest
 from rcllm.engine.admission import Admission, AdmissionFactory, Identity, Open
 from rcllm.engine.batch import Limits, parts
 from rcllm.engine.bias import LabelBias

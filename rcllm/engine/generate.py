@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rcllm.core import Generated, GenerateOptions, GenerateReceipt, GenerateRequest, OpenRequest
 from rcllm.decode.draft import EMPTY, Drafter, DraftTree
 from rcllm.decode.sample import Draw, drawn, judge, likeliest, uniform
 from rcllm.decode.verify import Accepted, accept, accept_relaxed, subtree
+from rcllm.decoding import Generated, GenerateOptions, GenerateReceipt, GenerateRequest, OpenRequest
 from rcllm.engine.draft_budget import DraftBudget, Drafted
 from rcllm.engine.ending import Ending
 from rcllm.engine.engine import Engine

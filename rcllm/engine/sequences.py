@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from rcllm.core import Divergence, FinishReason, GenerateRequest
 from rcllm.decode.draft import Drafter, DraftTree
 from rcllm.decode.verify import Accepted, ancestors
+from rcllm.decoding import Divergence, FinishReason, GenerateRequest
 from rcllm.engine.draft_budget import Trust
 from rcllm.engine.ending import Ending
 from rcllm.engine.opened import Opened

@@ -17,18 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from rcllm import fetch
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core import (
-    Event,
-    Generated,
-    GenerateOptions,
-    GenerateRequest,
-    Level,
-    OpenRequest,
-    Speculation,
-    UserId,
-)
+from rcllm.core import Event, Level, UserId
 from rcllm.decode.draft import EMPTY, Drafter, DraftTree, PromptLookup, chain
 from rcllm.decode.verify import accept, ancestors
+from rcllm.decoding import Generated, GenerateOptions, GenerateRequest, OpenRequest, Speculation
 from rcllm.engine.draft_budget import DraftBudget, Drafted, PassCosts, Trust
 from rcllm.engine.engine import Engine
 from rcllm.engine.generate import Generator

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rcllm.core import Event, IntArray, Level, OpenRequest, UserId
+from rcllm.core import Event, IntArray, Level, UserId
+from rcllm.decoding import OpenRequest
 from rcllm.engine.opened import sees_all
 from rcllm.errors import ConfigError
 from rcllm.model.decoder import Pass
