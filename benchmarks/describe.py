@@ -37,9 +37,10 @@ from benchmarks.describe_setup import (
     user_scenarios,
 )
 from benchmarks.harness import Options, console, dataset, options, report, show, timed
-from rcllm.core import Generated, ItemId, Speculation, UserId
+from rcllm.core import ItemId, UserId
 from rcllm.data import Dataset
 from rcllm.decode.draft import PromptLookup
+from rcllm.decoding import Generated, Speculation
 from rcllm.describe.clicks import Clicks, ClicksConfig, make_clicks
 from rcllm.describe.groups import one_group
 from rcllm.describe.profiles import Profile, items

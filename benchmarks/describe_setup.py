@@ -15,8 +15,9 @@ from blake3 import blake3
 
 from benchmarks.harness import SHARED, console
 from rcllm.config import CacheConfig, Config, PromptConfig
-from rcllm.core import Event, ItemId, Speculation, UserId
+from rcllm.core import Event, ItemId, UserId
 from rcllm.data import Dataset, histories
+from rcllm.decoding import Speculation
 from rcllm.describe.groups import Router
 from rcllm.describe.job import DescribeOptions
 from rcllm.describe.pools import Pools

@@ -17,20 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-    from rcllm.core import (
-        Event,
-        Item,
-        Level,
-        RankOptions,
-        RankRequest,
-        RankResponse,
-        Receipt,
-        RecommendRequest,
-        RecommendResponse,
-        Selection,
-    )
+    from rcllm.core import Event, Item, Level, RankOptions, RankRequest, RankResponse, Receipt, Selection
     from rcllm.data import Catalogue, build_requests, load_dataset
+    from rcllm.decoding import Generated, GenerateOptions, GenerateRequest, RecommendRequest, RecommendResponse
     from rcllm.engine.engine import Engine
+    from rcllm.engine.generate import Generator
     from rcllm.engine.recommend import Recommender
     from rcllm.errors import RcllmError
     from rcllm.fidelity.calibration import Calibrated, Calibration, Target
@@ -49,12 +40,12 @@ _HOMES = {
         "RankRequest",
         "RankResponse",
         "Receipt",
-        "RecommendRequest",
-        "RecommendResponse",
         "Selection",
     ),
     "rcllm.data": ("Catalogue", "build_requests", "load_dataset"),
+    "rcllm.decoding": ("GenerateOptions", "GenerateRequest", "Generated", "RecommendRequest", "RecommendResponse"),
     "rcllm.engine.engine": ("Engine",),
+    "rcllm.engine.generate": ("Generator",),
     "rcllm.engine.recommend": ("Recommender",),
     "rcllm.errors": ("RcllmError",),
     "rcllm.fidelity.calibration": ("Calibrated", "Calibration", "Target"),
@@ -71,6 +62,10 @@ __all__ = [
     "Config",
     "Engine",
     "Event",
+    "GenerateOptions",
+    "GenerateRequest",
+    "Generated",
+    "Generator",
     "Guard",
     "GuardPolicy",
     "Item",

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from rcllm.config import from_mapping
-from rcllm.core import BeamRule, Event, ItemId, Level, RankOptions, RankRequest, RecommendRequest, Selection, UserId
+from rcllm.core import Event, ItemId, Level, RankOptions, RankRequest, Selection, UserId
 from rcllm.data.files import Fields
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
 from rcllm.data.text import as_text, did_you_mean, shown
+from rcllm.decoding import BeamRule, RecommendRequest
 from rcllm.errors import RcllmError, RequestError
 
 DEFAULTS = RankOptions()

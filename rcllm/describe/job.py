@@ -17,7 +17,7 @@ from typing import Protocol
 
 from blake3 import blake3
 
-from rcllm.core import GenerateOptions, Speculation
+from rcllm.decoding import GenerateOptions, Speculation
 from rcllm.describe.checkpoint import Checkpoint, Described, Done, Settings
 from rcllm.describe.durable import renamed, writing
 from rcllm.describe.profiles import Kind, Profile, Reject

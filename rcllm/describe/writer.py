@@ -12,9 +12,10 @@ from pathlib import Path
 from blake3 import blake3
 
 from rcllm import __version__
-from rcllm.core import Generated, GenerateRequest, Item, ItemId, OpenRequest, UserId
+from rcllm.core import Item, ItemId, UserId
 from rcllm.decode.draft import Drafter
 from rcllm.decode.suffix_pool import Sharing
+from rcllm.decoding import Generated, GenerateRequest, OpenRequest
 from rcllm.describe.groups import GroupOptions, Router, build_router, one_group
 from rcllm.describe.groups import Profile as Grouped
 from rcllm.describe.job import Answer, DescribeOptions, Provenance, generation

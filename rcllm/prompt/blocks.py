@@ -24,7 +24,6 @@ from rcllm.core import (
     ItemId,
     Layout,
     Level,
-    OpenRequest,
     Prompt,
     RankOptions,
     RankRequest,
@@ -32,6 +31,7 @@ from rcllm.core import (
     Readout,
     TokenIds,
 )
+from rcllm.decoding import OpenRequest
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
 from rcllm.prompt.keys import Context, content_key, token_bytes
 from rcllm.prompt.labels import choices, label_names

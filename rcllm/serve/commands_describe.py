@@ -12,8 +12,8 @@ from typing import Annotated, get_args
 import typer
 
 from rcllm.config import nearest
-from rcllm.core import Speculation
 from rcllm.data import Catalogue
+from rcllm.decoding import Speculation
 from rcllm.describe.durable import check_writable
 from rcllm.describe.estimate import Estimate, cost_per_million, estimate, hours_per_million
 from rcllm.describe.job import DescribeOptions, Progress, Report, check, describe
