@@ -1,8 +1,8 @@
 """What does reuse cost in ranking quality, on rankers that rank, and what does it gain?
 
-Regime: held-out users of three data sets; short prompts (template `titles`: 20 candidates, up to 8 events, about 500
-tokens), read-out `pointwise`, SmolLM2-135M tuned by `rcllm tune` under the causal mask and under the block mask
-(adapters/), and untuned for score agreement. NDCG@10 against the item that the user did choose next; every difference
+Regime: held-out users of three data sets; short prompts (templates `titles` and, under the block mask, `echo`: 20
+candidates, up to 8 events, 500 to 700 tokens), read-out `pointwise`, SmolLM2-135M tuned by `rcllm tune` under the
+causal mask and under the block mask (adapters/), and untuned for score agreement. NDCG@10 against the item that the user did choose next; every difference
 is paired with full recompute of the same variant, intervals are 95 % bootstrap. Beside it popularity and item-kNN on
 the same requests. TTFT is measured apart, on prompts of the paper's length. Ceiling: see `benchmarks.ttft`.
 
@@ -39,6 +39,8 @@ from rcllm.fidelity.summary import CLOSENESS, Summary, summarise, timing
 QUESTION = "NDCG@10, score agreement and TTFT of the reuse levels on tuned rankers, three data sets"
 SETS = {"scientific": "amazon_scientific", "yelp": "yelp", "goodreads": "goodreads"}
 TARGETS = {"scientific": 2, "yelp": 1, "goodreads": 3}  # per user, where the test users are too few
+TEMPLATES = {"causal": "titles", "blocks": "echo"}  # short prompts, as the rankers were tuned on
+LONG_TEMPLATES = {"causal": "shopping", "blocks": "shopping_echo"}  # the same forms with whole item texts
 CONTEXT = {"untuned": "mean(4)", "causal": "instruction", "blocks": "instruction"}
 LEVELS = {
     "causal": ("full", "blocks", "tail(0.1)", "tail(0.3)", "corrected(0.3,0.3)"),
@@ -116,7 +118,7 @@ def quality(name: str, variant: str, sizes: Sizes, chosen: Options, kept: Record
     """The table of levels of one variant on one set, with both kinds of negatives."""
     data = with_popularity(dataset(SETS[name]))
     metrics: dict[str, float] = {}
-    with engine_of(variant, "titles", data, chosen.seed) as engine:
+    with engine_of(variant, TEMPLATES[variant], data, chosen.seed) as engine:
         for kind, suffix, count in kinds(sizes):
             requests = held_out(data, name, kind, count, chosen.seed)
             rows = []
@@ -314,7 +316,7 @@ def ttft(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str
     rows: list[list[str]] = []
     num_candidates = 20 if name == "scientific" else 90  # short texts: a prompt of that length holds more of them
     for variant in tuned_variants():
-        with engine_of(variant, "shopping", data, chosen.seed) as engine:
+        with engine_of(variant, LONG_TEMPLATES[variant], data, chosen.seed) as engine:
             requests = paper_shaped(engine, data, name, num_candidates, sizes.timed, chosen.seed)
             names = TTFT_LEVELS if variant == "causal" else ("exact", "full", "blocks")
             asked = {level: replace(POINTWISE, level=Level.parse(level)) for level in names}

@@ -13,7 +13,7 @@ from rcllm.config import ModelConfig, PromptConfig, from_mapping
 from rcllm.data import load_dataset
 from rcllm.serve.screen import busy, console, progress, say
 from rcllm.serve.tables import facts_table
-from rcllm.tune.setup import examples_for, make_trainer
+from rcllm.tune.setup import TEMPLATES, examples_for, make_trainer
 from rcllm.tune.train import Evaluation, TuneConfig, TuneProgress
 
 _LEARN, _DATA = "What to learn", "From what"
@@ -31,7 +31,12 @@ def tune_command(
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the adapter and its checkpoint go.")],
     model: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="The model to adapt.")] = _MODEL.path,
-    template: Annotated[str, typer.Option(metavar="NAME|FILE", help="Prompt template to learn for.")] = "titles",
+    template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="Prompt template to learn for; default: titles, and echo under the mask blocks."
+        ),
+    ] = None,
     mask: Annotated[
         str,
         typer.Option(
@@ -87,8 +92,8 @@ def tune_command(
     more; OUT/best is the best adapter so far, in peft's format, with a record of how it was made. Hours on 2 cores for
     the bundled model.
 
-    Example: `rcllm tune --dataset amazon --mask blocks --out rankers/amazon`, then
-    `rcllm rank --adapter rankers/amazon/best --template titles …`
+    Example: `rcllm tune --dataset amazon --mask blocks --start adapters/smollm2-135m-causal --out rankers/amazon`, then
+    `rcllm rank --adapter rankers/amazon/best --template echo --readout pointwise …`
     """
     values = {
         "mask": mask,
@@ -108,7 +113,8 @@ def tune_command(
     config = replace(config, examples=examples, minutes=math.inf if minutes is None else minutes)
     with busy("reading data and model"):
         datasets = [load_dataset(format, folder) for folder in dataset]
-        trainer = make_trainer(ModelConfig(path=model), PromptConfig(template=template), datasets, config, out, start)
+        prompt = PromptConfig(template=template or TEMPLATES[config.mask])
+        trainer = make_trainer(ModelConfig(path=model), prompt, datasets, config, out, start)
     with progress("loss", "validation") as bar:
         task = bar.add_task("tuning", total=1000, loss="", validation="")
         told: list[Evaluation] = []

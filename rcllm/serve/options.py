@@ -42,7 +42,7 @@ class EngineOptions:
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Prompt template: shopping, movies, titles, or a .toml file.",
+            help="Prompt template: shopping, movies, titles, echo, or a .toml file.",
             rich_help_panel=_ENGINE,
         ),
     ] = None

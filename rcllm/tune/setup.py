@@ -22,10 +22,15 @@ from rcllm.tune.train import Trainer, TuneConfig, check_config, warm_start
 _MAX_POSITIONS = 4096
 
 
+TEMPLATES: dict[Mask, str] = {"causal": "titles", "blocks": "echo"}  # that each mask learns well with
+
+
 def examples_for(mask: Mask) -> ExampleConfig:
-    """Batches that suit the mask: under `blocks` candidates are shared, so many of them cost little."""
+    """Batches that suit the mask: under `blocks` candidates are shared, so most are borrowed from other prompts."""
     if mask == "blocks":
-        return ExampleConfig(num_candidates=24, prompts_per_batch=32, borrowed=22, negatives=("uniform",))
+        return ExampleConfig(
+            num_candidates=9, num_history=8, targets_per_user=3, prompts_per_batch=12, negatives=("uniform",), borrowed=6
+        )
     return ExampleConfig(num_candidates=6, prompts_per_batch=16)
 
 

@@ -19,10 +19,11 @@ def test_tune_then_rank(run: Run, shop: Shop, tmp_path: Path, mask: str) -> None
     assert shown.exit_code == 0, shown.stderr
     assert f"{tmp_path}/best" in shown.stdout.replace("\n", "")
     record = json.loads((tmp_path / "best" / "rcllm.json").read_text(encoding="utf-8"))
-    assert (record["mask"], record["template"], record["datasets"]) == (mask, "titles", ["dataset"])
+    template = {"causal": "titles", "blocks": "echo"}[mask]
+    assert (record["mask"], record["template"], record["datasets"]) == (mask, template, ["dataset"])
     again = run(*words, "--validation-requests", "3")  # nothing is left to do
     assert again.exit_code == 0, again.stderr
-    ranking = ("rank", *shop.on_dataset, "--adapter", tmp_path / "best", "--template", "titles")
+    ranking = ("rank", *shop.on_dataset, "--adapter", tmp_path / "best", "--template", template)
     answered = run(*ranking, "--readout", "pointwise", "--in", shop.requests, "--receipts")
     assert answered.exit_code == 0, answered.stderr
     levels = {line["receipt"]["level"] for line in read_lines(answered.stdout)}

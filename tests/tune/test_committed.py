@@ -37,7 +37,8 @@ def test_an_adapter_has_its_record_and_fits_its_template(folder: Path) -> None:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_an_adapter_ranks_held_out_users_better_than_popularity(folder: Path) -> None:
     data = with_popularity(load_dataset("common", SHARED / "amazon_scientific"))
-    config = Config(ModelConfig(adapter=str(folder)), PromptConfig("titles"), CacheConfig(pool_mb=1000))
+    template = json.loads((folder / "rcllm.json").read_text(encoding="utf-8"))["template"]
+    config = Config(ModelConfig(adapter=str(folder)), PromptConfig(template), CacheConfig(pool_mb=1000))
     engine = Engine.build(data.catalogue, config)
     popularity = Popularity(training_pool(data))
     options = RankOptions(
