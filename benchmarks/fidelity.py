@@ -2,9 +2,10 @@
 
 Regime: held-out users of three data sets; short prompts (templates `titles` and, under the block mask, `echo`: 20
 candidates, up to 8 events, 500 to 700 tokens), read-out `pointwise`, SmolLM2-135M tuned by `rcllm tune` under the
-causal mask and under the block mask (adapters/), and untuned for score agreement. NDCG@10 against the item that the user did choose next; every difference
-is paired with full recompute of the same variant, intervals are 95 % bootstrap. Beside it popularity and item-kNN on
-the same requests. TTFT is measured apart, on prompts of the paper's length. Ceiling: see `benchmarks.ttft`.
+causal mask and under the block mask (adapters/), and untuned for score agreement. NDCG@10 against the item that the
+user did choose next; every difference is paired with full recompute of the same variant, intervals are 95 % bootstrap.
+Beside it popularity and item-kNN on the same requests. TTFT is measured apart, on prompts of the paper's length.
+Ceiling: see `benchmarks.ttft`.
 
 What is scored is kept in the cache folder of rcllm, so that an interrupted run goes on where it was.
 """

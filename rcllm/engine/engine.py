@@ -14,7 +14,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import psutil
 import torch
@@ -48,6 +48,7 @@ from rcllm.engine.materialise import (
 )
 from rcllm.engine.opened import OpenedBatch, keeping_fresh, opened
 from rcllm.engine.respond import BatchFacts, respond
+from rcllm.engine.warming import WarmProgress, blocks_to_warm
 from rcllm.errors import CapacityError, ConfigError
 from rcllm.metrics import Stopwatch
 from rcllm.model.decoder import Decoder, Pass, Passed
@@ -58,19 +59,6 @@ from rcllm.reuse.assemble import Planned, assemble
 from rcllm.reuse.plan import NOTHING_BORROWED, plan
 from rcllm.reuse.prototypes import Borrowed
 from rcllm.reuse.semantic_pool import SemanticPool
-
-
-@dataclass(frozen=True, slots=True)
-class WarmProgress:
-    """How far `warm` is."""
-
-    done_blocks: int
-    total_blocks: int
-    computed_tokens: int
-    pool_bytes: int
-    full: bool  # the pool has no room for the rest
-    elapsed_s: float
-    eta_s: float  # until the rest is done, at the speed so far; 0 when it is
 
 
 class Engine:
@@ -328,14 +316,9 @@ class Engine:
         computed when it is asked for. Give the most requested items first. Requests are served in between.
         """
         layout: Layout = self.config.rank.layout
-        items = [self.prompter.item(i) for i in (self.prompter.catalogue if item_ids is None else item_ids)]
-        reads_items = self.config.rank.readout != "likelihood"  # which computes its candidates afresh
-        blocks = [self.prompter.item_block(item, layout) for item in items if reads_items]
-        if self.config.rank.history == "shared":
-            blocks += [self.prompter.event_block(item, layout) for item in items]
-        todo = [canonical(self.prompter, block, layout) for block in {block.key: block for block in blocks}.values()]
-        todo = [missing for missing in todo if not self.pool.contains(missing.key)]
-        start, total, left, full = time.perf_counter(), len(blocks), len(todo), False
+        wanted = blocks_to_warm(self.prompter, self.config.rank, item_ids)
+        todo = [missing for missing in wanted if not self.pool.contains(missing.key)]
+        start, total, left, full = time.perf_counter(), len(wanted), len(todo), False
 
         def progress() -> WarmProgress:
             elapsed = time.perf_counter() - start

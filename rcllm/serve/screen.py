@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from rcllm.core import ItemId
-from rcllm.engine.engine import Engine, WarmProgress
+from rcllm.engine.engine import Engine
+from rcllm.engine.warming import WarmProgress
 
 _PIPE_WIDTH = 160  # tables are not folded to 80 columns where no terminal asks for it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,12 @@ def examples_for(mask: Mask) -> ExampleConfig:
     """Batches that suit the mask: under `blocks` candidates are shared, so most are borrowed from other prompts."""
     if mask == "blocks":
         return ExampleConfig(
-            num_candidates=9, num_history=8, targets_per_user=3, prompts_per_batch=12, negatives=("uniform",), borrowed=6
+            num_candidates=9,
+            num_history=8,
+            targets_per_user=3,
+            prompts_per_batch=12,
+            negatives=("uniform",),
+            borrowed=6,
         )
     return ExampleConfig(num_candidates=6, prompts_per_batch=16)
 

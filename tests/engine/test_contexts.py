@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rcllm.core import BlockKind, ContentKey, RankRequest
-from rcllm.engine.engine import Engine, WarmProgress
+from rcllm.engine.engine import Engine
+from rcllm.engine.warming import WarmProgress
 from rcllm.errors import ConfigError
 from tests.engine import tiny
 
