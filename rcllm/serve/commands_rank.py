@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from rcllm.core import RankOptions, RankRequest, RankResponse
 from rcllm.data import named_items
 from rcllm.engine.engine import Engine
 from rcllm.errors import CapacityError, ConfigError, RequestError, UncalibratedError
+from rcllm.serve.answering import raise_first, write_answers
 from rcllm.serve.calibrated import admission_from, auto_config, check_level
 from rcllm.serve.inputs import Inputs, load_inputs, make_engine
 from rcllm.serve.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, spread
@@ -18,16 +20,13 @@ from rcllm.serve.request_lines import (
     STDIO,
     Failure,
     RequestLine,
-    failure_to_json,
     one_line,
     read_lines,
     response_to_json,
-    writer,
 )
-from rcllm.serve.screen import console, progress, say, warm_with_progress
+from rcllm.serve.screen import console, say, warm_with_progress
 from rcllm.serve.tables import blocks_table, receipt_table, scores_table
 
-_SHOWN_FAILURES = 20
 _REUSES_NOTHING = ("full", "exact")  # levels that read no canonical blocks
 
 Warm = Annotated[
@@ -61,30 +60,22 @@ def rank_command(
     config = auto_config(engine_options, ranking)
     lines = read_lines(requests, config.rank)
     if strict:
-        _raise_first([line for line in lines if isinstance(line, Failure)], requests)
+        raise_first(lines, requests)
     inputs = load_inputs(item_options)
     good = [line.request for line in lines if isinstance(line, RequestLine)]
     engine = make_engine(config, inputs, good, admission_from(fidelity))
     check_level(engine)
     if warm:
         _warm(engine, good)
-    failed = 0
-    with writer(out) as write, progress() as bar:
-        task = bar.add_task("ranking", total=len(lines))
-        for answer in _answers(engine, lines, batch):
-            if isinstance(answer, Failure):
-                if strict:
-                    _raise_first([answer], requests)
-                failed += 1
-                if failed <= _SHOWN_FAILURES:
-                    say(f"{requests}, line {answer.number}: {answer.error}")
-                write(failure_to_json(answer))
-            else:
-                write(response_to_json(answer, receipts=receipts))
-            bar.advance(task)
-    if failed:
-        say(f"{failed:,} of {len(lines):,} requests failed; each has a line with its error in the output", "bold red")
-        raise typer.Exit(1)
+    write_answers(
+        _answers(engine, lines, batch),
+        len(lines),
+        partial(response_to_json, receipts=receipts),
+        doing="ranking",
+        source=requests,
+        out=out,
+        strict=strict,
+    )
 
 
 @spread
@@ -165,8 +156,3 @@ def _reads_blocks(engine: Engine, options: RankOptions) -> bool:
         return engine.admission.admit(options).options.level.name not in _REUSES_NOTHING
     except UncalibratedError:
         return False
-
-
-def _raise_first(failures: Sequence[Failure], path: str) -> None:
-    if failures:
-        raise RequestError(f"{path}, line {failures[0].number}: {failures[0].error}") from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,16 +16,16 @@ from rcllm.decode.sid_files import STYLE, read_catalog
 from rcllm.decoding import RecommendRequest, RecommendResponse
 from rcllm.engine.recommend import Recommender
 from rcllm.errors import CapacityError, ConfigError, RequestError
+from rcllm.serve.answering import raise_first, write_answers
 from rcllm.serve.inputs import Inputs, load_inputs, make_config
 from rcllm.serve.options import EngineOptions, ItemOptions, spread
 from rcllm.serve.recommend_lines import RecommendLine, read_item_ids, read_recommend_lines, recommendation_to_json
-from rcllm.serve.request_lines import STDIO, Failure, failure_to_json, writer
-from rcllm.serve.screen import busy, console, progress, say
+from rcllm.serve.request_lines import STDIO, Failure
+from rcllm.serve.screen import busy, console
 from rcllm.serve.tables import facts_table, item_title
 from rcllm.sid.load import load_recommender
 
 _HOW = "What to recommend"
-_SHOWN_FAILURES = 20
 
 
 @spread
@@ -92,29 +93,31 @@ def recommend_command(
     )
     lines = read_recommend_lines(requests, defaults)
     if strict:
-        _raise_first([line for line in lines if isinstance(line, Failure)], requests)
+        raise_first(lines, requests)
     inputs = load_inputs(item_options) if item_options.items or item_options.dataset else None
     recommender = _recommender(engine_options, inputs, codes, style)
-    failed, shown = 0, not explain
-    with writer(out) as write, progress() as bar:
-        task = bar.add_task("recommending", total=len(lines))
-        for answer in _answers(recommender, lines, batch):
-            if isinstance(answer, Failure):
-                if strict:
-                    _raise_first([answer], requests)
-                failed += 1
-                if failed <= _SHOWN_FAILURES:
-                    say(f"{requests}, line {answer.number}: {answer.error}")
-                write(failure_to_json(answer))
-            else:
-                if not shown:
-                    _show(answer, recommender)
-                    shown = True
-                write(recommendation_to_json(answer, receipts=explain))
-            bar.advance(task)
-    if failed:
-        say(f"{failed:,} of {len(lines):,} requests failed; each has a line with its error in the output", "bold red")
-        raise typer.Exit(1)
+    answers = _answers(recommender, lines, batch)
+    write_answers(
+        _first_shown(answers, recommender) if explain else answers,
+        len(lines),
+        partial(recommendation_to_json, receipts=explain),
+        doing="recommending",
+        source=requests,
+        out=out,
+        strict=strict,
+    )
+
+
+def _first_shown(
+    answers: Iterable[RecommendResponse | Failure], recommender: Recommender
+) -> Iterator[RecommendResponse | Failure]:
+    """The same answers; shows the first recommendation."""
+    shown = False
+    for answer in answers:
+        if not shown and not isinstance(answer, Failure):
+            _show(answer, recommender)
+            shown = True
+        yield answer
 
 
 def _recommender(options: EngineOptions, inputs: Inputs | None, codes: Path | None, style: str) -> Recommender:
@@ -193,8 +196,3 @@ def _steps_table(response: RecommendResponse) -> Table:
         counts = (step.num_parents, step.num_children, step.num_dead, step.num_skipped, step.num_kept)
         table.add_row(str(level), *(f"{count:,}" for count in counts))
     return table
-
-
-def _raise_first(failures: Sequence[Failure], path: str) -> None:
-    if failures:
-        raise RequestError(f"{path}, line {failures[0].number}: {failures[0].error}") from None
