@@ -19,7 +19,13 @@ from rcllm.errors import CapacityError, ConfigError, RequestError
 from rcllm.serve.answering import raise_first, write_answers
 from rcllm.serve.inputs import Inputs, load_inputs, make_config
 from rcllm.serve.options import EngineOptions, ItemOptions, spread
-from rcllm.serve.recommend_lines import RecommendLine, read_item_ids, read_recommend_lines, recommendation_to_json
+from rcllm.serve.recommend_lines import (
+    RecommendLine,
+    read_item_ids,
+    read_recommend_lines,
+    recommendation_to_json,
+    without_history,
+)
 from rcllm.serve.request_lines import STDIO, Failure
 from rcllm.serve.screen import busy, console
 from rcllm.serve.tables import facts_table, item_title
@@ -54,6 +60,9 @@ def recommend_command(
         Path | None,
         typer.Option(metavar="FILE", help="None of these items: an id per line.", rich_help_panel=_HOW),
     ] = None,
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="None of the items in the user's history.", rich_help_panel=_HOW)
+    ] = False,
     codes: Annotated[
         Path | None,
         typer.Option(
@@ -81,7 +90,8 @@ def recommend_command(
 
     --model is a folder that `rcllm sid train` made; its catalogue is inside. Example:
 
-    `rcllm recommend --model decoder --in requests.jsonl --out answers.jsonl --n 10 --beam 128 --deny sold-out.txt`
+    `rcllm recommend --model decoder --in requests.jsonl --out answers.jsonl --n 10 --beam 128 --unseen
+    --deny sold-out.txt`
     """
     defaults = RecommendRequest(
         "",
@@ -94,6 +104,8 @@ def recommend_command(
     lines = read_recommend_lines(requests, defaults)
     if strict:
         raise_first(lines, requests)
+    if unseen:
+        lines = [without_history(line) if isinstance(line, RecommendLine) else line for line in lines]
     inputs = load_inputs(item_options) if item_options.items or item_options.dataset else None
     recommender = _recommender(engine_options, inputs, codes, style)
     answers = _answers(recommender, lines, batch)

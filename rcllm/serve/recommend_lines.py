@@ -6,7 +6,7 @@ Knows nothing of engines. Invariant: every row comes out once, as a request or a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rcllm.core import ItemId
@@ -39,6 +39,12 @@ def read_recommend_lines(path: str, defaults: RecommendRequest) -> list[Recommen
     if not lines:
         raise DataError(f"{path}: expected requests, one JSON object per line, got an empty file")
     return lines
+
+
+def without_history(line: RecommendLine) -> RecommendLine:
+    """The same request, which none of the items in its own history may answer."""
+    seen = tuple(event.item_id for event in line.request.history if event.item_id is not None)
+    return replace(line, request=replace(line.request, deny=(*line.request.deny, *seen)))
 
 
 def read_item_ids(path: Path) -> tuple[ItemId, ...]:

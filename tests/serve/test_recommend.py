@@ -88,6 +88,13 @@ def test_files_of_items_hold_for_every_request(run: Run, decoder: Decoder, tmp_p
     assert [sorted(answer["items"]) for answer in answers] == [["i3", "i5"], ["i3"], ["i8"], ["i3", "i5"]]
 
 
+def test_unseen_leaves_out_each_users_own_history(run: Run, decoder: Decoder) -> None:
+    answers = read_lines(run(*decoder.words, "--n", 100, "--unseen").stdout)
+    for i, answer in enumerate(answers):
+        assert not {"i1", f"i{i}"} & set(answer["items"])
+    assert "i0" in answers[3]["items"], "what others have seen is not left out"
+
+
 def test_explain_shows_items_levels_and_the_receipt(run: Run, decoder: Decoder, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     shown = run(*decoder.words, "--explain", "--out", out)
