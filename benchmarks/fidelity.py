@@ -96,7 +96,7 @@ def main() -> None:
 # ---- quality --------------------------------------------------------------------------------------------------------
 
 
-def baselines(name: str, sizes: Sizes, chosen: Options) -> dict[str, float]:
+def baselines(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     """What a ranker must beat, on the same requests."""
     data = dataset(SETS[name])
     pool = training_pool(data)
@@ -316,7 +316,7 @@ def ttft(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str
     metrics: dict[str, float] = {}
     rows: list[list[str]] = []
     num_candidates = 20 if name == "scientific" else 90  # short texts: a prompt of that length holds more of them
-    for variant in tuned_variants():
+    for variant in TEMPLATES:
         with engine_of(variant, LONG_TEMPLATES[variant], data, chosen.seed) as engine:
             requests = paper_shaped(engine, data, name, num_candidates, sizes.timed, chosen.seed)
             names = TTFT_LEVELS if variant == "causal" else ("exact", "full", "blocks")
@@ -364,16 +364,6 @@ def engine_of(
     gc.collect()
 
 
-def tuned_variants() -> list[str]:
-    """The masks for which there is a tuned ranker."""
-    found = [variant for variant in ("causal", "blocks") if adapter_of(variant).is_dir()]
-    for missing in {"causal", "blocks"} - set(found):
-        console.print(
-            f"[yellow]no adapter for the mask {missing}: left out; make one with `rcllm tune --mask {missing}`"
-        )
-    return found
-
-
 def adapter_of(variant: str) -> Path:
     return ROOT / "adapters" / f"smollm2-135m-{variant}"
 
@@ -385,15 +375,9 @@ def flat(level: str) -> str:
     return parsed.name + (str(round(parsed.budget * share)) if share else "")
 
 
-def _on_set(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
-    metrics = baselines(name, sizes, chosen)
-    for variant in tuned_variants():
-        metrics |= quality(name, variant, sizes, chosen, kept)
-    return metrics
-
-
 PARTS: dict[str, Callable[[Sizes, Options, RecordFile], dict[str, float]]] = {
-    **{name: partial(_on_set, name) for name in SETS},
+    **{f"baselines_{name}": partial(baselines, name) for name in SETS},
+    **{f"{variant}_{name}": partial(quality, name, variant) for variant in TEMPLATES for name in SETS},
     "policies_scientific": partial(policies, "scientific"),
     "policies_goodreads": partial(policies, "goodreads"),
     "budgets": partial(budgets, "scientific"),

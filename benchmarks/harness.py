@@ -33,6 +33,7 @@ class Options:
     out: Path
     only: tuple[str, ...] = ()  # parts to run; all where a benchmark has none
     requests: int | None = None  # at most, in each part; None: what the benchmark takes
+    update: bool = False  # keep what `out` has of other parts
 
 
 def options(name: str, question: str, parts: Sequence[str] = ()) -> Options:
@@ -43,10 +44,16 @@ def options(name: str, question: str, parts: Sequence[str] = ()) -> Options:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / f"{name}.json")
     if parts:
         parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="run these parts alone")
+        parser.add_argument("--update", action="store_true", help="keep the figures of the other parts in FILE")
         parser.add_argument("--requests", type=int, help="at most so many requests in each part")
     given = parser.parse_args()
     return Options(
-        given.quick, given.seed, given.out, tuple(getattr(given, "only", ())), getattr(given, "requests", None)
+        given.quick,
+        given.seed,
+        given.out,
+        tuple(getattr(given, "only", ())),
+        getattr(given, "requests", None),
+        getattr(given, "update", False),
     )
 
 
@@ -87,18 +94,22 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def report(name: str, question: str, chosen: Options, metrics: Mapping[str, float]) -> None:
-    """Prints the JSON line and writes it to `chosen.out`."""
+    """Prints the JSON line and writes it to `chosen.out`, beside what it has of other parts where that is asked for."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    result = {
+    kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.update and chosen.out.exists() else None
+    if kept and (kept["seed"], kept["quick"]) != (chosen.seed, chosen.quick):
+        raise SystemExit(f"{chosen.out} was made with other settings; leave out --update")
+    result: dict[str, object] = {
         "name": name,
         "question": question,
         "commit": commit.stdout.strip() or "unknown",
         "hardware": dataclasses.asdict(describe_hardware()),
         "seed": chosen.seed,
         "quick": chosen.quick,
-        "metrics": {key: round(float(value), 6) for key, value in metrics.items()},
+        "parts": [*(kept or {}).get("parts", []), {"commit": commit.stdout.strip(), "ran": list(chosen.only)}],
+        "metrics": {**(kept or {}).get("metrics", {}), **{k: round(float(value), 6) for k, value in metrics.items()}},
     }
     line = json.dumps(result)
     print(line)
