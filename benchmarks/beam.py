@@ -397,7 +397,7 @@ def _under_updates(
     changing: Runs = []
     large.recommend(ask(rng, known, 250))
     changes = _changes(live.epoch(), rng)
-    for _ in range(4):
+    for _ in range(3 if chosen.quick else 10):
         for runs, update in ((still, False), (changing, True)):
             stop = threading.Event()
             writer = threading.Thread(target=_keep_changing, args=(live, changes, stop))

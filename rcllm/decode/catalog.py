@@ -6,6 +6,8 @@ derived from it by merging sorted arrays, beside the requests that read it and w
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +19,14 @@ import numpy.typing as npt
 
 from rcllm.core import BoolArray, IntArray, ItemId
 from rcllm.decode.allowed import Allowed, Shelf
+from rcllm.decode.gather import gathered
 from rcllm.decode.item_ids import ItemIds
 from rcllm.decode.trie import Places, Trie
 from rcllm.decode.updates import Update, UpdateLog, merged
 from rcllm.errors import DataError, RcllmError, RequestError, UnknownItemError
 
 MIN_LEVELS, MAX_LEVELS = 2, 6
+_WORKER_NICE = 19  # requests that run come first: a forward pass waits for the slowest of its threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +155,8 @@ class Catalog:
         added = tuple(add)
         codes_added = self._checked(add)
         codes = np.concatenate([self.codes[keep], codes_added])
-        kept_places = keep[self.shelf.order]
-        order = moved[self.shelf.order[kept_places]]
+        kept_places = gathered(keep, self.shelf.order)
+        order = gathered(moved, self.shelf.order[kept_places])
         # places among the old items, less those that leave before them
         gone = np.concatenate([[0], np.cumsum(~kept_places)])
         sorted_added = np.lexsort(codes_added.T[::-1])
@@ -161,7 +165,7 @@ class Catalog:
         item_ids = self.item_ids.changed(keep, added)
         if (twice := item_ids.twice()) is not None:
             raise DataError(f"expected a new item, got {twice!r} again; remove it first to change its codes")
-        shelf = Shelf.full(Trie.of_sorted(codes[order], self.sizes), order)
+        shelf = Shelf.full(Trie.of_sorted(gathered(codes, order), self.sizes), order)
         if self.shelf.offered is not None:
             shelf = shelf.offering(np.concatenate([self.enabled[keep], np.ones(len(added), np.bool_)]))
         return Catalog(item_ids, codes, self.sizes, self.epoch, shelf)
@@ -311,6 +315,8 @@ class LiveCatalog:
         return there | {item_id for item_id in item_ids if self._known.get(item_id)}
 
     def _work(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # where threads have priorities of their own (Linux)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _WORKER_NICE)
         while True:
             with self._changed:
                 taken, self._waiting = self._waiting, []

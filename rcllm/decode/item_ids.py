@@ -14,6 +14,7 @@ from typing import overload
 import numpy as np
 
 from rcllm.core import BoolArray, IntArray, ItemId
+from rcllm.decode.gather import gathered
 from rcllm.decode.trie import Places
 
 
@@ -100,8 +101,8 @@ class ItemIds(Sequence[ItemId]):
     def changed(self, keep: BoolArray, added: Sequence[ItemId]) -> ItemIds:
         """Those that `keep` [items] says, in their order, then `added`."""
         moved = np.cumsum(keep, dtype=np.int32) - np.int32(1)
-        kept = keep[self._numbers]
-        hashes, numbers = self._hashes[kept], moved[self._numbers[kept]]
+        kept = gathered(keep, self._numbers)
+        hashes, numbers = self._hashes[kept], gathered(moved, self._numbers[kept])
         names, slots = self._names, self._slots[keep]
         if len(names.all) > 2 * (len(slots) + len(added)):  # mostly names of items that are gone
             names, slots = _Names([names.all[slot] for slot in slots.tolist()]), np.arange(len(slots), dtype=np.int32)

@@ -38,9 +38,14 @@ class Recommender:
     def __init__(
         self, engine: Engine, catalogue: LiveCatalog, tokens: CodeTokens, limits: BeamLimits | None = None
     ) -> None:
-        """`tokens`: which token of the model's vocabulary stands for which code. Raises ConfigError."""
+        """`tokens`: which token of the model's vocabulary stands for which code. Raises ConfigError.
+
+        Batches overlap where the device is not the host itself: on a CPU both would want the same cores
+        (`benchmarks.beam`, part `overlap`).
+        """
         self.engine, self.catalogue, self.tokens = engine, catalogue, tokens
-        self.limits = limits or BeamLimits(engine.config.cache.pass_tokens)
+        apart = engine.decoder.device.type != "cpu"
+        self.limits = limits or BeamLimits(engine.config.cache.pass_tokens, num_overlapped=2 if apart else 1)
         _check_tokens(tokens, catalogue.epoch(), engine.decoder.spec.vocab_size)
         self._turns = Turns()
         self._filters = _Filters()
