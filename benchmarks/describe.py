@@ -17,7 +17,7 @@ import dataclasses
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from benchmarks.describe_setup import (
     user_profile,
     user_scenarios,
 )
-from benchmarks.harness import Options, console, dataset, options, report, show, timed
+from benchmarks.harness import Options, console, dataset, keep, options, report, show, timed
 from rcllm.core import ItemId, UserId
 from rcllm.data import Dataset
 from rcllm.decode.draft import PromptLookup
@@ -54,7 +54,8 @@ from rcllm.sid.embed import SentenceEncoder, fetch_minilm
 QUESTION = (
     "Tokens/s of strict and relaxed speculation over plain decoding, and what relaxed text is worth to a click model"
 )
-PARTS = ("speed", "exact", "cold", "groups", "hf", "ctr")
+SCENARIOS = ("refresh", "new_users", "knowledge")
+PARTS = (*SCENARIOS, "exact", "cold", "groups", "hf", "ctr")
 MODES = {"plain": NONE, "strict": STRICT, "relaxed": RELAXED}
 HEADLINE = "refresh"
 
@@ -80,23 +81,21 @@ def main() -> None:
     data = dataset("movielens_100k")
     bench = Workbench("user", sizes.max_tokens, data)
     scenarios = user_scenarios(data, max(sizes.tested.values()), sizes.earlier)
+    parts: dict[str, Callable[[], dict[str, float]]] = {
+        "refresh": lambda: decoding(bench, "refresh", scenarios, sizes),
+        "new_users": lambda: named(decoding(bench, "new_users", scenarios, sizes), "_new_users"),
+        "knowledge": lambda: named(decoding(bench, "knowledge", scenarios, sizes), "_knowledge"),
+        "cold": lambda: cold(bench, scenarios[HEADLINE].tested[: sizes.cold]),
+        "hf": lambda: peer(bench, scenarios[HEADLINE], sizes.peer),
+        "exact": lambda: exact(bench, user_scenarios(data, sizes.exact, sizes.earlier)["new_users"]),
+        "groups": lambda: groups(bench, scenarios["new_users"], chosen),
+        "ctr": lambda: clicks(bench, make_clicks(data, replace(sizes.clicks, seed=chosen.seed)), sizes),
+    }
     metrics: dict[str, float] = {}
-    if "speed" in chosen.only:
-        metrics |= floor(bench)
-        for name in (HEADLINE,) if chosen.quick else tuple(scenarios):
-            metrics |= named(speed(bench, scenarios[name], sizes), "" if name == HEADLINE else f"_{name}")
-        if not chosen.quick and (scenario := knowledge_scenario(max(sizes.tested.values()), sizes.earlier)):
-            metrics |= named(speed(Workbench("item", sizes.max_tokens, data), scenario, sizes), "_knowledge")
-    if "exact" in chosen.only:
-        metrics |= exact(bench, user_scenarios(data, sizes.exact, sizes.earlier)["new_users"])
-    if "cold" in chosen.only:
-        metrics |= cold(bench, scenarios[HEADLINE].tested[: sizes.cold])
-    if "groups" in chosen.only:
-        metrics |= groups(bench, scenarios["new_users"], chosen)
-    if "hf" in chosen.only:
-        metrics |= peer(bench, scenarios[HEADLINE], sizes.peer)
-    if "ctr" in chosen.only:
-        metrics |= clicks(bench, make_clicks(data, replace(sizes.clicks, seed=chosen.seed)), sizes)
+    for name, measure in parts.items():
+        if name in chosen.only and not (chosen.quick and name in ("new_users", "knowledge")):
+            metrics |= measure()
+            keep("describe", QUESTION, chosen, metrics)
     report("describe", QUESTION, chosen, metrics)
 
 
@@ -141,6 +140,13 @@ def run(writer: GeneratorWriter, profiles: Sequence[Profile], spent: Spent) -> l
     took, found = timed(writer.generator.generate, requests)
     spent.add(took, found)
     return found
+
+
+def decoding(bench: Workbench, name: str, scenarios: Mapping[str, Scenario], sizes: Sizes) -> dict[str, float]:
+    if name != "knowledge":
+        return {**floor(bench), **speed(bench, scenarios[name], sizes)}
+    found = knowledge_scenario(max(sizes.tested.values()), sizes.earlier)
+    return speed(Workbench("item", sizes.max_tokens, bench.data), found, sizes) if found else {}
 
 
 def speed(bench: Workbench, scenario: Scenario, sizes: Sizes) -> dict[str, float]:

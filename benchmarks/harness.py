@@ -95,23 +95,27 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def report(name: str, question: str, chosen: Options, metrics: Mapping[str, float]) -> None:
     """Prints the JSON line and writes it to `chosen.out`, beside what it has of other parts where that is asked for."""
+    print(keep(name, question, chosen, metrics))
+
+
+def keep(name: str, question: str, chosen: Options, metrics: Mapping[str, float]) -> str:
+    """Writes what is known so far, so that a long run that is cut short loses one part alone; returns the JSON line."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.update and chosen.out.exists() else None
+    kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.update and chosen.out.exists() else {}
     if kept and (kept["seed"], kept["quick"]) != (chosen.seed, chosen.quick):
         raise SystemExit(f"{chosen.out} was made with other settings; leave out --update")
-    result: dict[str, object] = {
+    result = {
         "name": name,
         "question": question,
         "commit": commit.stdout.strip() or "unknown",
         "hardware": dataclasses.asdict(describe_hardware()),
         "seed": chosen.seed,
         "quick": chosen.quick,
-        "parts": [*(kept or {}).get("parts", []), {"commit": commit.stdout.strip(), "ran": list(chosen.only)}],
-        "metrics": {**(kept or {}).get("metrics", {}), **{k: round(float(value), 6) for k, value in metrics.items()}},
+        "metrics": {**kept.get("metrics", {}), **{key: round(float(value), 6) for key, value in metrics.items()}},
     }
     line = json.dumps(result)
-    print(line)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(line + "\n", encoding="utf-8")
+    return line
