@@ -71,7 +71,7 @@ class Sizes:
     clicks: ClicksConfig
 
 
-FULL = Sizes(100, 120, {1: 12, 4: 16, 16: 32}, 200, 10, 10, ClicksConfig(users=300, items=150))
+FULL = Sizes(100, 120, {1: 12, 4: 16, 16: 32}, 200, 6, 6, ClicksConfig(users=300, items=150))
 QUICK = Sizes(32, 16, {1: 2, 4: 4, 16: 16}, 16, 2, 2, ClicksConfig(users=20, items=12, targets=2, negatives=2))
 
 
