@@ -310,28 +310,28 @@ def _cached_blocks(engine: Engine, requests: Sequence[RankRequest]) -> Iterator[
         yield engine.prompter.event_block(item, "history_first")
 
 
-def ttft(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+def ttft(name: str, variant: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     """Paper-shaped prompts, one request at a time, items warm, users new; level `exact` is prefix caching."""
     data = dataset(SETS[name])
     metrics: dict[str, float] = {}
     rows: list[list[str]] = []
     num_candidates = 20 if name == "scientific" else 90  # short texts: a prompt of that length holds more of them
-    for variant in TEMPLATES:
-        with engine_of(variant, LONG_TEMPLATES[variant], data, chosen.seed) as engine:
-            requests = paper_shaped(engine, data, name, num_candidates, sizes.timed, chosen.seed)
-            names = TTFT_LEVELS if variant == "causal" else ("exact", "full", "blocks")
-            asked = {level: replace(POINTWISE, level=Level.parse(level)) for level in names}
-            found = evaluate_timed(engine, requests, list(asked.values()), kept)
-            full, exact = found[asked["full"]], found[asked["exact"]]
-            for level, option in asked.items():
-                took = timing(found[option], full, exact)
-                metrics[f"ttft_speedup_{flat(level)}_{variant}_{name}"] = took.speedup_exact
-                fresh = statistics.median(record.num_fresh for record in found[option])
-                rows.append([variant, level, f"{fresh:.0f}", f"{took.ttft_ms:.0f}", f"{took.speedup_exact:.2f}×"])
-            metrics[f"ttft_prompt_tokens_{name}"] = statistics.median(record.num_tokens for record in full)
-    tokens = metrics[f"ttft_prompt_tokens_{name}"]
-    columns = ["mask", "level", "fresh tokens", "P50 ms", "over prefix caching"]
-    show(f"TTFT, {name}, {num_candidates} candidates, {tokens:.0f} tokens, {sizes.timed} requests", columns, rows)
+    with engine_of(variant, LONG_TEMPLATES[variant], data, chosen.seed) as engine:
+        requests = paper_shaped(engine, data, name, num_candidates, sizes.timed, chosen.seed)
+        names = TTFT_LEVELS if variant == "causal" else ("exact", "full", "blocks")
+        asked = {level: replace(POINTWISE, level=Level.parse(level)) for level in names}
+        found = evaluate_timed(engine, requests, list(asked.values()), kept)
+        full, exact = found[asked["full"]], found[asked["exact"]]
+        for level, option in asked.items():
+            took = timing(found[option], full, exact)
+            metrics[f"ttft_speedup_{flat(level)}_{variant}_{name}"] = took.speedup_exact
+            fresh = statistics.median(record.num_fresh for record in found[option])
+            rows.append([level, f"{fresh:.0f}", f"{took.ttft_ms:.0f}", f"{took.speedup_exact:.2f}×"])
+    tokens = statistics.median(record.num_tokens for record in full)
+    metrics |= {f"ttft_prompt_tokens_{variant}_{name}": tokens, f"ttft_num_{variant}_{name}": len(requests)}
+    columns = ["level", "fresh tokens", "P50 ms", "over prefix caching"]
+    title = f"TTFT, {name}, {variant} mask, {num_candidates} candidates, {tokens:.0f} tokens, {len(requests)} requests"
+    show(title, columns, rows)
     return metrics
 
 
@@ -383,7 +383,7 @@ PARTS: dict[str, Callable[[Sizes, Options, RecordFile], dict[str, float]]] = {
     "budgets": partial(budgets, "scientific"),
     "untuned": untuned,
     "contexts": contexts,
-    **{f"ttft_{name}": partial(ttft, name) for name in SETS},
+    **{f"ttft_{variant}_{name}": partial(ttft, name, variant) for variant in TEMPLATES for name in SETS},
 }
 
 
