@@ -221,6 +221,11 @@ class Prompt:
         return sum(len(block) for block in self.blocks)
 
     @property
+    def token_ids(self) -> TokenIds:
+        """All tokens, block after block."""
+        return tuple(token for block in self.blocks for token in block.token_ids)
+
+    @property
     def isolated(self) -> bool:
         """Whether the candidates do not see each other, so that none stands nearer to the question than the others."""
         items = [i for i, block in enumerate(self.blocks) if block.kind is BlockKind.ITEM]

@@ -156,6 +156,11 @@ class GenerateRequest:
     level: Level | None = None  # reuse of the prompt; None: exact
     history_mode: HistoryMode = "chain"
 
+    @property
+    def opening(self) -> OpenRequest:
+        """The prompt that is answered."""
+        return OpenRequest(self.request_id, self.history, self.user_id, self.level, self.history_mode)
+
 
 @dataclass(frozen=True, slots=True)
 class Divergence:

@@ -17,7 +17,7 @@ from rcllm.core import IntArray
 from rcllm.decode.top_beam import reorder_in_place
 from rcllm.model.attention import Attended
 from rcllm.model.rope import Rope
-from rcllm.model.segments import Group, Segment
+from rcllm.model.segments import Group, Segment, copy_segments
 from rcllm.model.spec import ModelSpec
 
 SCRAP = 32  # tokens of a segment, on average, below which a prompt is joined before beams read it again and again
@@ -74,18 +74,14 @@ class StepBuffer:
         return Attended(output.flatten(1).to(qkv.dtype), lse.flatten(1))
 
 
-@torch.inference_mode()
 def joined(segments: tuple[Segment, ...], rope: Rope, dtype: torch.dtype) -> tuple[Segment, ...]:
     """The same tokens as one segment, where they lie in scraps: every step of every layer would pay for each scrap."""
-    num_tokens = sum(segment.stop - segment.start for segment in segments)
+    num_tokens = sum(map(len, segments))
     if len(segments) == 1 or num_tokens >= SCRAP * len(segments):
         return segments
-    kv = torch.cat([s.kv[:, :, :, s.start : s.stop].to(dtype) for s in segments], dim=3)
-    bases = torch.tensor([s.base for s in segments], device=kv.device)
-    lengths = torch.tensor([s.stop - s.start for s in segments], device=kv.device)
-    by = bases.repeat_interleave(lengths)
-    for layer in kv:  # one at a time, which stays in the caches
-        layer[0] = rope.shift(layer[0].transpose(0, 1), by).transpose(0, 1)
+    of = segments[0].kv
+    kv = torch.empty((*of.shape[:3], num_tokens, of.shape[4]), dtype=dtype, device=of.device)
+    copy_segments(segments, rope, kv)
     return (Segment(kv, 0, 0, num_tokens, 0),)
 
 

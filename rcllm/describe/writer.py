@@ -12,10 +12,10 @@ from pathlib import Path
 from blake3 import blake3
 
 from rcllm import __version__
-from rcllm.core import Item, ItemId, UserId
+from rcllm.core import Item, ItemId, TokenIds, UserId
 from rcllm.decode.draft import Drafter
 from rcllm.decode.suffix_pool import Sharing
-from rcllm.decoding import Generated, GenerateRequest, OpenRequest
+from rcllm.decoding import Generated, GenerateRequest
 from rcllm.describe.groups import GroupOptions, Router, build_router, one_group
 from rcllm.describe.groups import Profile as Grouped
 from rcllm.describe.job import Answer, DescribeOptions, Provenance, generation
@@ -60,9 +60,9 @@ class GeneratorWriter:
         self._writing = {str(profile.row): profile for profile in profiles}
         return [self._request(profile, seed) for profile, seed in zip(profiles, seeds, strict=True)]
 
-    def prompt_ids(self, profile: Profile) -> list[int]:
+    def prompt_ids(self, profile: Profile) -> TokenIds:
         """Raises RequestError for a profile that cannot be answered."""
-        return self._prompt(self._request(profile, 0))
+        return self._prompt_ids(self._request(profile, 0))
 
     def save(self, path: Path) -> None:
         if self.pools is not None:
@@ -87,16 +87,15 @@ class GeneratorWriter:
         user = UserId(profile.name) if self.options.kind == "user" else None
         return GenerateRequest(str(profile.row), profile.events, user, generation(self.options, seed))
 
-    def _prompt(self, request: GenerateRequest) -> list[int]:
-        asked = OpenRequest(request.request_id, request.history, request.user_id, request.level, request.history_mode)
-        return [token for block in self.engine.prompter.build_open(asked).blocks for token in block.token_ids]
+    def _prompt_ids(self, request: GenerateRequest) -> TokenIds:
+        return self.engine.prompter.build_open(request.opening).token_ids
 
     def _drafter(self, request: GenerateRequest) -> Drafter | None:
         if self.pools is None:
             return None
         profile = to_route(self._writing[request.request_id], self.options.kind, self.engine.prompter.catalogue)
         private = self._sharing == "own"
-        return self.pools.drafter_for(profile, self._prompt(request), private=private)
+        return self.pools.drafter_for(profile, self._prompt_ids(request), private=private)
 
 
 def to_route(profile: Profile, kind: Kind, catalogue: Mapping[ItemId, Item]) -> Grouped:

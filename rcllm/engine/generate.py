@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rcllm.core import Prompt
 from rcllm.decode.draft import EMPTY, Drafter, DraftTree
 from rcllm.decode.sample import Draw, drawn, judge, likeliest, uniform
 from rcllm.decode.verify import Accepted, accept, accept_relaxed, subtree
-from rcllm.decoding import Generated, GenerateOptions, GenerateReceipt, GenerateRequest, OpenRequest
+from rcllm.decoding import Generated, GenerateOptions, GenerateReceipt, GenerateRequest
 from rcllm.engine.draft_budget import DraftBudget, Drafted
 from rcllm.engine.ending import Ending
 from rcllm.engine.engine import Engine
@@ -66,14 +67,13 @@ class _Waiting:
 
     number: int
     request: GenerateRequest
-    asked: OpenRequest
-    num_prompt: int  # tokens
+    prompt: Prompt
     most_tokens: int  # of the answer
 
     @property
     def capacity(self) -> int:
         """Tokens of KV; the last one of the answer needs none."""
-        return self.num_prompt + self.most_tokens - 1
+        return self.prompt.num_tokens + self.most_tokens - 1
 
 
 class Generator:
@@ -137,10 +137,9 @@ class Generator:
 
     def _waiting(self, number: int, request: GenerateRequest) -> _Waiting:
         check(request.options)
-        asked = OpenRequest(request.request_id, request.history, request.user_id, request.level, request.history_mode)
-        num_prompt = self.engine.prompter.build_open(asked).num_tokens
-        room = self.engine.decoder.max_positions - num_prompt + 1  # the prompt itself gives the first token
-        return _Waiting(number, request, asked, num_prompt, min(request.options.max_tokens, room))
+        prompt = self.engine.prompter.build_open(request.opening)
+        room = self.engine.decoder.max_positions - prompt.num_tokens + 1  # the prompt itself gives the first token
+        return _Waiting(number, request, prompt, min(request.options.max_tokens, room))
 
 
 class _Run:
@@ -185,8 +184,8 @@ class _Run:
     def _opens_with(self, waiting: _Waiting, others: Sequence[_Waiting]) -> bool:
         """Whether a prompt is computed in one pass with others: of one level, within a pass and half of the pool."""
         most = min(self._engine.config.cache.pass_tokens, self._most_pool_tokens)
-        num_tokens = sum(other.num_prompt for other in others) + waiting.num_prompt
-        return waiting.asked.level == others[0].asked.level and num_tokens <= most
+        num_tokens = sum(each.prompt.num_tokens for each in (*others, waiting))
+        return waiting.request.level == others[0].request.level and num_tokens <= most
 
     def _peek(self) -> _Waiting | None:
         if not self._next and (waiting := next(self._source, None)):
@@ -197,10 +196,10 @@ class _Run:
         """Computes prompts, and with them the first token of their answers."""
         before = self._watch.read_ms()
         drafters = [self._drafter(waiting.request) for waiting in entering]
-        with self._watch.stage("open"), self._engine.open([waiting.asked for waiting in entering]) as batch:
+        with self._watch.stage("open"), self._engine.open([waiting.prompt for waiting in entering]) as batch:
             for waiting, opened in zip(entering, batch.prompts, strict=True):
                 kv = self._kv[waiting.number] = SequenceKV(self._decoder, waiting.capacity)
-                kv.fill(self._decoder, opened.segments)
+                kv.fill(opened.segments, self._decoder.rope)
             hidden = torch.stack([opened.hidden for opened in batch.prompts])
         admitted = [self._enter(*each, before) for each in zip(entering, batch.prompts, drafters, strict=True)]
         with self._watch.stage("readout"):

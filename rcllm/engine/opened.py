@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
 
-from rcllm.core import ContentKey, Piece
+from rcllm.core import ContentKey
 from rcllm.model.decoder import Keep, Passed
 from rcllm.model.segments import Segment
 from rcllm.reuse.assemble import Assembled, Planned, fresh_runs
@@ -74,16 +73,6 @@ def _segments(
             run, kv = next(fresh)
             segments.append(Segment(kv.contiguous(), run.base, 0, len(piece), number))
         else:
-            segments.append(Segment(blocks[piece.key], _base(planned, piece), piece.start, piece.stop, number))
+            base = planned.prompt.blocks[piece.block].base
+            segments.append(Segment(blocks[piece.key], base, piece.start, piece.stop, number))
     return segments
-
-
-def _base(planned: Planned, piece: Piece) -> int:
-    return planned.prompt.blocks[piece.block].base
-
-
-def sees_all(num_segments: int, num_blocks: int) -> np.ndarray:
-    """[segments + blocks]², for groups whose blocks all see the whole prompt and nothing of each other."""
-    sees = np.zeros((num_segments + num_blocks,) * 2, dtype=np.bool_)
-    sees[num_segments:, :num_segments] = True
-    return sees

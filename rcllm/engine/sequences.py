@@ -19,7 +19,8 @@ from rcllm.engine.draft_budget import Trust
 from rcllm.engine.ending import Ending
 from rcllm.engine.opened import Opened
 from rcllm.model.decoder import Decoder, Keep, Pass
-from rcllm.model.segments import Group, Segment
+from rcllm.model.rope import Rope
+from rcllm.model.segments import Group, Segment, copy_segments
 
 # the one row of a sequence without drafts: it sees all of segment 0
 _BLOCK, _OFFSET = np.ones(1, np.int32), np.zeros(1, np.int32)
@@ -36,19 +37,10 @@ class SequenceKV:
         self.kv = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
         self.length = 0
 
-    @torch.inference_mode()
-    def fill(self, decoder: Decoder, segments: Sequence[Segment]) -> None:
+    def fill(self, segments: Sequence[Segment], rope: Rope) -> None:
         """Copies an opened prompt: one segment is quicker to read, again and again, than its many blocks."""
-        for segment in segments:
-            stop = self.length + segment.stop - segment.start
-            self.kv[:, :, :, self.length : stop] = segment.kv[:, :, :, segment.start : segment.stop]
-            self.length = stop
-        device = decoder.device
-        bases = torch.tensor([segment.base for segment in segments], device=device)
-        lengths = torch.tensor([segment.stop - segment.start for segment in segments], device=device)
-        by = bases.repeat_interleave(lengths)
-        for layer in self.kv[:, 0, :, : self.length]:  # one at a time, which stays in the caches
-            layer.copy_(decoder.rope.shift(layer.transpose(0, 1), by).transpose(0, 1))
+        self.length = sum(map(len, segments))
+        copy_segments(segments, rope, self.kv[:, :, :, : self.length])
 
     @torch.inference_mode()
     def append(self, kept: torch.Tensor, rows: Sequence[int]) -> None:
@@ -91,7 +83,7 @@ class Live:
         """number: among the requests; drafter: None where nothing is to be drafted; entered_ms: stage times so far."""
         self.number, self.request, self.opened, self.ending, self.drafter = number, request, opened, ending, drafter
         self.prompt_len = opened.end
-        self.context = [token for block in opened.planned.prompt.blocks for token in block.token_ids]
+        self.context = list(opened.planned.prompt.token_ids)
         self.answer = list[int]()
         self.finish_reason: FinishReason | None = None
         self.counts, self.trust = Counts(), Trust()

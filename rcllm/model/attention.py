@@ -98,10 +98,7 @@ class NativeSegmented:
         segments = [segment for group in groups for segment in group.segments]
         assert all(s.kv.is_contiguous() for s in segments), "KV blocks are contiguous"
         self._kv = [segment.kv for segment in segments]  # keeps the memory behind the pointers alive
-        table = [
-            (s.kv.data_ptr(), s.kv.shape[3], s.start, s.stop - s.start, s.base, _DTYPE_CODES[s.kv.dtype])
-            for s in segments
-        ]
+        table = [(s.kv.data_ptr(), s.kv.shape[3], s.start, len(s), s.base, _DTYPE_CODES[s.kv.dtype]) for s in segments]
         return torch.tensor(table, dtype=torch.int64).reshape(-1, 6)
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
@@ -247,7 +244,7 @@ class Segmented(TorchAttend):
                 continue
             back = torch.full((len(rows),), -segment.base, device=q.device)
             keys, values = segment.kv[layer, :, :, segment.start : segment.stop].transpose(1, 2)  # views [keys, KV, D]
-            seen = torch.ones(len(rows), segment.stop - segment.start, dtype=torch.bool, device=q.device)
+            seen = torch.ones(len(rows), len(segment), dtype=torch.bool, device=q.device)
             some = self.part(self.rope.shift(q[rows], back), keys, values, seen)
             output, lse = torch.zeros_like(parts[0].output), torch.full_like(parts[0].lse, -math.inf)
             output[rows], lse[rows] = some.output, some.lse
@@ -271,7 +268,7 @@ class Gather(TorchAttend):
     ) -> Attended:
         sees_segment, mask = masks
         if group.segments:
-            lengths = [s.stop - s.start for s in group.segments]
+            lengths = [len(s) for s in group.segments]
             cached = torch.cat([s.kv[layer, :, :, s.start : s.stop] for s in group.segments], dim=2)  # [2, KV, keys, D]
             self.bytes_copied += cached.numel() * cached.element_size()
             keys, values = cached.to(q.dtype).transpose(1, 2)
@@ -329,7 +326,7 @@ def _scattered(groups: Sequence[Group]) -> bool:
     """
     segments = [segment for group in groups for segment in group.segments]
     num_blocks = sum(len({segment.block for segment in group.segments}) for group in groups)
-    num_tokens = sum(segment.stop - segment.start for segment in segments)
+    num_tokens = sum(map(len, segments))
     if len(segments) <= 1.5 * num_blocks or num_tokens >= SCRAP * len(segments):
         return False
     masks = [group.segment_mask() for group in groups]

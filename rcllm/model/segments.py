@@ -7,6 +7,7 @@ segment, never both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from rcllm.core import BoolArray, IntArray
+from rcllm.model.rope import Rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,9 @@ class Segment:
     start: int
     stop: int
     block: int  # which block of the group it belongs to
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
     @property
     def num_bytes(self) -> int:
@@ -86,7 +91,7 @@ class Keys:
 
     @classmethod
     def of(cls, group: Group) -> Keys:
-        lengths = np.array([s.stop - s.start for s in group.segments], dtype=np.int64)
+        lengths = np.array([len(s) for s in group.segments], dtype=np.int64)
         blocks = np.repeat(np.array([s.block for s in group.segments], dtype=np.int32), lengths)
         offsets = [np.arange(s.start, s.stop, dtype=np.int32) for s in group.segments]
         block, offset = np.concatenate([blocks, group.block]), np.concatenate([*offsets, group.offset])
@@ -94,3 +99,15 @@ class Keys:
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
         return cls(block[order], offset[order], place[np.cumsum(lengths) - lengths], place[len(blocks) :])
+
+
+@torch.inference_mode()
+def copy_segments(segments: Sequence[Segment], rope: Rope, out: torch.Tensor) -> None:
+    """Copies segments one after the other into out [layers, 2, kv_heads, tokens, D], keys turned to their positions."""
+    lengths = [len(segment) for segment in segments]
+    for segment, to in zip(segments, out.split(lengths, dim=3), strict=True):
+        to.copy_(segment.kv[:, :, :, segment.start : segment.stop])
+    bases = torch.tensor([segment.base for segment in segments], device=out.device)
+    by = bases.repeat_interleave(torch.tensor(lengths, device=out.device))
+    for keys in out[:, 0]:  # one layer at a time, which stays in the caches
+        keys.copy_(rope.shift(keys.transpose(0, 1), by).transpose(0, 1))

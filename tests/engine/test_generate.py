@@ -48,8 +48,7 @@ def several(**options: object) -> list[GenerateRequest]:
 
 
 def prompt_of(engine: Engine, request: GenerateRequest) -> list[int]:
-    opened = OpenRequest(request.request_id, request.history, request.user_id, request.level, request.history_mode)
-    return [token for block in engine.prompter.build_open(opened).blocks for token in block.token_ids]
+    return list(engine.prompter.build_open(request.opening).token_ids)
 
 
 def tokens(answers: Sequence[Generated]) -> list[tuple[int, ...]]:
@@ -378,7 +377,7 @@ def test_the_buffer_equals_the_kv_of_a_full_recompute(any_engine: Engine) -> Non
         pass
     kv = SequenceKV(decoder, len(prompt) + 8)
     with engine.open([opened_request]) as batch:  # from cached blocks
-        kv.fill(decoder, batch.prompts[0].segments)
+        kv.fill(batch.prompts[0].segments, decoder.rope)
     tree = DraftTree(np.array([9, 8, 7, 6, 5], np.int32), np.array([0, 0, 1, 3, 3], np.int32), np.ones(5, np.float32))
     passed = engine.forward(next_pass([kv.segment], [11], [len(prompt)], [tree]))
     accepted = accept(tree, [9, 7, 0, 5, 0, 3])

@@ -3,16 +3,14 @@
 import copy
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-from rcllm.core import Event, IntArray, Level, UserId
+from rcllm.core import Event, Level, UserId
+from rcllm.decode.beam_kv import beam_group
 from rcllm.decoding import OpenRequest
-from rcllm.engine.opened import sees_all
 from rcllm.errors import ConfigError
 from rcllm.model.decoder import Pass
-from rcllm.model.segments import Group
 from tests.engine.tiny import IDS, NATIVE, TORCH, fresh, request
 
 
@@ -27,14 +25,13 @@ def test_the_hidden_state_and_the_next_token_equal_the_plain_sequence(family: st
     for _ in range(2):  # the second time instruction and histories are cached
         with engine.open(asked) as batch:
             for request, found in zip(asked, batch.prompts, strict=True):
-                tokens = [t for b in engine.prompter.build_open(request).blocks for t in b.token_ids]
+                tokens = engine.prompter.build_open(request).token_ids
                 assert found.end == len(tokens)
-                assert sum(s.stop - s.start for s in found.segments) == len(tokens)
+                assert sum(map(len, found.segments)) == len(tokens)
                 expected = engine.decoder.full_logits([*tokens, 7])
                 assert torch.allclose(engine.decoder.logits(found.hidden[None])[0], expected[-2], atol=1e-4)
-                rows, sees = torch.tensor([0]), sees_all(len(found.segments), 1)
-                group = Group(found.segments, *_single(len(found.segments)), sees)
-                passed = engine.forward(Pass(torch.tensor([7]), torch.tensor([found.end]), [group], rows))
+                group = beam_group(found.segments, 1)
+                passed = engine.forward(Pass(torch.tensor([7]), torch.tensor([found.end]), [group], torch.tensor([0])))
                 assert torch.allclose(engine.decoder.logits(passed.hidden)[0], expected[-1], atol=1e-4)
     engine.pool.check()
 
@@ -51,10 +48,6 @@ def test_a_longer_history_extends_the_chain() -> None:
 def test_levels_that_need_candidates_are_refused() -> None:
     with pytest.raises(ConfigError, match="open prompts take"), fresh(NATIVE).open([_ask("a", 1, level="auto")]):
         pass
-
-
-def _single(number: int) -> tuple[IntArray, IntArray]:
-    return np.array([number], np.int32), np.zeros(1, np.int32)
 
 
 def test_an_open_template_ranks_nothing() -> None:

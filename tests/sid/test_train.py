@@ -14,11 +14,12 @@ from rcllm.core import Event
 from rcllm.decoding import OpenRequest, RecommendRequest
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError, ModelError
+from rcllm.model.checkpoint import CHECKPOINT
 from rcllm.model.weights import load_model
 from rcllm.sid.load import load_recommender
 from rcllm.sid.model_folder import load_catalog
 from rcllm.sid.network import NetworkConfig
-from rcllm.sid.train import CHECKPOINT, TrainConfig, Trainer
+from rcllm.sid.train import TrainConfig, Trainer
 from rcllm.sid.vocabulary import items_of_codes, sid_text
 from tests.sid.toys import HELD_OUT, IDS, NUM_ITEMS, QUICK, SIZES, TRAIN, toy_catalog, toy_codes
 
@@ -38,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _best(engine: Engine, history: Sequence[int]) -> int:
     """The item whose codes are the most likely continuation, by plain sequences."""
     prompt = engine.prompter.build_open(OpenRequest("r", tuple(Event(IDS[i]) for i in history)))
-    tokens = [token for block in prompt.blocks for token in block.token_ids]
+    tokens = list(prompt.token_ids)
     scores = []
     for codes in toy_codes().tolist():
         ids = engine.prompter.tokenizer.encode(sid_text(codes))
@@ -73,7 +74,7 @@ def test_prompts_are_beginnings_of_training_sequences(trained: Path) -> None:
     engine, trainer = _engine(trained), _trainer(trained)
     for history in ([], [3], [4, 2, 11]):
         prompt = engine.prompter.build_open(OpenRequest("r", tuple(Event(IDS[i]) for i in history)))
-        tokens = [token for block in prompt.blocks for token in block.token_ids]
+        tokens = list(prompt.token_ids)
         assert tokens == trainer.sequences.prompt(history).tolist()
         assert tokens == trainer.sequences.sequence([*history, 7])[: len(tokens)].tolist()
 
@@ -133,7 +134,7 @@ def test_a_restart_changes_nothing(tmp_path: Path) -> None:
     ]
     for name, tensor in whole.network.state_dict().items():
         assert torch.equal(tensor, again.network.state_dict()[name]), name
-    assert not list(parts.glob("*.part"))
+    assert not list(parts.glob(".*.partial"))
 
 
 def test_another_run_in_the_same_folder_is_refused(trained: Path, tmp_path: Path) -> None:
