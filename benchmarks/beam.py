@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +25,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks.harness import Options, dataset, options, percentile, report, show, timed
+from benchmarks.harness import Options, dataset, options, percentile, run_parts, show, timed
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core import Event, IntArray, Item, ItemId, Level
 from rcllm.decode.beam_kv import StepBuffer
@@ -100,6 +101,12 @@ class Tally:
             self.invalid += sum(number is None or not offered[number] for number in numbers)
             self.invalid += sum(item in barred for item in answer.items)
             self.invalid += len(answer.items) - len(set(answer.items))
+
+    def after(self, part: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Runs a part; what it measured, and what was looked at so far."""
+        metrics = part()
+        counts = {"invalid_items": self.invalid, "answers_checked": self.answers, "items_checked": self.items}
+        return metrics | counts
 
 
 def random_catalog(num_items: int, seed: int) -> Catalog:
@@ -189,7 +196,7 @@ def against_peer(
     equal = 0
     for request in requests:
         opened = OpenRequest(request.request_id, request.history)
-        prompt = [t for block in recommender.engine.prompter.build_open(opened).blocks for t in block.token_ids]
+        prompt = list(recommender.engine.prompter.build_open(opened).token_ids)
         seconds, answer = timed(recommender.recommend, request)
         took["ours"].append(seconds)
         tally.look([request], [answer], catalog)
@@ -437,23 +444,20 @@ def _step_ms(answer: RecommendResponse) -> float:
 
 def main() -> None:
     chosen = options("beam", QUESTION, PARTS)
-    tally, metrics = Tally(), dict[str, float]()
+    tally = Tally()
     with tempfile.TemporaryDirectory() as held:
         folder = Path(held)
         recommender = random_recommender(folder / "model", random_catalog(NUM_ITEMS, chosen.seed), chosen.seed)
         parts: dict[str, Callable[[], dict[str, float]]] = {
-            "peer": lambda: peer_part(chosen, recommender, tally),
-            "smollm2": lambda: smollm2_part(chosen, folder, tally),
-            "latency": lambda: latency_part(chosen, recommender, tally),
-            "kv": lambda: kv_part(chosen, recommender, tally),
-            "stages": lambda: stages_part(chosen, recommender, tally),
-            "overlap": lambda: overlap_part(chosen, recommender, tally),
-            "catalogues": lambda: catalogues_part(chosen, recommender, tally),
+            "peer": partial(peer_part, chosen, recommender, tally),
+            "smollm2": partial(smollm2_part, chosen, folder, tally),
+            "latency": partial(latency_part, chosen, recommender, tally),
+            "kv": partial(kv_part, chosen, recommender, tally),
+            "stages": partial(stages_part, chosen, recommender, tally),
+            "overlap": partial(overlap_part, chosen, recommender, tally),
+            "catalogues": partial(catalogues_part, chosen, recommender, tally),
         }
-        for name in chosen.only:
-            metrics |= parts[name]()
-    metrics |= {"invalid_items": tally.invalid, "answers_checked": tally.answers, "items_checked": tally.items}
-    report("beam", QUESTION, chosen, metrics)
+        run_parts("beam", QUESTION, chosen, {name: partial(tally.after, part) for name, part in parts.items()})
 
 
 if __name__ == "__main__":

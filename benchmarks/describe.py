@@ -36,7 +36,7 @@ from benchmarks.describe_setup import (
     user_profile,
     user_scenarios,
 )
-from benchmarks.harness import Options, console, dataset, keep, options, report, show, timed
+from benchmarks.harness import Options, console, dataset, options, run_parts, show, timed
 from rcllm.core import ItemId, UserId
 from rcllm.data import Dataset
 from rcllm.decode.draft import PromptLookup
@@ -91,12 +91,9 @@ def main() -> None:
         "groups": lambda: groups(bench, scenarios["new_users"], chosen),
         "ctr": lambda: clicks(bench, make_clicks(data, replace(sizes.clicks, seed=chosen.seed)), sizes),
     }
-    metrics: dict[str, float] = {}
-    for name, measure in parts.items():
-        if name in chosen.only and not (chosen.quick and name in ("new_users", "knowledge")):
-            metrics |= measure()
-            keep("describe", QUESTION, chosen, metrics)
-    report("describe", QUESTION, chosen, metrics)
+    if chosen.quick:
+        del parts["new_users"], parts["knowledge"]
+    run_parts("describe", QUESTION, chosen, parts)
 
 
 def named(metrics: Mapping[str, float], suffix: str) -> dict[str, float]:
@@ -261,7 +258,7 @@ def groups(bench: Workbench, scenario: Scenario, chosen: Options) -> dict[str, f
     writer = bench.writer(NONE, 1)
     catalogue = bench.data.catalogue
     texts = [
-        Text(to_route(profile, "user", catalogue), tuple(writer.prompt_ids(profile)), answer.token_ids)
+        Text(to_route(profile, "user", catalogue), writer.prompt_ids(profile), answer.token_ids)
         for profile, answer in zip(profiles, bench.answers(profiles, NONE), strict=True)
     ]
     router = make_router(profiles, catalogue, 2 if chosen.quick else 8, chosen.seed)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.baselines import Baseline, ItemKnn, Popularity, training_pool
-from benchmarks.harness import ROOT, Options, console, dataset, options, report, show
+from benchmarks.harness import ROOT, Options, console, dataset, options, run_parts, show
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig, context_samples
 from rcllm.core import Block, Level, Policy, RankOptions, RankRequest, Selection
 from rcllm.data import Dataset, Negatives, build_requests, named_items, split_of
@@ -86,11 +86,9 @@ def main() -> None:
     sizes = QUICK if chosen.quick else FULL
     if chosen.requests is not None:
         sizes = Sizes(**{name: min(count, chosen.requests) for name, count in asdict(sizes).items()})
-    metrics: dict[str, float] = {}
     with RecordFile(cache_dir() / "benchmarks" / "fidelity.jsonl") as kept:
-        for name in chosen.only:
-            metrics |= PARTS[name](sizes, chosen, kept)
-    report("fidelity", QUESTION, chosen, metrics)
+        parts = {name: partial(part, sizes, chosen, kept) for name, part in PARTS.items()}
+        run_parts("fidelity", QUESTION, chosen, parts)
 
 
 # ---- quality --------------------------------------------------------------------------------------------------------

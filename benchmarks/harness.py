@@ -21,6 +21,7 @@ from rcllm.fetch import cache_dir
 
 A = TypeVar("A")
 R = TypeVar("R")
+Metrics = Mapping[str, float]
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # real data sets that may not be redistributed, where this machine has them
 console = Console(width=140)
@@ -93,13 +94,22 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def report(name: str, question: str, chosen: Options, metrics: Mapping[str, float]) -> None:
+def run_parts(name: str, question: str, chosen: Options, parts: Mapping[str, Callable[[], Metrics]]) -> None:
+    """Runs those of the parts that were chosen. Reports after each: a run that is cut short loses one part alone."""
+    metrics: dict[str, float] = {}
+    for part, measure in parts.items():
+        if part in chosen.only:
+            metrics |= measure()
+            line = _write(name, question, chosen, metrics)
+    print(line)
+
+
+def report(name: str, question: str, chosen: Options, metrics: Metrics) -> None:
     """Prints the JSON line and writes it to `chosen.out`, beside what it has of other parts where that is asked for."""
-    print(keep(name, question, chosen, metrics))
+    print(_write(name, question, chosen, metrics))
 
 
-def keep(name: str, question: str, chosen: Options, metrics: Mapping[str, float]) -> str:
-    """Writes what is known so far, so that a long run that is cut short loses one part alone; returns the JSON line."""
+def _write(name: str, question: str, chosen: Options, metrics: Metrics) -> str:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from benchmarks.baselines import Baseline, ItemKnn, Popularity, training_pool
-from benchmarks.harness import Options, console, dataset, options, report, show
+from benchmarks.harness import Options, console, dataset, options, run_parts, show
 from rcllm.config import CacheConfig, Config, ModelConfig
 from rcllm.core import Event, ItemId, RankRequest
 from rcllm.data import Dataset, Split, histories, split_of
@@ -80,11 +81,7 @@ SETTINGS = {
 
 def main() -> None:
     chosen = options("recall", QUESTION, tuple(SETTINGS))
-    metrics: dict[str, float] = {}
-    for name in chosen.only:
-        settings = quick(SETTINGS[name]) if chosen.quick else SETTINGS[name]
-        metrics |= {f"{key}_{name}": value for key, value in compared(name, settings, chosen).items()}
-    report("recall", QUESTION, chosen, metrics)
+    run_parts("recall", QUESTION, chosen, {name: partial(compared, name, chosen) for name in SETTINGS})
 
 
 def quick(settings: Settings) -> Settings:
@@ -92,7 +89,8 @@ def quick(settings: Settings) -> Settings:
     return dataclasses.replace(settings, train=dataclasses.replace(settings.train, epochs=2))
 
 
-def compared(name: str, settings: Settings, chosen: Options) -> dict[str, float]:
+def compared(name: str, chosen: Options) -> dict[str, float]:
+    settings = quick(SETTINGS[name]) if chosen.quick else SETTINGS[name]
     data = dataset(settings.data)
     test = cases(data, "test")[: chosen.requests]
     folder, minutes = trained(data, settings)
@@ -115,7 +113,7 @@ def compared(name: str, settings: Settings, chosen: Options) -> dict[str, float]
             metrics |= {key: interval.mean, f"{key}_low": interval.low, f"{key}_high": interval.high}
         rows.append([who, *map(str, intervals)])
     show(f"{data.name}, {len(test)} held-out users, {len(data.catalogue):,} items", ["", *MEASURES], rows)
-    return metrics
+    return {f"{key}_{name}": value for key, value in metrics.items()}
 
 
 def cases(data: Dataset, split: Split) -> list[Case]:
