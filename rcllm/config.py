@@ -7,15 +7,19 @@ its section or plain values, never the tree.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from rcllm.core import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 MIB = 1 << 20
@@ -186,6 +190,12 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             raise ConfigError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
         built[key] = _value(hints[key], value, f"{where}: {key}")
     return cls(**built)
+
+
+def as_json(value: DataclassInstance) -> dict[str, Any]:
+    """A dataclass as JSON would give it back; NaN and infinity, for which JSON has no word, become None."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(value)), parse_constant=lambda name: None)
+    return plain
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:

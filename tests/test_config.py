@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rcllm.config import (
     Hardware,
     ModelConfig,
     PromptConfig,
+    as_json,
     check_options,
     context_samples,
     from_mapping,
@@ -150,6 +152,11 @@ def test_contexts() -> None:
     for name in ("", "mean", "mean()", "mean(0)", "mean(-1)", "mean(²)", "mean(2.5)"):
         with pytest.raises(ConfigError, match="expected one of none, bos"):
             context_samples(name)
+
+
+def test_what_json_has_no_word_for_becomes_none() -> None:
+    values = as_json(CacheConfig(pool_mb=math.inf, semantic_pool="Infinity"))  # type: ignore[arg-type]
+    assert (values["pool_mb"], values["semantic_pool"], values["pass_tokens"]) == (None, "Infinity", 2048)
 
 
 def test_the_nearest_name_or_all_of_them() -> None:

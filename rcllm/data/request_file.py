@@ -20,6 +20,7 @@ from rcllm.data.files import Fields
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
 from rcllm.data.text import as_text, did_you_mean, shown
 from rcllm.decoding import BeamRule, RecommendRequest
+from rcllm.durable import renamed
 from rcllm.errors import RcllmError, RequestError
 
 DEFAULTS = RankOptions()
@@ -43,12 +44,9 @@ def read_requests(path: str | Path, strict: bool = False) -> tuple[list[RankRequ
 def write_requests(path: str | Path, requests: Iterable[RankRequest]) -> None:
     """Writes JSON lines, gzipped where the name ends in .gz; the file is whole or not there."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    with gzip.open(partial, "wb") if target.suffix == ".gz" else partial.open("wb") as file:
+    with renamed(target) as partial, gzip.open(partial, "wb") if target.suffix == ".gz" else partial.open("wb") as file:
         for request in requests:
             file.write(json.dumps(request_to_json(request), ensure_ascii=False).encode("utf-8") + b"\n")
-    partial.replace(target)
 
 
 def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS) -> RankRequest:

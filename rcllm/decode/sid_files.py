@@ -23,6 +23,7 @@ from rcllm.data.files import Fields, Problem, iter_rows
 from rcllm.data.text import as_text
 from rcllm.decode.catalog import MAX_LEVELS, MIN_LEVELS, Catalog
 from rcllm.decode.updates import Update
+from rcllm.durable import renamed
 from rcllm.errors import ConfigError, DataError
 
 STYLE = "<{level}_{code}>"  # of LC-Rec and MiniOneRec; level 0 is a
@@ -93,10 +94,8 @@ def write_catalog(path: Path, catalog: Catalog, layout: str = "") -> None:
             f"{path}: expected a layout of {', '.join(_WRITERS)}, or a name that ends in .json or .parquet, "
             f"got {layout!r}"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    _WRITERS[layout](part, catalog)
-    part.replace(path)
+    with renamed(path) as partial:
+        _WRITERS[layout](partial, catalog)
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------

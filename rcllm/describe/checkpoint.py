@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rcllm.describe.durable import remove, remove_torn, renamed, write, writing
 from rcllm.describe.profiles import Reject
+from rcllm.durable import remove, remove_torn, renamed, write, writing
 from rcllm.errors import ConfigError, DataError
 
 Settings = Mapping[str, Any]  # JSON values: everything that the output depends on

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from rcllm.describe.collaborative import Vectors, interaction_matrix, item_vectors, numbered, unit_rows, user_vector
+from rcllm.durable import renamed
 from rcllm.errors import ConfigError, DataError
 
 Kind = Literal["user", "item"]
@@ -71,7 +72,7 @@ class Router:
         return f"{profile.kind}-{self.default.get(profile.kind, 0) if group is None else group}"
 
     def save(self, path: Path) -> None:
-        """One .npz file. Not atomic: `Pools` names it in its manifest when it is whole."""
+        """One .npz file."""
         described = {
             "version": VERSION,
             "options": asdict(self.options),
@@ -80,7 +81,7 @@ class Router:
             "default": self.default,
         }
         centres = {f"centres_{kind}": centres for kind, centres in self.centres.items()}
-        with path.open("wb") as file:
+        with renamed(path) as partial, partial.open("wb") as file:
             np.savez(
                 file, allow_pickle=False, described=np.array(json.dumps(described)), vectors=self.vectors, **centres
             )

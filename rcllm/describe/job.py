@@ -19,8 +19,8 @@ from blake3 import blake3
 
 from rcllm.decoding import GenerateOptions, Speculation
 from rcllm.describe.checkpoint import Checkpoint, Described, Done, Settings
-from rcllm.describe.durable import renamed, writing
 from rcllm.describe.profiles import Kind, Profile, Reject
+from rcllm.durable import renamed, writing
 from rcllm.engine.generate import check as check_generation
 from rcllm.errors import ConfigError, DataError, RequestError
 

@@ -7,7 +7,6 @@ reader sees one saved state or another, never a mixture; a folder without a whol
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from rcllm.decode.pool_drafter import DraftOptions, PoolDrafter
 from rcllm.decode.suffix_pool import PoolLimits, Sharing, SuffixPool
 from rcllm.describe.groups import Profile, Router
+from rcllm.durable import write
 from rcllm.errors import ConfigError, DataError
 
 VERSION = 1
@@ -112,12 +112,7 @@ class Pools:
             "generation": generation,
             "files": sizes,
         }
-        partial = folder / f"{_MANIFEST}.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / _MANIFEST)
+        write(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
         for path in folder.glob("*.g*.*"):
             if path.name not in sizes:
                 path.unlink()

@@ -22,6 +22,8 @@ from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from rcllm.core import BoolArray, Layout, TokenIds
+from rcllm.durable import renamed
+from rcllm.durable import write as write_file
 from rcllm.errors import ConfigError, DataError
 from rcllm.model.decoder import Decoder, Keep
 from rcllm.prompt.blocks import Prompter
@@ -200,8 +202,7 @@ class PoolBuilder:
                 f"{self.work} holds an unfinished build with other texts, options or model: repeat it as it was, or "
                 "remove the folder to begin anew"
             )
-        self.work.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(digest, encoding="utf-8")
+        write_file(recipe, digest.encode())
 
     def _shard_path(self, number: int) -> Path:
         return self.work / f"shard-{number:06}.safetensors"
@@ -214,9 +215,8 @@ class PoolBuilder:
             "weight": 1.0 / torch.from_numpy(shard.shared_by).float(),
             "kv": torch.cat(rows),
         }
-        partial = path.with_suffix(".part")
-        save_file(tensors, partial)
-        partial.replace(path)
+        with renamed(path) as partial:
+            save_file(tensors, partial)
 
     def _passes(self, shard: _Members) -> Iterator[_Members]:
         """Runs of whole texts of at most `pass_tokens` tokens together, or of one text."""

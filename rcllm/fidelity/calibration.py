@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from rcllm.config import as_json
 from rcllm.core import Level, RankOptions
+from rcllm.durable import write
 from rcllm.engine.admission import Admitted, Identity, exactly, is_exact
 from rcllm.errors import ConfigError, DataError, UncalibratedError
 from rcllm.fidelity.intervals import Interval
@@ -97,11 +99,8 @@ class Calibration:
         value = {"version": VERSION, **asdict(self)}
         value["rungs"] = [rung.configuration.to_json() | summary_to_json(rung.summary) for rung in self.rungs]
         value["recommended"] = self.recommended.to_json() if self.recommended else None
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
-            partial.replace(path)
+            write(path, json.dumps(value, indent=1, allow_nan=False).encode())
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error}") from error
 
@@ -140,8 +139,7 @@ def passing(rungs: Sequence[Rung], target: Target) -> list[Rung]:
 
 def summary_to_json(summary: Summary) -> dict[str, Any]:
     """NaN becomes null: JSON has no other word for a figure that is not there."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(summary)), parse_constant=lambda name: None)
-    return plain
+    return as_json(summary)
 
 
 def _summary_from_json(value: Mapping[str, Any]) -> Summary:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rcllm.core import Mask
+from rcllm.durable import renamed, write
 from rcllm.errors import ModelError
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, Weights
@@ -58,8 +59,10 @@ def module_shape(spec: ModelSpec, module: str) -> tuple[int, int]:
 
 
 def save_adapter(folder: Path, adapter: Adapter, base: str, record: Mapping[str, Any]) -> None:
-    """Writes what `peft` loads, tensors in fp16, and `record` (which holds the mask) beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes what `peft` loads, tensors in fp16, and `record` (which holds the mask) beside it.
+
+    The tensors come last: a folder that has them is whole.
+    """
     tensors = {}
     for (layer, module), low_rank in adapter.layers.items():
         at = f"{_PREFIX}{layer}.{_NAMES[module]}"
@@ -76,10 +79,10 @@ def save_adapter(folder: Path, adapter: Adapter, base: str, record: Mapping[str,
         "bias": "none",
         "inference_mode": True,
     }
-    save_file(tensors, folder / f"{_TENSORS}.part")
-    (folder / f"{_TENSORS}.part").replace(folder / _TENSORS)
-    (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for name, value in ((_CONFIG, config), (_RECORD, record)):
+        write(folder / name, (json.dumps(value, indent=1) + "\n").encode())
+    with renamed(folder / _TENSORS) as partial:
+        save_file(tensors, partial)
 
 
 def load_adapter(folder: Path, spec: ModelSpec) -> Adapter:

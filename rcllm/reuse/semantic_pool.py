@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from rcllm.config import from_mapping
 from rcllm.core import BlockKind, BoolArray, ContentKey, Prompt, TokenIds
+from rcllm.durable import renamed
 from rcllm.errors import ConfigError, ModelError
 from rcllm.model.decoder import Decoder
 from rcllm.model.rope import Rope
@@ -174,20 +175,19 @@ def write(
     described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     described |= {"kv": (_DTYPES[header.dtype], shape), "fresh": (last.dtype, tuple(last.shape))}
     head, offsets = _layout(header, described)
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
-        file.write(head)
-        for tensor in tensors.values():
-            file.write(tensor.numpy().tobytes())
-        file.truncate(offsets["fresh"])
-        file.seek(offsets["fresh"])
-        file.write(last.numpy().tobytes())
-    mapped = np.memmap(partial, np.uint8, "r+", offsets["kv"], (header.kv_bytes,))
-    kv = torch.from_numpy(mapped).view(_DTYPES[header.dtype]).view(shape)  # zeros so far
-    for prototypes, weights, rows in parts:
-        kv.index_add_(0, torch.from_numpy(prototypes), (rows.float() * weights.view(-1, 1, 1, 1, 1)).to(kv.dtype))
-    mapped.flush()
-    partial.replace(path)
+    with renamed(path) as partial:
+        with partial.open("wb") as file:
+            file.write(head)
+            for tensor in tensors.values():
+                file.write(tensor.numpy().tobytes())
+            file.truncate(offsets["fresh"])
+            file.seek(offsets["fresh"])
+            file.write(last.numpy().tobytes())
+        mapped = np.memmap(partial, np.uint8, "r+", offsets["kv"], (header.kv_bytes,))
+        kv = torch.from_numpy(mapped).view(_DTYPES[header.dtype]).view(shape)  # zeros so far
+        for prototypes, weights, rows in parts:
+            kv.index_add_(0, torch.from_numpy(prototypes), (rows.float() * weights.view(-1, 1, 1, 1, 1)).to(kv.dtype))
+        mapped.flush()
 
 
 def _layout(

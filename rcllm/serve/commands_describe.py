@@ -14,11 +14,11 @@ import typer
 from rcllm.config import nearest
 from rcllm.data import Catalogue
 from rcllm.decoding import Speculation
-from rcllm.describe.durable import check_writable
 from rcllm.describe.estimate import Estimate, cost_per_million, estimate, hours_per_million
 from rcllm.describe.job import DescribeOptions, Progress, Report, check, describe
 from rcllm.describe.profiles import Kind, Parse, Profile, items, read_profiles, survey, users
 from rcllm.describe.writer import GeneratorWriter, make_router, provenance_of
+from rcllm.durable import check_writable
 from rcllm.errors import ConfigError
 from rcllm.fetch import digest
 from rcllm.prompt.template import Template

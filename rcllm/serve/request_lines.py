@@ -18,6 +18,7 @@ from rcllm.core import RankOptions, RankRequest, RankResponse
 from rcllm.data import Problem, parse_request
 from rcllm.data.files import Row, iter_rows
 from rcllm.data.request_file import DEFAULTS
+from rcllm.durable import renamed
 from rcllm.errors import DataError, RcllmError
 
 STDIO = "-"
@@ -124,15 +125,8 @@ def writer(out: str) -> Iterator[Callable[[Mapping[str, object]], None]]:
     if out == STDIO:
         yield lambda value: print(line(value), end="", flush=True)
         return
-    target = Path(out)
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
+        with renamed(Path(out)) as partial, partial.open("w", encoding="utf-8") as file:
             yield lambda value: print(line(value), end="", file=file)
-        partial.replace(target)
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from rcllm.core import ItemId
 from rcllm.decode.catalog import Catalog
+from rcllm.durable import renamed, write
 from rcllm.errors import ModelError
 from rcllm.model.weights import CATALOG_PREFIX
 from rcllm.sid.vocabulary import Vocabulary
@@ -34,7 +35,6 @@ def save_model(
     record: Mapping[str, Any],
 ) -> None:
     """`weights`: named as transformers names them, without `model.`; `record`: how the model was made."""
-    folder.mkdir(parents=True, exist_ok=True)
     vocabulary = Vocabulary(catalog.sizes)
     texts = {
         "config.json": json.dumps(hf_config, indent=2),
@@ -43,15 +43,15 @@ def save_model(
         "training.json": json.dumps(record, indent=2),
     }
     for name, text in texts.items():
-        _replace(folder / name, text.encode())
+        write(folder / name, text.encode())
     names = json.dumps(list(catalog.item_ids)).encode()
     tensors = {"model." + name: tensor.detach().float().contiguous() for name, tensor in weights.items()} | {
         _CODES: torch.from_numpy(np.array(catalog.codes, dtype=np.int32)),
         _SIZES: torch.tensor(catalog.sizes, dtype=torch.int32),
         _ITEMS: torch.from_numpy(np.frombuffer(names, dtype=np.uint8).copy()),  # a JSON list of texts in UTF-8
     }
-    save_file(tensors, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
-    (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)
+    with renamed(folder / WEIGHTS) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
 
 
 def load_catalog(folder: Path) -> Catalog:
@@ -71,9 +71,3 @@ def load_catalog(folder: Path) -> Catalog:
         raise ModelError(f"{path} is not a whole safetensors file ({error})") from error
     item_ids = tuple(ItemId(name) for name in json.loads(names.tobytes()))
     return Catalog.build(codes, item_ids, tuple(int(size) for size in sizes))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)

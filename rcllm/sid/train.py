@@ -20,16 +20,17 @@ import torch
 import torch.nn.functional as F
 from blake3 import blake3
 
+from rcllm.config import as_json
 from rcllm.core import IntArray
 from rcllm.decode.catalog import Catalog
 from rcllm.errors import ConfigError, DataError, ModelError
+from rcllm.model.checkpoint import Checkpoint
 from rcllm.sid.collaborative import code_vectors, collaborative_vectors
 from rcllm.sid.model_folder import save_model
 from rcllm.sid.network import Network, NetworkConfig
 from rcllm.sid.sequences import SequenceConfig, Sequences
 from rcllm.sid.vocabulary import Vocabulary
 
-CHECKPOINT = "checkpoint.pt"
 _LOWEST_RATE = 0.02  # of the learning rate, at the end
 _MAX_POSITIONS = 2048
 _CODE_STD = 0.03  # of the embeddings of codes, at the beginning
@@ -124,6 +125,9 @@ class Trainer:
         self.network.reset(config.seed)
         self._place_codes()
         self.optimiser = self._optimiser()
+        self._checkpoint = Checkpoint(
+            folder, self.network, self.optimiser, self._identity(), "settings, codes or users"
+        )
         self.state = _State()
         self._validation = self.sequences.last(checked, config.sequences)
         self._batches: list[IntArray] = []
@@ -252,7 +256,7 @@ class Trainer:
         """How the model was made."""
         return {
             "template": "sid",
-            "settings": _settings(self.config),
+            "settings": as_json(self.config),
             "items": self.catalog.num_items,
             "training_users": len(self.histories),
             "curve": [asdict(point) for point in self.state.curve],
@@ -260,37 +264,18 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        content = {
-            "settings": self._identity(),
-            "network": self.network.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "state": asdict(self.state),
-        }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        torch.save(content, self.folder / f"{CHECKPOINT}.part")
-        (self.folder / f"{CHECKPOINT}.part").replace(self.folder / CHECKPOINT)
+        self._checkpoint.save(asdict(self.state))
         self._saved_s = self.state.seconds
 
     def _restore(self) -> None:
-        path = self.folder / CHECKPOINT
-        if not path.exists():
-            return
-        content = torch.load(path, weights_only=True)
-        if content["settings"] != self._identity():
-            raise ConfigError(
-                f"{path} was made with other settings, codes or users; use another folder, or delete this one to begin "
-                "anew"
-            )
-        self.network.load_state_dict(content["network"])
-        self.optimiser.load_state_dict(content["optimiser"])
-        state = content["state"]
-        self.state = _State(**state | {"curve": [Evaluation(**point) for point in state["curve"]]})
-        self._saved_s = self.state.seconds
+        if state := self._checkpoint.restore():
+            self.state = _State(**state | {"curve": [Evaluation(**point) for point in state["curve"]]})
+            self._saved_s = self.state.seconds
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
         data = blake3(json.dumps([self.histories, self.catalog.codes.tolist()]).encode())
-        return _settings(self.config) | {"data": data.hexdigest()}
+        return as_json(self.config) | {"data": data.hexdigest()}
 
     def _progress(self) -> TrainProgress:
         state = self.state
@@ -299,9 +284,3 @@ class Trainer:
         return TrainProgress(
             state.epoch + 1, min(self._share(), 1.0), loss, speed, state.curve[-1] if state.curve else None
         )
-
-
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    """As JSON would give them back."""
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)).replace("Infinity", "null"))
-    return settings

@@ -7,10 +7,9 @@ whole or not at all).
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from rcllm.config import as_json
 from rcllm.core import Mask, Prompt, RankOptions, RankRequest, Readout
 from rcllm.decode.rank import order
 from rcllm.errors import ConfigError, ModelError
 from rcllm.fidelity.measures import ndcg
 from rcllm.model.adapter import load_adapter, save_adapter
+from rcllm.model.checkpoint import Checkpoint
 from rcllm.prompt.blocks import Prompter
 from rcllm.tune.examples import ExampleConfig, Source, batch_of, check
 from rcllm.tune.loss import listwise_loss, readout_scores
 from rcllm.tune.network import Network
 from rcllm.tune.pack import Packed, pack
 
-_CHECKPOINT, _BEST = "checkpoint.pt", "best"
+_BEST = "best"
 _VALIDATION_BATCH = 4
 
 
@@ -105,6 +106,7 @@ class Trainer:
         self.options = RankOptions(readout=config.readout)
         self.state = _State()
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        self._checkpoint = Checkpoint(folder, network, self.optimiser, as_json(config))
         share = -(-config.validation_requests // len(sources))
         self._validation = [request for source in sources for request in source.validation(share)]
 
@@ -119,7 +121,7 @@ class Trainer:
             self.state.seconds += time.perf_counter() - start
             if self.state.losses >= self.state.curve[-1].losses + self.config.evaluate_every or self._share() >= 1.0:
                 self._evaluate()
-                self._save()
+                self._checkpoint.save(asdict(self.state))
             if on_progress:
                 on_progress(self._progress())
         return self.state.curve
@@ -208,38 +210,14 @@ class Trainer:
             "readout": self.config.readout,
             "started_from": self.started_from,
             "datasets": [source.dataset.name for source in self.sources],
-            "settings": _settings(self.config),
+            "settings": as_json(self.config),
             "rows_per_loss": round(self.state.rows / max(self.state.losses, 1), 1),
             "curve": [asdict(point) for point in self.state.curve],
         }
 
-    # ---- checkpoints ----
-
-    def _save(self) -> None:
-        content = {
-            "settings": _settings(self.config),
-            "network": self.network.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "state": asdict(self.state),
-        }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        torch.save(content, self.folder / f"{_CHECKPOINT}.part")
-        (self.folder / f"{_CHECKPOINT}.part").replace(self.folder / _CHECKPOINT)
-
     def _restore(self) -> None:
-        path = self.folder / _CHECKPOINT
-        if not path.exists():
-            return
-        content = torch.load(path, weights_only=True)
-        if content["settings"] != _settings(self.config):
-            raise ConfigError(
-                f"{path} was made with other settings: {_difference(content['settings'], _settings(self.config))}; "
-                "use another folder, or delete this one to begin anew"
-            )
-        self.network.load_state_dict(content["network"])
-        self.optimiser.load_state_dict(content["optimiser"])
-        state = content["state"]
-        self.state = _State(**state | {"curve": [Evaluation(**point) for point in state["curve"]]})
+        if state := self._checkpoint.restore():
+            self.state = _State(**state | {"curve": [Evaluation(**point) for point in state["curve"]]})
 
     def _progress(self) -> TuneProgress:
         state, share = self.state, self._share()
@@ -274,17 +252,3 @@ def check_config(config: TuneConfig) -> None:
         raise ConfigError(f"expected rank, losses, minutes and learning_rate above 0, got {config}")
     if config.evaluate_every < 1 or config.validation_requests < 1 or config.patience < 1:
         raise ConfigError("expected evaluate_every, validation_requests and patience of at least 1")
-
-
-def _settings(config: TuneConfig) -> dict[str, Any]:
-    """As JSON would give them back."""
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)).replace("Infinity", "null"))
-    return settings
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in _changed(old, new))
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    return (key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))

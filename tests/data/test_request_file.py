@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rcllm.core import Event, ItemId, Level, RankOptions, RankRequest, Selection, UserId
@@ -46,6 +46,7 @@ requests = st.builds(
 
 
 @given(st.lists(requests, max_size=4), st.sampled_from(["requests.jsonl", "requests.jsonl.gz"]))
+@settings(deadline=None)  # every file waits for the disk
 def test_what_is_written_is_read_back_equal(written: list[RankRequest], name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "new" / name
@@ -155,6 +156,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_requests(path, [RankRequest("new", (ItemId("a"),)), RankRequest("bad", (b"a",))])  # type: ignore[arg-type]
     assert b'"old"' in gzip.decompress(path.read_bytes())
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_selection_is_read_over_the_defaults() -> None:

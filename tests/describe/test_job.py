@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from rcllm import durable
 from rcllm.core import Event, ItemId
 from rcllm.decoding import Speculation
-from rcllm.describe import checkpoint, durable
+from rcllm.describe import checkpoint
 from rcllm.describe.job import Answer, DescribeOptions, Progress, Provenance, Report, check, describe, row_seed
 from rcllm.describe.profiles import Profile, Reject
 from rcllm.errors import ConfigError, DataError

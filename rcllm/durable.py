@@ -32,7 +32,8 @@ def writing(where: Path) -> Iterator[None]:
 def renamed(target: Path) -> Iterator[Path]:
     """A path to write a file or folder to, which then gets the name `target`; nothing written, nothing renamed.
 
-    Replaces a file at once. A folder that is there is moved aside first, so that a kill in between leaves none.
+    Replaces a file at once. A folder makes way for a folder only: it is moved aside first, so that a kill in between
+    leaves none.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
@@ -43,7 +44,7 @@ def renamed(target: Path) -> Iterator[Path]:
             return
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
-        if target.is_dir():
+        if partial.is_dir() and target.is_dir():
             aside = target.with_name(f".{target.name}.old.partial")
             remove(aside)
             target.replace(aside)
