@@ -12,37 +12,45 @@ What is scored is kept in the cache folder of rcllm, so that an interrupted run 
 
 from __future__ import annotations
 
-import gc
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from benchmarks.baselines import Baseline, ItemKnn, Popularity, training_pool
-from benchmarks.harness import ROOT, Options, console, dataset, options, run_parts, show
-from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig, context_samples
+from benchmarks.fidelity_setup import (
+    CONTEXT,
+    FULL,
+    LONG_TEMPLATES,
+    POINTWISE,
+    QUICK,
+    SETS,
+    TEMPLATES,
+    Sizes,
+    engine_of,
+    evaluated,
+    held_out,
+    kinds,
+    paper_shaped,
+    scored,
+)
+from benchmarks.harness import Options, dataset, options, run_parts, show
 from rcllm.core import Block, Level, Policy, RankOptions, RankRequest, Selection
-from rcllm.data import Dataset, Negatives, build_requests, named_items, split_of
+from rcllm.data import named_items
 from rcllm.data.popularity import with_popularity
 from rcllm.decode.rank import order
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
-from rcllm.fidelity.evaluate import Evaluated, evaluate, evaluate_timed
+from rcllm.fidelity.evaluate import evaluate_timed
 from rcllm.fidelity.intervals import Interval, bootstrap
 from rcllm.fidelity.measures import chance_ndcg, ndcg
 from rcllm.fidelity.records import Record, RecordFile
 from rcllm.fidelity.summary import CLOSENESS, Summary, summarise, timing
 
 QUESTION = "NDCG@10, score agreement and TTFT of the reuse levels on tuned rankers, three data sets"
-SETS = {"scientific": "amazon_scientific", "yelp": "yelp", "goodreads": "goodreads"}
-TARGETS = {"scientific": 2, "yelp": 1, "goodreads": 3}  # per user, where the test users are too few
-TEMPLATES = {"causal": "titles", "blocks": "echo"}  # short prompts, as the rankers were tuned on
-LONG_TEMPLATES = {"causal": "shopping", "blocks": "shopping_echo"}  # the same forms with whole item texts
-CONTEXT = {"untuned": "mean(4)", "causal": "instruction", "blocks": "instruction"}
 LEVELS = {
     "causal": ("full", "blocks", "tail(0.1)", "tail(0.3)", "corrected(0.3,0.3)"),
     "blocks": ("full", "blocks"),
@@ -61,24 +69,20 @@ POLICIES: tuple[Policy, ...] = (
 POLICY_BUDGETS = (0.1, 0.3)
 CONTEXTS = ("none", "bos", "instruction", "typical", "mean(4)", "mean(16)")
 BUDGETS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
-TTFT_LEVELS = ("exact", "full", "corrected(0.3,0.3)", "tail(0.3)", "tail(0.1)", "linked(16)", "linked(4)", "blocks")
-POINTWISE = RankOptions(readout="pointwise")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many requests each part takes."""
-
-    quality: int
-    popular: int  # with popularity-matched negatives
-    oracle: int  # of a blocks model, whose full recompute is the slow proof of an equality
-    policies: int
-    agreement: int  # paper-shaped, untuned
-    contexts: int  # the same, for every canonical context
-    timed: int
-
-
-FULL, QUICK = Sizes(1000, 300, 100, 100, 50, 10, 10), Sizes(24, 24, 6, 8, 6, 2, 3)
+TTFT_LEVELS = {
+    "causal": (
+        "exact",
+        "full",
+        "corrected(0.3,0.3)",
+        "tail(0.3)",
+        "tail(0.1)",
+        "linked(16)",
+        "linked(4)",
+        "blocks",
+    ),
+    "blocks": ("exact", "full", "blocks"),
+}
+TTFT_TURN = 3  # requests that one engine answers before the other one does
 
 
 def main() -> None:
@@ -150,41 +154,26 @@ def levels(
     return {level: summarise(records, found["full"]) for level, records in found.items()}
 
 
-def scored(
-    engine: Engine,
-    names: Sequence[str],
-    requests: Sequence[RankRequest],
-    kept: RecordFile,
-    base: RankOptions = POINTWISE,
-) -> dict[str, list[Record]]:
-    """Records per level, under a progress bar."""
-    asked = {name: replace(base, level=Level.parse(name)) for name in names}
-    found = _evaluated(engine, requests, list(asked.values()), kept)
-    return {name: found[option] for name, option in asked.items()}
-
-
-def _evaluated(
-    engine: Engine, requests: Sequence[RankRequest], asked: Sequence[RankOptions], kept: RecordFile
-) -> Evaluated:
-    done, total = 0, len(requests) * len(asked)
-    with console.status("") as status:
-
-        def more(count: int) -> None:
-            nonlocal done
-            done += count
-            status.update(f"{done} of {total} answers")
-
-        return evaluate(engine, requests, asked, kept, on_records=more)
-
-
-def kinds(sizes: Sizes) -> Iterator[tuple[Negatives, str, int]]:
-    """Negatives, the suffix of their metrics, requests."""
-    yield "uniform", "", sizes.quality
-    yield "popularity", "_popular", sizes.popular
-
-
-def held_out(data: Dataset, name: str, kind: Negatives, count: int, seed: int) -> list[RankRequest]:
-    return build_requests(data, count, 20, 8, kind, "test", seed, TARGETS[name], min_history=2)
+def rankers(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+    """The block-mask ranker at `blocks` against the causal one in full: what it costs a team to change over."""
+    data = with_popularity(dataset(SETS[name]))
+    metrics: dict[str, float] = {}
+    rows = []
+    for kind, suffix, count in kinds(sizes):
+        requests = held_out(data, name, kind, count, chosen.seed)
+        gains = []
+        for variant, level in (("blocks", "blocks"), ("causal", "full")):
+            with engine_of(variant, TEMPLATES[variant], data, chosen.seed) as engine:
+                records = scored(engine, [level], requests, kept)[level]
+            gains.append([ndcg(order(r.scores), r.positive, 10) for r in records if r.positive is not None])
+        delta = bootstrap([[a - b] for a, b in zip(*gains, strict=True)], seed=chosen.seed)[0]
+        at = f"ndcg10_delta_blocks_blocks_over_full_causal_{name}{suffix}"
+        ends = {"": delta.mean, "_lo": delta.low, "_hi": delta.high}
+        metrics |= {at.replace("delta", f"delta{end}"): value for end, value in ends.items()}
+        rows.append([kind, str(len(requests)), *(f"{statistics.mean(some):.3f}" for some in gains), str(delta)])
+    columns = ["negatives", "requests", "block mask, blocks", "causal mask, full", "difference"]
+    show(f"NDCG@10 of the two rankers, {name}", columns, rows)
+    return metrics
 
 
 # ---- which tokens to correct ----------------------------------------------------------------------------------------
@@ -203,7 +192,7 @@ def policies(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict
                 level = Level("corrected", share, share)
                 check = 1 if policy == "k_difference" else 0  # in layer 0 keys depend on their token alone
                 asked = replace(POINTWISE, level=level, selection=Selection(policy, check_layer=check))
-                summary = summarise(_evaluated(engine, requests, [asked], kept)[asked], full)
+                summary = summarise(evaluated(engine, requests, [asked], kept)[asked], full)
                 tau, shift, delta = summary.measures["tau"], summary.measures["max_shift"], summary.deltas["ndcg10"]
                 at = f"corrected{round(share * 100)}_{policy}_{name}"
                 metrics |= {f"tau_{at}": tau.mean, f"max_shift_{at}": shift.mean, f"fresh_{at}": summary.fresh_tokens}
@@ -231,7 +220,7 @@ def budgets(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[
         full = scored(engine, ["full"], requests, kept)["full"]
         for share in BUDGETS:
             asked = replace(POINTWISE, level=Level("corrected", share, share))
-            records = _evaluated(engine, requests, [asked], kept)[asked]
+            records = evaluated(engine, requests, [asked], kept)[asked]
             error = mean_shift([(a.scores, b.scores) for a, b in zip(full, records, strict=True)], chosen.seed)
             tau = summarise(records, full).measures["tau"]
             at = f"corrected{round(share * 100)}_causal_{name}"
@@ -308,62 +297,43 @@ def _cached_blocks(engine: Engine, requests: Sequence[RankRequest]) -> Iterator[
         yield engine.prompter.event_block(item, "history_first")
 
 
-def ttft(name: str, variant: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
-    """Paper-shaped prompts, one request at a time, items warm, users new; level `exact` is prefix caching."""
+def ttft(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+    """Paper-shaped prompts, one request at a time, items warm, users new; level `exact` is prefix caching.
+
+    Both rankers answer the same requests in turns. The one of the block mask is held against prefix caching of its own
+    prompts, and against prefix caching of the causal ranker, which is what engines offer today.
+    """
     data = dataset(SETS[name])
-    metrics: dict[str, float] = {}
-    rows: list[list[str]] = []
     num_candidates = 20 if name == "scientific" else 90  # short texts: a prompt of that length holds more of them
-    with engine_of(variant, LONG_TEMPLATES[variant], data, chosen.seed) as engine:
-        requests = paper_shaped(engine, data, name, num_candidates, sizes.timed, chosen.seed)
-        names = TTFT_LEVELS if variant == "causal" else ("exact", "full", "blocks")
-        asked = {level: replace(POINTWISE, level=Level.parse(level)) for level in names}
-        found = evaluate_timed(engine, requests, list(asked.values()), kept)
-        full, exact = found[asked["full"]], found[asked["exact"]]
-        for level, option in asked.items():
-            took = timing(found[option], full, exact)
-            metrics[f"ttft_speedup_{flat(level)}_{variant}_{name}"] = took.speedup_exact
-            fresh = statistics.median(record.num_fresh for record in found[option])
-            rows.append([level, f"{fresh:.0f}", f"{took.ttft_ms:.0f}", f"{took.speedup_exact:.2f}×"])
-    tokens = statistics.median(record.num_tokens for record in full)
-    metrics |= {f"ttft_prompt_tokens_{variant}_{name}": tokens, f"ttft_num_{variant}_{name}": len(requests)}
-    columns = ["level", "fresh tokens", "P50 ms", "over prefix caching"]
-    title = f"TTFT, {name}, {variant} mask, {num_candidates} candidates, {tokens:.0f} tokens, {len(requests)} requests"
-    show(title, columns, rows)
+    with (
+        engine_of("causal", LONG_TEMPLATES["causal"], data, chosen.seed) as causal,
+        engine_of("blocks", LONG_TEMPLATES["blocks"], data, chosen.seed) as blocks,
+    ):
+        requests = paper_shaped(causal, data, name, num_candidates, sizes.timed, chosen.seed)
+        found: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        for start in range(0, len(requests), TTFT_TURN):
+            some = requests[start : start + TTFT_TURN]
+            for variant, engine in {"causal": causal, "blocks": blocks}.items():
+                asked = {replace(POINTWISE, level=Level.parse(level)): level for level in TTFT_LEVELS[variant]}
+                for option, records in evaluate_timed(engine, some, list(asked), kept).items():
+                    found[variant, asked[option]] += records
+    metrics: dict[str, float] = {f"ttft_num_{name}": len(requests)}
+    rows: list[list[str]] = []
+    for (variant, level), records in found.items():
+        full, exact = found[variant, "full"], found[variant, "exact"]
+        took, over_causal = timing(records, full, exact), timing(records, full, found["causal", "exact"])
+        at = f"{flat(level)}_{variant}"
+        metrics[f"ttft_speedup_{at}_{name}"] = took.speedup_exact
+        if variant == "blocks":
+            metrics[f"ttft_speedup_{at}_over_causal_{name}"] = over_causal.speedup_exact
+        metrics[f"ttft_prompt_tokens_{variant}_{name}"] = statistics.median(record.num_tokens for record in full)
+        fresh = statistics.median(record.num_fresh for record in records)
+        row = [f"{variant}, {level}", f"{fresh:.0f}", f"{took.ttft_ms:.0f}", f"{took.speedup_exact:.2f}×"]
+        rows.append([*row, f"{over_causal.speedup_exact:.2f}×"])
+    columns = ["mask, level", "fresh tokens", "P50 ms", "over its prefix caching", "over the causal ranker's"]
+    tokens = metrics[f"ttft_prompt_tokens_causal_{name}"]
+    show(f"TTFT, {name}, {num_candidates} candidates, {tokens:.0f} tokens, {len(requests)} requests", columns, rows)
     return metrics
-
-
-def paper_shaped(
-    engine: Engine, data: Dataset, name: str, num_candidates: int, count: int, seed: int
-) -> list[RankRequest]:
-    """Held-out requests of the paper's length, 2.2–3.0K tokens; those nearest to it where a data set has too few."""
-    found = build_requests(data, None, num_candidates, 12, "uniform", "test", seed, TARGETS[name], min_history=4)
-    sizes = {r.request_id: engine.prompter.build(replace(r, options=POINTWISE)).num_tokens for r in found[: count * 20]}
-    some = sorted(found[: count * 20], key=lambda r: max(0, 2200 - sizes[r.request_id], sizes[r.request_id] - 3000))
-    return some[:count]
-
-
-@contextmanager
-def engine_of(
-    variant: str, template: str, data: Dataset, seed: int, context: str | None = None, base: RankOptions = POINTWISE
-) -> Iterator[Engine]:
-    """The engine of one variant over one data set; gone afterwards, for the next one's memory."""
-    adapter = "" if variant == "untuned" else str(adapter_of(variant))
-    context = context or CONTEXT[variant]
-    config = Config(
-        ModelConfig(adapter=adapter), PromptConfig(template, context=context), CacheConfig(pool_mb=8000), base
-    )
-    count = context_samples(context)
-    samples = build_requests(data, count, 20, 8, split="train", seed=seed, min_history=4) if count else ()
-    assert all(split_of(sample.user_id) == "train" for sample in samples if sample.user_id)
-    engine = Engine.build(data.catalogue, config, samples)
-    yield engine
-    engine.pool.clear()
-    gc.collect()
-
-
-def adapter_of(variant: str) -> Path:
-    return ROOT / "adapters" / f"smollm2-135m-{variant}"
 
 
 def flat(level: str) -> str:
@@ -376,12 +346,13 @@ def flat(level: str) -> str:
 PARTS: dict[str, Callable[[Sizes, Options, RecordFile], dict[str, float]]] = {
     **{f"baselines_{name}": partial(baselines, name) for name in SETS},
     **{f"{variant}_{name}": partial(quality, name, variant) for variant in TEMPLATES for name in SETS},
+    **{f"rankers_{name}": partial(rankers, name) for name in SETS},
     "policies_scientific": partial(policies, "scientific"),
     "policies_goodreads": partial(policies, "goodreads"),
     "budgets": partial(budgets, "scientific"),
     "untuned": untuned,
     "contexts": contexts,
-    **{f"ttft_{variant}_{name}": partial(ttft, name, variant) for variant in TEMPLATES for name in SETS},
+    **{f"ttft_{name}": partial(ttft, name) for name in SETS},
 }
 
 
