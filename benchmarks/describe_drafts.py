@@ -34,7 +34,7 @@ from rcllm.decode.pool_drafter import PoolDrafter
 from rcllm.decode.suffix_pool import PoolLimits, SuffixPool
 from rcllm.describe.groups import GroupOptions, Kind, Profile, Router, build_router, one_group
 from rcllm.describe.pools import Pools
-from rcllm.fetch import cache_dir
+from rcllm.model.pull import pull
 from rcllm.prompt.tokenizer import Tokenizer
 
 QUESTION = "Tokens per forward pass by pools per group, one pool, prompt lookup; time of a look-up"
@@ -221,8 +221,7 @@ def us(value: Simulated) -> list[str]:
 
 def main() -> None:
     chosen = options("describe_drafts", QUESTION)
-    folder = cache_dir() / "models" / MODEL
-    report("describe_drafts", QUESTION, chosen, measure(folder, quick=chosen.quick, seed=chosen.seed))
+    report("describe_drafts", QUESTION, chosen, measure(pull(MODEL), quick=chosen.quick, seed=chosen.seed))
 
 
 if __name__ == "__main__":
