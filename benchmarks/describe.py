@@ -3,8 +3,8 @@
 Regime: SmolLM2-135M-Instruct in fp32 on the CPU, greedy, real profiles; plain, strict and relaxed(2, 0.1) decoding in
 turns on the same prompts in one run, each from pools of its own. Scenarios: `refresh` (DARE's own setting, and a
 nightly job's: the pool holds this model's answers about other users, and about each user without the latest choice),
-`new_users` (about others alone), `knowledge` (items of `knowledge/`; the pool holds this model's answers about other
-items and the summaries of the set). No pool holds an answer to a measured prompt.
+`new_users` (about others alone), `knowledge` and `knowledge_refresh` (the same two for items of `knowledge/`; the pool
+holds the summaries of the set as well). No pool holds an answer to a measured prompt.
 
 `speedup_…`: tokens/s of decoding, after the prompt, as the papers count; `job_speedup_…`: prompts included. Unsuffixed
 metrics are of `refresh`. Ceiling: every pass reads all weights once, so plain decoding at batch 1 makes no more
@@ -32,7 +32,7 @@ from benchmarks.describe_setup import (
     STRICT,
     Scenario,
     Workbench,
-    knowledge_scenario,
+    knowledge_scenarios,
     user_profile,
     user_scenarios,
 )
@@ -54,7 +54,7 @@ from rcllm.sid.embed import SentenceEncoder, fetch_minilm
 QUESTION = (
     "Tokens/s of strict and relaxed speculation over plain decoding, and what relaxed text is worth to a click model"
 )
-SCENARIOS = ("refresh", "new_users", "knowledge")
+SCENARIOS = ("refresh", "new_users", "knowledge", "knowledge_refresh")
 PARTS = (*SCENARIOS, "exact", "cold", "groups", "hf", "ctr")
 MODES = {"plain": NONE, "strict": STRICT, "relaxed": RELAXED}
 HEADLINE = "refresh"
@@ -85,6 +85,9 @@ def main() -> None:
         "refresh": lambda: decoding(bench, "refresh", scenarios, sizes),
         "new_users": lambda: named(decoding(bench, "new_users", scenarios, sizes), "_new_users"),
         "knowledge": lambda: named(decoding(bench, "knowledge", scenarios, sizes), "_knowledge"),
+        "knowledge_refresh": lambda: named(
+            decoding(bench, "knowledge_refresh", scenarios, sizes), "_knowledge_refresh"
+        ),
         "cold": lambda: cold(bench, scenarios[HEADLINE].tested[: sizes.cold]),
         "hf": lambda: peer(bench, scenarios[HEADLINE], sizes.peer),
         "exact": lambda: exact(bench, user_scenarios(data, sizes.exact, sizes.earlier)["new_users"]),
@@ -92,7 +95,7 @@ def main() -> None:
         "ctr": lambda: clicks(bench, make_clicks(data, replace(sizes.clicks, seed=chosen.seed)), sizes),
     }
     if chosen.quick:
-        del parts["new_users"], parts["knowledge"]
+        del parts["new_users"], parts["knowledge"], parts["knowledge_refresh"]
     run_parts("describe", QUESTION, chosen, parts)
 
 
@@ -140,10 +143,10 @@ def run(writer: GeneratorWriter, profiles: Sequence[Profile], spent: Spent) -> l
 
 
 def decoding(bench: Workbench, name: str, scenarios: Mapping[str, Scenario], sizes: Sizes) -> dict[str, float]:
-    if name != "knowledge":
+    if name in scenarios:
         return {**floor(bench), **speed(bench, scenarios[name], sizes)}
-    found = knowledge_scenario(max(sizes.tested.values()), sizes.earlier)
-    return speed(Workbench("item", sizes.max_tokens, bench.data), found, sizes) if found else {}
+    found = knowledge_scenarios(max(sizes.tested.values()), sizes.earlier)
+    return speed(Workbench("item", sizes.max_tokens, bench.data), found[name], sizes) if found else {}
 
 
 def speed(bench: Workbench, scenario: Scenario, sizes: Sizes) -> dict[str, float]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from blake3 import blake3
@@ -167,20 +168,37 @@ def user_profile(row: int, user: UserId, items: Iterable[ItemId]) -> Profile:
     return Profile(row, user, tuple(Event(item) for item in items))
 
 
-def knowledge_scenario(tested: int, earlier: int) -> Scenario | None:
-    """Items of the knowledge texts, by title and what is said of them; the pool: answers about others, and texts."""
+def knowledge_scenarios(tested: int, earlier: int) -> dict[str, Scenario]:
+    """Items of the knowledge texts, by title and what was said of them; the pools hold the set's summaries as well.
+
+    `knowledge`: by the first thing that was said; the pool holds answers about other items. `knowledge_refresh`: items
+    of which more was said; the pool holds, besides, the answer about each before the latest was said.
+    """
     path = SHARED / "knowledge" / "xrec_amazon_tst.jsonl"
     if not path.exists():
-        return None
-    rows: dict[str, Mapping[str, str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        rows.setdefault(str(row["iid"]), row)
-    profiles = [
-        Profile(n, iid, (Event(text=f"{row['title']}\n{row['explanation']}"),))
-        for n, (iid, row) in enumerate(rows.items())
-    ]
-    mine = tuple(profiles[:tested])
-    own = {profile.name for profile in mine}
-    texts = tuple(row["item_summary"] for iid, row in rows.items() if iid not in own)
-    return Scenario("knowledge", "item", mine, tuple(profiles[tested : tested + earlier]), texts)
+        return {}
+    said: dict[str, list[str]] = defaultdict(list)
+    summaries: dict[str, str] = {}
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        name = str(row["iid"])
+        said[name].append(row["explanation"] if said[name] else f"{row['title']}\n{row['explanation']}")
+        summaries.setdefault(name, row["item_summary"])
+
+    def profile(row: int, name: str, count: int) -> Profile:
+        return Profile(row, name, tuple(Event(text=text) for text in said[name][:count]))
+
+    first = [profile(row, name, 1) for row, name in enumerate(said)]
+    more = [name for name, texts in said.items() if len(texts) > 1][:tested]
+    after = tuple(profile(2 * 10**6 + row, name, len(said[name])) for row, name in enumerate(more))
+    before = tuple(profile(3 * 10**6 + row, name, len(said[name]) - 1) for row, name in enumerate(more))
+    others = tuple(first[tested : tested + earlier])
+
+    def scenario(name: str, mine: tuple[Profile, ...], answers: tuple[Profile, ...]) -> Scenario:
+        own = {each.name for each in mine}
+        return Scenario(name, "item", mine, answers, tuple(text for item, text in summaries.items() if item not in own))
+
+    mixed = tuple(each for each in others if each.name not in more)
+    return {
+        "knowledge": scenario("knowledge", tuple(first[:tested]), others),
+        "knowledge_refresh": scenario("knowledge_refresh", after, (*mixed, *before)),
+    }
