@@ -82,25 +82,14 @@ def main() -> None:
     bench = Workbench("user", sizes.max_tokens, data)
     scenarios = user_scenarios(data, max(sizes.tested.values()), sizes.earlier)
     parts: dict[str, Callable[[], dict[str, float]]] = {
-        "refresh": lambda: decoding(bench, "refresh", scenarios, sizes),
-        "new_users": lambda: named(decoding(bench, "new_users", scenarios, sizes), "_new_users"),
-        "knowledge": lambda: named(decoding(bench, "knowledge", scenarios, sizes), "_knowledge"),
-        "knowledge_refresh": lambda: named(
-            decoding(bench, "knowledge_refresh", scenarios, sizes), "_knowledge_refresh"
-        ),
+        **{name: partial(decoding, bench, name, scenarios, sizes) for name in SCENARIOS},
         "cold": lambda: cold(bench, scenarios[HEADLINE].tested[: sizes.cold]),
         "hf": lambda: peer(bench, scenarios[HEADLINE], sizes.peer),
         "exact": lambda: exact(bench, user_scenarios(data, sizes.exact, sizes.earlier)["new_users"]),
         "groups": lambda: groups(bench, scenarios["new_users"], chosen),
         "ctr": lambda: clicks(bench, make_clicks(data, replace(sizes.clicks, seed=chosen.seed)), sizes),
     }
-    if chosen.quick:
-        del parts["new_users"], parts["knowledge"], parts["knowledge_refresh"]
-    run_parts("describe", QUESTION, chosen, parts)
-
-
-def named(metrics: Mapping[str, float], suffix: str) -> dict[str, float]:
-    return {name + suffix: value for name, value in metrics.items()}
+    run_parts("describe", QUESTION, chosen, parts, slow=[name for name in SCENARIOS if name != HEADLINE])
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------
@@ -143,10 +132,14 @@ def run(writer: GeneratorWriter, profiles: Sequence[Profile], spent: Spent) -> l
 
 
 def decoding(bench: Workbench, name: str, scenarios: Mapping[str, Scenario], sizes: Sizes) -> dict[str, float]:
-    if name in scenarios:
+    """Of one scenario; metrics bear its name, but for the headline's. Empty where its data are not here."""
+    if name == HEADLINE:
         return {**floor(bench), **speed(bench, scenarios[name], sizes)}
-    found = knowledge_scenarios(max(sizes.tested.values()), sizes.earlier)
-    return speed(Workbench("item", sizes.max_tokens, bench.data), found[name], sizes) if found else {}
+    if name not in scenarios:
+        scenarios = knowledge_scenarios(max(sizes.tested.values()), sizes.earlier)
+        bench = Workbench("item", sizes.max_tokens, bench.data)
+    found = speed(bench, scenarios[name], sizes) if name in scenarios else {}
+    return {f"{key}_{name}": value for key, value in found.items()}
 
 
 def speed(bench: Workbench, scenario: Scenario, sizes: Sizes) -> dict[str, float]:

@@ -82,7 +82,7 @@ TTFT_LEVELS = {
     ),
     "blocks": ("exact", "full", "blocks"),
 }
-LEFT_OUT = ("policies_goodreads", "contexts", "ttft_yelp", "ttft_goodreads")  # of a quick run
+SLOW = ("policies_goodreads", "contexts", "ttft_yelp", "ttft_goodreads")
 TTFT_CANDIDATES = {"scientific": 20, "yelp": 60, "goodreads": 75}  # so many texts make a prompt of the paper's length
 TTFT_TURN = 3  # requests that one engine answers before the other one does
 
@@ -94,9 +94,7 @@ def main() -> None:
         sizes = Sizes(**{name: min(count, chosen.requests) for name, count in asdict(sizes).items()})
     with RecordFile(cache_dir() / "benchmarks" / "fidelity.jsonl") as kept:
         parts = {name: partial(part, sizes, chosen, kept) for name, part in PARTS.items()}
-        if chosen.quick:
-            parts = {name: part for name, part in parts.items() if name not in LEFT_OUT}
-        run_parts("fidelity", QUESTION, chosen, parts)
+        run_parts("fidelity", QUESTION, chosen, parts, SLOW)
 
 
 # ---- quality --------------------------------------------------------------------------------------------------------
@@ -161,20 +159,25 @@ def levels(
 def rankers(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     """The block-mask ranker at `blocks` against the causal one in full: what it costs a team to change over."""
     data = with_popularity(dataset(SETS[name]))
+    requests = {kind: held_out(data, name, kind, count, chosen.seed) for kind, _, count in kinds(sizes)}
+    gains: dict[tuple[str, str], list[float]] = {}
+    for variant, level in (("blocks", "blocks"), ("causal", "full")):
+        with engine_of(variant, TEMPLATES[variant], data, chosen.seed) as engine:
+            for kind, some in requests.items():
+                records = scored(engine, [level], some, kept)[level]
+                gains[variant, kind] = [
+                    ndcg(order(r.scores), r.positive, 10) for r in records if r.positive is not None
+                ]
     metrics: dict[str, float] = {}
     rows = []
-    for kind, suffix, count in kinds(sizes):
-        requests = held_out(data, name, kind, count, chosen.seed)
-        gains = []
-        for variant, level in (("blocks", "blocks"), ("causal", "full")):
-            with engine_of(variant, TEMPLATES[variant], data, chosen.seed) as engine:
-                records = scored(engine, [level], requests, kept)[level]
-            gains.append([ndcg(order(r.scores), r.positive, 10) for r in records if r.positive is not None])
-        delta = bootstrap([[a - b] for a, b in zip(*gains, strict=True)], seed=chosen.seed)[0]
-        at = f"ndcg10_delta_blocks_blocks_over_full_causal_{name}{suffix}"
-        ends = {"": delta.mean, "_lo": delta.low, "_hi": delta.high}
-        metrics |= {at.replace("delta", f"delta{end}"): value for end, value in ends.items()}
-        rows.append([kind, str(len(requests)), *(f"{statistics.mean(some):.3f}" for some in gains), str(delta)])
+    for kind, suffix, _ in kinds(sizes):
+        ours, theirs = gains["blocks", kind], gains["causal", kind]
+        delta = bootstrap([[a - b] for a, b in zip(ours, theirs, strict=True)], seed=chosen.seed)[0]
+        at = f"blocks_blocks_over_full_causal_{name}{suffix}"
+        metrics |= {f"ndcg10_delta_{at}": delta.mean, f"ndcg10_delta_lo_{at}": delta.low}
+        metrics |= {f"ndcg10_delta_hi_{at}": delta.high}
+        means = [f"{statistics.mean(some):.3f}" for some in (ours, theirs)]
+        rows.append([kind, str(len(ours)), *means, str(delta)])
     columns = ["negatives", "requests", "block mask, blocks", "causal mask, full", "difference"]
     show(f"NDCG@10 of the two rankers, {name}", columns, rows)
     return metrics

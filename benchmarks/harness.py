@@ -94,14 +94,19 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def run_parts(name: str, question: str, chosen: Options, parts: Mapping[str, Callable[[], Metrics]]) -> None:
-    """Runs those of the parts that were chosen. Reports after each: a run that is cut short loses one part alone."""
+def run_parts(
+    name: str, question: str, chosen: Options, parts: Mapping[str, Callable[[], Metrics]], slow: Sequence[str] = ()
+) -> None:
+    """Runs those of the parts that were chosen; a quick run none that are `slow`.
+
+    Writes what is known after each: a run that is cut short loses one part alone.
+    """
     metrics: dict[str, float] = {}
     for part, measure in parts.items():
-        if part in chosen.only:
+        if part in chosen.only and not (chosen.quick and part in slow):
             metrics |= measure()
-            line = _write(name, question, chosen, metrics)
-    print(line)
+            _write(name, question, chosen, metrics)
+    report(name, question, chosen, metrics)
 
 
 def report(name: str, question: str, chosen: Options, metrics: Metrics) -> None:

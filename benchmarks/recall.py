@@ -28,6 +28,7 @@ from rcllm.config import CacheConfig, Config, ModelConfig
 from rcllm.core import Event, ItemId, RankRequest
 from rcllm.data import Dataset, Split, histories, split_of
 from rcllm.decoding import RecommendRequest
+from rcllm.durable import renamed
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
 from rcllm.sid.build import BuildConfig, build_codes, catalog_of, item_texts, split_histories
@@ -148,10 +149,8 @@ def embeddings(data: Dataset) -> FloatArray:
     digest = blake3("\n".join(texts).encode()).hexdigest()[:12]
     path = cache_dir() / "benchmarks" / f"minilm-{data.name}-{digest}.npy"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (part := path.with_suffix(".part")).open("wb") as file:
+        with renamed(path) as partial_path, partial_path.open("wb") as file:
             np.save(file, SentenceEncoder.load(fetch_minilm(), 128).encode(texts))
-        part.replace(path)
     return np.asarray(np.load(path), dtype=np.float32)
 
 
