@@ -115,6 +115,7 @@ def make_pool(config: Config, decoder: Decoder) -> Pool:
     spec, cache = decoder.spec, config.cache
     activations = (6 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 3 * spec.ffn_size) * 4
     workspace = decoder.max_positions * activations + 2 * cache.pass_tokens * spec.kv_bytes_per_token(4) + 64 * MIB
+    workspace += decoder.lm_head.nbytes if decoder.kernels else 0  # its packed copy, once something is generated
     resident = psutil.Process().memory_info().rss
     if decoder.device.type == "cuda":
         free = torch.cuda.mem_get_info(decoder.device)[0] - workspace

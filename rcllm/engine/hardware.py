@@ -19,6 +19,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from rcllm.model.native import kernels
 from rcllm.model.ops import Linear, packed_linear
 from rcllm.model.spec import ModelSpec
 
@@ -59,8 +60,9 @@ def measure_gemm(rows: int, spec: ModelSpec, dtype: torch.dtype, device: torch.d
     """GFLOP/s of the model's four linear shapes (qkv, o, gate_up, down) at `rows` fresh tokens, as in one layer.
 
     For each shape the faster of the ways in which the engine can run it counts: `F.linear`, and for fp32 on the CPU the
-    oneDNN-packed product. The rate is the FLOPs of a layer over the sum of the shapes' median times, so shapes weigh by
-    what they cost. As in a forward pass, weights come from memory: successive products use different copies of them.
+    kernels' product with a packed matrix. The rate is the FLOPs of a layer over the sum of the shapes' median times, so
+    shapes weigh by what they cost. As in a forward pass, weights come from memory: successive products use different
+    copies of them.
     """
     shapes = {
         "qkv": (spec.q_size + 2 * spec.kv_size, spec.hidden_size),
@@ -92,9 +94,9 @@ def _fastest(rows: int, shape: tuple[int, int], num_layers: int, dtype: torch.dt
     weights = [torch.randn(out, inner, device=device).to(dtype) for _ in range(copies)]
     x = torch.randn(rows, inner, device=device).to(dtype)
     ways: list[list[Linear]] = [[_plain(weight) for weight in weights]]
-    if dtype == torch.float32 and device.type == "cpu":
-        ways.append([packed for weight in weights if (packed := packed_linear(weight, None)) is not None])
-    return min(_median_seconds(way, x, device) for way in ways if way)
+    if dtype == torch.float32 and device.type == "cpu" and (compiled := kernels()) is not None:
+        ways.append([packed_linear(compiled, weight, None) for weight in weights])
+    return min(_median_seconds(way, x, device) for way in ways)
 
 
 def _plain(weight: torch.Tensor) -> Linear:

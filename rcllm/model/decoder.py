@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -174,8 +175,13 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         """[n, d] -> fp32 [n, vocab], or the columns of `token_ids` alone."""
-        head = self.lm_head if token_ids is None else self.lm_head[token_ids]
-        return (hidden @ head.T).float()
+        logits = self._head(hidden) if token_ids is None else hidden @ self.lm_head[token_ids].T
+        return logits.float()
+
+    @cached_property
+    def _head(self) -> Linear:
+        """Made when whole rows of logits are first asked for, which rankings never do."""
+        return self._ops.linear(self.lm_head, None)
 
     @torch.inference_mode()
     def full_logits(self, token_ids: Sequence[int]) -> torch.Tensor:

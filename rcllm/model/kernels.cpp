@@ -1,4 +1,4 @@
-// The CPU kernels: attention over segments, and the element-wise steps between the matrix products.
+// The CPU kernels: attention over segments, products with packed matrices, and the element-wise steps between them.
 //
 // Knows raw pointers and strides only; `native.py` builds it, checks every argument and is its one caller.
 // Vector width is chosen by the compiler's target (AVX-512, AVX2, or 4 lanes), so the library is cached per processor.
@@ -101,6 +101,9 @@ void gemm(int M, int N, int K, const float* A, int64_t sm, int64_t sk, const flo
   if (N - n == 2 * VL) column<2>(M, K, A, sm, sk, B + n, ldb, C + n, ldc, add);
   if (N - n == VL) column<1>(M, K, A, sm, sk, B + n, ldb, C + n, ldc, add);
 }
+
+constexpr int PANEL = NR * VL;  // outputs of a matrix that are stored together
+constexpr int CHUNK = 192;      // rows whose inputs stay in the L2 cache while panels pass
 
 // ---- reading cached K and V ----
 
@@ -324,6 +327,40 @@ void rcllm_gather(const Segment* segments, int64_t num_segments, const int64_t* 
       read_rows(seg.rows(layer * 2, kv_heads, head, dim), seg.dtype, seg.len, dim, seg.base ? c : nullptr, s, k, stride);
       read_rows(seg.rows(layer * 2 + 1, kv_heads, head, dim), seg.dtype, seg.len, dim, nullptr, nullptr,
                 k + kv_heads * dim, stride);
+    }
+}
+
+int64_t rcllm_panel() { return PANEL; }
+
+// Lays a matrix [size, inner] out in panels of PANEL outputs, each [inner, PANEL]; zeros fill up the last.
+void rcllm_pack(const float* weight, int64_t size, int64_t inner, float* packed, int64_t num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t n0 = 0; n0 < size; n0 += PANEL)
+    for (int64_t k = 0; k < inner; k++)
+      for (int64_t n = 0; n < PANEL; n++)
+        packed[n0 * inner + k * PANEL + n] = n0 + n < size ? weight[(n0 + n) * inner + k] : 0.f;
+}
+
+// out[r] = W x[r] + bias. x: [rows, inner], packed: of `rcllm_pack`, bias: [size] or null, out: [rows, size].
+// A value is summed in one order, whatever the number of rows. With few rows the time is that of reading the matrix once.
+void rcllm_linear(const float* x, int64_t rows, int64_t inner, const float* packed, const float* bias, int64_t size,
+                  float* out, int64_t num_threads) {
+  const int64_t panels = (size + PANEL - 1) / PANEL;
+  int64_t chunks = (rows + CHUNK - 1) / CHUNK;
+  while (chunks * panels < 4 * num_threads && rows / (chunks + 1) >= 4 * MR) chunks++;  // work for every thread
+#pragma omp parallel for collapse(2) num_threads(num_threads)
+  for (int64_t c = 0; c < chunks; c++)
+    for (int64_t p = 0; p < panels; p++) {
+      const int64_t first = rows * c / chunks, num = rows * (c + 1) / chunks - first;
+      const int64_t n0 = p * PANEL, width = std::min<int64_t>(PANEL, size - n0);
+      float edge[CHUNK * PANEL];  // of a panel that is not full
+      const bool full = width == PANEL;
+      float *y = out + first * size + n0, *target = full ? y : edge;
+      const int64_t stride = full ? size : PANEL;
+      column<NR>(num, inner, x + first * inner, inner, 1, packed + n0 * inner, PANEL, target, stride, false);
+      if (full && !bias) continue;
+      for (int64_t r = 0; r < num; r++)
+        for (int64_t n = 0; n < width; n++) y[r * size + n] = target[r * stride + n] + (bias ? bias[n0 + n] : 0.f);
     }
 }
 

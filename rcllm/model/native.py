@@ -31,6 +31,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self.panel: int = library.rcllm_panel()  # outputs of a packed matrix that are stored together
 
     def call(self, name: str, *arguments: torch.Tensor | int | float | None) -> None:
         """Calls `rcllm_<name>`; tensors go as pointers (None as null), ints as int64, floats as float."""

@@ -20,15 +20,24 @@ Linear = Callable[[torch.Tensor], torch.Tensor]  # [rows, in] -> [rows, out]
 Norm = torch.Tensor | None  # weight of a norm over each head, [head_dim]
 
 
-_PACK_ROWS = 128  # the row count that oneDNN chooses its layout for
+def packed_linear(kernels: Kernels, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """The product with a copy of an fp32 CPU matrix in the layout of the kernels, which they read from end to end.
 
+    A row's result does not depend on how many rows there are.
+    """
+    size, inner = weight.shape
+    weight = weight.contiguous()
+    panels = -(-size // kernels.panel)
+    packed = weight.new_empty(panels * kernels.panel * inner)
+    kernels.call("pack", weight, size, inner, packed, torch.get_num_threads())
 
-def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear | None:
-    """The product with a copy of an fp32 CPU matrix in oneDNN's own layout; None where torch lacks oneDNN."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
-        return None
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = x.new_empty(len(x), size)
+        kernels.call("linear", x, len(x), inner, packed, bias, size, out, torch.get_num_threads())
+        return out
+
+    return linear
 
 
 class Ops(Protocol):
@@ -79,16 +88,13 @@ class TorchOps:
 
 
 class NativeOps:
-    """fp32 on the CPU: fused passes over memory, and matrices packed once for oneDNN.
-
-    Packing is worth a third at 32–128 rows: 220 GFLOP/s where the unpacked product reaches 130–180 (docs/log.md).
-    """
+    """fp32 on the CPU: fused passes over memory, and matrices that are packed once."""
 
     def __init__(self, spec: ModelSpec, rope: Rope, kernels: Kernels) -> None:
         self.spec, self.rope, self.kernels = spec, rope, kernels
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return packed_linear(weight, bias) or (lambda x: F.linear(x, weight, bias))
+        return packed_linear(self.kernels, weight, bias)
 
     def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(residual)

@@ -65,10 +65,21 @@ def test_rotate_turns_queries_and_keys_and_leaves_values(compiled: Kernels, norm
 
 
 @pytest.mark.parametrize("rows", [1, 3, 128, 513])
-def test_packed_linear(compiled: Kernels, rows: int) -> None:
-    weight, bias, x = torch.randn(40, 24), torch.randn(40), torch.randn(rows, 24)
+@pytest.mark.parametrize("size", [5, 48, 200])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_packed_linear(compiled: Kernels, rows: int, size: int, with_bias: bool) -> None:
+    weight, bias, x = torch.randn(size, 24), torch.randn(size) if with_bias else None, torch.randn(rows, 24)
     got = NativeOps(SPEC, Rope.of(SPEC, 16), compiled).linear(weight, bias)(x)
-    torch.testing.assert_close(got, x @ weight.T + bias, atol=1e-5, rtol=1e-5)
+    expected = TorchOps(SPEC, Rope.of(SPEC, 16)).linear(weight, bias)(x)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_of_a_packed_product_does_not_depend_on_the_others(compiled: Kernels) -> None:
+    product = NativeOps(SPEC, Rope.of(SPEC, 16), compiled).linear(torch.randn(100, 576), None)
+    x = torch.randn(700, 576)
+    together = product(x)
+    for first, stop in ((0, 1), (3, 8), (190, 207), (500, 700)):
+        assert torch.equal(product(x[first:stop]), together[first:stop])
 
 
 def test_without_a_compiler_there_are_no_kernels() -> None:
@@ -103,6 +114,10 @@ def test_kernels_of_other_processors(
     x = torch.randn(9, 2 * 40)
     torch.testing.assert_close(
         NativeOps(SPEC, rope, narrow).swiglu(x), TorchOps(SPEC, rope).swiglu(x), atol=1e-5, rtol=1e-5
+    )
+    weight = torch.randn(100, 80)
+    torch.testing.assert_close(
+        NativeOps(SPEC, rope, narrow).linear(weight, None)(x), x @ weight.T, atol=1e-4, rtol=1e-4
     )
 
 
