@@ -64,6 +64,7 @@ HEADLINE = "refresh"
 class Sizes:
     max_tokens: int
     earlier: int  # profiles whose answers fill the pools
+    knowledge: int  # the same, of the knowledge scenarios
     tested: Mapping[int, int]  # profiles measured at each batch size
     exact: int
     cold: int
@@ -71,8 +72,8 @@ class Sizes:
     clicks: ClicksConfig
 
 
-FULL = Sizes(100, 120, {1: 12, 4: 16, 16: 32}, 200, 6, 6, ClicksConfig(users=300, items=150))
-QUICK = Sizes(32, 16, {1: 2, 4: 4, 16: 16}, 16, 2, 2, ClicksConfig(users=20, items=12, targets=2, negatives=2))
+FULL = Sizes(100, 120, 2000, {1: 12, 4: 16, 16: 32}, 200, 6, 6, ClicksConfig(users=300, items=150))
+QUICK = Sizes(32, 16, 16, {1: 2, 4: 4, 16: 16}, 16, 2, 2, ClicksConfig(users=20, items=12, targets=2, negatives=2))
 
 
 def main() -> None:
@@ -136,7 +137,7 @@ def decoding(bench: Workbench, name: str, scenarios: Mapping[str, Scenario], siz
     if name == HEADLINE:
         return {**floor(bench), **speed(bench, scenarios[name], sizes)}
     if name not in scenarios:
-        scenarios = knowledge_scenarios(max(sizes.tested.values()), sizes.earlier)
+        scenarios = knowledge_scenarios(max(sizes.tested.values()), sizes.knowledge)
         bench = Workbench("item", sizes.max_tokens, bench.data)
     found = speed(bench, scenarios[name], sizes) if name in scenarios else {}
     return {f"{key}_{name}": value for key, value in found.items()}

@@ -2,9 +2,9 @@
 
 Regime: held-out users of Amazon Scientific, 20 candidates, items warm, SmolLM2-135M in fp32 on the CPU; one request at
 a time, all ways of treating the history interleaved on the same requests in one run, all else at level `blocks`. The
-pool is built from training users. Quality on the ranker tuned under the causal mask where adapters/ has it (short
-prompts, read-out `pointwise`), agreement and TTFT on paper-shaped prompts of the untuned model. Bytes: of the pool, and
-of one user's exact history.
+pool is built from histories of training users; a prototype is one occurrence, as in RcLLM. Parts: `untuned`, agreement,
+TTFT and bytes on paper-shaped prompts, read-out `label`; `causal`, quality of the ranker tuned under the causal mask,
+short prompts, read-out `pointwise`.
 
 Ceiling: RcLLM (§III-B) finds a prototype for over 93 % of the tokens of reviews; `shared`, whose history has no fresh
 token at all, bounds the TTFT of `semantic`.
@@ -15,13 +15,14 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
-from benchmarks.harness import ROOT, console, dataset, options, percentile, report, show, timed
+from benchmarks.harness import ROOT, console, dataset, options, percentile, run_parts, show, timed
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core import BlockKind, Level, RankOptions, RankRequest, UserId
 from rcllm.data import Dataset, build_requests, named_items
+from rcllm.data.popularity import with_popularity
 from rcllm.engine.engine import Engine
 from rcllm.engine.pool_build import BuildReport, PoolBuilder, PoolConfig
 from rcllm.engine.pool_texts import dataset_histories, token_runs
@@ -32,6 +33,7 @@ from rcllm.reuse.semantic_pool import SemanticPool
 
 QUESTION = "Quality, bytes and TTFT of the semantic history pool against exact history per user"
 NUM_EVENTS = 12
+PARTS = ("untuned", "causal")
 ADAPTER = ROOT / "adapters" / "smollm2-135m-causal"
 MODES: dict[str, RankOptions] = {  # "back": the user's chain is there from an earlier request
     "full": RankOptions(level=Level("full")),
@@ -46,51 +48,44 @@ MODES: dict[str, RankOptions] = {  # "back": the user's chain is there from an e
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     users: int  # whose histories the pool is made from
-    members: tuple[int, ...]  # occurrences whose mean a prototype is; a pool for each
     quality: int  # requests
     timed: int
 
 
-FULL, QUICK = Sizes(2000, (1, 4), 1000, 24), Sizes(60, (1,), 20, 4)
+FULL, QUICK = Sizes(400, 200, 16), Sizes(60, 10, 4)
 
 
 def main() -> None:
-    chosen = options("semantic_pool", QUESTION)
+    chosen = options("semantic_pool", QUESTION, PARTS)
     sizes = QUICK if chosen.quick else FULL
+    if chosen.requests is not None:
+        sizes = Sizes(sizes.users, min(sizes.quality, chosen.requests), min(sizes.timed, chosen.requests))
     data = dataset("amazon_scientific")
-    metrics: dict[str, float] = {}
-    for members in sizes.members:
-        suffix = "" if members == 1 else f"_members{members}"
-        engine, built = engine_with_pool(data, "shopping", "", sizes.users, members, chosen.seed)
-        requests = build_requests(data, sizes.timed, 20, NUM_EVENTS, seed=chosen.seed, min_history=4)
-        metrics |= named(size(engine, built, requests), suffix)
-        metrics |= named(measured(engine, requests, RankOptions(), f"Untuned, label, {members} member(s)"), suffix)
-        del engine
-        if not ADAPTER.is_dir():
-            console.print(f"[yellow]{ADAPTER.name} is not here: nothing is said of ranking quality")
-            continue
-        tuned, _ = engine_with_pool(data, "titles", str(ADAPTER), sizes.users, members, chosen.seed)
-        requests = build_requests(data, sizes.quality, 20, 8, "uniform", "test", chosen.seed, 2, min_history=2)
-        pointwise = RankOptions(readout="pointwise")
-        quality = measured(tuned, requests, pointwise, f"Tuned (causal), pointwise, {members} member(s)")
-        metrics |= named(quality, f"_causal{suffix}")
-        del tuned
-    report("semantic_pool", QUESTION, chosen, metrics)
+    parts = {"untuned": partial(untuned, data, sizes, chosen.seed), "causal": partial(causal, data, sizes, chosen.seed)}
+    run_parts("semantic_pool", QUESTION, chosen, parts)
 
 
-def named(metrics: Mapping[str, float], suffix: str) -> dict[str, float]:
-    return {name + suffix: value for name, value in metrics.items()}
+def untuned(data: Dataset, sizes: Sizes, seed: int) -> dict[str, float]:
+    engine, built = engine_with_pool(data, "shopping", "", sizes.users, seed)
+    requests = build_requests(data, sizes.timed, 20, NUM_EVENTS, seed=seed, min_history=4)
+    found = measured(engine, requests, RankOptions(), "Untuned, label")
+    return {**size(engine, built, requests), **{f"{name}_untuned": value for name, value in found.items()}}
 
 
-def engine_with_pool(
-    data: Dataset, template: str, adapter: str, users: int, members: int, seed: int
-) -> tuple[Engine, BuildReport]:
+def causal(data: Dataset, sizes: Sizes, seed: int) -> dict[str, float]:
+    engine, _ = engine_with_pool(with_popularity(data), "titles", str(ADAPTER), sizes.users, seed)
+    requests = build_requests(data, sizes.quality, 20, 8, "uniform", "test", seed, 2, min_history=2)
+    found = measured(engine, requests, RankOptions(readout="pointwise"), "Tuned (causal), pointwise")
+    return {f"{name}_causal": value for name, value in found.items()}
+
+
+def engine_with_pool(data: Dataset, template: str, adapter: str, users: int, seed: int) -> tuple[Engine, BuildReport]:
     """An engine over a pool that is built in rcllm's cache folder; an interrupted build goes on there."""
     config = Config(ModelConfig(adapter=adapter), PromptConfig(template), CacheConfig(pool_mb=6000))
     engine = Engine.build(data.catalogue, config)
-    path = cache_dir() / "benchmarks" / f"semantic-{template}-{users}-{members}-{seed}.pool"
+    path = cache_dir() / "benchmarks" / f"semantic-{template}-{users}-{seed}.pool"
     path.parent.mkdir(parents=True, exist_ok=True)
-    chosen = PoolConfig(members=members, seed=seed)
+    chosen = PoolConfig(seed=seed)
     builder = PoolBuilder(
         engine.decoder, engine.prompter, chosen, path, model_id=engine.model_id, kv_dtype=engine.pool.dtype
     )
