@@ -62,7 +62,7 @@ class GeneratorWriter:
 
     def prompt_ids(self, profile: Profile) -> TokenIds:
         """Raises RequestError for a profile that cannot be answered."""
-        return self._prompt_ids(self._request(profile, 0))
+        return self.engine.prompter.build_open(self._request(profile, 0).opening).token_ids
 
     def save(self, path: Path) -> None:
         if self.pools is not None:
@@ -87,15 +87,12 @@ class GeneratorWriter:
         user = UserId(profile.name) if self.options.kind == "user" else None
         return GenerateRequest(str(profile.row), profile.events, user, generation(self.options, seed))
 
-    def _prompt_ids(self, request: GenerateRequest) -> TokenIds:
-        return self.engine.prompter.build_open(request.opening).token_ids
-
-    def _drafter(self, request: GenerateRequest) -> Drafter | None:
+    def _drafter(self, request: GenerateRequest, prompt: TokenIds) -> Drafter | None:
         if self.pools is None:
             return None
         profile = to_route(self._writing[request.request_id], self.options.kind, self.engine.prompter.catalogue)
         private = self._sharing == "own"
-        return self.pools.drafter_for(profile, self._prompt_ids(request), private=private)
+        return self.pools.drafter_for(profile, prompt, private=private)
 
 
 def to_route(profile: Profile, kind: Kind, catalogue: Mapping[ItemId, Item]) -> Grouped:

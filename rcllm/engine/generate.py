@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rcllm.core import Prompt
+from rcllm.core import Prompt, TokenIds
 from rcllm.decode.draft import EMPTY, Drafter, DraftTree
 from rcllm.decode.sample import Draw, drawn, judge, likeliest, uniform
 from rcllm.decode.verify import Accepted, accept, accept_relaxed, subtree
@@ -32,11 +32,11 @@ from rcllm.engine.sequences import Live, SequenceKV, next_pass
 from rcllm.errors import ConfigError
 from rcllm.metrics import Stopwatch
 
-DrafterOf = Callable[[GenerateRequest], Drafter | None]
+DrafterOf = Callable[[GenerateRequest, TokenIds], Drafter | None]  # of a request and its prompt
 MOST_NODES = 64  # of one sequence's draft
 
 
-def no_drafter(request: GenerateRequest) -> Drafter | None:
+def no_drafter(request: GenerateRequest, prompt: TokenIds) -> Drafter | None:
     """Plain decoding for every request."""
     return None
 
@@ -195,7 +195,7 @@ class _Run:
     def _admit(self, entering: Sequence[_Waiting]) -> None:
         """Computes prompts, and with them the first token of their answers."""
         before = self._watch.read_ms()
-        drafters = [self._drafter(waiting.request) for waiting in entering]
+        drafters = [self._drafter(waiting) for waiting in entering]
         with self._watch.stage("open"), self._engine.open([waiting.prompt for waiting in entering]) as batch:
             for waiting, opened in zip(entering, batch.prompts, strict=True):
                 kv = self._kv[waiting.number] = SequenceKV(self._decoder, waiting.capacity)
@@ -208,10 +208,10 @@ class _Run:
             self._take(live, first)
         self._live += admitted
 
-    def _drafter(self, request: GenerateRequest) -> Drafter | None:
-        if request.options.speculation.name == "none" or not self._generator.most_draft_rows:
+    def _drafter(self, waiting: _Waiting) -> Drafter | None:
+        if waiting.request.options.speculation.name == "none" or not self._generator.most_draft_rows:
             return None
-        drafter = self._generator.drafter_of(request)
+        drafter = self._generator.drafter_of(waiting.request, waiting.prompt.token_ids)
         if drafter is not None and self._budget is None:
             with self._watch.stage("measure"):
                 self._budget = self._generator.budget

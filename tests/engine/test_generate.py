@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from rcllm import fetch
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core import Event, Level, UserId
+from rcllm.core import Event, Level, TokenIds, UserId
 from rcllm.decode.draft import EMPTY, Drafter, DraftTree, PromptLookup, chain
 from rcllm.decode.verify import accept, ancestors
 from rcllm.decoding import Generated, GenerateOptions, GenerateRequest, OpenRequest, Speculation
@@ -97,8 +97,8 @@ class Scripted:
 def speculating(engine: Engine, make: Callable[[str, int], DraftTree], **limits: int) -> Generator:
     """A generator that verifies all of `make(request id, tokens of the answer so far)`."""
 
-    def drafter_of(request: GenerateRequest) -> Drafter:
-        return Scripted(len(prompt_of(engine, request)), lambda length: make(request.request_id, length))
+    def drafter_of(request: GenerateRequest, prompt: TokenIds) -> Drafter:
+        return Scripted(len(prompt), lambda length: make(request.request_id, length))
 
     return Generator(engine, drafter_of, budget=Everything(), **limits)
 
@@ -266,14 +266,14 @@ def test_the_adaptive_budget_gives_the_plain_answers_too(engine: Engine) -> None
     requests = several(max_tokens=40)
     plain = Generator(engine).generate(requests)
     costs = PassCosts({rows: 10 + rows / 10 for rows in (1, 64)})
-    generator = Generator(engine, lambda request: PromptLookup(), budget=DraftBudget(costs))
+    generator = Generator(engine, lambda request, prompt: PromptLookup(), budget=DraftBudget(costs))
     answers = generator.generate(requests)
     assert tokens(answers) == tokens(plain)
     assert sum(answer.receipt.accepted for answer in answers) > 0
 
 
 def test_costs_of_passes_are_measured_where_something_is_drafted(engine: Engine) -> None:
-    generator = Generator(engine, lambda request: PromptLookup())
+    generator = Generator(engine, lambda request, prompt: PromptLookup())
     generator.generate([ask("a", speculation=NONE)])
     assert generator._budget is None
     generator.generate([ask("a")])
@@ -284,8 +284,9 @@ def test_costs_of_passes_are_measured_where_something_is_drafted(engine: Engine)
 def test_drafters_are_told_of_every_token_and_of_the_end(engine: Engine) -> None:
     made: list[Scripted] = []
 
-    def drafter_of(request: GenerateRequest) -> Drafter:
-        made.append(Scripted(len(prompt_of(engine, request)), lambda at: EMPTY))
+    def drafter_of(request: GenerateRequest, prompt: TokenIds) -> Drafter:
+        assert prompt == tuple(prompt_of(engine, request))
+        made.append(Scripted(len(prompt), lambda at: EMPTY))
         return made[-1]
 
     answers = Generator(engine, drafter_of, budget=Everything()).generate([*several(), ask("n", speculation=NONE)])
@@ -341,7 +342,7 @@ def test_relaxed_reports_every_divergence_and_how_far(engine: Engine) -> None:
         return chain(np.array(branch, np.int32))
 
     drafter = Scripted(len(prompt), lambda at: make("a", at))
-    answer = Generator(engine, lambda request: drafter, budget=Everything()).generate([request])[0]
+    answer = Generator(engine, lambda request, prompt: drafter, budget=Everything()).generate([request])[0]
     plain = Generator(engine).generate([request])[0]
     assert answer.token_ids != plain.token_ids
     found = {each.position: each for each in answer.receipt.divergences}
@@ -419,7 +420,7 @@ def test_the_real_model_answers_as_transformers_with_and_without_drafts() -> Non
     engine = Engine.build(catalogue(), config)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     requests = [ask(f"r{i}", range(i, i + 10), max_tokens=40) for i in range(4)]
-    for generator in (Generator(engine), Generator(engine, lambda request: PromptLookup())):
+    for generator in (Generator(engine), Generator(engine, lambda request, prompt: PromptLookup())):
         for request, answer in zip(requests, generator.generate(requests), strict=True):
             ids = torch.tensor([prompt_of(engine, request)])
             theirs = model.generate(
