@@ -76,7 +76,7 @@ def causal(data: Dataset, sizes: Sizes, seed: int) -> dict[str, float]:
     engine, _ = engine_with_pool(with_popularity(data), "titles", str(ADAPTER), sizes.users, seed)
     requests = build_requests(data, sizes.quality, 20, 8, "uniform", "test", seed, 2, min_history=2)
     found = measured(engine, requests, RankOptions(readout="pointwise"), "Tuned (causal), pointwise")
-    return {f"{name}_causal": value for name, value in found.items()}
+    return {f"{name}_causal": value for name, value in found.items() if not name.startswith("ttft_")}
 
 
 def engine_with_pool(data: Dataset, template: str, adapter: str, users: int, seed: int) -> tuple[Engine, BuildReport]:
