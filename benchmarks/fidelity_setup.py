@@ -41,7 +41,7 @@ class Sizes:
     timed: int
 
 
-FULL, QUICK = Sizes(1000, 100, 40, 60, 50, 10, 10), Sizes(6, 6, 2, 3, 2, 1, 2)
+FULL, QUICK = Sizes(1000, 100, 20, 60, 50, 10, 10), Sizes(6, 6, 2, 3, 2, 1, 2)
 
 
 def kinds(sizes: Sizes) -> Iterator[tuple[Negatives, str, int]]:
