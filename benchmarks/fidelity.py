@@ -7,7 +7,8 @@ user did choose next; every difference is paired with full recompute of the same
 Beside it popularity and item-kNN on the same requests. TTFT is measured apart, on prompts of the paper's length.
 Ceiling: see `benchmarks.ttft`.
 
-What is scored is kept in the cache folder of rcllm, so that an interrupted run goes on where it was.
+What is scored is kept in the cache folder of rcllm, so that an interrupted run goes on where it was. What is timed is
+not: both sides are measured in one run.
 """
 
 from __future__ import annotations
@@ -322,7 +323,7 @@ def ttft(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str
             some = requests[start : start + TTFT_TURN]
             for variant, engine in {"causal": causal, "blocks": blocks}.items():
                 asked = {replace(POINTWISE, level=Level.parse(level)): level for level in TTFT_LEVELS[variant]}
-                for option, records in evaluate_timed(engine, some, list(asked), kept).items():
+                for option, records in evaluate_timed(engine, some, list(asked), RecordFile(None)).items():
                     found[variant, asked[option]] += records
     metrics: dict[str, float] = {f"ttft_num_{name}": len(requests)}
     rows: list[list[str]] = []
