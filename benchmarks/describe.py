@@ -212,19 +212,13 @@ def floor(bench: Workbench) -> dict[str, float]:
 def exact(bench: Workbench, scenario: Scenario) -> dict[str, float]:
     """Share of prompts whose strict answer has the token ids of the plain one."""
     profiles = scenario.tested
-    plain = bench.answers(profiles, NONE)
+    answers: list[list[Generated]] = []  # none is a kept one: both ways are decoded by the same kernels
     with tempfile.TemporaryDirectory(prefix="rcllm-pools-") as folder:
-        writer = bench.writer(STRICT, 16, bench.warm_pools(scenario, Path(folder) / "pools"))
-        strict = writer.generator.generate(writer.requests(profiles, [0] * len(profiles)))
-    equal = [a.token_ids == b.token_ids for a, b in zip(plain, strict, strict=True)]
-    differ = [number for number, same in enumerate(equal) if not same]  # kept answers may be of an earlier version
-    again = bench.writer(NONE, 16)
-    for number, answer in zip(
-        differ,
-        again.generator.generate(again.requests([profiles[n] for n in differ], [0] * len(differ))),
-        strict=True,
-    ):
-        equal[number] = answer.token_ids == strict[number].token_ids
+        pools = bench.warm_pools(scenario, Path(folder) / "pools")
+        for speculation in (NONE, STRICT):
+            writer = bench.writer(speculation, 16, pools)
+            answers.append(writer.generator.generate(writer.requests(profiles, [0] * len(profiles))))
+    equal = [a.token_ids == b.token_ids for a, b in zip(*answers, strict=True)]
     share = statistics.mean(equal)
     console.print(f"strict answers equal to plain ones: {sum(equal)} of {len(equal)} ({share:.1%})\n")
     return {"strict_equal_share": share, "strict_equal_prompts": len(equal)}

@@ -33,7 +33,6 @@ from rcllm.reuse.semantic_pool import SemanticPool
 
 QUESTION = "Quality, bytes and TTFT of the semantic history pool against exact history per user"
 NUM_EVENTS = 12
-PARTS = ("untuned", "causal")
 ADAPTER = ROOT / "adapters" / "smollm2-135m-causal"
 MODES: dict[str, RankOptions] = {  # "back": the user's chain is there from an earlier request
     "full": RankOptions(level=Level("full")),
@@ -56,12 +55,12 @@ FULL, QUICK = Sizes(400, 200, 16), Sizes(60, 10, 4)
 
 
 def main() -> None:
-    chosen = options("semantic_pool", QUESTION, PARTS)
+    chosen = options("semantic_pool", QUESTION, tuple(PARTS))
     sizes = QUICK if chosen.quick else FULL
     if chosen.requests is not None:
         sizes = Sizes(sizes.users, min(sizes.quality, chosen.requests), min(sizes.timed, chosen.requests))
     data = dataset("amazon_scientific")
-    parts = {"untuned": partial(untuned, data, sizes, chosen.seed), "causal": partial(causal, data, sizes, chosen.seed)}
+    parts = {name: partial(part, data, sizes, chosen.seed) for name, part in PARTS.items()}
     run_parts("semantic_pool", QUESTION, chosen, parts)
 
 
@@ -169,6 +168,9 @@ def measured(engine: Engine, requests: list[RankRequest], base: RankOptions, tit
     columns = ["history", "P50 ms", "P90 ms", "fresh tokens", "Kendall τ", "largest shift", "NDCG@10", "Δ full"]
     show(f"{title}, {len(requests)} requests", columns, rows)
     return metrics
+
+
+PARTS = {"untuned": untuned, "causal": causal}
 
 
 if __name__ == "__main__":
