@@ -100,9 +100,9 @@ _SPECULATION = re.compile(r"^(none|strict|relaxed)(?:\(([^()]*)\))?$")
 class Speculation:
     """How drafts are verified: `none` (nothing is drafted), `strict`, or `relaxed(k, p)`.
 
-    Strict keeps the answer that plain decoding gives, but for ties in the last bits. Relaxed accepts a drafted token
-    that is among the k likeliest with a probability above p (DARE, arXiv 2408.05676), and so its answer depends on the
-    drafts, which depend on earlier answers; relaxed(1, 0) is strict.
+    Strict keeps the answer that plain decoding gives: to the bit on the compiled kernels, but for ties in the last bits
+    on torch alone. Relaxed accepts a drafted token that is among the k likeliest with a probability above p (DARE,
+    arXiv 2408.05676), and so its answer depends on the drafts, which depend on earlier answers; relaxed(1, 0) is strict.
     """
 
     name: Literal["none", "strict", "relaxed"] = "strict"

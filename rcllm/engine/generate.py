@@ -3,9 +3,9 @@
     admit → draft → forward → readout → verify → … → finished
 
 Knows nothing of how drafts are made (`decode/draft.py`). Invariant: without relaxed verification an answer depends on
-its request alone, not on its batch, nor on what was drafted, up to ties in the last bits: a pass of several rows may
-round otherwise than a pass of one, which matters where two tokens are equally likely to about six digits
-(docs/numerics.md).
+its prompt's KV and its options alone, not on its batch, nor on what was drafted: to the bit on the compiled kernels.
+On torch alone a pass of several rows may round otherwise than a pass of one, which matters where two tokens are equally
+likely to about six digits (docs/numerics.md).
 """
 
 from __future__ import annotations

@@ -34,19 +34,23 @@ typedef hvec hvec_u __attribute__((aligned(2)));
 constexpr int ROW_TILE = 192;   // query rows (tokens × heads per KV head) of one work item
 constexpr int MIN_TOKENS = 12;  // a tile with fewer spends its time on reading keys
 constexpr int KEY_TILE = 96;    // keys per softmax step
-constexpr float HIDDEN = -1e30f;  // score of a masked pair; finite, so that no NaN can arise
+constexpr float HIDDEN = -1048576.f;  // score of a masked pair: far below any other, and still within exp2v
 
 inline vec splat(float x) { return vec{} + x; }
 inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
 inline void store(float* p, vec x) { *reinterpret_cast<vec_u*>(p) = x; }
 inline vec vmax(vec a, vec b) { return a > b ? a : b; }
 
-// 2^x for x ≤ 0, relative error < 2e-7; anything below -126 gives a number below 1.2e-38.
-inline vec exp2v(vec x) {
-  x = vmax(x, splat(-126.f));
-  const vec magic = splat(12582912.f);
-  vec shifted = x + magic;
-  vec f = x - (shifted - magic);
+constexpr float MAGIC = 12582912.f;  // 1.5 · 2^23: adding it rounds to a whole number, which the low bits then hold
+
+inline vec whole(vec x) { return x + splat(MAGIC) - splat(MAGIC); }
+
+// 2^(x - m) for a whole m ≥ x - 1/2, relative error < 2e-7; never less than 2^-126.
+// m enters the exponent alone: 2^(x - m) and 2^(x - m') differ by exactly a power of two.
+inline vec exp2v(vec x, vec m) {
+  x = vmax(x, m - splat(126.f));
+  vec shifted = x + splat(MAGIC);
+  vec f = x - (shifted - splat(MAGIC));
   vec p = splat(1.5353362e-4f);
   p = p * f + splat(1.3398874e-3f);
   p = p * f + splat(9.6184370e-3f);
@@ -54,7 +58,7 @@ inline vec exp2v(vec x) {
   p = p * f + splat(2.4022648e-1f);
   p = p * f + splat(6.9314718e-1f);
   p = p * f + splat(1.f);
-  return (vec)((ivec)p + ((ivec)shifted << 23));
+  return (vec)((ivec)p + (((ivec)shifted - (ivec)(m + splat(MAGIC))) << 23));
 }
 
 // ---- one register tile of C[M, N] += A[M, K] B[K, N]; A has free strides, B and C are row-major ----
@@ -167,20 +171,25 @@ struct Scratch {
 };
 
 // Folds one key tile, whose masked scores lie in s[keys, r0..r1), into the running maximum, sum and output.
+// The maximum is a whole number, so what is already summed shrinks by a power of two, which rounds nothing; and key after
+// key is added to one sum. So a row's result depends on its keys and their order alone, not on how tiles divide them, nor
+// on masked keys among them.
 void fold(Scratch& w, int dim, int keys, int r0, int r1, const float* v, int64_t v_stride) {
   for (int r = r0; r < r1; r += VL) {
-    vec top = load(w.m + r);
+    const vec old = load(w.m + r);
+    vec top = old;
     for (int j = 0; j < keys; j++) top = vmax(top, load(w.s + j * ROW_TILE + r));
-    vec old = load(w.m + r), sum{};
+    top = whole(top);
+    bool moved = false;
+    for (int i = 0; i < VL; i++) moved |= top[i] != old[i];
+    const vec shrink = exp2v(old, top);
+    vec sum = load(w.l + r) * shrink;
     for (int j = 0; j < keys; j++) {
-      vec p = exp2v(load(w.s + j * ROW_TILE + r) - top);
+      vec p = exp2v(load(w.s + j * ROW_TILE + r), top);
       store(w.s + j * ROW_TILE + r, p);
       sum += p;
     }
-    bool moved = false;
-    for (int i = 0; i < VL; i++) moved |= top[i] != old[i];
-    vec shrink = exp2v(old - top);
-    store(w.l + r, load(w.l + r) * shrink + sum);
+    store(w.l + r, sum);
     if (moved) {
       store(w.m + r, top);
       for (int d = 0; d < dim; d++) store(w.o + d * ROW_TILE + r, load(w.o + d * ROW_TILE + r) * shrink);
@@ -392,7 +401,7 @@ void rcllm_swiglu(const float* x, int64_t rows, int64_t size, float* out, int64_
     int64_t i = 0;
     for (; i + VL <= size; i += VL) {
       vec g = load(gate + i);
-      vec e = exp2v((g < 0 ? g : -g) * splat(1.44269504f));  // exp(-|g|): never overflows
+      vec e = exp2v((g < 0 ? g : -g) * splat(1.44269504f), vec{});  // exp(-|g|): never overflows
       vec sigmoid = (g < 0 ? e : splat(1.f)) / (e + splat(1.f));
       store(out + r * size + i, g * sigmoid * load(up + i));
     }

@@ -394,6 +394,48 @@ def test_the_buffer_equals_the_kv_of_a_full_recompute(any_engine: Engine) -> Non
     assert ancestors(tree)[5].tolist() == [True, True, False, True, False, False]
 
 
+def test_a_draft_changes_no_bit_of_what_plain_decoding_computes() -> None:
+    """Compiled kernels: logits and KV of a path of a tree, in a batch, are those of one token after the other, alone."""
+    engine = fresh(NATIVE)
+    decoder, rng = engine.decoder, np.random.default_rng(0)
+    prompt = rng.integers(0, VOCAB, 90).tolist()  # what follows crosses the end of a tile of keys
+    right = rng.integers(0, VOCAB, 30).tolist()
+    other = OpenRequest("b", ask("b", range(6)).history)
+    with engine.open([other]) as batch:
+        beside = SequenceKV(decoder, 200)
+        beside.fill(batch.prompts[0].segments, decoder.rope)
+    rows = torch.arange(len(prompt))
+    work = Pass(torch.tensor(prompt), rows, (Group.causal(len(prompt)),), rows[-1:], (Keep(0, len(prompt), 0),))
+    kept = decoder.forward(work).kept[0]
+    plain, drafted = SequenceKV(decoder, 120), SequenceKV(decoder, 120)
+    for kv in (plain, drafted):
+        kv.append(kept, range(len(prompt)))
+    hidden = []
+    for token in right:
+        passed = engine.forward(next_pass([plain.segment], [token], [plain.length], [EMPTY]))
+        plain.append(passed.kept[0], [0])
+        hidden.append(passed.hidden[0])
+    at = 0
+    while at < len(right):
+        tree = _random_tree(rng, right[at + 1 :])
+        segments, positions = [drafted.segment, beside.segment], [drafted.length, beside.length]
+        passed = engine.forward(next_pass(segments, [right[at], 5], positions, [tree, tree]))
+        path = accept(tree, _following(tree, right[at + 1 :])).rows
+        drafted.append(passed.kept[0], [0, *path])
+        logits = decoder.logits(passed.hidden)
+        for row in (0, *path):
+            assert torch.equal(passed.hidden[row], hidden[at])
+            assert torch.equal(logits[row], decoder.logits(hidden[at][None])[0])
+            at += 1
+    assert torch.equal(drafted.kv[:, :, :, : drafted.length], plain.kv[:, :, :, : plain.length])
+
+
+def _following(tree: DraftTree, right: Sequence[int]) -> list[int]:
+    """What a model that answers `right` would choose after each row of a tree."""
+    after = [*right, -1]
+    return [after[depth] for depth in (0, *tree.depths.tolist())]
+
+
 def test_nothing_stays_pinned_while_answers_are_decoded(engine: Engine) -> None:
     stream = Generator(engine, batch_size=2).stream(several())
     next(stream)

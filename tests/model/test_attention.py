@@ -124,6 +124,46 @@ def test_rows_of_large_groups_agree_between_backends() -> None:
     torch.testing.assert_close(native.output, gather.output, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["native", "native gather"])
+@pytest.mark.parametrize("loud", [0.1, 1.0, 30.0])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10_000), cut=st.integers(1, 329))
+def test_compiled_rows_depend_on_their_keys_alone(backend: str, loud: float, seed: int, cut: int) -> None:
+    """To the bit: however the keys are divided among segments, tiles and fresh rows, with masked keys among them.
+
+    loud: of the queries; the larger, the oftener the running maximum moves, and the more keys weigh next to nothing.
+    """
+    rng = np.random.default_rng(seed)
+    qkv = random_rows([Group.causal(330)])
+    qkv[:, : SPEC.q_size] *= loud
+    whole = make(backend, SPEC, [Group.causal(330)])(0, qkv)
+
+    k, v = qkv[:, SPEC.q_size :].unflatten(1, (2, 1, SPEC.head_dim)).unbind(1)
+    kv = torch.stack([k, v]).transpose(1, 2)[None].contiguous()  # [1, 2, KV, rows, D]
+    sees = np.tri(2, k=-1, dtype=bool)
+    stops = sorted({*rng.integers(1, cut + 1, 3).tolist(), cut})
+    segments = tuple(Segment(kv, 0, a, b, 0) for a, b in zip([0, *stops], stops, strict=False))
+    rest = Group(segments, np.ones(330 - cut, np.int32), np.arange(330 - cut, dtype=np.int32), sees)
+    got = make(backend, SPEC, [rest])(0, qkv[cut:])
+    assert torch.equal(got.output, whole.output[cut:])
+    assert torch.equal(got.lse, whole.lse[cut:])
+
+    branch = rng.integers(0, 2, 330 - cut)  # the rows of one do not see those of the other
+    mixed = make(backend, SPEC, [_branches(segments, branch)])(0, qkv[cut:])
+    rows = torch.from_numpy(branch == 0)
+    alone = make(backend, SPEC, [_branches(segments, branch[branch == 0])])(0, qkv[cut:][rows])
+    assert torch.equal(alone.output, mixed.output[rows])
+
+
+def _branches(segments: tuple[Segment, ...], branch: np.ndarray) -> Group:
+    """Each row a block of its own, which sees the segments and the earlier rows of its branch."""
+    n = len(branch)
+    sees = np.zeros((n + 1, n + 1), dtype=bool)
+    sees[1:, 0] = True
+    sees[1:, 1:] = np.tril(branch[:, None] == branch, k=-1)
+    return Group(segments, np.arange(1, n + 1, dtype=np.int32), np.zeros(n, np.int32), sees)
+
+
 def test_segmented_reads_published_kv_without_copying_it() -> None:
     """Zero copies, shown: the kernel's table holds the addresses of the published tensors, and nothing else is made."""
     groups = [random_group(5)]
