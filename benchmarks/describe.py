@@ -1,10 +1,10 @@
 """How much faster are users and items described by drafting from earlier answers, and what is the text then worth?
 
-Regime: SmolLM2-135M-Instruct in fp32 on the CPU, greedy, real profiles; plain, strict and relaxed(2, 0.1) decoding in
-turns on the same prompts in one run, each from pools of its own. Scenarios: `refresh` (DARE's own setting, and a
-nightly job's: the pool holds this model's answers about other users, and about each user without the latest choice),
-`new_users` (about others alone), `knowledge` and `knowledge_refresh` (the same two for items of `knowledge/`; the pool
-holds the summaries of the set as well). No pool holds an answer to a measured prompt.
+Regime: SmolLM2-135M-Instruct in fp32 on the CPU, greedy, real profiles; plain, strict, relaxed(2, 0.1) and, as `wide`,
+relaxed(3, 0.05) decoding in turns on the same prompts in one run, each from pools of its own. Scenarios: `refresh`
+(DARE's own setting, and a nightly job's: the pool holds this model's answers about other users, and about each user
+without the latest choice), `new_users` (about others alone), `knowledge` and `knowledge_refresh` (the same two for
+items of `knowledge/`; the pool holds the summaries of the set as well). No pool holds an answer to a measured prompt.
 
 `speedup_…`: tokens/s of decoding, after the prompt, as the papers count; `job_speedup_…`: prompts included. Unsuffixed
 metrics are of `refresh`. Ceiling: every pass reads all weights once, so plain decoding at batch 1 makes no more
@@ -30,6 +30,8 @@ from benchmarks.describe_setup import (
     NONE,
     RELAXED,
     STRICT,
+    WIDE,
+    Answered,
     Scenario,
     Workbench,
     knowledge_scenarios,
@@ -40,7 +42,7 @@ from benchmarks.harness import Options, console, dataset, options, run_parts, sh
 from rcllm.core import ItemId, UserId
 from rcllm.data import Dataset
 from rcllm.decode.draft import PromptLookup
-from rcllm.decoding import Generated, Speculation
+from rcllm.decoding import Generated
 from rcllm.describe.clicks import Clicks, ClicksConfig, make_clicks
 from rcllm.describe.groups import one_group
 from rcllm.describe.profiles import Profile, items
@@ -56,7 +58,7 @@ QUESTION = (
 )
 SCENARIOS = ("refresh", "new_users", "knowledge", "knowledge_refresh")
 PARTS = (*SCENARIOS, "exact", "cold", "groups", "hf", "ctr")
-MODES = {"plain": NONE, "strict": STRICT, "relaxed": RELAXED}
+MODES = {"plain": NONE, "strict": STRICT, "relaxed": RELAXED, "wide": WIDE}
 HEADLINE = "refresh"
 
 
@@ -169,7 +171,7 @@ def speed(bench: Workbench, scenario: Scenario, sizes: Sizes) -> dict[str, float
                     f"{spent.diverged / spent.tokens:.1%}",
                 ]
                 rows.append(row)
-    for mode in ("strict", "relaxed"):
+    for mode in list(MODES)[1:]:
         metrics[f"accepted_length_mean_{mode}"] = metrics[f"accepted_length_{mode}_b1"]
     metrics["accepted_length_mean"] = metrics["accepted_length_mean_strict"]
     columns = ["way", "answers", "tokens/s", "tokens a pass", "over plain", "with prompts", "diverged"]
@@ -188,7 +190,8 @@ def interleaved(bench: Workbench, pools: Path, profiles: Sequence[Profile], batc
             writer.load(pools)  # forgets it
     for number, start in enumerate(range(0, len(profiles), batch)):
         some = profiles[start : start + batch]
-        order = list(MODES)[number % 3 :] + list(MODES)[: number % 3]
+        at = number % len(MODES)
+        order = list(MODES)[at:] + list(MODES)[:at]
         for mode in order:
             for profile in some:  # no mode finds the prompt that another one computed
                 bench.engine.erase_user(UserId(profile.name))
@@ -332,7 +335,10 @@ def generated(model: torch.nn.Module, prompt: torch.Tensor, *, most: int, lookup
 
 
 def clicks(bench: Workbench, pairs: Clicks, sizes: Sizes) -> dict[str, float]:
-    """A click model without knowledge, with strict and with relaxed text about users and items."""
+    """A click model without knowledge, with strict and with relaxed text about users and items.
+
+    Besides, of each way, how much answers repeat themselves: that relaxed ones follow their drafts makes them loop.
+    """
     encoder = SentenceEncoder.load(fetch_minilm())
     users = [
         user_profile(2 * 10**6 + n, user, pairs.histories[n][-MOST_EVENTS:]) for n, user in enumerate(pairs.user_ids)
@@ -341,10 +347,14 @@ def clicks(bench: Workbench, pairs: Clicks, sizes: Sizes) -> dict[str, float]:
     read = items(item_bench.engine.prompter.template.event)
     rows = [read(n, item_row(bench.data, item_id)) for n, item_id in enumerate(pairs.item_ids)]
     ways: dict[str, Worth] = {"without": worth(pairs, None)}
-    for name, speculation in {"strict": NONE, "relaxed": RELAXED}.items():  # strict text is plain text (part `exact`)
-        texts = [texts_of(side, profiles, speculation) for side, profiles in ((bench, users), (item_bench, rows))]
-        ways[name] = worth(pairs, Knowledge(encoder.encode(texts[0]), encoder.encode(texts[1])))
+    loops: dict[str, float] = {}
+    for name, speculation in {"strict": NONE, "relaxed": RELAXED, "wide": WIDE}.items():  # strict: see part `exact`
+        # relaxed ones are drafted from this job's own earlier answers, as a first run of `rcllm describe` does
+        answers = [side.answers(profiles, speculation) for side, profiles in ((bench, users), (item_bench, rows))]
+        ways[name] = worth(pairs, Knowledge(*(encoder.encode([each.text for each in side]) for side in answers)))
+        loops[name] = statistics.mean(repeated(each) for side in answers for each in side)
     metrics: dict[str, float] = {"ctr_held_out_users": float(pairs.held_out.sum()), "ctr_pairs": len(pairs.users)}
+    metrics |= {f"repeated_share_{name}": share for name, share in loops.items()}
     table = []
     for name, way in ways.items():
         auc, loss = way.gain_over(ways["without"])
@@ -356,18 +366,20 @@ def clicks(bench: Workbench, pairs: Clicks, sizes: Sizes) -> dict[str, float]:
         }
         if name != "without":
             metrics |= {f"ctr_gauc_gain_{name}{end}": value for end, value in ends(auc)}
-        if name == "relaxed":
-            metrics |= {f"ctr_gauc_relaxed_minus_strict{end}": value for end, value in ends(over_strict)}
-            metrics |= {f"ctr_logloss_relaxed_minus_strict{end}": value for end, value in ends(loss_over_strict)}
-        table.append([name, f"{way.auc:.4f}", str(way.gauc), str(way.log_loss), str(auc), str(loss)])
-    columns = ["knowledge", "AUC", "AUC per user", "log-loss", "Δ AUC per user", "Δ log-loss"]
+        if name not in ("without", "strict"):
+            metrics |= {f"ctr_gauc_{name}_minus_strict{end}": value for end, value in ends(over_strict)}
+            metrics |= {f"ctr_logloss_{name}_minus_strict{end}": value for end, value in ends(loss_over_strict)}
+        told = f"{loops[name]:.1%}" if name in loops else ""
+        table.append([name, f"{way.auc:.4f}", str(way.gauc), str(way.log_loss), str(auc), str(loss), told])
+    columns = ["knowledge", "AUC", "AUC per user", "log-loss", "Δ AUC per user", "Δ log-loss", "repeated"]
     show(f"Click model, {int(pairs.held_out.sum())} held-out users, {len(pairs.users)} pairs in all", columns, table)
     return metrics
 
 
-def texts_of(bench: Workbench, profiles: Sequence[Profile], speculation: Speculation) -> list[str]:
-    """Relaxed ones are drafted from this job's own earlier answers, as a first run of `rcllm describe` does."""
-    return [answer.text for answer in bench.answers(profiles, speculation)]
+def repeated(answer: Answered, length: int = 4) -> float:
+    """Share of its runs of `length` tokens that it had already."""
+    runs = [answer.token_ids[at : at + length] for at in range(len(answer.token_ids) - length + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def item_row(data: Dataset, item_id: ItemId) -> dict[str, object]:

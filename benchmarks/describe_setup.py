@@ -28,7 +28,8 @@ from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
 
 MOST_EVENTS = 15
-NONE, STRICT, RELAXED = Speculation("none"), Speculation("strict"), Speculation("relaxed", 2, 0.1)
+NONE, STRICT = Speculation("none"), Speculation("strict")
+RELAXED, WIDE = Speculation("relaxed", 2, 0.1), Speculation("relaxed", 3, 0.05)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Workbench:
         self, profiles: Sequence[Profile], speculation: Speculation, pools: Path | None = None
     ) -> list[Answered]:
         """Answers, from the file of kept ones where they are. Relaxed ones are kept under the name of their pools."""
-        made_with = f"{speculation} {pools.name if pools and speculation == RELAXED else ''} {self.max_tokens}"
+        made_with = f"{speculation} {pools.name if pools and speculation.name == 'relaxed' else ''} {self.max_tokens}"
         writer = self.writer(speculation, 16, pools)
         keys = [self._key(writer, profile, made_with) for profile in profiles]
         missing = [profile for profile, key in zip(profiles, keys, strict=True) if key not in self.kept]

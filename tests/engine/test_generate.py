@@ -395,7 +395,7 @@ def test_the_buffer_equals_the_kv_of_a_full_recompute(any_engine: Engine) -> Non
 
 
 def test_a_draft_changes_no_bit_of_what_plain_decoding_computes() -> None:
-    """Compiled kernels: logits and KV of a path of a tree, in a batch, are those of one token after the other, alone."""
+    """Compiled kernels: logits and KV of a tree's path, in a batch, are those of one token after the other, alone."""
     engine = fresh(NATIVE)
     decoder, rng = engine.decoder, np.random.default_rng(0)
     prompt = rng.integers(0, VOCAB, 90).tolist()  # what follows crosses the end of a tile of keys
