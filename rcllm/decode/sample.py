@@ -14,6 +14,7 @@ import torch
 
 from rcllm.decode.draft import DraftTree
 from rcllm.decode.verify import Judged
+from rcllm.decoding import Speculation
 
 _LIKELY = 1e-3  # of the likeliest token's probability: the tokens above it hold most nuclei
 
@@ -40,25 +41,27 @@ def likeliest(logits: torch.Tensor) -> list[int]:
 
 
 @torch.inference_mode()
-def judge(logits: torch.Tensor, targets: Sequence[int], tree: DraftTree, k: int) -> Judged:
-    """What relaxed verification needs to know of a tree, up to rank `k`; logits fp32 [n + 1, vocab].
+def judge(logits: torch.Tensor, targets: Sequence[int], tree: DraftTree, rule: Speculation) -> Judged:
+    """What relaxed verification needs to know of a tree under `rule`; logits fp32 [n + 1, vocab].
 
-    targets [n + 1]: of `likeliest`. Probabilities cost a pass over the vocabulary each, so they are taken only where
-    they decide; counting what is likelier is much quicker than `topk`.
+    targets [n + 1]: of `likeliest`. A pass over the vocabulary is taken only for tokens that may be accepted without
+    being the likeliest: a token's probability is at most its ratio to that of the likeliest, which is known.
     """
     parents = torch.from_numpy(tree.parents).to(logits.device, torch.int64)
     tokens = torch.from_numpy(tree.token_ids).to(logits.device, torch.int64)
-    own = logits[parents, tokens]  # [n]
-    likelier = (logits[parents] > own[:, None]).sum(dim=1).cpu().numpy().astype(np.int32)
-    first = np.asarray(targets)[tree.parents] == tree.token_ids
-    ranks = np.where(first, 0, np.maximum(likelier, 1)).astype(np.int32)  # of equally likely tokens one is the first
+    best = torch.tensor(targets, device=logits.device)[parents]
+    first = (tokens == best).cpu().numpy()
+    own, most = logits[parents, tokens], logits[parents, best]  # [n]
+    ranks = np.where(first, 0, rule.k).astype(np.int32)
     probabilities, most_probable = (np.full(len(tree), np.nan, np.float32) for _ in range(2))
-    if len(open_nodes := np.flatnonzero((ranks > 0) & (ranks < k))):
+    if len(open_nodes := np.flatnonzero((torch.exp(own - most) > rule.p).cpu().numpy() & ~first)):
         nodes = torch.from_numpy(open_nodes).to(logits.device)
         rows = logits[parents[nodes]]
+        likelier = (rows > own[nodes, None]).sum(dim=1).cpu().numpy()
+        ranks[open_nodes] = np.clip(likelier, 1, rule.k)  # of equally likely tokens one is the first
         lse = torch.logsumexp(rows, dim=-1)
         probabilities[open_nodes] = torch.exp(own[nodes] - lse).cpu().numpy()
-        most_probable[open_nodes] = torch.exp(rows.amax(dim=-1) - lse).cpu().numpy()
+        most_probable[open_nodes] = torch.exp(most[nodes] - lse).cpu().numpy()
     return Judged(ranks, probabilities, most_probable)
 
 

@@ -21,8 +21,8 @@ from rcllm.decoding import Divergence, Speculation
 class Judged:
     """What the model thinks of the nodes of a tree, each after its parent."""
 
-    ranks: IntArray  # [n]; 0: the likeliest token
-    probabilities: npt.NDArray[np.float32]  # [n]; nan where the rank alone decides
+    ranks: IntArray  # [n]; 0: the likeliest token, k of the rule: not to be accepted
+    probabilities: npt.NDArray[np.float32]  # [n]; nan where they decide nothing
     most_probable: npt.NDArray[np.float32]  # [n], probability of the likeliest token; nan likewise
 
 

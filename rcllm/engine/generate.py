@@ -315,7 +315,7 @@ class _Run:
             stop, rule = at + len(tree) + 1, each.request.options.speculation
             own = targets[at:stop]
             if rule.name == "relaxed" and len(tree):
-                judged = judge(logits[at:stop], own, tree, rule.k)
+                judged = judge(logits[at:stop], own, tree, rule)
                 accepted.append(accept_relaxed(tree, own, judged, rule, len(each.answer)))
             else:
                 accepted.append(accept(tree, own))

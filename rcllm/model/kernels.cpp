@@ -34,6 +34,7 @@ typedef hvec hvec_u __attribute__((aligned(2)));
 constexpr int ROW_TILE = 192;   // query rows (tokens × heads per KV head) of one work item
 constexpr int MIN_TOKENS = 12;  // a tile with fewer spends its time on reading keys
 constexpr int KEY_TILE = 96;    // keys per softmax step
+constexpr int LINE = 16;        // floats of a cache line
 constexpr float HIDDEN = -1048576.f;  // score of a masked pair: far below any other, and still within exp2v
 
 inline vec splat(float x) { return vec{} + x; }
@@ -63,12 +64,15 @@ inline vec exp2v(vec x, vec m) {
 
 // ---- one register tile of C[M, N] += A[M, K] B[K, N]; A has free strides, B and C are row-major ----
 
-template <int M, int N>
-inline void tile(int K, const float* A, int64_t sm, int64_t sk, const float* B, int ldb, float* C, int ldc, bool add) {
+// Beside, AHEAD cache lines per step of K are fetched to L2, from `ahead` on.
+template <int M, int N, int AHEAD>
+inline void tile(int K, const float* A, int64_t sm, int64_t sk, const float* B, int ldb, float* C, int ldc, bool add,
+                 const float* ahead) {
   vec acc[M][N];
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) acc[m][n] = add ? load(C + m * ldc + n * VL) : vec{};
   for (int k = 0; k < K; k++) {
+    for (int line = 0; line < AHEAD; line++) __builtin_prefetch(ahead + ((int64_t)k * AHEAD + line) * LINE, 0, 2);
     vec b[N];
     for (int n = 0; n < N; n++) b[n] = load(B + (int64_t)k * ldb + n * VL);
     for (int m = 0; m < M; m++) {
@@ -82,20 +86,26 @@ inline void tile(int K, const float* A, int64_t sm, int64_t sk, const float* B, 
 
 constexpr int MR = VL == 16 ? 8 : 4, NR = 3;  // MR · NR accumulators and NR + 1 operands fill the registers
 
+// M: at most MR.
+template <int N, int AHEAD>
+void rows_tile(int M, int K, const float* A, int64_t sm, int64_t sk, const float* B, int ldb, float* C, int ldc, bool add,
+               const float* ahead) {
+  switch (M) {
+    case 8: return tile<std::min(8, MR), N, AHEAD>(K, A, sm, sk, B, ldb, C, ldc, add, ahead);
+    case 7: return tile<std::min(7, MR), N, AHEAD>(K, A, sm, sk, B, ldb, C, ldc, add, ahead);
+    case 6: return tile<std::min(6, MR), N, AHEAD>(K, A, sm, sk, B, ldb, C, ldc, add, ahead);
+    case 5: return tile<std::min(5, MR), N, AHEAD>(K, A, sm, sk, B, ldb, C, ldc, add, ahead);
+    case 4: return tile<4, N, AHEAD>(K, A, sm, sk, B, ldb, C, ldc, add, ahead);
+    case 3: return tile<3, N, AHEAD>(K, A, sm, sk, B, ldb, C, ldc, add, ahead);
+    case 2: return tile<2, N, AHEAD>(K, A, sm, sk, B, ldb, C, ldc, add, ahead);
+    case 1: return tile<1, N, AHEAD>(K, A, sm, sk, B, ldb, C, ldc, add, ahead);
+  }
+}
+
 template <int N>
 void column(int M, int K, const float* A, int64_t sm, int64_t sk, const float* B, int ldb, float* C, int ldc, bool add) {
-  int m = 0;
-  for (; m + MR <= M; m += MR) tile<MR, N>(K, A + m * sm, sm, sk, B, ldb, C + m * ldc, ldc, add);
-  A += m * sm, C += m * ldc;
-  switch (M - m) {
-    case 7: return tile<7, N>(K, A, sm, sk, B, ldb, C, ldc, add);
-    case 6: return tile<6, N>(K, A, sm, sk, B, ldb, C, ldc, add);
-    case 5: return tile<5, N>(K, A, sm, sk, B, ldb, C, ldc, add);
-    case 4: return tile<4, N>(K, A, sm, sk, B, ldb, C, ldc, add);
-    case 3: return tile<3, N>(K, A, sm, sk, B, ldb, C, ldc, add);
-    case 2: return tile<2, N>(K, A, sm, sk, B, ldb, C, ldc, add);
-    case 1: return tile<1, N>(K, A, sm, sk, B, ldb, C, ldc, add);
-  }
+  for (int m = 0; m < M; m += MR)
+    rows_tile<N, 0>(std::min(M - m, MR), K, A + m * sm, sm, sk, B, ldb, C + m * ldc, ldc, add, nullptr);
 }
 
 // N is a multiple of VL.
@@ -108,6 +118,22 @@ void gemm(int M, int N, int K, const float* A, int64_t sm, int64_t sk, const flo
 
 constexpr int PANEL = NR * VL;  // outputs of a matrix that are stored together
 constexpr int CHUNK = 192;      // rows whose inputs stay in the L2 cache while panels pass
+
+// C[M, PANEL] = A[M, K] B[K, PANEL], B a panel of a packed matrix. With several tiles of rows, the first would wait for
+// memory and the others leave it idle; so each fetches its share of the next panel.
+void panel_product(int M, int K, const float* A, const float* B, float* C, int ldc) {
+  constexpr int LINES = (PANEL + LINE - 1) / LINE;  // of a panel, per step of K
+  const int tiles = (M + MR - 1) / MR, fetching = std::min(tiles, LINES);
+  for (int t = 0; t < tiles; t++) {
+    const int m = M * t / tiles, num = M * (t + 1) / tiles - m;
+    const int from = LINES * t / fetching, lines = tiles == 1 || t >= fetching ? 0 : LINES * (t + 1) / fetching - from;
+    const float *a = A + (int64_t)m * K, *ahead = B + (int64_t)K * (PANEL + from * LINE);
+    float* c = C + (int64_t)m * ldc;
+    if (lines == 2) rows_tile<NR, 2>(num, K, a, K, 1, B, PANEL, c, ldc, false, ahead);
+    else if (lines == 1) rows_tile<NR, 1>(num, K, a, K, 1, B, PANEL, c, ldc, false, ahead);
+    else rows_tile<NR, 0>(num, K, a, K, 1, B, PANEL, c, ldc, false, nullptr);
+  }
+}
 
 // ---- reading cached K and V ----
 
@@ -366,7 +392,7 @@ void rcllm_linear(const float* x, int64_t rows, int64_t inner, const float* pack
       const bool full = width == PANEL;
       float *y = out + first * size + n0, *target = full ? y : edge;
       const int64_t stride = full ? size : PANEL;
-      column<NR>(num, inner, x + first * inner, inner, 1, packed + n0 * inner, PANEL, target, stride, false);
+      panel_product(num, inner, x + first * inner, packed + n0 * inner, target, stride);
       if (full && !bias) continue;
       for (int64_t r = 0; r < num; r++)
         for (int64_t n = 0; n < width; n++) y[r * size + n] = target[r * stride + n] + (bias ? bias[n0 + n] : 0.f);

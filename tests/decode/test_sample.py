@@ -11,6 +11,7 @@ from scipy.stats import chisquare
 
 from rcllm.decode.draft import DraftTree
 from rcllm.decode.sample import Draw, drawn, judge, likeliest, uniform
+from rcllm.decoding import Speculation
 from tests.reference.generate import distribution
 
 VOCAB = 12
@@ -71,17 +72,20 @@ def test_ranks_and_probabilities_of_drafted_tokens() -> None:
     parents = np.array([0, 0, 1, 2], np.int32)
     tokens = np.array([order[0, 0], order[0, 2], order[1, 1], order[2, 4]], np.int32)
     tree = DraftTree(tokens, parents, np.ones(4, np.float32))
-    judged = judge(logits, likeliest(logits), tree, 3)
-    assert judged.ranks.tolist() == [0, 2, 1, 4]
+    judged = judge(logits, likeliest(logits), tree, Speculation("relaxed", 3, 0.0))
+    assert judged.ranks.tolist() == [0, 2, 1, 3]
     chances = torch.softmax(logits, dim=-1).numpy()
     for node in (1, 2):
         assert judged.probabilities[node] == pytest.approx(chances[parents[node], tokens[node]], rel=1e-5)
         assert judged.most_probable[node] == pytest.approx(chances[parents[node]].max(), rel=1e-5)
-    assert np.isnan(judged.probabilities[[0, 3]]).all()  # their rank alone decides
+    assert np.isnan(judged.probabilities[0])
+    ratio = float(chances[0, order[0, 2]] / chances[0, order[0, 0]])
+    for p, rank in ((ratio * 0.99, 2), (ratio * 1.01, 3)):  # too improbable, whatever the rest of the vocabulary
+        assert judge(logits, likeliest(logits), tree, Speculation("relaxed", 3, p)).ranks[1] == rank
 
 
 def test_of_equally_likely_tokens_one_is_the_first() -> None:
     logits = torch.tensor([[1.0, 5.0, 5.0, 0.0]])
     targets = likeliest(logits)
     tree = DraftTree(np.array([1, 2], np.int32), np.zeros(2, np.int32), np.ones(2, np.float32))
-    assert sorted(judge(logits, targets, tree, 2).ranks.tolist()) == [0, 1]
+    assert sorted(judge(logits, targets, tree, Speculation("relaxed", 2, 0.0)).ranks.tolist()) == [0, 1]
