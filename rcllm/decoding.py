@@ -102,7 +102,8 @@ class Speculation:
 
     Strict keeps the answer that plain decoding gives: to the bit on the compiled kernels, but for ties in the last bits
     on torch alone. Relaxed accepts a drafted token that is among the k likeliest with a probability above p (DARE,
-    arXiv 2408.05676), so its answer depends on the drafts, and they on earlier answers; relaxed(1, 0) is strict.
+    arXiv 2408.05676) and repeats no phrase of the answer, so its answer depends on the drafts, and they on earlier
+    answers; relaxed(1, 0) is strict.
     """
 
     name: Literal["none", "strict", "relaxed"] = "strict"

@@ -27,7 +27,7 @@ class DraftOptions:
     rows: int = 64  # places looked at per source
     growth: float = 1.5  # a match one token longer counts so much more …
     longest: int = 8  # … up to this length
-    own: float = 2.0  # a place in the prompt or in the running answer counts so much more than one of the pool
+    own: float = 8.0  # a place in the prompt or in the running answer counts so much more than one of the pool
     lead: int = 4  # last tokens of the prompt that are learned with the answer, so that its first words are drafted
     doubt: float = 2.0  # evidence for anything else, at each token: 2 leaves the trees' weights calibrated
 

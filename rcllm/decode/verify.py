@@ -6,7 +6,7 @@ i + 1 is node i. Invariant: `accept` yields the tokens that decoding one at a ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ import numpy.typing as npt
 from rcllm.core import BoolArray, IntArray
 from rcllm.decode.draft import DraftTree
 from rcllm.decoding import Divergence, Speculation
+
+_PHRASE = 4  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +76,20 @@ def accept(tree: DraftTree, targets: Sequence[int]) -> Accepted:
 
 
 def accept_relaxed(
-    tree: DraftTree, targets: Sequence[int], judged: Judged, rule: Speculation, position: int
+    tree: DraftTree, targets: Sequence[int], judged: Judged, rule: Speculation, answer: Sequence[int]
 ) -> Accepted:
     """The longest path of acceptable nodes; among equally long ones, that of the better ranks, from the root on.
 
-    A node is acceptable after its parent as the likeliest token, or with a rank up to k and a probability above p.
-    targets [n + 1]: the likeliest token after each row; position: of the first token that is decided, in the answer.
+    A node is acceptable after its parent as the likeliest token; or with a rank up to k and a probability above p,
+    unless it ends a phrase that the answer has already: drafts from the answer itself would lead it in circles.
+    targets [n + 1]: the likeliest token after each row; answer: the tokens decided so far, the root's the last.
     Source: DARE (arXiv 2408.05676), relaxed verification; the likeliest token is accepted whatever its probability,
-    because it is what would be taken in place of a rejected draft.
+    because it is what would be taken in place of a rejected draft. That phrases are not repeated is ours.
     """
     ranks, parents, tokens = judged.ranks.tolist(), tree.parents.tolist(), tree.token_ids.tolist()
     acceptable = (judged.ranks == 0) | ((judged.ranks < rule.k) & (judged.probabilities > rule.p))
+    for node in _repeating(tree, np.flatnonzero(acceptable & (judged.ranks > 0)).tolist(), answer):
+        acceptable[node] = False
     length = [0] * (len(tree) + 1)  # of the longest acceptable path below each row
     following: list[int | None] = [None] * (len(tree) + 1)
     for row in range(len(tree), 0, -1):  # children come after their parents
@@ -98,9 +103,24 @@ def accept_relaxed(
         node = at - 1
         if ranks[node]:
             chances = float(judged.probabilities[node]), float(judged.most_probable[node])
-            place = position + len(rows)
+            place = len(answer) + len(rows)
             divergences.append(Divergence(place, tokens[node], targets[parents[node]], *chances))
         rows.append(at)
         at = following[at]
     last = rows[-1] if rows else 0
     return Accepted(tuple(rows), (*(tokens[row - 1] for row in rows), targets[last]), tuple(divergences))
+
+
+def _repeating(tree: DraftTree, nodes: Sequence[int], answer: Sequence[int]) -> Iterator[int]:
+    """Those of `nodes` that end a phrase which `answer` has already."""
+    if not nodes:
+        return
+    said = {tuple(answer[start : start + _PHRASE]) for start in range(len(answer) - _PHRASE + 1)}
+    parents, tokens = tree.parents.tolist(), tree.token_ids.tolist()
+    for node in nodes:
+        path, row = list[int](), node + 1
+        while row and len(path) < _PHRASE:
+            path.insert(0, tokens[row - 1])
+            row = parents[row - 1]
+        if tuple([*answer[-_PHRASE:], *path][-_PHRASE:]) in said:
+            yield node

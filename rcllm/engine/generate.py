@@ -316,7 +316,7 @@ class _Run:
             own = targets[at:stop]
             if rule.name == "relaxed" and len(tree):
                 judged = judge(logits[at:stop], own, tree, rule)
-                accepted.append(accept_relaxed(tree, own, judged, rule, len(each.answer)))
+                accepted.append(accept_relaxed(tree, own, judged, rule, each.answer))
             else:
                 accepted.append(accept(tree, own))
             at = stop

@@ -62,13 +62,17 @@ def test_the_relaxed_path_is_the_longest_of_acceptable_nodes(
     chances = data.draw(st.lists(st.floats(0, 1, width=32), min_size=n, max_size=n))
     judged = Judged(np.array(ranks, np.int32), np.array(chances, np.float32), np.full(n, 0.5, np.float32))
     targets = [order[0] for order in orders]
-    found = accept_relaxed(tree, targets, judged, Speculation("relaxed", k, p), position=10)
-    acceptable = [rank == 0 or (rank < k and np.float32(c) > p) for rank, c in zip(ranks, chances, strict=True)]
+    answer = data.draw(st.lists(st.integers(0, VOCAB - 1), max_size=16))
+    found = accept_relaxed(tree, targets, judged, Speculation("relaxed", k, p), answer)
+    phrases = [(*answer, *_tokens(tree, row))[-4:] for row in range(1, n + 1)]
+    new = [all(tuple(answer[at : at + 4]) != phrase for at in range(len(answer) - 3)) for phrase in phrases]
+    within = [rank < k and np.float32(c) > p for rank, c in zip(ranks, chances, strict=True)]
+    acceptable = [rank == 0 or (w and n) for rank, w, n in zip(ranks, within, new, strict=True)]
     path = longest_acceptable(tree, ranks, acceptable)
     assert list(found.rows) == path
     last = path[-1] if path else 0
     assert found.token_ids == (*_tokens(tree, last), targets[last])
-    diverging = [(10 + depth, row - 1) for depth, row in enumerate(path) if ranks[row - 1]]
+    diverging = [(len(answer) + depth, row - 1) for depth, row in enumerate(path) if ranks[row - 1]]
     assert [each.position for each in found.divergences] == [position for position, _ in diverging]
     for each, (_, node) in zip(found.divergences, diverging, strict=True):
         assert (each.token_id, each.argmax_id) == (tree.token_ids[node], targets[tree.parents[node]])
@@ -81,7 +85,7 @@ def test_relaxed_with_rank_one_is_strict(tree: DraftTree, seed: int) -> None:
     ranks = [int(token != targets[parent]) for parent, token in zip(tree.parents, tree.token_ids, strict=True)]
     sure = np.ones(len(tree), np.float32)
     judged = Judged(np.array(ranks, np.int32), sure, sure)
-    assert accept_relaxed(tree, targets, judged, Speculation("relaxed", 1, 0.0), 0) == accept(tree, targets)
+    assert accept_relaxed(tree, targets, judged, Speculation("relaxed", 1, 0.0), []) == accept(tree, targets)
 
 
 @given(trees())
