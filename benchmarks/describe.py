@@ -1,7 +1,7 @@
 """How much faster are users and items described by drafting from earlier answers, and what is the text then worth?
 
 Regime: SmolLM2-135M-Instruct in fp32 on the CPU, greedy, real profiles; plain, strict, relaxed(2, 0.1) and, as `wide`,
-relaxed(3, 0.05) decoding in turns on the same prompts in one run, each from pools of its own. Scenarios: `refresh`
+relaxed(5, 0.02) decoding in turns on the same prompts in one run, each from pools of its own. Scenarios: `refresh`
 (DARE's own setting, and a nightly job's: the pool holds this model's answers about other users, and about each user
 without the latest choice), `new_users` (about others alone), `knowledge` and `knowledge_refresh` (the same two for
 items of `knowledge/`; the pool holds the summaries of the set as well). No pool holds an answer to a measured prompt.
@@ -74,7 +74,7 @@ class Sizes:
     clicks: ClicksConfig
 
 
-FULL = Sizes(100, 120, 2000, {1: 12, 4: 16, 16: 32}, 200, 6, 6, ClicksConfig(users=300, items=150))
+FULL = Sizes(100, 120, 2000, {1: 24, 4: 16, 16: 32}, 200, 6, 6, ClicksConfig(users=300, items=150))
 QUICK = Sizes(32, 16, 16, {1: 2, 4: 4, 16: 16}, 16, 2, 2, ClicksConfig(users=20, items=12, targets=2, negatives=2))
 
 

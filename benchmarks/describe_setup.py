@@ -29,7 +29,8 @@ from rcllm.fetch import cache_dir
 
 MOST_EVENTS = 15
 NONE, STRICT = Speculation("none"), Speculation("strict")
-RELAXED, WIDE = Speculation("relaxed", 2, 0.1), Speculation("relaxed", 3, 0.05)
+RELAXED, WIDE = Speculation("relaxed", 2, 0.1), Speculation("relaxed", 5, 0.02)
+_RELAXED_VERSION = "2"  # answers that were kept by another rule than today's are made again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +65,11 @@ class Workbench:
             writer.load(pools)
         return writer
 
-    def answers(
-        self, profiles: Sequence[Profile], speculation: Speculation, pools: Path | None = None
-    ) -> list[Answered]:
-        """Answers, from the file of kept ones where they are. Relaxed ones are kept under the name of their pools."""
-        made_with = f"{speculation} {pools.name if pools and speculation.name == 'relaxed' else ''} {self.max_tokens}"
-        writer = self.writer(speculation, 16, pools)
+    def answers(self, profiles: Sequence[Profile], speculation: Speculation) -> list[Answered]:
+        """Answers, from the file of kept ones where they are; drafted from pools that begin empty."""
+        version = _RELAXED_VERSION if speculation.name == "relaxed" else ""
+        made_with = f"{speculation} {version} {self.max_tokens}"
+        writer = self.writer(speculation, 16)
         keys = [self._key(writer, profile, made_with) for profile in profiles]
         missing = [profile for profile, key in zip(profiles, keys, strict=True) if key not in self.kept]
         if missing:
