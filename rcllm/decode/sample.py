@@ -54,12 +54,13 @@ def judge(logits: torch.Tensor, targets: Sequence[int], tree: DraftTree, rule: S
     own, most = logits[parents, tokens], logits[parents, best]  # [n]
     ranks = np.where(first, 0, rule.k).astype(np.int32)
     probabilities, most_probable = (np.full(len(tree), np.nan, np.float32) for _ in range(2))
-    if len(open_nodes := np.flatnonzero((torch.exp(own - most) > rule.p).cpu().numpy() & ~first)):
+    if len(likely := np.flatnonzero((torch.exp(own - most) > rule.p).cpu().numpy() & ~first)):
+        nodes = torch.from_numpy(likely).to(logits.device)
+        likelier = (logits[parents[nodes]] > own[nodes, None]).sum(dim=1).cpu().numpy()
+        ranks[likely] = np.clip(likelier, 1, rule.k)  # of equally likely tokens one is the first
+    if len(open_nodes := np.flatnonzero((ranks > 0) & (ranks < rule.k))):
         nodes = torch.from_numpy(open_nodes).to(logits.device)
-        rows = logits[parents[nodes]]
-        likelier = (rows > own[nodes, None]).sum(dim=1).cpu().numpy()
-        ranks[open_nodes] = np.clip(likelier, 1, rule.k)  # of equally likely tokens one is the first
-        lse = torch.logsumexp(rows, dim=-1)
+        lse = torch.logsumexp(logits[parents[nodes]], dim=-1)
         probabilities[open_nodes] = torch.exp(own[nodes] - lse).cpu().numpy()
         most_probable[open_nodes] = torch.exp(most[nodes] - lse).cpu().numpy()
     return Judged(ranks, probabilities, most_probable)

@@ -67,7 +67,7 @@ def test_the_relaxed_path_is_the_longest_of_acceptable_nodes(
     phrases = [(*answer, *_tokens(tree, row))[-4:] for row in range(1, n + 1)]
     new = [all(tuple(answer[at : at + 4]) != phrase for at in range(len(answer) - 3)) for phrase in phrases]
     within = [rank < k and np.float32(c) > p for rank, c in zip(ranks, chances, strict=True)]
-    acceptable = [rank == 0 or (w and n) for rank, w, n in zip(ranks, within, new, strict=True)]
+    acceptable = [rank == 0 or (fits and fresh) for rank, fits, fresh in zip(ranks, within, new, strict=True)]
     path = longest_acceptable(tree, ranks, acceptable)
     assert list(found.rows) == path
     last = path[-1] if path else 0
