@@ -2,7 +2,7 @@
 
 Regime: one forward pass of SmolLM2-135M's shape with random weights over segments of 80 tokens, every fresh row
 seeing every segment, fp32 compute over fp16 KV. Ceiling: FLOPs / GEMM rate at that row count + KV bytes / bandwidth.
-The rule that `rcllm.model.attention.prepare` applies is read off this table.
+The rule that `rcllm.model.attend.choose.prepare` applies is read off this table.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.harness import median_seconds, options, report, show
 from benchmarks.ttft import floor_seconds, gemm_rate
-from rcllm.engine.hardware import measure_bandwidth
+from rcllm.model.attend.segments import Group, Segment
+from rcllm.model.ceilings import measure_bandwidth
 from rcllm.model.decoder import Decoder, Pass
 from rcllm.model.pull import pull
-from rcllm.model.segments import Group, Segment
 from rcllm.model.weights import load_model
 
 QUESTION = "Forward pass of each attention backend over its floor, by fresh tokens and segments"

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from rcllm.core import RankRequest
+from rcllm.core.ranking import RankRequest
 from rcllm.data import Dataset, histories, split_of
-from rcllm.data.negatives import Pool
+from rcllm.data.negatives import NegativePool
 
 Scores = npt.NDArray[np.float64]
 
@@ -21,15 +21,15 @@ class Baseline(Protocol):
         """One number per candidate, higher is better."""
 
 
-def training_pool(dataset: Dataset) -> Pool:
+def training_pool(dataset: Dataset) -> NegativePool:
     training = [rows for user, rows in histories(dataset.interactions).items() if split_of(user) == "train"]
-    return Pool.of(dataset.catalogue, ([row.item_id for row in rows] for rows in training))
+    return NegativePool.of(dataset.catalogue, ([row.item_id for row in rows] for rows in training))
 
 
 class Popularity:
     """The number of training users that touched an item."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: NegativePool) -> None:
         self._pool = pool
 
     def score(self, request: RankRequest) -> Scores:
@@ -39,7 +39,7 @@ class Popularity:
 class ItemKnn:
     """Sum over the history of the cosine between items' training users; Sarwar et al. 2001, "Item-based CF"."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: NegativePool) -> None:
         self._pool = pool
         norms = np.sqrt(np.maximum(pool.popularity, 1))
         self._users = sparse.csc_array(pool.touched @ sparse.diags_array(1.0 / norms))  # columns of length one

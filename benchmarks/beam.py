@@ -26,20 +26,22 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Options, dataset, options, percentile, run_parts, show, timed
+from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
+from rcllm.codes.updates import Update
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core import Event, IntArray, Item, ItemId, Level
+from rcllm.core.decoding import OpenRequest, RecommendRequest, RecommendResponse
+from rcllm.core.ranking import Event, IntArray, Item, ItemId, Level
 from rcllm.decode.beam_kv import StepBuffer
-from rcllm.decode.catalog import Catalog, CodeTokens, LiveCatalog
-from rcllm.decode.updates import Update
-from rcllm.decoding import OpenRequest, RecommendRequest, RecommendResponse
-from rcllm.engine.beam_schedule import BeamLimits, Trace
 from rcllm.engine.engine import Engine
 from rcllm.engine.recommend import Recommender
-from rcllm.model.attention import Attend, Attended, prepare
+from rcllm.metrics import Trace
+from rcllm.model.attend.choose import prepare
+from rcllm.model.attend.contract import Attend, Attended
 from rcllm.model.pull import pull
+from rcllm.schedule.batches import BeamLimits
 from rcllm.sid.load import load_recommender
 from rcllm.sid.model_folder import save_model
-from rcllm.sid.network import Network, NetworkConfig
+from rcllm.sid.network import CodeNetwork, NetworkConfig
 from rcllm.sid.vocabulary import Vocabulary
 
 QUESTION = "Requests/s, latency and KV traffic of wide constrained beam search, against Hugging Face generate"
@@ -68,20 +70,20 @@ SHARES = {  # which stages of a receipt make up which share
 }
 
 
-class Recorded(LiveCatalog):
+class Recorded(LiveCodes):
     """Remembers the last epochs that it gave, to judge answers by."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        super().__init__(catalog)
-        self.given: deque[Catalog] = deque(maxlen=8)
+    def __init__(self, code_index: CodeIndex) -> None:
+        super().__init__(code_index)
+        self.given: deque[CodeIndex] = deque(maxlen=8)
 
-    def epoch(self) -> Catalog:
+    def epoch(self) -> CodeIndex:
         self.given.append(super().epoch())
         return self.given[-1]
 
-    def of(self, answer: RecommendResponse) -> Catalog:
+    def of(self, answer: RecommendResponse) -> CodeIndex:
         """What the request saw."""
-        return next(catalog for catalog in self.given if catalog.epoch == answer.receipt.epoch)
+        return next(code_index for code_index in self.given if code_index.epoch == answer.receipt.epoch)
 
 
 @dataclass
@@ -92,12 +94,14 @@ class Tally:
     items: int = 0
     invalid: int = 0
 
-    def look(self, asked: Sequence[RecommendRequest], given: Sequence[RecommendResponse], catalog: Catalog) -> None:
+    def look(
+        self, asked: Sequence[RecommendRequest], given: Sequence[RecommendResponse], code_index: CodeIndex
+    ) -> None:
         for request, answer in zip(asked, given, strict=True):
             self.answers += 1
             self.items += len(answer.items)
-            offered, barred = catalog.enabled, set(request.deny)
-            numbers = [catalog.number_of(item) for item in answer.items]
+            offered, barred = code_index.enabled, set(request.deny)
+            numbers = [code_index.number_of(item) for item in answer.items]
             self.invalid += sum(number is None or not offered[number] for number in numbers)
             self.invalid += sum(item in barred for item in answer.items)
             self.invalid += len(answer.items) - len(set(answer.items))
@@ -109,27 +113,27 @@ class Tally:
         return metrics | counts
 
 
-def random_catalog(num_items: int, seed: int) -> Catalog:
+def random_codes(num_items: int, seed: int) -> CodeIndex:
     rng = np.random.default_rng(seed)
     codes = np.stack([rng.integers(0, size, num_items, dtype=np.int32) for size in SIZES], axis=1)
-    return Catalog.build(codes, [ItemId(f"i{i}") for i in range(num_items)], SIZES)
+    return CodeIndex.build(codes, [ItemId(f"i{i}") for i in range(num_items)], SIZES)
 
 
-def random_recommender(folder: Path, catalog: Catalog, seed: int) -> Recommender:
+def random_recommender(folder: Path, code_index: CodeIndex, seed: int) -> Recommender:
     """Weights without training, of the default size of `rcllm sid train`."""
     config = NetworkConfig()
     hf_config = config.hf_config(len(Vocabulary(SIZES)), POSITIONS)
-    network = Network(config, hf_config)
+    network = CodeNetwork(config, hf_config)
     network.reset(seed)
-    save_model(folder, network.state_dict(), hf_config, catalog, {})
+    save_model(folder, network.state_dict(), hf_config, code_index, {})
     settings = Config(ModelConfig(path=str(folder)), cache=CacheConfig(pool_mb=1000, pass_tokens=8192))
     return load_recommender(settings)
 
 
-def ask(rng: np.random.Generator, catalog: Catalog, tokens: int, **fields: Any) -> RecommendRequest:
+def ask(rng: np.random.Generator, code_index: CodeIndex, tokens: int, **fields: Any) -> RecommendRequest:
     """A history that fills a prompt of so many tokens, which shares no cached KV with others."""
-    items = rng.integers(0, catalog.num_items, (tokens - 2) // TOKENS_PER_EVENT).tolist()
-    history = tuple(Event(catalog.item_ids[item]) for item in items)
+    items = rng.integers(0, code_index.num_items, (tokens - 2) // TOKENS_PER_EVENT).tolist()
+    history = tuple(Event(code_index.item_ids[item]) for item in items)
     request = RecommendRequest(f"r{rng.integers(1 << 60)}", history, n=10, beam=128, rule="mask", level=Level("full"))
     return replace(request, **fields)
 
@@ -140,13 +144,13 @@ def ask(rng: np.random.Generator, catalog: Catalog, tokens: int, **fields: Any) 
 class Peer:
     """`generate` under `prefix_allowed_tokens_fn`, with look-ups by dict."""
 
-    def __init__(self, folder: Path, catalog: Catalog, tokens: CodeTokens) -> None:
+    def __init__(self, folder: Path, code_index: CodeIndex, tokens: CodeTokens) -> None:
         from transformers import AutoModelForCausalLM  # noqa: PLC0415 (a peer, not a dependency)
 
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.model.generation_config.eos_token_id = None
         self.children: dict[tuple[int, ...], set[int]] = {}
-        columns = [ids[catalog.codes[:, level]].tolist() for level, ids in enumerate(tokens.ids)]
+        columns = [ids[code_index.codes[:, level]].tolist() for level, ids in enumerate(tokens.ids)]
         for row in zip(*columns, strict=True):
             for level in range(len(row)):
                 self.children.setdefault(row[:level], set()).add(row[level])
@@ -191,7 +195,7 @@ def against_peer(
     recommender: Recommender, peer: Peer, requests: Sequence[RecommendRequest], tally: Tally, name: str
 ) -> dict[str, float]:
     """By turns. The first request warms both sides up, and is not counted."""
-    catalog, tokens = recommender.catalogue.epoch(), recommender.tokens
+    code_index, tokens = recommender.catalogue.epoch(), recommender.tokens
     took: dict[str, list[float]] = {"ours": [], "generate": [], "prompt once": []}
     equal = 0
     for request in requests:
@@ -199,8 +203,8 @@ def against_peer(
         prompt = list(recommender.engine.prompter.build_open(opened).token_ids)
         seconds, answer = timed(recommender.recommend, request)
         took["ours"].append(seconds)
-        tally.look([request], [answer], catalog)
-        first = catalog.codes[catalog.numbers_of(answer.items[:1])[0]].tolist()
+        tally.look([request], [answer], code_index)
+        first = code_index.codes[code_index.numbers_of(answer.items[:1])[0]].tolist()
         best = tuple(int(ids[code]) for ids, code in zip(tokens.ids, first, strict=True))
         for side, search in (("generate", peer.best), ("prompt once", peer.best_prompt_once)):
             start = time.perf_counter()
@@ -217,10 +221,10 @@ def against_peer(
 
 
 def peer_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict[str, float]:
-    rng, catalog = np.random.default_rng(chosen.seed), recommender.catalogue.epoch()
-    peer = Peer(Path(recommender.engine.config.model.path), catalog, recommender.tokens)
+    rng, code_index = np.random.default_rng(chosen.seed), recommender.catalogue.epoch()
+    peer = Peer(Path(recommender.engine.config.model.path), code_index, recommender.tokens)
     count = 2 if chosen.quick else chosen.requests or 20
-    requests = [ask(rng, catalog, 1000, beam=beam) for beam in (WARM_UP_BEAM, *[128] * count)]
+    requests = [ask(rng, code_index, 1000, beam=beam) for beam in (WARM_UP_BEAM, *[128] * count)]
     found = against_peer(recommender, peer, requests, tally, "3 layers, d 128")
     return {f"throughput_ratio_vs_hf_beam128_p1000{key}": value for key, value in found.items()}
 
@@ -231,16 +235,16 @@ def smollm2_part(chosen: Options, folder: Path, tally: Tally) -> dict[str, float
         return {}
     (folder / "titles.toml").write_text(TEMPLATE, encoding="utf-8")
     titles = [item.fields["title"] for item in dataset("amazon_scientific").catalogue.values()]
-    catalog = random_catalog(NUM_ITEMS, chosen.seed)
-    items = {name: Item(name, {"title": titles[i % len(titles)]}) for i, name in enumerate(catalog.item_ids)}
+    code_index = random_codes(NUM_ITEMS, chosen.seed)
+    items = {name: Item(name, {"title": titles[i % len(titles)]}) for i, name in enumerate(code_index.item_ids)}
     tokens = CodeTokens(tuple(np.arange(start, start + 256, dtype=np.int32) for start in (20000, 30000, 40000)))
     settings = Config(prompt=PromptConfig(template=str(folder / "titles.toml")), cache=CacheConfig(pool_mb=1000))
     engine = Engine.build(items, settings)
-    recommender = Recommender(engine, LiveCatalog(catalog), tokens)
-    peer = Peer(pull(settings.model.path), catalog, tokens)
+    recommender = Recommender(engine, LiveCodes(code_index), tokens)
+    peer = Peer(pull(settings.model.path), code_index, tokens)
     rng, requests = np.random.default_rng(chosen.seed), []
     for beam in (WARM_UP_BEAM, *[128] * (chosen.requests or 4)):
-        request = ask(rng, catalog, 1000, beam=beam)
+        request = ask(rng, code_index, 1000, beam=beam)
         lengths = np.cumsum([len(engine.prompter.event_ids(event)[0]) for event in request.history])
         requests.append(replace(request, history=request.history[: int((lengths < 990).sum())]))
     found = against_peer(recommender, peer, requests, tally, "SmolLM2-135M")
@@ -251,16 +255,16 @@ def smollm2_part(chosen: Options, folder: Path, tally: Tally) -> dict[str, float
 
 
 def latency_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict[str, float]:
-    rng, catalog, rows = np.random.default_rng(chosen.seed), recommender.catalogue.epoch(), []
+    rng, code_index, rows = np.random.default_rng(chosen.seed), recommender.catalogue.epoch(), []
     metrics: dict[str, float] = {}
     beams = (16, 128, 512) if chosen.quick else (16, 32, 64, 128, 256, 512)
     prompts = (250, 1000, 2000) if chosen.quick else (250, 500, 1000, 2000)
     for beam in beams:
         row = [str(beam)]
         for tokens in prompts:
-            requests = [ask(rng, catalog, tokens, beam=beam) for _ in range(4 if chosen.quick else 21)]
+            requests = [ask(rng, code_index, tokens, beam=beam) for _ in range(4 if chosen.quick else 21)]
             runs = [timed(recommender.recommend, request) for request in requests]
-            tally.look(requests, [answer for _, answer in runs], catalog)
+            tally.look(requests, [answer for _, answer in runs], code_index)
             metrics[f"latency_ms_beam{beam}_p{tokens}"] = statistics.median(took for took, _ in runs[1:]) * 1e3
             row.append(f"{metrics[f'latency_ms_beam{beam}_p{tokens}']:.1f}")
         rows.append(row)
@@ -269,12 +273,12 @@ def latency_part(chosen: Options, recommender: Recommender, tally: Tally) -> dic
 
 
 def kv_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict[str, float]:
-    rng, catalog, rows = np.random.default_rng(chosen.seed), recommender.catalogue.epoch(), []
+    rng, code_index, rows = np.random.default_rng(chosen.seed), recommender.catalogue.epoch(), []
     metrics: dict[str, float] = {}
     for beam in (32, 128, 512):
-        request = ask(rng, catalog, 1000, beam=beam)
+        request = ask(rng, code_index, 1000, beam=beam)
         answer = recommender.recommend(request)
-        tally.look([request], [answer], catalog)
+        tally.look([request], [answer], code_index)
         read, naive = answer.receipt.kv_bytes_read, answer.receipt.kv_bytes_naive
         metrics[f"kv_bytes_ratio_vs_naive_beam{beam}"] = read / naive
         rows.append([str(beam), f"{read / 1e6:.2f}", f"{naive / 1e6:.1f}", f"1 / {naive / read:.0f}"])
@@ -320,15 +324,15 @@ def attention_seconds() -> Iterator[list[float]]:
 
 def stages_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict[str, float]:
     """One request at a time, nothing cached."""
-    rng, catalog, rows = np.random.default_rng(chosen.seed), recommender.catalogue.epoch(), []
+    rng, code_index, rows = np.random.default_rng(chosen.seed), recommender.catalogue.epoch(), []
     metrics: dict[str, float] = {}
     for name, tokens, beam in (("p1000_beam128", 1000, 128), ("p1000_beam512", 1000, 512)):
         spent: dict[str, list[float]] = {}
         for _ in range(4 if chosen.quick else 21):
-            request = ask(rng, catalog, tokens, beam=beam)
+            request = ask(rng, code_index, tokens, beam=beam)
             with attention_seconds() as told:
                 answer = recommender.recommend(request)
-            tally.look([request], [answer], catalog)
+            tally.look([request], [answer], code_index)
             stages = answer.receipt.stage_ms
             each = {"attention": sum(told) * 1e3}
             each |= {share: sum(stages.get(stage, 0.0) for stage in of) for share, of in SHARES.items()}
@@ -345,9 +349,9 @@ def stages_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict
 
 def overlap_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict[str, float]:
     """Many requests at once: batches one after another, and overlapped."""
-    rng, catalog, rows = np.random.default_rng(chosen.seed), recommender.catalogue.epoch(), []
+    rng, code_index, rows = np.random.default_rng(chosen.seed), recommender.catalogue.epoch(), []
     rates: dict[int, float] = {}
-    requests = [ask(rng, catalog, 500, beam=128) for _ in range(12 if chosen.quick else 64)]
+    requests = [ask(rng, code_index, 500, beam=128) for _ in range(12 if chosen.quick else 64)]
     took: dict[int, list[float]] = {1: [], 2: []}
     traces = {}
     for _ in range(3):
@@ -356,7 +360,7 @@ def overlap_part(chosen: Options, recommender: Recommender, tally: Tally) -> dic
             each = Recommender(recommender.engine, recommender.catalogue, recommender.tokens, limits)
             traces[depth] = Trace()
             start = time.perf_counter()
-            tally.look(requests, each.recommend_batch(requests, traces[depth]), catalog)
+            tally.look(requests, each.recommend_batch(requests, traces[depth]), code_index)
             took[depth].append(time.perf_counter() - start)
     for depth, seconds in took.items():
         rates[depth] = len(requests) / statistics.median(seconds)
@@ -373,8 +377,8 @@ def catalogues_part(chosen: Options, recommender: Recommender, tally: Tally) -> 
     rows = []
     for num_items in (100_000, 1_000_000):
         name = f"{num_items // 1000}k"
-        build_s, catalog = timed(lambda count: random_catalog(count, chosen.seed), num_items)
-        live = Recorded(catalog)
+        build_s, code_index = timed(lambda count: random_codes(count, chosen.seed), num_items)
+        live = Recorded(code_index)
         large = Recommender(recommender.engine, live, recommender.tokens, recommender.limits)
         rng = np.random.default_rng(chosen.seed)
         still, changing = _under_updates(chosen, large, live, recommender.catalogue.epoch(), rng, tally)
@@ -382,11 +386,11 @@ def catalogues_part(chosen: Options, recommender: Recommender, tally: Tally) -> 
         p99 = [percentile([took for took, _ in runs], 0.99) for runs in (still, changing)]
         metrics |= {
             f"build_s_{name}": build_s,
-            f"catalogue_mb_{name}": catalog.stats().num_bytes / 1e6,
+            f"catalogue_mb_{name}": code_index.stats().num_bytes / 1e6,
             f"step_host_ms_{name}": step_ms,
             f"p99_ratio_during_updates_{name}": p99[1] / p99[0],
         }
-        row = [f"{num_items:,}", f"{build_s:.2f}", f"{catalog.stats().num_bytes / 1e6:.0f}", f"{step_ms:.2f}"]
+        row = [f"{num_items:,}", f"{build_s:.2f}", f"{code_index.stats().num_bytes / 1e6:.0f}", f"{step_ms:.2f}"]
         rows.append([*row, f"{p99[0] * 1e3:.1f}", f"{p99[1] * 1e3:.1f}"])
     columns = ["items", "build s", "MB", "mask and sort of a step, ms", "P99 ms", "P99 ms during updates"]
     show("Large catalogues, beam 128, prompt 250 tokens", columns, rows)
@@ -397,7 +401,7 @@ Runs = list[tuple[float, RecommendResponse]]
 
 
 def _under_updates(
-    chosen: Options, large: Recommender, live: Recorded, known: Catalog, rng: np.random.Generator, tally: Tally
+    chosen: Options, large: Recommender, live: Recorded, known: CodeIndex, rng: np.random.Generator, tally: Tally
 ) -> tuple[Runs, Runs]:
     """Requests by turns: some while nothing changes, some while a thread adds, disables and removes items at 20 Hz."""
     still: Runs = []
@@ -421,17 +425,17 @@ def _under_updates(
     return still, changing
 
 
-def _changes(catalog: Catalog, rng: np.random.Generator) -> Iterator[Update]:
+def _changes(code_index: CodeIndex, rng: np.random.Generator) -> Iterator[Update]:
     """Each removes ten items, disables ten and adds ten."""
-    order = rng.permutation(catalog.num_items)
+    order = rng.permutation(code_index.num_items)
     for number in range(len(order) // 20):
-        names = [catalog.item_ids[i] for i in order[20 * number : 20 * number + 20].tolist()]
+        names = [code_index.item_ids[i] for i in order[20 * number : 20 * number + 20].tolist()]
         codes: IntArray = np.stack([rng.integers(0, size, 10) for size in SIZES], axis=1).astype(np.int32)
         new = {ItemId(f"new{number}-{i}"): tuple(row) for i, row in enumerate(codes.tolist())}
         yield Update(frozenset(names[:10]), new, dict.fromkeys(names[10:], False))
 
 
-def _keep_changing(live: LiveCatalog, changes: Iterator[Update], stop: threading.Event) -> None:
+def _keep_changing(live: LiveCodes, changes: Iterator[Update], stop: threading.Event) -> None:
     while not stop.is_set():
         live.apply(next(changes))
         stop.wait(0.05)
@@ -447,7 +451,7 @@ def main() -> None:
     tally = Tally()
     with tempfile.TemporaryDirectory() as held:
         folder = Path(held)
-        recommender = random_recommender(folder / "model", random_catalog(NUM_ITEMS, chosen.seed), chosen.seed)
+        recommender = random_recommender(folder / "model", random_codes(NUM_ITEMS, chosen.seed), chosen.seed)
         parts: dict[str, Callable[[], dict[str, float]]] = {
             "peer": partial(peer_part, chosen, recommender, tally),
             "smollm2": partial(smollm2_part, chosen, folder, tally),

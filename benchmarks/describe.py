@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.describe_drafts import MakeDrafter, Text, learned, reading, simulate
 from benchmarks.describe_setup import (
-    MOST_EVENTS,
+    MAX_EVENTS,
     NONE,
     RELAXED,
     STRICT,
@@ -39,17 +39,17 @@ from benchmarks.describe_setup import (
     user_scenarios,
 )
 from benchmarks.harness import Options, console, dataset, options, run_parts, show, timed
-from rcllm.core import ItemId, UserId
+from rcllm.core.decoding import Generated
+from rcllm.core.ranking import ItemId, UserId
 from rcllm.data import Dataset
-from rcllm.decode.draft import PromptLookup
-from rcllm.decoding import Generated
 from rcllm.describe.clicks import Clicks, ClicksConfig, make_clicks
-from rcllm.describe.groups import one_group
 from rcllm.describe.profiles import Profile, items
 from rcllm.describe.quality import Knowledge, Worth, worth
 from rcllm.describe.writer import GeneratorWriter, make_router, to_route
-from rcllm.engine.generate import MOST_NODES
-from rcllm.engine.hardware import measure_bandwidth
+from rcllm.drafts.draft import PromptLookup
+from rcllm.drafts.groups import one_group
+from rcllm.engine.generate import MAX_NODES
+from rcllm.model.ceilings import measure_bandwidth
 from rcllm.model.pull import pull
 from rcllm.sid.embed import SentenceEncoder, fetch_minilm
 
@@ -272,12 +272,12 @@ def groups(bench: Workbench, scenario: Scenario, chosen: Options) -> dict[str, f
     for share in (1.0, 0.25):  # of the tokens of all answers, over all pools
         for label, each in (("one_pool", one_group()), ("grouped", router)):
             ways[f"{label}_{share:.0%}".replace("%", "pct")] = reading(learned(each, texts, round(whole * share)))
-    found = {way: simulate(make, tests, MOST_NODES).tokens_per_step for way, make in ways.items()}
+    found = {way: simulate(make, tests, MAX_NODES).tokens_per_step for way, make in ways.items()}
     rows = [[way, f"{value:.2f}"] for way, value in found.items()]
     title = (
         f"Tokens per pass by where drafts come from; {len(tests)} answers, pools of {len(texts) - len(tests)} others"
     )
-    show(title, ["drafts from", f"{MOST_NODES} nodes"], rows)
+    show(title, ["drafts from", f"{MAX_NODES} nodes"], rows)
     return {f"tokens_per_pass_{way}": value for way, value in found.items()}
 
 
@@ -341,7 +341,7 @@ def clicks(bench: Workbench, pairs: Clicks, sizes: Sizes) -> dict[str, float]:
     """
     encoder = SentenceEncoder.load(fetch_minilm())
     users = [
-        user_profile(2 * 10**6 + n, user, pairs.histories[n][-MOST_EVENTS:]) for n, user in enumerate(pairs.user_ids)
+        user_profile(2 * 10**6 + n, user, pairs.histories[n][-MAX_EVENTS:]) for n, user in enumerate(pairs.user_ids)
     ]
     item_bench = Workbench("item", sizes.max_tokens, bench.data)
     read = items(item_bench.engine.prompter.template.event)

@@ -28,12 +28,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import Normalizer
 
 from benchmarks.harness import SHARED, options, report, show
-from rcllm.core import TokenIds
-from rcllm.decode.draft import Drafter, DraftTree, PromptLookup
-from rcllm.decode.pool_drafter import PoolDrafter
-from rcllm.decode.suffix_pool import PoolLimits, SuffixPool
-from rcllm.describe.groups import GroupOptions, Kind, Profile, Router, build_router, one_group
-from rcllm.describe.pools import Pools
+from rcllm.core.ranking import TokenIds
+from rcllm.drafts.draft import Drafter, DraftTree, PromptLookup
+from rcllm.drafts.folder import DraftPools
+from rcllm.drafts.groups import GroupOptions, Kind, Member, Router, build_router, one_group
+from rcllm.drafts.pool_drafter import PoolDrafter
+from rcllm.drafts.suffix_pool import DraftPoolLimits, SuffixPool
 from rcllm.model.pull import pull
 from rcllm.prompt.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ _READERS = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    profile: Profile
+    profile: Member
     prompt: TokenIds
     answer: TokenIds
 
@@ -84,7 +84,7 @@ def knowledge(name: str, kind: Kind, tokenizer: Tokenizer, seed: int) -> list[Te
     labels = clusters([" ".join(others[text_id]) for text_id in texts], seed)
     return [
         Text(
-            Profile(kind, text_id, (), (label,)),
+            Member(kind, text_id, (), (label,)),
             tokenizer.encode("; ".join(titles[text_id]) + LEAD),
             tokenizer.encode(text),
         )
@@ -99,10 +99,10 @@ def clusters(words: Sequence[str], seed: int) -> list[str]:
     return [str(label) for label in KMeans(GROUPS, n_init=4, random_state=seed).fit_predict(vectors)]
 
 
-def learned(router: Router, texts: Sequence[Text], most_tokens: int) -> Pools:
-    """Pools of all training texts; `most_tokens` for all of them together."""
+def learned(router: Router, texts: Sequence[Text], max_tokens: int) -> DraftPools:
+    """Pools of all training texts; `max_tokens` for all of them together."""
     groups = {router.route(text.profile) for text in texts}
-    pools = Pools.create(router, FINGERPRINT, limits=PoolLimits(max(most_tokens // len(groups), 1)))
+    pools = DraftPools.create(router, FINGERPRINT, limits=DraftPoolLimits(max(max_tokens // len(groups), 1)))
     for text in texts:
         if not text.tests:
             pools.learn(text.profile, (*text.prompt[-4:], *text.answer))
@@ -125,7 +125,7 @@ def accepted(tree: DraftTree, rest: TokenIds) -> int:
     return len(rest)
 
 
-def simulate(make: MakeDrafter, texts: Sequence[Text], most_nodes: int) -> Simulated:
+def simulate(make: MakeDrafter, texts: Sequence[Text], max_nodes: int) -> Simulated:
     """Decodes every text, each step as far as its draft goes, and one token further."""
     steps = tokens = 0
     times = []
@@ -133,7 +133,7 @@ def simulate(make: MakeDrafter, texts: Sequence[Text], most_nodes: int) -> Simul
         drafter, done = make(text), 0
         while done < len(text.answer):
             start = time.thread_time()  # look-ups do nothing but compute
-            tree = drafter.draft(text.prompt + text.answer[:done], most_nodes)
+            tree = drafter.draft(text.prompt + text.answer[:done], max_nodes)
             times.append((time.thread_time() - start) * 1e6)
             step = min(accepted(tree, text.answer[done:]) + 1, len(text.answer) - done)
             drafter.observe(text.answer[done : done + step])
@@ -143,7 +143,7 @@ def simulate(make: MakeDrafter, texts: Sequence[Text], most_nodes: int) -> Simul
     return Simulated(tokens / steps, statistics.median(times), statistics.quantiles(times, n=20)[-1])
 
 
-def reading(pools: Pools) -> MakeDrafter:
+def reading(pools: DraftPools) -> MakeDrafter:
     """Drafters that leave the pools as they are: each answer is the private one of a reader who comes but once."""
     return lambda text: PoolDrafter(
         pools.pool(pools.router.route(text.profile)), text.prompt, f"reader {next(_READERS)}", private=True
@@ -157,7 +157,7 @@ def measure(model_folder: Path, *, quick: bool, seed: int) -> dict[str, float]:
     for name in ("yelp",) if quick else ("yelp", "amazon", "google"):
         for kind in FIELDS:
             texts = knowledge(name, kind, tokenizer, seed)
-            found = compared(texts, most_tests=16 if quick else 60)
+            found = compared(texts, max_tests=16 if quick else 60)
             rows = [
                 [way, *(f"{value.tokens_per_step:.2f}" for value in found[way]), *us(found[way][-1])] for way in found
             ]
@@ -170,9 +170,9 @@ def measure(model_folder: Path, *, quick: bool, seed: int) -> dict[str, float]:
     return metrics | scale(knowledge("yelp", "user", tokenizer, seed), 100_000 if quick else 1_000_000)
 
 
-def compared(texts: Sequence[Text], most_tests: int) -> dict[str, list[Simulated]]:
+def compared(texts: Sequence[Text], max_tests: int) -> dict[str, list[Simulated]]:
     """By way of drafting: the result at each tree size."""
-    tests = [text for text in texts if text.tests][:most_tests]
+    tests = [text for text in texts if text.tests][:max_tests]
     whole = sum(len(text.answer) + 4 for text in texts if not text.tests)
     grouped = build_router({}, [text.profile for text in texts], GroupOptions(GROUPS))
     makes: dict[str, Callable[[], MakeDrafter]] = {"prompt_lookup": lambda: lambda text: PromptLookup()}
@@ -191,7 +191,7 @@ def begins_empty() -> MakeDrafter:
 
 def scale(texts: Sequence[Text], num_tokens: int) -> dict[str, float]:
     """Time of a look-up in a pool of `num_tokens`: the training texts over and over, of many owners."""
-    pool = SuffixPool.create(FINGERPRINT, limits=PoolLimits(2 * num_tokens, 2 * num_tokens))
+    pool = SuffixPool.create(FINGERPRINT, limits=DraftPoolLimits(2 * num_tokens, 2 * num_tokens))
     train, number = [text for text in texts if not text.tests], 0
     while pool.num_tokens < num_tokens:
         pool.learn(train[number % len(train)].answer, str(number))

@@ -16,18 +16,18 @@ from blake3 import blake3
 
 from benchmarks.harness import SHARED, console
 from rcllm.config import CacheConfig, Config, PromptConfig
-from rcllm.core import Event, ItemId, UserId
+from rcllm.core.decoding import Speculation
+from rcllm.core.ranking import Event, ItemId, UserId
 from rcllm.data import Dataset, histories
-from rcllm.decoding import Speculation
-from rcllm.describe.groups import Router
 from rcllm.describe.job import DescribeOptions
-from rcllm.describe.pools import Pools
 from rcllm.describe.profiles import Kind, Profile
 from rcllm.describe.writer import GeneratorWriter, to_route
+from rcllm.drafts.folder import DraftPools
+from rcllm.drafts.groups import Router
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
 
-MOST_EVENTS = 15
+MAX_EVENTS = 15
 NONE, STRICT = Speculation("none"), Speculation("strict")
 RELAXED, WIDE = Speculation("relaxed", 2, 0.1), Speculation("relaxed", 5, 0.02)
 _RELAXED_VERSION = "2"  # answers that were kept by another rule than today's are made again
@@ -56,7 +56,7 @@ class Workbench:
 
     def options(self, speculation: Speculation, batch: int) -> DescribeOptions:
         return DescribeOptions(
-            kind=self.kind, max_tokens=self.max_tokens, speculation=speculation, batch=batch, most_events=MOST_EVENTS
+            kind=self.kind, max_tokens=self.max_tokens, speculation=speculation, batch=batch, max_events=MAX_EVENTS
         )
 
     def writer(self, speculation: Speculation, batch: int, pools: Path | None = None) -> GeneratorWriter:
@@ -89,7 +89,7 @@ class Workbench:
         writer.save(folder)
         return folder
 
-    def learn(self, pools: Pools, scenario: Scenario) -> None:
+    def learn(self, pools: DraftPools, scenario: Scenario) -> None:
         lead = self.lead
         earlier = self.answers(scenario.earlier, NONE)
         for profile, answer in zip(scenario.earlier, earlier, strict=True):
@@ -154,10 +154,10 @@ def user_scenarios(data: Dataset, tested: int, earlier: int) -> dict[str, Scenar
     """
     items = {user: [row.item_id for row in rows] for user, rows in histories(data.interactions).items()}
     order = sorted(
-        (user for user in items if len(items[user]) > MOST_EVENTS), key=lambda user: blake3(user.encode()).digest()
+        (user for user in items if len(items[user]) > MAX_EVENTS), key=lambda user: blake3(user.encode()).digest()
     )
-    now = [user_profile(n, user, items[user][-MOST_EVENTS:]) for n, user in enumerate(order)]
-    before = [user_profile(10**6 + n, user, items[user][-MOST_EVENTS - 1 : -1]) for n, user in enumerate(order)]
+    now = [user_profile(n, user, items[user][-MAX_EVENTS:]) for n, user in enumerate(order)]
+    before = [user_profile(10**6 + n, user, items[user][-MAX_EVENTS - 1 : -1]) for n, user in enumerate(order)]
     mine, others = tuple(now[:tested]), tuple(now[tested : tested + earlier])
     return {
         "new_users": Scenario("new_users", "user", mine, others),

@@ -39,10 +39,9 @@ from benchmarks.fidelity_setup import (
     scored,
 )
 from benchmarks.harness import Options, dataset, options, run_parts, show
-from rcllm.core import Block, Level, Policy, RankOptions, RankRequest, Selection
+from rcllm.core.ranking import Block, Level, Policy, RankOptions, RankRequest, Selection, order
 from rcllm.data import named_items
 from rcllm.data.popularity import with_popularity
-from rcllm.decode.rank import order
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.evaluate import evaluate_timed

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT, console
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig, context_samples
-from rcllm.core import Level, RankOptions, RankRequest
+from rcllm.core.ranking import Level, RankOptions, RankRequest
 from rcllm.data import Dataset, Negatives, build_requests, split_of
 from rcllm.engine.engine import Engine
 from rcllm.fidelity.evaluate import Evaluated, evaluate

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rcllm.data import Dataset, fetch_movielens, load_dataset
-from rcllm.engine.hardware import describe_hardware
 from rcllm.fetch import cache_dir
+from rcllm.model.ceilings import describe_hardware
 
 A = TypeVar("A")
 R = TypeVar("R")

@@ -13,7 +13,7 @@ import statistics
 from benchmarks.harness import dataset, options, report, show, timed
 from benchmarks.ttft import paper_shaped
 from rcllm.config import CacheConfig, Config
-from rcllm.core import Level, RankOptions
+from rcllm.core.ranking import Level, RankOptions
 from rcllm.data import named_items
 from rcllm.engine.engine import Engine
 from rcllm.fidelity.measures import agreement

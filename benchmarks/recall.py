@@ -25,20 +25,20 @@ from blake3 import blake3
 from benchmarks.baselines import Baseline, ItemKnn, Popularity, training_pool
 from benchmarks.harness import Options, console, dataset, options, run_parts, show
 from rcllm.config import CacheConfig, Config, ModelConfig
-from rcllm.core import Event, ItemId, RankRequest
+from rcllm.core.decoding import RecommendRequest
+from rcllm.core.ranking import Event, ItemId, RankRequest
 from rcllm.data import Dataset, Split, histories, split_of
-from rcllm.decoding import RecommendRequest
 from rcllm.durable import renamed
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
-from rcllm.sid.build import BuildConfig, build_codes, catalog_of, item_texts, split_histories
+from rcllm.sid.build import BuildConfig, build_codes, code_index_of, item_texts, split_histories
 from rcllm.sid.collaborative import FloatArray
 from rcllm.sid.embed import SentenceEncoder, fetch_minilm
 from rcllm.sid.load import load_recommender
 from rcllm.sid.network import NetworkConfig
 from rcllm.sid.quantise import CodeConfig
 from rcllm.sid.sequences import SequenceConfig
-from rcllm.sid.train import TrainConfig, Trainer
+from rcllm.sid.train import CodeTrainer, TrainConfig
 
 QUESTION = "Recall@10/50 and NDCG@10 over the whole catalogue, of generated semantic IDs, popularity and item-kNN"
 MOST, BEAM = 50, 128
@@ -131,7 +131,7 @@ def trained(data: Dataset, settings: Settings) -> tuple[Path, float]:
     numbers = {item_id: number for number, item_id in enumerate(data.catalogue)}
     train, validation = (split_histories(data.interactions, numbers, split) for split in ("train", "validation"))
     codes = build_codes(embeddings(data), train, settings.build)
-    trainer = Trainer(catalog_of(codes, tuple(data.catalogue)), train, validation, settings.train, folder)
+    trainer = CodeTrainer(code_index_of(codes, tuple(data.catalogue)), train, validation, settings.train, folder)
     told: list[int] = []
 
     def tell(epoch: int, loss: float) -> None:

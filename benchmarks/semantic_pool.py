@@ -20,16 +20,16 @@ from functools import partial
 
 from benchmarks.harness import ROOT, console, dataset, options, percentile, run_parts, show, timed
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core import BlockKind, Level, RankOptions, RankRequest, UserId
+from rcllm.core.ranking import BlockKind, Level, RankOptions, RankRequest, UserId
 from rcllm.data import Dataset, build_requests, named_items
 from rcllm.data.popularity import with_popularity
 from rcllm.engine.engine import Engine
-from rcllm.engine.pool_build import BuildReport, PoolBuilder, PoolConfig
-from rcllm.engine.pool_texts import dataset_histories, token_runs
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
 from rcllm.fidelity.measures import agreement, ndcg
-from rcllm.reuse.semantic_pool import SemanticPool
+from rcllm.prototypes.build import BuildReport, PrototypeBuilder, PrototypeConfig
+from rcllm.prototypes.pool import PrototypePool
+from rcllm.prototypes.texts import dataset_histories, token_runs
 
 QUESTION = "Quality, bytes and TTFT of the semantic history pool against exact history per user"
 NUM_EVENTS = 12
@@ -84,8 +84,8 @@ def engine_with_pool(data: Dataset, template: str, adapter: str, users: int, see
     engine = Engine.build(data.catalogue, config)
     path = cache_dir() / "benchmarks" / f"semantic-{template}-{users}-{seed}.pool"
     path.parent.mkdir(parents=True, exist_ok=True)
-    chosen = PoolConfig(seed=seed)
-    builder = PoolBuilder(
+    chosen = PrototypeConfig(seed=seed)
+    builder = PrototypeBuilder(
         engine.decoder, engine.prompter, chosen, path, model_id=engine.model_id, kv_dtype=engine.pool.dtype
     )
     texts = token_runs(engine.prompter, dataset_histories(data, NUM_EVENTS)[:users], chosen.member_context)
@@ -93,7 +93,7 @@ def engine_with_pool(data: Dataset, template: str, adapter: str, users: int, see
         built = builder.run(
             texts, data.name, lambda now: status.update(f"building the pool: {now.done_shards} of {now.num_shards}")
         )
-    pool = SemanticPool.open(path, engine.decoder, engine.prompter.namespace)
+    pool = PrototypePool.open(path, engine.decoder, engine.prompter.namespace)
     parts = engine.config, engine.decoder, engine.prompter, engine.pool, engine.model_id
     return Engine(*parts, semantic_pool=pool), built
 

@@ -25,17 +25,17 @@ import torch
 
 from benchmarks.harness import Options, console, dataset, median_seconds, options, percentile, report, show, timed
 from rcllm.config import CacheConfig, Config, PromptConfig
-from rcllm.core import Level, RankOptions, RankRequest, UserId
+from rcllm.core.ranking import Level, RankOptions, RankRequest, UserId
 from rcllm.data import Dataset, build_requests, named_items
 from rcllm.engine.engine import Engine
-from rcllm.engine.hardware import measure_bandwidth, measure_gemm
 from rcllm.fidelity.measures import agreement
+from rcllm.model.attend.segments import Group
+from rcllm.model.ceilings import measure_bandwidth, measure_gemm
 from rcllm.model.decoder import Pass
 from rcllm.model.pull import pull
-from rcllm.model.segments import Group
 from rcllm.model.spec import ModelSpec
-from rcllm.reuse.assemble import Planned, assemble
-from rcllm.reuse.plan import plan
+from rcllm.reuse.assemble import assemble
+from rcllm.reuse.plan import Planned, plan
 
 QUESTION = "TTFT of the reuse levels over prefix caching and over their physical floor, and memory against its budget"
 LEVELS = ("full", "exact", "linked(4)", "linked(16)", "tail(0.1)", "tail(0.3)", "blocks")

@@ -1,7 +1,7 @@
 """Ranks 20 films for one real viewer, from Python: python examples/rank.py"""
 
 from rcllm.config import Config, PromptConfig
-from rcllm.core import RankOptions
+from rcllm.core.ranking import RankOptions
 from rcllm.data import build_requests, fetch_movielens
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir

@@ -15,11 +15,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rcllm.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-    from rcllm.core import Event, Item, Level, RankOptions, RankRequest, RankResponse, Receipt, Selection
+    from rcllm.core.decoding import Generated, GenerateOptions, GenerateRequest, RecommendRequest, RecommendResponse
+    from rcllm.core.ranking import Event, Item, Level, RankOptions, RankRequest, RankResponse, Receipt, Selection
     from rcllm.data import Catalogue, build_requests, load_dataset
-    from rcllm.decoding import Generated, GenerateOptions, GenerateRequest, RecommendRequest, RecommendResponse
     from rcllm.engine.engine import Engine
     from rcllm.engine.generate import Generator
     from rcllm.engine.recommend import Recommender
@@ -28,11 +30,9 @@ if TYPE_CHECKING:
     from rcllm.fidelity.guard import Guard
     from rcllm.fidelity.monitor import GuardPolicy
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "rcllm.config": ("CacheConfig", "Config", "ModelConfig", "PromptConfig"),
-    "rcllm.core": (
+    "rcllm.core.ranking": (
         "Event",
         "Item",
         "Level",
@@ -43,7 +43,7 @@ _HOMES = {
         "Selection",
     ),
     "rcllm.data": ("Catalogue", "build_requests", "load_dataset"),
-    "rcllm.decoding": ("GenerateOptions", "GenerateRequest", "Generated", "RecommendRequest", "RecommendResponse"),
+    "rcllm.core.decoding": ("GenerateOptions", "GenerateRequest", "Generated", "RecommendRequest", "RecommendResponse"),
     "rcllm.engine.engine": ("Engine",),
     "rcllm.engine.generate": ("Generator",),
     "rcllm.engine.recommend": ("Recommender",),

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from rcllm.core import Level, RankOptions, Selection
+from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
 
 if TYPE_CHECKING:

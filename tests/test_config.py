@@ -23,7 +23,7 @@ from rcllm.config import (
     nearest,
     resolve,
 )
-from rcllm.core import Level, RankOptions, Selection
+from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
 
 SMALL = Hardware(has_cuda=False, memory_bytes=1000 * MIB)

@@ -1,1 +1,1 @@
-"""Which KV do we have: the index, the pool on the device, and the tiers below it."""
+"""Which KV do we have, and where: look-up over all tiers, and the pool on the device."""

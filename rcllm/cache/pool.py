@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from rcllm.cache.index import Entry, Index
-from rcllm.cache.store import NullStore, Store, StoredBlock, StoreStats
-from rcllm.core import ContentKey, Source
+from rcllm.core.ranking import ContentKey, Source
+from rcllm.store.contract import Store, StoredBlock, StoreStats
+from rcllm.store.index import Entry, Index
+from rcllm.store.null import NullStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Catalogues, interaction logs and requests: what users bring, read from files.
+"""Catalogues, interaction logs and made requests: what users bring, read from files.
 
 Knows nothing of prompts, models or caches, and never imports torch. Invariant: no row is dropped in silence; every
 reader returns a ReadReport, or raises DataError that names file and line.
@@ -11,7 +11,6 @@ from rcllm.data.formats import FORMATS, detect_format, load_dataset
 from rcllm.data.interactions import InteractionColumns, histories, read_interactions, read_users
 from rcllm.data.movielens import fetch_movielens
 from rcllm.data.negatives import Negatives
-from rcllm.data.request_file import parse_options, parse_request, read_requests, request_to_json, write_requests
 from rcllm.data.requests import Split, build_requests, named_items, split_of
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
 
@@ -33,12 +32,7 @@ __all__ = [
     "histories",
     "load_dataset",
     "named_items",
-    "parse_options",
-    "parse_request",
     "read_interactions",
-    "read_requests",
     "read_users",
-    "request_to_json",
     "split_of",
-    "write_requests",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from pathlib import Path
 from typing import TypeVar, overload
 
-from rcllm.core import Item, ItemId
+from rcllm.core.ranking import Item, ItemId
 from rcllm.data.files import Fields, Table
 from rcllm.data.rows import BadRowError, ReadReport, RowReader, required_id
 from rcllm.data.text import as_text, did_you_mean

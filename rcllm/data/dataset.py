@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from rcllm.core import Interaction, Item, ItemId
+from rcllm.core.ranking import Interaction, Item, ItemId
 from rcllm.data.catalogue import Catalogue, read_items
 from rcllm.data.files import Fields, Table
 from rcllm.data.interactions import ParseInteractions, read_log
@@ -36,7 +36,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)  # without slots, which Python 3.11 cannot join with frozen and Generic
-class Source(Generic[_Parse]):
+class FileOf(Generic[_Parse]):
     """The files of one kind in a folder, and how to read their rows."""
 
     patterns: tuple[str, ...]  # globs by preference: all files of the first one that matches are read
@@ -52,8 +52,8 @@ class Source(Generic[_Parse]):
         return []
 
 
-ItemSource = Source[Callable[[Fields], Item]]
-InteractionSource = Source[ParseInteractions]
+ItemSource = FileOf[Callable[[Fields], Item]]
+InteractionSource = FileOf[ParseInteractions]
 
 
 def assemble(folder: Path, items: ItemSource, interactions: InteractionSource, *, strict: bool) -> Dataset:

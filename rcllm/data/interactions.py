@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
-from rcllm.core import Interaction, ItemId, UserId
+from rcllm.core.ranking import Interaction, ItemId, UserId
 from rcllm.data.files import Fields, Table
 from rcllm.data.rows import (
     BadRowError,

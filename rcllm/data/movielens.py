@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rcllm.core import Interaction, Item
+from rcllm.core.ranking import Interaction, Item
 from rcllm.data.catalogue import make_item
 from rcllm.data.dataset import Dataset, InteractionSource, ItemSource, assemble, assemble_textless
 from rcllm.data.files import Fields, Table

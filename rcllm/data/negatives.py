@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from rcllm.core import ItemId
+from rcllm.core.ranking import ItemId
 from rcllm.data.catalogue import Catalogue
 
 Negatives = Literal["uniform", "popularity", "retrieved"]
@@ -22,7 +22,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class NegativePool:
     """What negatives are drawn from. Items are numbered in the order of the catalogue."""
 
     item_ids: tuple[ItemId, ...]
@@ -31,7 +31,7 @@ class Pool:
     popularity: IntArray  # [items], the number of training users that touched it
 
     @classmethod
-    def of(cls, catalogue: Catalogue, training: Iterable[Iterable[ItemId]]) -> Pool:
+    def of(cls, catalogue: Catalogue, training: Iterable[Iterable[ItemId]]) -> NegativePool:
         """`training`: the items of each training user; all of them in the catalogue."""
         item_ids = tuple(catalogue)
         numbers = {item_id: number for number, item_id in enumerate(item_ids)}
@@ -55,17 +55,17 @@ class Wanted:
     history: IntArray  # item numbers; may repeat
 
 
-def uniform(pool: Pool, wanted: Wanted, rng: np.random.Generator) -> list[int]:
+def uniform(pool: NegativePool, wanted: Wanted, rng: np.random.Generator) -> list[int]:
     """Every item is as likely as every other."""
     return _successive(np.ones(len(pool.item_ids), dtype=np.int64), wanted, rng)
 
 
-def popularity(pool: Pool, wanted: Wanted, rng: np.random.Generator) -> list[int]:
+def popularity(pool: NegativePool, wanted: Wanted, rng: np.random.Generator) -> list[int]:
     """In proportion to the number of training users that touched the item."""
     return _successive(pool.popularity.copy(), wanted, rng)
 
 
-def retrieved(pool: Pool, wanted: Wanted, rng: np.random.Generator) -> list[int]:
+def retrieved(pool: NegativePool, wanted: Wanted, rng: np.random.Generator) -> list[int]:
     """The items that training users touched most often together with the history; ties by catalogue order."""
     query = np.bincount(wanted.history, minlength=len(pool.item_ids)).astype(np.int64)
     scores: IntArray = pool.touched.T @ (pool.touched @ query)
@@ -74,14 +74,14 @@ def retrieved(pool: Pool, wanted: Wanted, rng: np.random.Generator) -> list[int]
     return [int(number) for number in best if scores[number] > 0]
 
 
-SAMPLERS: dict[Negatives, Callable[[Pool, Wanted, np.random.Generator], list[int]]] = {
+SAMPLERS: dict[Negatives, Callable[[NegativePool, Wanted, np.random.Generator], list[int]]] = {
     "uniform": uniform,
     "popularity": popularity,
     "retrieved": retrieved,
 }
 
 
-def draw_negatives(pool: Pool, kind: Negatives, wanted: Wanted, rng: np.random.Generator) -> list[int]:
+def draw_negatives(pool: NegativePool, kind: Negatives, wanted: Wanted, rng: np.random.Generator) -> list[int]:
     """Item numbers by the sampler `kind`; where it runs out of items, the rest by popularity, then uniform.
 
     Fewer than wanted where the pool holds no more.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from rcllm.core import Item
+from rcllm.core.ranking import Item
 from rcllm.data.catalogue import Catalogue
 from rcllm.data.dataset import Dataset
 from rcllm.data.requests import split_of

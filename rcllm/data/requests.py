@@ -13,10 +13,10 @@ from typing import Literal, get_args
 import numpy as np
 from blake3 import blake3
 
-from rcllm.core import Event, Interaction, ItemId, RankRequest, UserId
+from rcllm.core.ranking import Event, Interaction, ItemId, RankRequest, UserId
 from rcllm.data.dataset import Dataset
 from rcllm.data.interactions import histories
-from rcllm.data.negatives import SAMPLERS, Negatives, Pool, Wanted, draw_negatives
+from rcllm.data.negatives import SAMPLERS, NegativePool, Negatives, Wanted, draw_negatives
 from rcllm.data.text import did_you_mean
 from rcllm.errors import ConfigError, DataError
 
@@ -96,7 +96,7 @@ def _check(shape: _Shape, targets_per_user: int, min_history: int) -> None:
         )
 
 
-def _pool(dataset: Dataset, rows: Iterable[tuple[Interaction, ...]]) -> Pool:
+def _pool(dataset: Dataset, rows: Iterable[tuple[Interaction, ...]]) -> NegativePool:
     for row in dataset.interactions:
         if row.item_id not in dataset.catalogue:
             raise DataError(
@@ -104,10 +104,10 @@ def _pool(dataset: Dataset, rows: Iterable[tuple[Interaction, ...]]) -> Pool:
                 "read the interactions with items=catalogue, which skips and reports such rows"
             )
     training = [history for history in rows if split_of(history[0].user_id) == "train"]
-    return Pool.of(dataset.catalogue, ([row.item_id for row in history] for history in training))
+    return NegativePool.of(dataset.catalogue, ([row.item_id for row in history] for history in training))
 
 
-def _request(pool: Pool, history: tuple[Interaction, ...], at: int, shape: _Shape) -> RankRequest:
+def _request(pool: NegativePool, history: tuple[Interaction, ...], at: int, shape: _Shape) -> RankRequest:
     """The request whose positive is `history[at]`."""
     target, user_id = history[at], history[at].user_id
     before = history[max(0, at - shape.num_history) : at] if shape.num_history else ()

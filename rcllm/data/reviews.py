@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
-from rcllm.core import Interaction, Item, ItemId, UserId
+from rcllm.core.ranking import Interaction, Item, ItemId, UserId
 from rcllm.data.catalogue import make_item
 from rcllm.data.dataset import Dataset, InteractionSource, ItemSource, assemble, assemble_textless
 from rcllm.data.files import Fields

@@ -1,1 +1,1 @@
-"""From context to answer: the read-outs."""
+"""From hidden states to answers: scores, beams and tokens."""

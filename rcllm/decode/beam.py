@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rcllm.core import IntArray, ItemId
-from rcllm.decode.allowed import Allowed
+from rcllm.codes.allowed import Allowed
+from rcllm.codes.index import CodeIndex, CodeTokens
+from rcllm.codes.trie import Children
+from rcllm.core.decoding import BeamRule, BeamStep
+from rcllm.core.ranking import IntArray, ItemId
 from rcllm.decode.beam_kv import StepBuffer, beam_group
-from rcllm.decode.catalog import Catalog, CodeTokens
 from rcllm.decode.top_beam import top_beam
-from rcllm.decode.trie import Children
-from rcllm.decoding import BeamRule, BeamStep
+from rcllm.model.attend.segments import Segment
 from rcllm.model.decoder import Decoder, Keep, Pass, Passed
-from rcllm.model.segments import Segment
 
 FloatArray = npt.NDArray[np.float32]
 Forward = Callable[[Pass], Passed]
@@ -50,7 +50,7 @@ class BeamTask:
     """What to search for after one prompt."""
 
     prompt: BeamPrompt
-    catalog: Catalog
+    code_index: CodeIndex
     allowed: Allowed | None  # None: every item of the catalogue
     beam: int
     rule: BeamRule
@@ -113,15 +113,15 @@ def best_children(children: Children, beams: Beams, scores: FloatArray, beam: in
 
 
 def items_of(
-    catalog: Catalog, allowed: Allowed | None, found: Found, n: int
+    code_index: CodeIndex, allowed: Allowed | None, found: Found, n: int
 ) -> tuple[tuple[ItemId, ...], tuple[float, ...]]:
     """The first `n` items below the leaves, several below one in the catalogue's order, and their scores."""
     items: list[ItemId] = []
     scores: list[float] = []
     for leaf, score in zip(found.leaves.tolist(), found.scores.tolist(), strict=True):
-        numbers = catalog.items_of(leaf)
+        numbers = code_index.items_of(leaf)
         live: IntArray = numbers if allowed is None else numbers[allowed.items[numbers]]
-        items += [catalog.item_ids[number] for number in live.tolist()]
+        items += [code_index.item_ids[number] for number in live.tolist()]
         scores += [score] * len(live)
         if len(items) >= n:
             break
@@ -195,7 +195,7 @@ class BeamSearch:
         device, buffer = self._decoder.device, self._buffer
         alive = [run for run in runs if len(run.beams)]
         buffer.reorder(_over_batch(runs))
-        codes = [run.task.catalog.trie.code[level][run.beams.nodes] for run in alive]
+        codes = [run.task.code_index.trie.code[level][run.beams.nodes] for run in alive]
         places = [np.full(len(run.beams), run.task.prompt.end + level) for run in alive]
         for run in alive:
             run.read(buffer.num_bytes_per_row)
@@ -224,7 +224,7 @@ class _Run:
         """Needs no scores, so that it runs while the device computes them."""
         allowed = self.task.allowed
         alive = None if allowed is None else allowed.nodes[level + 1]
-        return self.task.catalog.trie.children(level, self.beams.nodes, alive)
+        return self.task.code_index.trie.children(level, self.beams.nodes, alive)
 
     def extend(self, children: Children, logits: FloatArray, lse: FloatArray | None) -> None:
         scores = child_scores(children, logits, lse if self.task.rule == "mask" else None)
@@ -241,7 +241,7 @@ class _Run:
         self._bytes_naive += prompt * len(self.beams) + own
 
     def found(self) -> Found:
-        done = len(self._steps) == self.task.catalog.num_levels
+        done = len(self._steps) == self.task.code_index.num_levels
         order = np.argsort(-self.beams.scores, kind="stable") if done else np.zeros(0, np.int64)
         leaves, scores = self.beams.nodes[order], self.beams.scores[order]
         return Found(leaves, scores, tuple(self._steps), self._bytes_read, self._bytes_naive)

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rcllm.core import IntArray
-from rcllm.decode.top_beam import reorder_in_place
-from rcllm.model.attention import Attended
+from rcllm.core.ranking import IntArray
+from rcllm.model.attend.contract import Attended
+from rcllm.model.attend.segments import Group, Segment, copy_segments
 from rcllm.model.rope import Rope
-from rcllm.model.segments import Group, Segment, copy_segments
 from rcllm.model.spec import ModelSpec
 
 SCRAP = 32  # tokens of a segment, on average, below which a prompt is joined before beams read it again and again
@@ -92,3 +91,20 @@ def beam_group(segments: Sequence[Segment], num_beams: int) -> Group:
     sees[count:, :count] = True
     blocks = np.arange(count, count + num_beams, dtype=np.int32)
     return Group(tuple(segments), blocks, np.zeros(num_beams, np.int32), sees)
+
+
+def reorder_in_place(buffer: torch.Tensor, parents: IntArray, dim: int = 0, scratch_rows: int = 64) -> None:
+    """Row i of `buffer` along `dim` becomes what row parents[i] was; `parents` never fall.
+
+    Rows that come from the right are filled by rising number, then those from the left by falling number, so that none
+    is overwritten before it is read; at most `scratch_rows` are held beside the buffer. Wrong for other `parents`.
+    """
+    assert (np.diff(parents) >= 0).all(), f"parents must never fall: {parents}"
+    assert len(parents) <= buffer.shape[dim], f"{len(parents)} rows do not fit the buffer's {buffer.shape[dim]}"
+    rows = np.arange(len(parents))
+    rising, falling = rows[parents > rows], rows[parents < rows][::-1]
+    for moved in (rising, falling):
+        for start in range(0, len(moved), scratch_rows):
+            some = moved[start : start + scratch_rows].copy()
+            sources = torch.from_numpy(parents[some].astype(np.int64)).to(buffer.device)
+            buffer.index_copy_(dim, torch.from_numpy(some).to(buffer.device), buffer.index_select(dim, sources))

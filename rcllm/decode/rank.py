@@ -5,17 +5,13 @@ Knows nothing of caches. Invariant: the scores of a prompt depend on its own rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from rcllm.core import IntArray, Prompt
+from rcllm.core.ranking import IntArray, Prompt, Scores
 from rcllm.model.decoder import Decoder
 from rcllm.prompt.labels import choices
 
-Scores = npt.NDArray[np.float64]  # [candidates]; higher is better
 _ROWS = 128  # rows of logits over the whole vocabulary at a time: 25 MB at 49,152 tokens in fp32
 
 
@@ -23,11 +19,6 @@ _ROWS = 128  # rows of logits over the whole vocabulary at a time: 25 MB at 49,1
 def score(decoder: Decoder, prompt: Prompt, hidden: torch.Tensor, rows: IntArray) -> Scores:
     """hidden [wanted, d] after the final norm; rows [reads]: the wanted row of each of the prompt's reads."""
     return _READOUTS[prompt.options.readout](decoder, prompt, hidden, rows)
-
-
-def order(scores: Sequence[float]) -> tuple[int, ...]:
-    """Candidate indices, best first; ties by candidate order."""
-    return tuple(int(i) for i in np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable"))
 
 
 def _label(decoder: Decoder, prompt: Prompt, hidden: torch.Tensor, rows: IntArray) -> Scores:

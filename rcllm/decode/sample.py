@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rcllm.decode.draft import DraftTree
+from rcllm.core.decoding import Speculation
 from rcllm.decode.verify import Judged
-from rcllm.decoding import Speculation
+from rcllm.drafts.draft import DraftTree
 
 _LIKELY = 1e-3  # of the likeliest token's probability: the tokens above it hold most nuclei
 

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from rcllm.core import IntArray
 from rcllm.errors import ModelError
 
 FloatArray = npt.NDArray[np.float32]
@@ -86,20 +84,3 @@ def _select(scores: FloatArray, beam: int) -> npt.NDArray[np.int64]:
 
 def _raise_not_a_number() -> None:
     raise ModelError("the model gave scores that are not numbers; its weights or their data type are broken")
-
-
-def reorder_in_place(buffer: torch.Tensor, parents: IntArray, dim: int = 0, scratch_rows: int = 64) -> None:
-    """Row i of `buffer` along `dim` becomes what row parents[i] was; `parents` never fall.
-
-    Rows that come from the right are filled by rising number, then those from the left by falling number, so that none
-    is overwritten before it is read; at most `scratch_rows` are held beside the buffer. Wrong for other `parents`.
-    """
-    assert (np.diff(parents) >= 0).all(), f"parents must never fall: {parents}"
-    assert len(parents) <= buffer.shape[dim], f"{len(parents)} rows do not fit the buffer's {buffer.shape[dim]}"
-    rows = np.arange(len(parents))
-    rising, falling = rows[parents > rows], rows[parents < rows][::-1]
-    for moved in (rising, falling):
-        for start in range(0, len(moved), scratch_rows):
-            some = moved[start : start + scratch_rows].copy()
-            sources = torch.from_numpy(parents[some].astype(np.int64)).to(buffer.device)
-            buffer.index_copy_(dim, torch.from_numpy(some).to(buffer.device), buffer.index_select(dim, sources))

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rcllm.core import BoolArray, IntArray
-from rcllm.decode.draft import DraftTree
-from rcllm.decoding import Divergence, Speculation
+from rcllm.core.decoding import Divergence, Speculation
+from rcllm.core.ranking import BoolArray, IntArray
+from rcllm.drafts.draft import DraftTree
 
 _PHRASE = 4  # tokens
 

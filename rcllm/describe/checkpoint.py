@@ -65,8 +65,8 @@ class Done:
         return Done(**summed | {"last_row": max(self.last_row, other.last_row)})
 
 
-class Checkpoint:
-    """A context: `with Checkpoint(out, settings) as checkpoint`. One process at a time works on an output."""
+class JobCheckpoint:
+    """A context: `with JobCheckpoint(out, settings) as checkpoint`. One process at a time works on an output."""
 
     def __init__(self, out: Path, settings: Settings) -> None:
         self.out = out
@@ -77,7 +77,7 @@ class Checkpoint:
         self.finished = False  # an earlier run wrote the output of these very settings
         self._lock: int | None = None
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> JobCheckpoint:
         """Raises ConfigError where another job's work is in the way, DataError where nothing can be written."""
         try:
             with writing(self.out):

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from rcllm.core import BoolArray, ItemId, UserId
+from rcllm.core.ranking import BoolArray, ItemId, UserId
 from rcllm.data import Dataset, histories, split_of
-from rcllm.data.negatives import Pool, Wanted, draw_negatives
+from rcllm.data.negatives import NegativePool, Wanted, draw_negatives
 from rcllm.errors import DataError
 
 FloatArray = npt.NDArray[np.float64]
@@ -50,7 +50,7 @@ def make_clicks(dataset: Dataset, config: ClicksConfig) -> Clicks:
     """Raises DataError where the data hold no training or no held-out user with enough events."""
     touched = {user: [row.item_id for row in rows] for user, rows in histories(dataset.interactions).items()}
     training = [items for user, items in touched.items() if split_of(user) == "train"]
-    pool = Pool.of(dataset.catalogue, training)
+    pool = NegativePool.of(dataset.catalogue, training)
     popular = np.sort(np.argsort(-pool.popularity, kind="stable")[: config.items])
     item_ids = tuple(pool.item_ids[number] for number in popular)
     place = {item_id: index for index, item_id in enumerate(item_ids)}
@@ -99,7 +99,7 @@ def _pairs(
     user: UserId,
     targets: Sequence[ItemId],
     touched: Sequence[ItemId],
-    pool: Pool,
+    pool: NegativePool,
     place: dict[ItemId, int],
     config: ClicksConfig,
 ) -> list[tuple[int, bool]]:

@@ -17,11 +17,11 @@ from typing import Protocol
 
 from blake3 import blake3
 
-from rcllm.decoding import GenerateOptions, Speculation
-from rcllm.describe.checkpoint import Checkpoint, Described, Done, Settings
+from rcllm.core.decoding import GenerateOptions, Speculation
+from rcllm.core.decoding import check as check_generation
+from rcllm.describe.checkpoint import Described, Done, JobCheckpoint, Settings
 from rcllm.describe.profiles import Kind, Profile, Reject
 from rcllm.durable import renamed, writing
-from rcllm.engine.generate import check as check_generation
 from rcllm.errors import ConfigError, DataError, RequestError
 
 STRICT = Speculation("strict")
@@ -38,7 +38,7 @@ class DescribeOptions:
     stop: tuple[str, ...] = ()  # an answer ends before the first of these
     seed: int = 0
     speculation: Speculation = STRICT
-    most_events: int = 15  # of a user's history: the last so many
+    max_events: int = 15  # of a user's history: the last so many
     batch: int = 16  # profiles that are answered at a time; another takes the place of one that is complete
     checkpoint_every: int = 64  # profiles of a part
     limit: int | None = None  # profiles, at most
@@ -47,7 +47,7 @@ class DescribeOptions:
 
 def check(options: DescribeOptions) -> None:
     """Raises ConfigError."""
-    least = {"max_tokens": 1, "most_events": 1, "batch": 1, "checkpoint_every": 1, "seed": 0}
+    least = {"max_tokens": 1, "max_events": 1, "batch": 1, "checkpoint_every": 1, "seed": 0}
     for name, lowest in least.items():
         if getattr(options, name) < lowest:
             raise ConfigError(f"{name} must be {lowest} or more, got {getattr(options, name)}")
@@ -157,7 +157,7 @@ def describe(
     noted = asdict(options) | {"speculation": str(options.speculation)}
     whole = {**noted, "pools": str(pools) if pools else None, **asdict(provenance), **(settings or {})}
     job = _Job(writer, options, provenance, strict, now, clock)
-    with Checkpoint(out, whole) as checkpoint:
+    with JobCheckpoint(out, whole) as checkpoint:
         before = checkpoint.done
         spent = Rate(0, 0, 0.0)
         if not checkpoint.finished:
@@ -200,7 +200,7 @@ class _Job:
     clock: Callable[[], float]
 
     def run(
-        self, rows: Iterable[Profile | Reject], checkpoint: Checkpoint, on_progress: Callable[[Progress], None]
+        self, rows: Iterable[Profile | Reject], checkpoint: JobCheckpoint, on_progress: Callable[[Progress], None]
     ) -> Rate:
         """Part by part, to the end of the rows or to the limit."""
         started, before, spent = self.clock(), checkpoint.done.num_profiles, Rate(0, 0, 0.0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rcllm.core import Event, ItemId
+from rcllm.core.ranking import Event, ItemId
 from rcllm.data.files import Fields, Problem, Row, iter_rows
 from rcllm.data.rows import BadRowError, required_id
 from rcllm.data.text import as_text, shown
@@ -60,8 +60,8 @@ def _profile(row: Row | Problem, parse: Parse) -> Profile | Reject:
         return Reject(row.line, name, str(error))
 
 
-def users(known: Container[ItemId] | None, most_events: int) -> Parse:
-    """Rows of `user_id` and `history` (or `items`), oldest first, of which the last `most_events` are told.
+def users(known: Container[ItemId] | None, max_events: int) -> Parse:
+    """Rows of `user_id` and `history` (or `items`), oldest first, of which the last `max_events` are told.
 
     An event is an item id, `{"item_id": …}` or `{"text": …}`. `known`: the ids of the catalogue; None: there is none,
     and a plain text is an event in the user's own words.
@@ -78,7 +78,7 @@ def users(known: Container[ItemId] | None, most_events: int) -> Parse:
             raise BadRowError(
                 f"none of the {len(events)} items of the history is in the catalogue: {shown(given[0])} …"
             )
-        return Profile(number, name, tuple(found[-most_events:]), len(events) - len(found))
+        return Profile(number, name, tuple(found[-max_events:]), len(events) - len(found))
 
     return parse
 

@@ -11,19 +11,18 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from rcllm import __version__
-from rcllm.core import Item, ItemId, TokenIds, UserId
-from rcllm.decode.draft import Drafter
-from rcllm.decode.suffix_pool import Sharing
-from rcllm.decoding import Generated, GenerateRequest
-from rcllm.describe.groups import GroupOptions, Router, build_router, one_group
-from rcllm.describe.groups import Profile as Grouped
+from rcllm.core.decoding import Generated, GenerateRequest
+from rcllm.core.ranking import Item, ItemId, TokenIds, UserId
 from rcllm.describe.job import Answer, DescribeOptions, Provenance, generation
-from rcllm.describe.pools import Pools, read_manifest
 from rcllm.describe.profiles import Kind, Profile
+from rcllm.drafts.draft import Drafter
+from rcllm.drafts.folder import DraftPools, read_manifest
+from rcllm.drafts.groups import GroupOptions, Member, Router, build_router, one_group
+from rcllm.drafts.suffix_pool import Sharing
 from rcllm.engine.engine import Engine
 from rcllm.engine.generate import Generator
 from rcllm.errors import ConfigError
+from rcllm.version import __version__
 
 KIND_FIELDS = ("genres", "categories")  # of an item: what it is
 _WHOM = {"all": "all", "own": "their own users alone"}
@@ -35,9 +34,9 @@ class GeneratorWriter:
     def __init__(self, engine: Engine, options: DescribeOptions, router: Router | None = None) -> None:
         """router: which pool an answer is drafted from; None: all of a kind share one. `load` brings another."""
         self.engine, self.options = engine, options
-        self.pools: Pools | None = None
+        self.pools: DraftPools | None = None
         if options.speculation.name != "none":
-            self.pools = Pools.create(router or one_group(), pool_fingerprint(engine), self._sharing)
+            self.pools = DraftPools.create(router or one_group(), pool_fingerprint(engine), self._sharing)
         self.generator = Generator(engine, self._drafter, batch_size=options.batch)
         self._writing: dict[str, Profile] = {}  # by request id
 
@@ -77,7 +76,7 @@ class GeneratorWriter:
                 f"{path} holds texts that draft for {_WHOM[sharing]}, this job's are for {_WHOM[self._sharing]}; give "
                 "another folder, or change --share-text"
             )
-        self.pools = Pools.open(path, pool_fingerprint(self.engine))
+        self.pools = DraftPools.open(path, pool_fingerprint(self.engine))
 
     @property
     def _sharing(self) -> Sharing:
@@ -95,7 +94,7 @@ class GeneratorWriter:
         return self.pools.drafter_for(profile, prompt, private=private)
 
 
-def to_route(profile: Profile, kind: Kind, catalogue: Mapping[ItemId, Item]) -> Grouped:
+def to_route(profile: Profile, kind: Kind, catalogue: Mapping[ItemId, Item]) -> Member:
     """What grouping needs of a profile: a user's items, and the words for the kinds of these items."""
     item_ids = tuple(event.item_id for event in profile.events if event.item_id is not None)
     words = (
@@ -104,7 +103,7 @@ def to_route(profile: Profile, kind: Kind, catalogue: Mapping[ItemId, Item]) -> 
         for name in KIND_FIELDS
         for word in catalogue[item_id].fields.get(name, "").replace(",", " ").split()
     )
-    return Grouped(kind, profile.name, item_ids, tuple(words))
+    return Member(kind, profile.name, item_ids, tuple(words))
 
 
 def make_router(profiles: Iterable[Profile], catalogue: Mapping[ItemId, Item], num_groups: int, seed: int) -> Router:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rcllm.core import ContentKey
-from rcllm.engine.correct import most_rows
-from rcllm.reuse.assemble import Planned
+from rcllm.core.ranking import ContentKey
+from rcllm.reuse.plan import Planned
+from rcllm.reuse.select import max_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def _fitting(batch: Sequence[Planned], indices: Sequence[int], limits: Limits) -
     part, rows, needed = list[int](), 0, dict[ContentKey, int]()
     for i in indices:
         planned = batch[i]
-        num_rows = most_rows(planned)
+        num_rows = max_rows(planned)
         keys = {p.key: len(planned.prompt.blocks[p.block]) for p in planned.plan.pieces if p.key is not None}
         kv_bytes = sum((needed | keys).values()) * limits.kv_bytes_per_token
         if part and (rows + num_rows > limits.rows or kv_bytes > limits.kv_bytes):

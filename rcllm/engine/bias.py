@@ -12,8 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rcllm.core import RankOptions
-from rcllm.decode.rank import Scores
+from rcllm.core.ranking import RankOptions, Scores
 
 
 class LabelBias:

@@ -15,10 +15,8 @@ import torch
 from blake3 import blake3
 
 from rcllm.cache.pool import Pool
-from rcllm.cache.store import MemoryStore
 from rcllm.config import MIB, Config
-from rcllm.core import Item, ItemId, RankRequest
-from rcllm.engine.admission import Identity
+from rcllm.core.ranking import Item, ItemId, RankRequest
 from rcllm.errors import ConfigError, ModelError
 from rcllm.model.adapter import adapter_fingerprint, adapter_mask, load_adapter, merge
 from rcllm.model.decoder import Decoder
@@ -26,7 +24,9 @@ from rcllm.model.weights import fingerprint, load_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import Template, chat_format
 from rcllm.prompt.tokenizer import Tokenizer
-from rcllm.reuse.semantic_pool import SemanticPool
+from rcllm.prototypes.pool import PrototypePool
+from rcllm.schedule.admission import Identity
+from rcllm.store.memory import MemoryStore
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SMALLEST_POOL_TOKENS = 256
@@ -86,7 +86,7 @@ def make_prompter(
     )
 
 
-def identity(config: Config, prompter: Prompter, model_id: str, semantic_pool: SemanticPool | None) -> Identity:
+def identity(config: Config, prompter: Prompter, model_id: str, semantic_pool: PrototypePool | None) -> Identity:
     """What a calibration of the engine made of these holds for. `config`: resolved."""
     chat = blake3(repr(prompter.chat).encode()).digest()
     tokenizer, template = prompter.tokenizer.fingerprint, prompter.template.fingerprint
@@ -103,11 +103,11 @@ def identity(config: Config, prompter: Prompter, model_id: str, semantic_pool: S
     )
 
 
-def open_semantic_pool(config: Config, decoder: Decoder, prompter: Prompter) -> SemanticPool | None:
+def open_semantic_pool(config: Config, decoder: Decoder, prompter: Prompter) -> PrototypePool | None:
     """The pool that the configuration names, if any. Raises ConfigError, ModelError."""
     if not config.cache.semantic_pool:
         return None
-    return SemanticPool.open(Path(config.cache.semantic_pool), decoder, prompter.namespace)
+    return PrototypePool.open(Path(config.cache.semantic_pool), decoder, prompter.namespace)
 
 
 def make_pool(config: Config, decoder: Decoder) -> Pool:

@@ -18,16 +18,17 @@ import numpy as np
 import torch
 
 from rcllm.cache.pool import Held
-from rcllm.core import Level, RankOptions
-from rcllm.engine.materialise import Materialiser, Missing, canonical
+from rcllm.core.ranking import Level, RankOptions
+from rcllm.engine.materialise import Materialiser
 from rcllm.engine.rankings import Rankings
+from rcllm.model.attend.segments import Group
 from rcllm.model.decoder import Carried, Decoder
-from rcllm.model.segments import Group
 from rcllm.prompt.blocks import Prompter
-from rcllm.reuse.assemble import Planned, assemble
-from rcllm.reuse.plan import plan
+from rcllm.reuse.assemble import assemble
+from rcllm.reuse.missing import Missing, canonical
+from rcllm.reuse.plan import Planned, plan
 from rcllm.reuse.probe import Heads, Seen, blocks_pass, check_layer
-from rcllm.reuse.select import RULES, Evidence, choose, is_inexact
+from rcllm.reuse.select import RULES, choose, evidence_of, is_inexact
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +50,6 @@ class Selected:
         by_pass = [sum(segment.num_bytes for segment in group.segments) * left // num_layers for group in groups]
         by_choice = [seen.bytes_read for seen in self.seen] or [0] * len(groups)
         return [a + b for a, b in zip(by_pass, by_choice, strict=True)]
-
-
-def evidence_of(planned: Planned) -> Evidence:
-    """What runs before the choice of a planned prompt."""
-    return RULES[planned.prompt.options.selection.policy].evidence if planned.level.name == "corrected" else "none"
-
-
-def first_phase(planned: Planned) -> Evidence | int:
-    """Prompts of one batch agree in this: the evidence, or the check layer where that is it."""
-    evidence = evidence_of(planned)
-    return planned.prompt.options.selection.check_layer if evidence == "check_layer" else evidence
-
-
-def most_rows(planned: Planned) -> int:
-    """The most rows that a planned prompt has in one layer, before the choice is made."""
-    return planned.prompt.num_tokens if evidence_of(planned) != "none" else planned.plan.num_fresh
-
-
-def choose_without_evidence(planned: Planned) -> Planned:
-    """Spends the budgets of `corrected` where the policy needs no evidence; other plans stay as they are."""
-    if planned.level.name != "corrected" or evidence_of(planned) != "none":
-        return planned
-    return replace(planned, plan=choose(planned.prompt, planned.plan, planned.level))
 
 
 class Corrector:

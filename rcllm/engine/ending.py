@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rcllm.decoding import FinishReason
+from rcllm.core.decoding import FinishReason
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -16,9 +16,9 @@ Decode = Callable[[Sequence[int]], str]
 class Ending:
     """Of one answer. Ask `reason` after every token."""
 
-    def __init__(self, decode: Decode, eos_ids: Sequence[int], stop: Sequence[str], most_tokens: int) -> None:
+    def __init__(self, decode: Decode, eos_ids: Sequence[int], stop: Sequence[str], max_tokens: int) -> None:
         self._decode, self._eos_ids = decode, frozenset(eos_ids)
-        self._stop, self.most_tokens = tuple(stop), most_tokens
+        self._stop, self.max_tokens = tuple(stop), max_tokens
         # A token has at least one byte, so a stop string that just became complete lies within so many tokens; three
         # more, for the other bytes of a character that the window cuts.
         self._window = max((len(text.encode()) for text in stop), default=0) + 3
@@ -29,7 +29,7 @@ class Ending:
             return "eos"
         if self._stop and self._first_stop(self._decode(token_ids[-self._window :])) is not None:
             return "stop"
-        return "length" if len(token_ids) >= self.most_tokens else None
+        return "length" if len(token_ids) >= self.max_tokens else None
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Of a complete answer."""

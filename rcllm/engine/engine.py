@@ -21,10 +21,22 @@ import torch
 
 from rcllm.cache.pool import Held, Pool, PoolStats
 from rcllm.config import Config, Hardware, check_options, resolve
-from rcllm.core import ContentKey, Item, ItemId, Layout, Level, Prompt, RankOptions, RankRequest, RankResponse, UserId
-from rcllm.decode.rank import Scores, score
-from rcllm.decoding import OpenRequest
-from rcllm.engine.admission import Admission, AdmissionFactory, Identity, Open
+from rcllm.core.decoding import OpenRequest
+from rcllm.core.ranking import (
+    Borrowed,
+    ContentKey,
+    Item,
+    ItemId,
+    Layout,
+    Level,
+    Prompt,
+    RankOptions,
+    RankRequest,
+    RankResponse,
+    Scores,
+    UserId,
+)
+from rcllm.decode.rank import score
 from rcllm.engine.batch import Limits, parts
 from rcllm.engine.bias import LabelBias
 from rcllm.engine.build import (
@@ -36,16 +48,8 @@ from rcllm.engine.build import (
     model_fingerprint,
     open_semantic_pool,
 )
-from rcllm.engine.correct import Corrector, choose_without_evidence, first_phase
-from rcllm.engine.materialise import (
-    Materialiser,
-    Missing,
-    canonical,
-    chunks,
-    item_owner,
-    recompute_flops,
-    user_owner,
-)
+from rcllm.engine.correct import Corrector
+from rcllm.engine.materialise import Materialiser
 from rcllm.engine.opened import OpenedBatch, keeping_fresh, opened
 from rcllm.engine.respond import BatchFacts, respond
 from rcllm.engine.warming import WarmProgress, blocks_to_warm
@@ -55,10 +59,12 @@ from rcllm.model.decoder import Decoder, Pass, Passed
 from rcllm.model.pull import pull
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.keys import Context
-from rcllm.reuse.assemble import Planned, assemble
-from rcllm.reuse.plan import NOTHING_BORROWED, plan
-from rcllm.reuse.prototypes import Borrowed
-from rcllm.reuse.semantic_pool import SemanticPool
+from rcllm.prototypes.pool import PrototypePool
+from rcllm.reuse.assemble import assemble
+from rcllm.reuse.missing import Missing, canonical, chunks, item_owner, recompute_flops, user_owner
+from rcllm.reuse.plan import NOTHING_BORROWED, Planned, plan
+from rcllm.reuse.select import choose_without_evidence, first_phase
+from rcllm.schedule.admission import Admission, AdmissionFactory, Identity, Open
 
 
 class Engine:
@@ -72,7 +78,7 @@ class Engine:
         pool: Pool,
         model_id: str,
         admission: Admission | None = None,
-        semantic_pool: SemanticPool | None = None,
+        semantic_pool: PrototypePool | None = None,
     ) -> None:
         """`admission`: which reuse levels may be used; None for all. `semantic_pool`: for history "semantic"."""
         self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id

@@ -18,12 +18,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rcllm.core import Prompt, TokenIds
-from rcllm.decode.draft import EMPTY, Drafter, DraftTree
+from rcllm.core.decoding import Generated, GenerateOptions, GenerateReceipt, GenerateRequest, check
+from rcllm.core.ranking import Prompt, TokenIds
 from rcllm.decode.sample import Draw, drawn, judge, likeliest, uniform
 from rcllm.decode.verify import Accepted, accept, accept_relaxed, subtree
-from rcllm.decoding import Generated, GenerateOptions, GenerateReceipt, GenerateRequest
-from rcllm.engine.draft_budget import DraftBudget, Drafted
+from rcllm.drafts.draft import EMPTY, Drafter, DraftTree
 from rcllm.engine.ending import Ending
 from rcllm.engine.engine import Engine
 from rcllm.engine.opened import Opened
@@ -31,34 +30,15 @@ from rcllm.engine.pass_costs import measure
 from rcllm.engine.sequences import Live, SequenceKV, next_pass
 from rcllm.errors import ConfigError
 from rcllm.metrics import Stopwatch
+from rcllm.schedule.draft_budget import DraftBudget, Drafted
 
 DrafterOf = Callable[[GenerateRequest, TokenIds], Drafter | None]  # of a request and its prompt
-MOST_NODES = 64  # of one sequence's draft
+MAX_NODES = 64  # of one sequence's draft
 
 
 def no_drafter(request: GenerateRequest, prompt: TokenIds) -> Drafter | None:
     """Plain decoding for every request."""
     return None
-
-
-def check(options: GenerateOptions) -> None:
-    """Raises ConfigError for values that cannot work."""
-    stop: object = options.stop  # one text in place of a tuple of them is a mistake that types alone do not stop
-    wrong = {
-        "max_tokens": options.max_tokens < 1 and "at least 1",
-        "temperature": not 0.0 <= options.temperature < float("inf") and "0 (greedy) or more",
-        "top_p": not 0.0 < options.top_p <= 1.0 and "above 0 and at most 1",
-        "seed": not 0 <= options.seed < 1 << 64 and "from 0 to 2^64 - 1",
-        "stop": (isinstance(stop, str) or "" in options.stop) and "a tuple of texts, none of them empty",
-    }
-    for name, expected in wrong.items():
-        if expected:
-            raise ConfigError(f"{name} must be {expected}, got {getattr(options, name)!r}")
-    if options.temperature > 0 and options.speculation.name == "relaxed":
-        raise ConfigError(
-            f"speculation {options.speculation} is for greedy decoding: it would change the distribution that "
-            f"temperature {options.temperature} draws from; use strict, which keeps it"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +48,12 @@ class _Waiting:
     number: int
     request: GenerateRequest
     prompt: Prompt
-    most_tokens: int  # of the answer
+    max_tokens: int  # of the answer
 
     @property
     def capacity(self) -> int:
         """Tokens of KV; the last one of the answer needs none."""
-        return self.prompt.num_tokens + self.most_tokens - 1
+        return self.prompt.num_tokens + self.max_tokens - 1
 
 
 class Generator:
@@ -88,21 +68,21 @@ class Generator:
         drafter_of: DrafterOf = no_drafter,
         *,
         batch_size: int = 16,
-        most_draft_rows: int = 64,
+        max_draft_rows: int = 64,
         kv_bytes: int | None = None,
         budget: DraftBudget | None = None,
     ) -> None:
         """drafter_of: makes the drafter of each request whose speculation is not `none`.
 
-        batch_size: answers decoded together; most_draft_rows: drafted tokens of one pass, over the batch; kv_bytes: of
+        batch_size: answers decoded together; max_draft_rows: drafted tokens of one pass, over the batch; kv_bytes: of
         the answers being decoded and their prompts, beside the engine's pool; None: a quarter of the pool's budget. A
         request that needs more than that runs alone. budget: decides how much is drafted; None: made at the first
         draft, from what passes cost on this machine, which takes about a second to measure.
         """
-        if batch_size < 1 or most_draft_rows < 0:
-            raise ConfigError(f"batch_size must be 1 or more, most_draft_rows 0 or more: {batch_size, most_draft_rows}")
+        if batch_size < 1 or max_draft_rows < 0:
+            raise ConfigError(f"batch_size must be 1 or more, max_draft_rows 0 or more: {batch_size, max_draft_rows}")
         self.engine, self.drafter_of = engine, drafter_of
-        self.batch_size, self.most_draft_rows = batch_size, most_draft_rows
+        self.batch_size, self.max_draft_rows = batch_size, max_draft_rows
         self.kv_bytes = engine.pool.budget // 4 if kv_bytes is None else kv_bytes
         self._budget = budget
 
@@ -154,8 +134,8 @@ class _Run:
         self._watch = Stopwatch()
         self._budget: DraftBudget | None = None  # where a request drafts; only then passes are measured
         spec, pool = self._decoder.spec, self._engine.pool
-        self._most_tokens = generator.kv_bytes // spec.kv_bytes_per_token(self._decoder.dtype.itemsize)
-        self._most_pool_tokens = pool.budget // 2 // spec.kv_bytes_per_token(pool.dtype.itemsize)
+        self._max_tokens = generator.kv_bytes // spec.kv_bytes_per_token(self._decoder.dtype.itemsize)
+        self._max_pool_tokens = pool.budget // 2 // spec.kv_bytes_per_token(pool.dtype.itemsize)
 
     def answers(self) -> Iterator[tuple[int, Generated]]:
         """Numbers of requests, and their answers."""
@@ -174,7 +154,7 @@ class _Run:
         entering = list[_Waiting]()
         while len(self._live) + len(entering) < self._generator.batch_size and (waiting := self._peek()):
             used += waiting.capacity
-            if (self._live or entering) and used > self._most_tokens:
+            if (self._live or entering) and used > self._max_tokens:
                 break
             if entering and not self._opens_with(waiting, entering):
                 break
@@ -183,7 +163,7 @@ class _Run:
 
     def _opens_with(self, waiting: _Waiting, others: Sequence[_Waiting]) -> bool:
         """Whether a prompt is computed in one pass with others: of one level, within a pass and half of the pool."""
-        most = min(self._engine.config.cache.pass_tokens, self._most_pool_tokens)
+        most = min(self._engine.config.cache.pass_tokens, self._max_pool_tokens)
         num_tokens = sum(each.prompt.num_tokens for each in (*others, waiting))
         return waiting.request.level == others[0].request.level and num_tokens <= most
 
@@ -209,7 +189,7 @@ class _Run:
         self._live += admitted
 
     def _drafter(self, waiting: _Waiting) -> Drafter | None:
-        if waiting.request.options.speculation.name == "none" or not self._generator.most_draft_rows:
+        if waiting.request.options.speculation.name == "none" or not self._generator.max_draft_rows:
             return None
         drafter = self._generator.drafter_of(waiting.request, waiting.prompt.token_ids)
         if drafter is not None and self._budget is None:
@@ -221,7 +201,7 @@ class _Run:
         self, waiting: _Waiting, opened: Opened, drafter: Drafter | None, before_ms: Mapping[str, float]
     ) -> Live:
         eos_ids, decode = self._decoder.spec.eos_ids, self._engine.prompter.tokenizer.decode
-        ending = Ending(decode, eos_ids, waiting.request.options.stop, waiting.most_tokens)
+        ending = Ending(decode, eos_ids, waiting.request.options.stop, waiting.max_tokens)
         # its segments were copied: what they were read from need not stay
         return Live(waiting.number, waiting.request, replace(opened, segments=()), ending, drafter, before_ms)
 
@@ -293,15 +273,15 @@ class _Run:
             return None
         start = time.perf_counter()
         trees = [
-            EMPTY if live.drafter is None or live.most_depth < 1 else live.drafter.draft(live.context, MOST_NODES)
+            EMPTY if live.drafter is None or live.max_depth < 1 else live.drafter.draft(live.context, MAX_NODES)
             for live in self._live
         ]
         look_ms = (time.perf_counter() - start) * 1e3
         if not any(map(len, trees)):
             budget.observe_look(look_ms, 0)
             return None
-        trusts, depths = [live.trust for live in self._live], [live.most_depth for live in self._live]
-        drafted = budget.choose(trees, trusts, depths, self._generator.most_draft_rows)
+        trusts, depths = [live.trust for live in self._live], [live.max_depth for live in self._live]
+        drafted = budget.choose(trees, trusts, depths, self._generator.max_draft_rows)
         budget.observe_look(look_ms, sum(len(each.nodes) for each in drafted))
         return drafted
 

@@ -12,10 +12,11 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from rcllm.core import ContentKey
+from rcllm.core.ranking import ContentKey
+from rcllm.model.attend.segments import Segment
 from rcllm.model.decoder import Keep, Passed
-from rcllm.model.segments import Segment
-from rcllm.reuse.assemble import Assembled, Planned, fresh_runs
+from rcllm.reuse.assemble import Assembled, fresh_runs
+from rcllm.reuse.plan import Planned
 
 
 @dataclass(frozen=True, slots=True)

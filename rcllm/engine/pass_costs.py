@@ -11,11 +11,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from rcllm.decode.draft import EMPTY, DraftTree
 from rcllm.decode.sample import likeliest
-from rcllm.engine.draft_budget import PassCosts
+from rcllm.drafts.draft import EMPTY, DraftTree
 from rcllm.engine.sequences import SequenceKV, next_pass
 from rcllm.model.decoder import Decoder, Pass, Passed
+from rcllm.schedule.draft_budget import PassCosts
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 _ROUNDS = 4  # the quickest counts; the first prepares what a row count needs

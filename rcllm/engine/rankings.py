@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rcllm.cache.pool import Held
-from rcllm.core import Block, BlockKind, ContentKey, Piece, Plan, Prompt, RankOptions, TokenIds
-from rcllm.engine.materialise import Materialiser, Missing
+from rcllm.core.ranking import Block, BlockKind, ContentKey, Piece, Plan, Prompt, RankOptions, TokenIds
+from rcllm.engine.materialise import Materialiser
 from rcllm.model.decoder import Decoder
-from rcllm.reuse.assemble import Planned
+from rcllm.reuse.missing import Missing
+from rcllm.reuse.plan import Planned
 from rcllm.reuse.probe import blocks_pass
 from rcllm.reuse.select import FloatArray, Signals, relative_ranks
 
-_MOST_RANKINGS = 100_000  # about 100 MB at 90 tokens a block
+_MAX_RANKINGS = 100_000  # about 100 MB at 90 tokens a block
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class _Ranking:
 
 
 class Rankings:
-    """Ranks of the `_MOST_RANKINGS` blocks that were used last."""
+    """Ranks of the `_MAX_RANKINGS` blocks that were used last."""
 
     def __init__(self, decoder: Decoder, materialiser: Materialiser, pass_tokens: int) -> None:
         self._decoder, self._materialiser, self._pass_tokens = decoder, materialiser, pass_tokens
@@ -47,7 +48,7 @@ class Rankings:
         size = max(self._pass_tokens // len(question), 1)
         for start in range(0, len(todo), size):
             self._learn(todo[start : start + size], question, held)
-        while len(self._known) > max(_MOST_RANKINGS, len(names)):
+        while len(self._known) > max(_MAX_RANKINGS, len(names)):
             del self._known[next(iter(self._known))]
         return len(todo)
 

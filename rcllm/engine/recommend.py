@@ -16,18 +16,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
+from rcllm.codes.allowed import Allowed
+from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
 from rcllm.config import nearest
-from rcllm.core import ItemId, Prompt
-from rcllm.decode.allowed import Allowed
+from rcllm.core.decoding import BeamRule, OpenRequest, RecommendReceipt, RecommendRequest, RecommendResponse
+from rcllm.core.ranking import ItemId, Prompt
 from rcllm.decode.beam import BeamPrompt, BeamSearch, BeamTask, Found, items_of
 from rcllm.decode.beam_kv import joined
-from rcllm.decode.catalog import Catalog, CodeTokens, LiveCatalog
-from rcllm.decoding import BeamRule, OpenRequest, RecommendReceipt, RecommendRequest, RecommendResponse
-from rcllm.engine.beam_schedule import BatchClock, BeamLimits, Load, Trace, Turns, beam_batches, run_overlapped
+from rcllm.engine.beam_schedule import Turns, run_overlapped
 from rcllm.engine.engine import Engine
 from rcllm.engine.opened import Opened, OpenedBatch
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError
+from rcllm.metrics import BatchClock, Trace
 from rcllm.model.decoder import Pass, Passed
+from rcllm.schedule.batches import BeamLimits, Load, beam_batches
 
 _LONG_LIST, _FILTERS = 1000, 16  # items that make a list long; filters that are remembered
 
@@ -36,7 +38,7 @@ class Recommender:
     """Beam search over a live catalogue of semantic IDs, on an engine whose template is for open prompts."""
 
     def __init__(
-        self, engine: Engine, catalogue: LiveCatalog, tokens: CodeTokens, limits: BeamLimits | None = None
+        self, engine: Engine, catalogue: LiveCodes, tokens: CodeTokens, limits: BeamLimits | None = None
     ) -> None:
         """`tokens`: which token of the model's vocabulary stands for which code. Raises ConfigError.
 
@@ -87,25 +89,25 @@ class Recommender:
         return _Asked(request, prompt, (time.perf_counter() - start) * 1e3)
 
     def _run(self, asked: Sequence[_Asked], number: int, trace: Trace) -> list[RecommendResponse]:
-        clock, catalog = BatchClock(number, trace), self.catalogue.epoch()
+        clock, code_index = BatchClock(number, trace), self.catalogue.epoch()
         with clock.stage("allow"):
-            allowed = [self._filters.of(catalog, each.request) for each in asked]
+            allowed = [self._filters.of(code_index, each.request) for each in asked]
         with self._open(asked, clock) as batch:
             with clock.stage("join"):
                 prompts = [self._prompt(each) for each in batch.prompts]
             tasks = [
-                BeamTask(prompt, catalog, some, _beam(each.request), each.request.rule)
+                BeamTask(prompt, code_index, some, _beam(each.request), each.request.rule)
                 for prompt, some, each in zip(prompts, allowed, asked, strict=True)
             ]
             with self._searching() as search:
                 found = search.search(tasks, partial(self._forward, clock), clock.stage)
         with clock.stage("items"):
             best = [
-                items_of(catalog, task.allowed, some, each.request.n)
+                items_of(code_index, task.allowed, some, each.request.n)
                 for task, some, each in zip(tasks, found, asked, strict=True)
             ]
         stage_ms = {"prompt": sum(each.prompt_ms for each in asked), **clock.read_ms()}
-        facts = _Facts(self.engine.model_id, batch, catalog.epoch, stage_ms)
+        facts = _Facts(self.engine.model_id, batch, code_index.epoch, stage_ms)
         return [
             RecommendResponse(each.request.request_id, *some, _receipt(each.request, opened, task, leaves, facts))
             for each, opened, task, leaves, some in zip(asked, batch.prompts, tasks, found, best, strict=True)
@@ -145,18 +147,18 @@ class _Filters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._catalog: Catalog | None = None  # the epoch of those that are remembered
+        self._code_index: CodeIndex | None = None  # the epoch of those that are remembered
         self._known: dict[tuple[tuple[ItemId, ...] | None, tuple[ItemId, ...]], Allowed | None] = {}
 
-    def of(self, catalog: Catalog, request: RecommendRequest) -> Allowed | None:
+    def of(self, code_index: CodeIndex, request: RecommendRequest) -> Allowed | None:
         key = request.allow, request.deny
         if len(request.allow or ()) + len(request.deny) < _LONG_LIST:
-            return catalog.allowed(*key)
+            return code_index.allowed(*key)
         with self._lock:
-            if self._catalog is not catalog or len(self._known) == _FILTERS:
-                self._catalog, self._known = catalog, {}
+            if self._code_index is not code_index or len(self._known) == _FILTERS:
+                self._code_index, self._known = code_index, {}
             if key not in self._known:
-                self._known[key] = catalog.allowed(*key)
+                self._known[key] = code_index.allowed(*key)
             return self._known[key]
 
 
@@ -221,13 +223,15 @@ def _check(request: RecommendRequest) -> None:
         raise ConfigError(f"{wrong}; {nearest(request.rule, known)}")
 
 
-def _check_tokens(tokens: CodeTokens, catalog: Catalog, vocab_size: int) -> None:
+def _check_tokens(tokens: CodeTokens, code_index: CodeIndex, vocab_size: int) -> None:
     """Raises ConfigError where the codes of the catalogue have no tokens in the model."""
     given = tuple(len(ids) for ids in tokens.ids)
-    if len(given) != catalog.num_levels or any(have < need for have, need in zip(given, catalog.sizes, strict=True)):
+    if len(given) != code_index.num_levels or any(
+        have < need for have, need in zip(given, code_index.sizes, strict=True)
+    ):
         raise ConfigError(
-            f"the catalogue has {catalog.sizes} codes per level, the model has tokens for {given}; they do not belong "
-            "together"
+            f"the catalogue has {code_index.sizes} codes per level, the model has tokens for {given}; they do not "
+            "belong together"
         )
     if (last := max(int(ids.max()) for ids in tokens.ids)) >= vocab_size:
         raise ConfigError(f"a code stands for token {last}, but the model has the tokens 0 to {vocab_size - 1}")

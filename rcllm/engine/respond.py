@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rcllm.core import BlockReceipt, ContentKey, Level, RankRequest, RankResponse, Receipt, Source
-from rcllm.decode.rank import Scores, order
-from rcllm.reuse.assemble import Planned
+from rcllm.core.ranking import (
+    BlockReceipt,
+    ContentKey,
+    Level,
+    RankRequest,
+    RankResponse,
+    Receipt,
+    Scores,
+    Source,
+    order,
+)
+from rcllm.reuse.plan import Planned
 
 
 @dataclass(frozen=True, slots=True)

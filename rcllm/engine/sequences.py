@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from rcllm.decode.draft import Drafter, DraftTree
+from rcllm.core.decoding import Divergence, FinishReason, GenerateRequest
 from rcllm.decode.verify import Accepted, ancestors
-from rcllm.decoding import Divergence, FinishReason, GenerateRequest
-from rcllm.engine.draft_budget import Trust
+from rcllm.drafts.draft import Drafter, DraftTree
 from rcllm.engine.ending import Ending
 from rcllm.engine.opened import Opened
+from rcllm.model.attend.segments import Group, Segment, copy_segments
 from rcllm.model.decoder import Decoder, Keep, Pass
 from rcllm.model.rope import Rope
-from rcllm.model.segments import Group, Segment, copy_segments
+from rcllm.schedule.draft_budget import Trust
 
 # the one row of a sequence without drafts: it sees all of segment 0
 _BLOCK, _OFFSET = np.ones(1, np.int32), np.zeros(1, np.int32)
@@ -94,9 +94,9 @@ class Live:
         return self.prompt_len + len(self.answer) - 1
 
     @property
-    def most_depth(self) -> int:
+    def max_depth(self) -> int:
         """Of a draft: the pass gives one token more."""
-        return self.ending.most_tokens - len(self.answer) - 1
+        return self.ending.max_tokens - len(self.answer) - 1
 
     def take(self, accepted: Accepted) -> tuple[int, ...]:
         """Adds what a pass, or the prompt's, decided, up to the token that ends the answer; returns what was added."""

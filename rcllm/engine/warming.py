@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rcllm.core import ItemId, RankOptions
-from rcllm.engine.materialise import Missing, canonical
+from rcllm.core.ranking import ItemId, RankOptions
 from rcllm.prompt.blocks import Prompter
+from rcllm.reuse.missing import Missing, canonical
 
 
 @dataclass(frozen=True, slots=True)

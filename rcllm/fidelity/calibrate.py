@@ -13,9 +13,8 @@ from itertools import product
 from typing import TypeVar, get_args
 
 from rcllm.config import check_options, context_samples
-from rcllm.core import LabelPlace, Layout, Level, RankOptions, RankRequest, Readout, Selection
+from rcllm.core.ranking import LabelPlace, Layout, Level, RankOptions, RankRequest, Readout, Selection
 from rcllm.engine.engine import Engine
-from rcllm.engine.hardware import describe_hardware
 from rcllm.errors import ConfigError, DataError, RequestError
 from rcllm.fidelity.calibration import Calibration, Rung, Target, passing
 from rcllm.fidelity.evaluate import evaluate, evaluate_timed, with_context
@@ -23,6 +22,7 @@ from rcllm.fidelity.measures import ndcg, order
 from rcllm.fidelity.pareto import fronts
 from rcllm.fidelity.records import Configuration, Record, RecordFile
 from rcllm.fidelity.summary import Summary, compare, summarise, timing
+from rcllm.model.ceilings import describe_hardware
 
 K = TypeVar("K")
 

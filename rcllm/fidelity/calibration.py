@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rcllm.config import as_json
-from rcllm.core import Level, RankOptions
+from rcllm.core.ranking import Level, RankOptions
 from rcllm.durable import write
-from rcllm.engine.admission import Admitted, Identity, exactly, is_exact
 from rcllm.errors import ConfigError, DataError, UncalibratedError
 from rcllm.fidelity.intervals import Interval
 from rcllm.fidelity.records import Configuration
 from rcllm.fidelity.summary import Summary, Timing
+from rcllm.schedule.admission import Admitted, Identity, exactly, is_exact
 
 VERSION = 1
 Cost = Literal["ttft", "flops"]

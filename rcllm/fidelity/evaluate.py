@@ -16,10 +16,10 @@ import numpy.typing as npt
 from blake3 import blake3
 
 import rcllm
-from rcllm.core import BlockKind, Prompt, RankOptions, RankRequest, RankResponse, Receipt
+from rcllm.core.ranking import BlockKind, Prompt, RankOptions, RankRequest, RankResponse, Receipt
 from rcllm.engine.engine import Engine
-from rcllm.engine.hardware import describe_hardware
 from rcllm.fidelity.records import Configuration, Record, RecordFile, request_fingerprint
+from rcllm.model.ceilings import describe_hardware
 from rcllm.model.spec import ModelSpec
 from rcllm.prompt.blocks import Prompter
 from rcllm.reuse.select import RULES

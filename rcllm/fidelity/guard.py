@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rcllm.core import Level, RankOptions, RankRequest, RankResponse
+from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
 from rcllm.fidelity.monitor import GuardEvent, GuardPolicy
 from rcllm.fidelity.shadow import GuardCore, GuardStats, Shadow, Shadowing
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from rcllm.core import Level
+from rcllm.core.ranking import Level
 from rcllm.errors import ConfigError
 from rcllm.fidelity.measures import Scores, agreement
 from rcllm.fidelity.sequential import MeanTest

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from rcllm.core import RankOptions, RankRequest, RankResponse, Receipt
+from rcllm.core.ranking import RankOptions, RankRequest, RankResponse, Receipt
 from rcllm.errors import RequestError
 from rcllm.fidelity.measures import agreement
 

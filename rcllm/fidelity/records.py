@@ -17,7 +17,7 @@ from typing import IO, Any
 from blake3 import blake3
 
 from rcllm.config import from_mapping
-from rcllm.core import Event, Item, ItemId, Level, RankOptions, RankRequest, Selection
+from rcllm.core.ranking import Event, Item, ItemId, Level, RankOptions, RankRequest, Selection
 from rcllm.errors import DataError
 
 

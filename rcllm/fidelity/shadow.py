@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from rcllm.core import Level, RankOptions, RankRequest, RankResponse
+from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
 from rcllm.errors import ConfigError, RcllmError
 from rcllm.fidelity.measures import Scores
 from rcllm.fidelity.monitor import DriftMonitor, GuardEvent, GuardPolicy, rank_loss

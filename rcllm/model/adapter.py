@@ -17,7 +17,7 @@ from blake3 import blake3
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rcllm.core import Mask
+from rcllm.core.ranking import Mask
 from rcllm.durable import renamed, write
 from rcllm.errors import ModelError
 from rcllm.model.spec import ModelSpec

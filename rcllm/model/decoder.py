@@ -14,11 +14,12 @@ from functools import cached_property
 
 import torch
 
-from rcllm.model.attention import Attend, Beside, merge, native_fits, prepare
-from rcllm.model.native import kernels
+from rcllm.model.attend.choose import native_fits, prepare
+from rcllm.model.attend.contract import Attend, Beside, merge
+from rcllm.model.attend.native import kernels
+from rcllm.model.attend.segments import Group
 from rcllm.model.ops import Linear, NativeOps, Ops, TorchOps
 from rcllm.model.rope import Rope
-from rcllm.model.segments import Group
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, Weights
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from rcllm.model.native import Kernels
+from rcllm.model.attend.native import Kernels
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 

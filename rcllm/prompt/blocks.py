@@ -14,7 +14,8 @@ import numpy as np
 from blake3 import blake3
 
 from rcllm.config import context_samples
-from rcllm.core import (
+from rcllm.core.decoding import OpenRequest
+from rcllm.core.ranking import (
     Block,
     BlockKind,
     BoolArray,
@@ -31,7 +32,6 @@ from rcllm.core import (
     Readout,
     TokenIds,
 )
-from rcllm.decoding import OpenRequest
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
 from rcllm.prompt.keys import Context, content_key, token_bytes
 from rcllm.prompt.labels import choices, label_names
@@ -110,11 +110,11 @@ class Prompter:
         return self._cut(text, t.max_event_tokens, self.tokenizer.encode_unremembered)
 
     def _cut(
-        self, text: str, most_tokens: int, encode: Callable[[str], TokenIds] | None = None
+        self, text: str, max_tokens: int, encode: Callable[[str], TokenIds] | None = None
     ) -> tuple[TokenIds, bool]:
         """At least one token: a tokenizer may make nothing of white space or of what its normaliser drops."""
         ids = (encode or self.tokenizer.encode)(text) or self.tokenizer.encode(EMPTY_TEXT)
-        return ids[:most_tokens], len(ids) > most_tokens
+        return ids[:max_tokens], len(ids) > max_tokens
 
     def instruction_block(self, layout: Layout) -> Block:
         """The shared first block, whose canonical context is nothing."""

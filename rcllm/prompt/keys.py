@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from blake3 import blake3
 
-from rcllm.core import ContentKey, TokenIds
+from rcllm.core.ranking import ContentKey, TokenIds
 
 
 @dataclass(frozen=True, slots=True)

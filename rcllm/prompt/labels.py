@@ -10,7 +10,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rcllm.core import TokenIds
+from rcllm.core.ranking import TokenIds
 
 
 def label_names(count: int) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import tokenizers
 from blake3 import blake3
 
-from rcllm.core import TokenIds
+from rcllm.core.ranking import TokenIds
 from rcllm.errors import ModelError
 
 ChatFormat = Literal["chatml", "llama3", "mistral", "plain"]

@@ -1,1 +1,1 @@
-"""Use cached blocks at other positions: decide (plan) and build the pass (assemble)."""
+"""Use cached blocks at other positions: decide what is fresh, and build the pass that computes it."""

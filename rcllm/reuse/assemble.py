@@ -7,29 +7,15 @@ what else is in the batch cannot change what a row sees.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from rcllm.core import ContentKey, IntArray, Level, Plan, Prompt, TokenIds
+from rcllm.core.ranking import ContentKey, IntArray, TokenIds
+from rcllm.model.attend.segments import Group, Segment
 from rcllm.model.decoder import Keep, Pass
-from rcllm.model.segments import Group, Segment
-from rcllm.reuse.plan import NOTHING_BORROWED
-from rcllm.reuse.prototypes import Borrowed
-
-_BLOCKS = Level("blocks")
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A prompt with its plan."""
-
-    prompt: Prompt
-    plan: Plan  # what it reuses; under `corrected`, until the choice is made, what it would without corrections
-    level: Level = _BLOCKS  # as resolved
-    # by block, what the plan reads from the semantic pool
-    borrowed: Mapping[int, Borrowed] = field(default_factory=lambda: NOTHING_BORROWED)
+from rcllm.reuse.plan import Planned
 
 
 @dataclass(frozen=True, slots=True)

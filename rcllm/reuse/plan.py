@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
 
-from rcllm.core import BlockKind, BoolArray, ContentKey, Level, Piece, Plan, Prompt
-from rcllm.reuse.prototypes import Borrowed
+from rcllm.core.ranking import BlockKind, BoolArray, Borrowed, ContentKey, Level, Piece, Plan, Prompt
 
 NOTHING_BORROWED: Mapping[int, Borrowed] = MappingProxyType({})
 
@@ -128,3 +127,17 @@ def _publishable(prompt: Prompt, uses: list[_Use]) -> tuple[int, ...]:
         if use.key is None:
             publish.append(i)
     return tuple(publish)
+
+
+_BLOCKS = Level("blocks")
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A prompt with its plan."""
+
+    prompt: Prompt
+    plan: Plan  # what it reuses; under `corrected`, until the choice is made, what it would without corrections
+    level: Level = _BLOCKS  # as resolved
+    # by block, what the plan reads from the semantic pool
+    borrowed: Mapping[int, Borrowed] = field(default_factory=lambda: NOTHING_BORROWED)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from rcllm.core import BoolArray, ContentKey, IntArray, Reduction
+from rcllm.core.ranking import BoolArray, ContentKey, IntArray, Reduction
 from rcllm.model.decoder import Decoder
-from rcllm.reuse.assemble import Planned, assemble
+from rcllm.reuse.assemble import assemble
+from rcllm.reuse.plan import Planned
 from rcllm.reuse.select import FloatArray, Signals, Tokens, questions
 
 KV = Mapping[ContentKey, torch.Tensor]

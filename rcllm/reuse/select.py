@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from rcllm.core import BlockKind, BoolArray, IntArray, Level, Piece, Plan, Policy, Prompt, Selection
+from rcllm.core.ranking import BlockKind, BoolArray, IntArray, Level, Piece, Plan, Policy, Prompt, Selection
+from rcllm.reuse.plan import Planned
 
 FloatArray = npt.NDArray[np.float64]
 Evidence = Literal["none", "check_layer", "blocks_pass", "rankings"]
@@ -204,3 +205,26 @@ def relative_ranks(attention: FloatArray) -> FloatArray:
     ranks = np.empty(len(attention))
     ranks[np.argsort(-attention, kind="stable")] = np.arange(len(attention))
     return 1.0 - (ranks + 0.5) / max(len(attention), 1)
+
+
+def evidence_of(planned: Planned) -> Evidence:
+    """What runs before the choice of a planned prompt."""
+    return RULES[planned.prompt.options.selection.policy].evidence if planned.level.name == "corrected" else "none"
+
+
+def first_phase(planned: Planned) -> Evidence | int:
+    """Prompts of one batch agree in this: the evidence, or the check layer where that is it."""
+    evidence = evidence_of(planned)
+    return planned.prompt.options.selection.check_layer if evidence == "check_layer" else evidence
+
+
+def max_rows(planned: Planned) -> int:
+    """The most rows that a planned prompt has in one layer, before the choice is made."""
+    return planned.prompt.num_tokens if evidence_of(planned) != "none" else planned.plan.num_fresh
+
+
+def choose_without_evidence(planned: Planned) -> Planned:
+    """Spends the budgets of `corrected` where the policy needs no evidence; other plans stay as they are."""
+    if planned.level.name != "corrected" or evidence_of(planned) != "none":
+        return planned
+    return replace(planned, plan=choose(planned.prompt, planned.plan, planned.level))

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rcllm.core import Interaction, Item, ItemId
+from rcllm.codes.index import CodeIndex
+from rcllm.core.ranking import Interaction, Item, ItemId
 from rcllm.data import Split, histories, split_of
-from rcllm.decode.catalog import Catalog
 from rcllm.errors import ConfigError, DataError
 from rcllm.sid.collaborative import FloatArray, collaborative_vectors, unit_rows
 from rcllm.sid.quantise import CodeConfig, Codes, quantise
@@ -81,9 +81,9 @@ def build_codes(
     return quantise(join_vectors(embeddings, training, config), config.codes, on_level)
 
 
-def catalog_of(codes: Codes, item_ids: Sequence[ItemId]) -> Catalog:
+def code_index_of(codes: Codes, item_ids: Sequence[ItemId]) -> CodeIndex:
     """The same as a catalogue."""
-    return Catalog.build(codes.codes, item_ids, codes.sizes)
+    return CodeIndex.build(codes.codes, item_ids, codes.sizes)
 
 
 def _principal(vectors: FloatArray, dimensions: int) -> FloatArray:

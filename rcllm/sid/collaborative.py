@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.sparse.linalg import svds
 
-from rcllm.core import IntArray
+from rcllm.core.ranking import IntArray
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -11,17 +11,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from rcllm.codes.index import CodeIndex, LiveCodes
+from rcllm.codes.sid_files import STYLE
 from rcllm.config import Config
-from rcllm.core import Item, ItemId
-from rcllm.decode.catalog import Catalog, LiveCatalog
-from rcllm.decode.sid_files import STYLE
-from rcllm.engine.beam_schedule import BeamLimits
+from rcllm.core.ranking import Item, ItemId
 from rcllm.engine.engine import Engine
 from rcllm.engine.recommend import Recommender
 from rcllm.errors import ConfigError
 from rcllm.model.pull import pull
 from rcllm.prompt.template import Template
-from rcllm.sid.model_folder import load_catalog
+from rcllm.schedule.batches import BeamLimits
+from rcllm.sid.model_folder import load_codes
 from rcllm.sid.vocabulary import find_code_tokens, items_of_codes, with_semantic_ids
 
 TEMPLATE = "sid"  # of the decoders that `rcllm sid train` makes
@@ -29,7 +29,7 @@ TEMPLATE = "sid"  # of the decoders that `rcllm sid train` makes
 
 def load_recommender(
     config: Config,
-    catalog: Catalog | None = None,
+    code_index: CodeIndex | None = None,
     items: Mapping[ItemId, Item] | None = None,
     *,
     style: str = STYLE,
@@ -37,14 +37,14 @@ def load_recommender(
 ) -> Recommender:
     """Loads the model that `config` names, with an empty cache.
 
-    `catalog`: None for a model of `rcllm sid train`, which carries its own and is asked with its own template; for
-    another model, `read_catalog` of its index file, and `config.prompt.template` says how it is asked: {sid} is an
+    `code_index`: None for a model of `rcllm sid train`, which carries its own and is asked with its own template; for
+    another model, `read_codes` of its index file, and `config.prompt.template` says how it is asked: {sid} is an
     item's semantic ID. `items`: their texts, for templates that use them. `style`: how the model's vocabulary writes a
     code. Raises ConfigError, ModelError, FetchError.
     """
     folder = pull(config.model.path)
-    if catalog is None:
-        catalog = load_catalog(folder)
+    if code_index is None:
+        code_index = load_codes(folder)
         config = replace(config, prompt=replace(config.prompt, template=TEMPLATE))
     if not Template.load(config.prompt.template).open:
         raise ConfigError(
@@ -52,10 +52,10 @@ def load_recommender(
             "where the model is to write a semantic ID, and writes items as it was trained to, with {sid}"
         )
     config = replace(config, prompt=replace(config.prompt, item_tokens=_pattern(style)))
-    catalogue = items_of_codes(catalog, style) if items is None else with_semantic_ids(items, catalog, style)
+    catalogue = items_of_codes(code_index, style) if items is None else with_semantic_ids(items, code_index, style)
     engine = Engine.build(catalogue, config)
-    tokens = find_code_tokens(engine.prompter.tokenizer, catalog.sizes, style)
-    return Recommender(engine, LiveCatalog(catalog), tokens, limits)
+    tokens = find_code_tokens(engine.prompter.tokenizer, code_index.sizes, style)
+    return Recommender(engine, LiveCodes(code_index), tokens, limits)
 
 
 def _pattern(style: str) -> str:

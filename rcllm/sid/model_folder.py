@@ -1,7 +1,7 @@
 """A decoder of semantic IDs as a folder: a Hugging Face model with its catalogue in the weights file.
 
 Knows nothing of training. Invariant: a folder with `model.safetensors` is whole, because that file is renamed into
-place last; what stands in it under `catalog.` is no weight, and loaders of models skip it.
+place last; what stands in it under `code_index.` is no weight, and loaders of models skip it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rcllm.core import ItemId
-from rcllm.decode.catalog import Catalog
+from rcllm.codes.index import CodeIndex
+from rcllm.core.ranking import ItemId
 from rcllm.durable import renamed, write
 from rcllm.errors import ModelError
 from rcllm.model.weights import CATALOG_PREFIX
@@ -31,11 +31,11 @@ def save_model(
     folder: Path,
     weights: Mapping[str, torch.Tensor],
     hf_config: Mapping[str, Any],
-    catalog: Catalog,
+    code_index: CodeIndex,
     record: Mapping[str, Any],
 ) -> None:
     """`weights`: named as transformers names them, without `model.`; `record`: how the model was made."""
-    vocabulary = Vocabulary(catalog.sizes)
+    vocabulary = Vocabulary(code_index.sizes)
     texts = {
         "config.json": json.dumps(hf_config, indent=2),
         "tokenizer.json": vocabulary.tokenizer().to_str(pretty=True),
@@ -44,17 +44,17 @@ def save_model(
     }
     for name, text in texts.items():
         write(folder / name, text.encode())
-    names = json.dumps(list(catalog.item_ids)).encode()
+    names = json.dumps(list(code_index.item_ids)).encode()
     tensors = {"model." + name: tensor.detach().float().contiguous() for name, tensor in weights.items()} | {
-        _CODES: torch.from_numpy(np.array(catalog.codes, dtype=np.int32)),
-        _SIZES: torch.tensor(catalog.sizes, dtype=torch.int32),
+        _CODES: torch.from_numpy(np.array(code_index.codes, dtype=np.int32)),
+        _SIZES: torch.tensor(code_index.sizes, dtype=torch.int32),
         _ITEMS: torch.from_numpy(np.frombuffer(names, dtype=np.uint8).copy()),  # a JSON list of texts in UTF-8
     }
     with renamed(folder / WEIGHTS) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
 
 
-def load_catalog(folder: Path) -> Catalog:
+def load_codes(folder: Path) -> CodeIndex:
     """The catalogue that a model of `rcllm sid train` carries. Raises ModelError."""
     path = folder / WEIGHTS
     if not path.is_file():
@@ -70,4 +70,4 @@ def load_catalog(folder: Path) -> Catalog:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error})") from error
     item_ids = tuple(ItemId(name) for name in json.loads(names.tobytes()))
-    return Catalog.build(codes, item_ids, tuple(int(size) for size in sizes))
+    return CodeIndex.build(codes, item_ids, tuple(int(size) for size in sizes))

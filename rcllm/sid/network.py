@@ -66,7 +66,7 @@ class NetworkConfig:
             raise ConfigError(f"expected dropout from 0 to below 1, got {self.dropout}")
 
 
-class Network(nn.Module):
+class CodeNetwork(nn.Module):
     """[batch, len] tokens -> [batch, len, d] hidden states after the final norm; the head is the embedding."""
 
     def __init__(self, config: NetworkConfig, hf_config: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
-from rcllm.core import IntArray
+from rcllm.core.ranking import IntArray
 from rcllm.errors import ConfigError, DataError
 
 FloatArray = npt.NDArray[np.float32]

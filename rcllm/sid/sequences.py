@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcllm.core import IntArray
+from rcllm.core.ranking import IntArray
 from rcllm.errors import ConfigError
 from rcllm.sid.vocabulary import Vocabulary
 

@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from blake3 import blake3
 
+from rcllm.codes.index import CodeIndex
 from rcllm.config import as_json
-from rcllm.core import IntArray
-from rcllm.decode.catalog import Catalog
+from rcllm.core.ranking import IntArray
 from rcllm.errors import ConfigError, DataError, ModelError
 from rcllm.model.checkpoint import Checkpoint
 from rcllm.sid.collaborative import code_vectors, collaborative_vectors
 from rcllm.sid.model_folder import save_model
-from rcllm.sid.network import Network, NetworkConfig
+from rcllm.sid.network import CodeNetwork, NetworkConfig
 from rcllm.sid.sequences import SequenceConfig, Sequences
 from rcllm.sid.vocabulary import Vocabulary
 
@@ -64,7 +64,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class CodeEvaluation:
     """One point of the curve; losses are nats per item, summed over its codes."""
 
     epoch: int
@@ -79,7 +79,7 @@ class TrainProgress:
     share: float  # of the whole training, 0 to 1
     loss: float  # running mean
     tokens_per_s: float
-    last: Evaluation | None
+    last: CodeEvaluation | None
 
 
 @dataclass(slots=True)
@@ -90,15 +90,15 @@ class _State:
     tokens: int = 0
     seconds: float = 0.0
     recent: list[float] = field(default_factory=list)
-    curve: list[Evaluation] = field(default_factory=list)
+    curve: list[CodeEvaluation] = field(default_factory=list)
 
 
-class Trainer:
+class CodeTrainer:
     """One training in one folder, which holds the weights with the lowest validation loss so far."""
 
     def __init__(
         self,
-        catalog: Catalog,
+        code_index: CodeIndex,
         train: Sequence[Sequence[int]],
         validation: Sequence[Sequence[int]],
         config: TrainConfig,
@@ -106,7 +106,7 @@ class Trainer:
     ) -> None:
         """`train` and `validation`: histories as item numbers of the catalogue. Raises ConfigError, DataError."""
         config.check()
-        self.catalog, self.config, self.folder = catalog, config, folder
+        self.code_index, self.config, self.folder = code_index, config, folder
         self.histories = [list(history) for history in train if len(history) > 1]
         checked = [history for history in validation if len(history) > 1]
         if not self.histories or not checked:
@@ -114,14 +114,14 @@ class Trainer:
                 f"expected training and validation users with two items or more, got {len(self.histories)} and "
                 f"{len(checked)}: more users are needed"
             )
-        vocabulary = Vocabulary(catalog.sizes)
-        self.sequences = Sequences.of(vocabulary, catalog.codes)
+        vocabulary = Vocabulary(code_index.sizes)
+        self.sequences = Sequences.of(vocabulary, code_index.codes)
         self.hf_config = config.network.hf_config(len(vocabulary), _MAX_POSITIONS)
         if (longest := 2 + config.sequences.max_items * (1 + vocabulary.num_levels)) > _MAX_POSITIONS:
             raise ConfigError(
                 f"max_items makes prompts of {longest} tokens, the decoder takes {_MAX_POSITIONS}: lower it"
             )
-        self.network = Network(config.network, self.hf_config)
+        self.network = CodeNetwork(config.network, self.hf_config)
         self.network.reset(config.seed)
         self._place_codes()
         self.optimiser = self._optimiser()
@@ -136,9 +136,9 @@ class Trainer:
     @torch.no_grad()
     def _place_codes(self) -> None:
         """Embeddings of codes begin where who touched what puts their items, not at random."""
-        catalog, config, size = self.catalog, self.config, self.config.network.hidden_size
-        vectors = collaborative_vectors(self.histories, catalog.num_items, size, config.window, config.seed)
-        levels = code_vectors(vectors, catalog.codes, catalog.sizes)
+        code_index, config, size = self.code_index, self.config, self.config.network.hidden_size
+        vectors = collaborative_vectors(self.histories, code_index.num_items, size, config.window, config.seed)
+        levels = code_vectors(vectors, code_index.codes, code_index.sizes)
         for ids, means in zip(self.sequences.vocabulary.code_tokens.ids, levels, strict=True):
             if (spread := float(means.std())) > 0:
                 placed = torch.from_numpy(means * np.float32(_CODE_STD / spread))
@@ -153,15 +153,15 @@ class Trainer:
         return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.98))
 
     def run(
-        self, on_progress: Callable[[TrainProgress], None] | None = None, most_steps: int | None = None
-    ) -> list[Evaluation]:
-        """Trains to the end, or for `most_steps` more steps; goes on from a checkpoint where there is one.
+        self, on_progress: Callable[[TrainProgress], None] | None = None, max_steps: int | None = None
+    ) -> list[CodeEvaluation]:
+        """Trains to the end, or for `max_steps` more steps; goes on from a checkpoint where there is one.
 
         Returns the curve. Raises ConfigError where the checkpoint has other settings, ModelError where training fails.
         """
         self._restore()
         self._draw()
-        last = math.inf if most_steps is None else self.state.steps + most_steps
+        last = math.inf if max_steps is None else self.state.steps + max_steps
         while not self._done() and self.state.steps < last:
             start = time.perf_counter()
             self._step()
@@ -227,10 +227,12 @@ class Trainer:
     def _end_epoch(self) -> None:
         state = self.state
         best = min((point.validation_loss for point in state.curve), default=math.inf)
-        point = Evaluation(state.epoch + 1, state.seconds / 60, float(np.mean(state.recent)), self.validation_loss())
+        point = CodeEvaluation(
+            state.epoch + 1, state.seconds / 60, float(np.mean(state.recent)), self.validation_loss()
+        )
         state.curve.append(point)
         if point.validation_loss < best:
-            save_model(self.folder, self.network.state_dict(), self.hf_config, self.catalog, self.record())
+            save_model(self.folder, self.network.state_dict(), self.hf_config, self.code_index, self.record())
         state.epoch, state.batch, state.recent = state.epoch + 1, 0, []
         self.save()
         self._draw()
@@ -257,7 +259,7 @@ class Trainer:
         return {
             "template": "sid",
             "settings": as_json(self.config),
-            "items": self.catalog.num_items,
+            "items": self.code_index.num_items,
             "training_users": len(self.histories),
             "curve": [asdict(point) for point in self.state.curve],
         }
@@ -269,12 +271,12 @@ class Trainer:
 
     def _restore(self) -> None:
         if state := self._checkpoint.restore():
-            self.state = _State(**state | {"curve": [Evaluation(**point) for point in state["curve"]]})
+            self.state = _State(**state | {"curve": [CodeEvaluation(**point) for point in state["curve"]]})
             self._saved_s = self.state.seconds
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
-        data = blake3(json.dumps([self.histories, self.catalog.codes.tolist()]).encode())
+        data = blake3(json.dumps([self.histories, self.code_index.codes.tolist()]).encode())
         return as_json(self.config) | {"data": data.hexdigest()}
 
     def _progress(self) -> TrainProgress:

@@ -13,10 +13,10 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
 
-from rcllm.core import IntArray, Item, ItemId
+from rcllm.codes.index import CodeIndex, CodeTokens
+from rcllm.codes.sid_files import STYLE, token
+from rcllm.core.ranking import IntArray, Item, ItemId
 from rcllm.data import Catalogue
-from rcllm.decode.catalog import Catalog, CodeTokens
-from rcllm.decode.sid_files import STYLE, token
 from rcllm.errors import ConfigError, ModelError
 from rcllm.prompt.tokenizer import Tokenizer
 
@@ -31,15 +31,15 @@ def sid_text(codes: Sequence[int], style: str = STYLE) -> str:
     return "".join(token(level, code, style) for level, code in enumerate(codes))
 
 
-def with_semantic_ids(catalogue: Mapping[ItemId, Item], catalog: Catalog, style: str = STYLE) -> Catalogue:
+def with_semantic_ids(catalogue: Mapping[ItemId, Item], code_index: CodeIndex, style: str = STYLE) -> Catalogue:
     """The items of `catalogue` with their semantic ID as field `sid`; items without one lose that field."""
-    codes = dict(zip(catalog.item_ids, catalog.codes.tolist(), strict=True))
+    codes = dict(zip(code_index.item_ids, code_index.codes.tolist(), strict=True))
     return Catalogue(_with_sid(item, codes.get(item.item_id), style) for item in catalogue.values())
 
 
-def items_of_codes(catalog: Catalog, style: str = STYLE) -> Catalogue:
+def items_of_codes(code_index: CodeIndex, style: str = STYLE) -> Catalogue:
     """Items that have no text but their semantic ID: enough to serve a decoder that reads nothing else."""
-    ids = zip(catalog.item_ids, catalog.codes.tolist(), strict=True)
+    ids = zip(code_index.item_ids, code_index.codes.tolist(), strict=True)
     return Catalogue(Item(item_id, {FIELD: sid_text(codes, style)}) for item_id, codes in ids)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcllm.core import Event, Interaction, Item, ItemId, RankRequest, UserId
+from rcllm.core.ranking import Event, Interaction, Item, ItemId, RankRequest, UserId
 from rcllm.data import Catalogue, Dataset, histories, split_of
-from rcllm.data.negatives import SAMPLERS, Negatives, Pool, Wanted, draw_negatives
+from rcllm.data.negatives import SAMPLERS, NegativePool, Negatives, Wanted, draw_negatives
 from rcllm.data.popularity import with_popularity
 from rcllm.errors import ConfigError, DataError
 
@@ -32,7 +32,7 @@ class ExampleConfig:
     borrowed: int = 0  # candidates that a prompt takes from the other prompts of its batch, instead of drawing its own
 
 
-class Source:
+class TrainingSet:
     """The users and items of one data set. Ids are prefixed by its name, so that several sets share one catalogue."""
 
     def __init__(self, dataset: Dataset, config: ExampleConfig) -> None:
@@ -40,7 +40,7 @@ class Source:
         self.prefix = f"{dataset.name}/"
         by_user = histories(dataset.interactions)
         training = [rows for user, rows in by_user.items() if split_of(user) == "train"]
-        self.pool = Pool.of(dataset.catalogue, ([row.item_id for row in rows] for rows in training))
+        self.pool = NegativePool.of(dataset.catalogue, ([row.item_id for row in rows] for rows in training))
         long_enough = [rows for rows in by_user.values() if len(rows) > config.min_history]
         self.users = [rows for rows in long_enough if split_of(rows[0].user_id) == "train"]
         self.others = [rows for rows in long_enough if split_of(rows[0].user_id) == "validation"]
@@ -129,7 +129,7 @@ class Source:
         return ItemId(self.prefix + self.pool.item_ids[number])
 
 
-def joined_catalogue(sources: Sequence[Source]) -> Catalogue:
+def joined_catalogue(sources: Sequence[TrainingSet]) -> Catalogue:
     """The items of all sources. Raises ConfigError where two have one name."""
     names = [source.dataset.name for source in sources]
     if len(set(names)) < len(names):
@@ -137,7 +137,7 @@ def joined_catalogue(sources: Sequence[Source]) -> Catalogue:
     return Catalogue(item for source in sources for item in source.items().values())
 
 
-def batch_of(sources: Sequence[Source], number: int, seed: int) -> list[RankRequest]:
+def batch_of(sources: Sequence[TrainingSet], number: int, seed: int) -> list[RankRequest]:
     """Batch `number` of the training: of one source, all sources equally often."""
     rng = np.random.default_rng([seed, number])
     return sources[int(rng.integers(len(sources)))].batch(rng)

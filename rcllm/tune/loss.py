@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rcllm.core import IntArray, Prompt, TokenIds
+from rcllm.core.ranking import IntArray, Prompt, TokenIds
 from rcllm.prompt.labels import choices
 
 Logits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # hidden [n, d], token ids [k] -> [n, k]

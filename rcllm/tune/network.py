@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rcllm.core import IntArray
+from rcllm.core.ranking import IntArray
 from rcllm.model.adapter import MODULES, Adapter, LowRank, module_shape
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcllm.core import Block, BlockKind, BoolArray, IntArray, Mask, Prompt, TokenIds
+from rcllm.core.ranking import Block, BlockKind, BoolArray, IntArray, Mask, Prompt, TokenIds
 from rcllm.errors import ConfigError
 from rcllm.prompt.keys import Context
 

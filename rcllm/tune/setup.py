@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from rcllm.config import Config, Hardware, ModelConfig, PromptConfig, resolve
-from rcllm.core import Mask
+from rcllm.core.ranking import Mask
 from rcllm.data import Dataset
 from rcllm.model.pull import pull
 from rcllm.model.weights import load_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import Template, chat_format
 from rcllm.prompt.tokenizer import Tokenizer
-from rcllm.tune.examples import ExampleConfig, Source, joined_catalogue
+from rcllm.tune.examples import ExampleConfig, TrainingSet, joined_catalogue
 from rcllm.tune.network import Network
 from rcllm.tune.train import Trainer, TuneConfig, check_config, warm_start
 
@@ -50,7 +50,7 @@ def make_trainer(
     """`start`: an adapter to begin at. Raises ConfigError, DataError, ModelError, FetchError."""
     check_config(config)
     resolved = resolve(Config(model, prompt), Hardware(torch.cuda.is_available(), 0)).model
-    sources = [Source(dataset, config.examples) for dataset in datasets]
+    sources = [TrainingSet(dataset, config.examples) for dataset in datasets]
     files = pull(model.path)
     spec, weights = load_model(files, torch.float32, resolved.device)
     tokenizer = Tokenizer.load(files)

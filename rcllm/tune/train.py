@@ -18,14 +18,13 @@ import numpy as np
 import torch
 
 from rcllm.config import as_json
-from rcllm.core import Mask, Prompt, RankOptions, RankRequest, Readout
-from rcllm.decode.rank import order
+from rcllm.core.ranking import Mask, Prompt, RankOptions, RankRequest, Readout, order
 from rcllm.errors import ConfigError, ModelError
 from rcllm.fidelity.measures import ndcg
 from rcllm.model.adapter import load_adapter, save_adapter
 from rcllm.model.checkpoint import Checkpoint
 from rcllm.prompt.blocks import Prompter
-from rcllm.tune.examples import ExampleConfig, Source, batch_of, check
+from rcllm.tune.examples import ExampleConfig, TrainingSet, batch_of, check
 from rcllm.tune.loss import listwise_loss, readout_scores
 from rcllm.tune.network import Network
 from rcllm.tune.pack import Packed, pack
@@ -93,7 +92,7 @@ class Trainer:
         self,
         network: Network,
         prompter: Prompter,
-        sources: Sequence[Source],
+        sources: Sequence[TrainingSet],
         config: TuneConfig,
         folder: Path,
         base: str,

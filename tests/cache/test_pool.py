@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rcllm.cache.pool import Held, Pool
-from rcllm.cache.store import MemoryStore, StoredBlock
-from rcllm.core import ContentKey
+from rcllm.core.ranking import ContentKey
 from rcllm.errors import CapacityError
+from rcllm.store.contract import StoredBlock
+from rcllm.store.memory import MemoryStore
 from tests.engine.test_capacity import BrokenStore
 
 CPU = torch.device("cpu")

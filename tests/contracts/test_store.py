@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from rcllm.cache.store import MemoryStore, NullStore, Store, StoredBlock
-from rcllm.core import ContentKey
+from rcllm.core.ranking import ContentKey
+from rcllm.store.contract import Store, StoredBlock
+from rcllm.store.memory import MemoryStore
+from rcllm.store.null import NullStore
 
 BLOCK_BYTES = 2 * 3 * 4 * 4
 STORES: dict[str, Callable[[], Store]] = {

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.core import Event, Interaction, Item, ItemId, UserId
+from rcllm.core.ranking import Event, Interaction, Item, ItemId, UserId
 from rcllm.data import Catalogue, Dataset, Negatives, Split, build_requests, histories, split_of
-from rcllm.data.negatives import SAMPLERS, Pool, Wanted, draw_negatives
+from rcllm.data.negatives import SAMPLERS, NegativePool, Wanted, draw_negatives
 from rcllm.errors import ConfigError, DataError
 
 KINDS: list[Negatives] = ["uniform", "popularity", "retrieved"]
@@ -163,7 +163,7 @@ def test_what_the_data_cannot_give_is_refused_with_advice() -> None:
 LETTERS = Catalogue(Item(ItemId(letter), {}) for letter in "abcdef")
 #                 together with a: b twice, c once; d is popular but never beside a; e and f are untouched
 TRAINING = [[ItemId(letter) for letter in word] for word in ("abb", "abc", "d", "d", "d", "d")]
-POOL = Pool.of(LETTERS, TRAINING)
+POOL = NegativePool.of(LETTERS, TRAINING)
 
 
 def numbers(letters: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -211,7 +211,7 @@ def test_draws_are_distinct_and_never_banned(
 
 
 def test_without_training_users_every_kind_still_draws() -> None:
-    pool = Pool.of(LETTERS, [])
+    pool = NegativePool.of(LETTERS, [])
     for kind in SAMPLERS:
         wanted = Wanted(6, numbers(""), numbers("ab"))
         assert sorted(draw_negatives(pool, kind, wanted, np.random.default_rng(0))) == [0, 1, 2, 3, 4, 5]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rcllm.core import Item, ItemId
+from rcllm.core.ranking import Item, ItemId
 from rcllm.data import Catalogue, Table
 from rcllm.errors import DataError, UnknownItemError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rcllm.core import Interaction, Item, ItemId, UserId
+from rcllm.core.ranking import Interaction, Item, ItemId, UserId
 from rcllm.data import FORMATS, Dataset, detect_format, fetch_movielens, load_dataset, movielens
 from rcllm.errors import ConfigError, DataError
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.core import Interaction, ItemId, UserId
+from rcllm.core.ranking import Interaction, ItemId, UserId
 from rcllm.data import InteractionColumns, Table, histories, read_interactions, read_users
 from rcllm.errors import DataError
 

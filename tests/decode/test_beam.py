@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rcllm.core import ItemId
+from rcllm.codes.index import CodeIndex, CodeTokens
+from rcllm.core.decoding import BeamRule
+from rcllm.core.ranking import ItemId
 from rcllm.decode.beam import BeamPrompt, BeamSearch, BeamTask, Found, items_of
 from rcllm.decode.beam_kv import StepBuffer, joined
-from rcllm.decode.catalog import Catalog, CodeTokens
-from rcllm.decoding import BeamRule
+from rcllm.model.attend.segments import Group, Segment
 from rcllm.model.decoder import Decoder, Keep, Pass
-from rcllm.model.segments import Group, Segment
 from rcllm.model.weights import load_model
 from tests.reference.beam import hugging_face_beam, model_log_probs, slow_beam
 from tests.tiny_models import tiny_model
@@ -44,18 +44,18 @@ def _models(family: str) -> tuple[Decoder, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    catalog: Catalog
+    code_index: CodeIndex
     tokens: CodeTokens
     prompt: list[int]
     beam: int
 
     @property
     def valid(self) -> list[tuple[int, ...]]:
-        return sorted(set(map(tuple, self.catalog.codes.tolist())))
+        return sorted(set(map(tuple, self.code_index.codes.tolist())))
 
     def codes(self, found: Found) -> list[tuple[int, ...]]:
         """What the leaves stand for."""
-        rows = [self.catalog.codes[self.catalog.items_of(leaf)[0]] for leaf in found.leaves.tolist()]
+        rows = [self.code_index.codes[self.code_index.items_of(leaf)[0]] for leaf in found.leaves.tolist()]
         return [tuple(row.tolist()) for row in rows]
 
 
@@ -68,7 +68,7 @@ def _case(seed: int, beam: int | None = None, num_items: int | None = None) -> C
     vocabulary = rng.permutation(VOCAB)[: sum(sizes)].astype(np.int32)
     tokens = CodeTokens(tuple(np.split(vocabulary, np.cumsum(sizes)[:-1])))
     prompt = rng.integers(0, VOCAB, rng.integers(2, 60)).tolist()
-    return Case(Catalog.build(codes, ids, sizes), tokens, prompt, beam or int(2 ** rng.integers(0, 8)))
+    return Case(CodeIndex.build(codes, ids, sizes), tokens, prompt, beam or int(2 ** rng.integers(0, 8)))
 
 
 def _prompt(decoder: Decoder, token_ids: list[int], num_pieces: int = 3) -> BeamPrompt:
@@ -88,7 +88,7 @@ def _prompt(decoder: Decoder, token_ids: list[int], num_pieces: int = 3) -> Beam
 
 
 def _task(decoder: Decoder, case: Case, rule: BeamRule = "mask") -> BeamTask:
-    return BeamTask(_prompt(decoder, case.prompt), case.catalog, None, case.beam, rule)
+    return BeamTask(_prompt(decoder, case.prompt), case.code_index, None, case.beam, rule)
 
 
 def _untimed(_: str) -> contextlib.AbstractContextManager[None]:
@@ -167,12 +167,12 @@ def test_what_is_searched_together_is_found_alone() -> None:
     decoder, _ = _models("qwen3")
     base = _case(60, beam=9, num_items=120)
     rng = np.random.default_rng(0)
-    ids = base.catalog.item_ids
+    ids = base.code_index.item_ids
     tasks = [
         _task(decoder, replace(base, prompt=rng.integers(0, VOCAB, length).tolist(), beam=beam), rule)
         for length, beam, rule in ((5, 1, "mask"), (40, 30, "renormalise"), (17, 9, "mask"), (3, 64, "renormalise"))
     ]
-    none, some = base.catalog.allowed((), (), None), base.catalog.allowed(ids[3:9], (ids[4],), None)
+    none, some = base.code_index.allowed((), (), None), base.code_index.allowed(ids[3:9], (ids[4],), None)
     tasks += [replace(tasks[1], allowed=none), replace(tasks[2], allowed=some)]
     search = BeamSearch(decoder, base.tokens, 4)  # too small at first
     together = search.search(tasks, decoder.forward, _untimed)
@@ -190,14 +190,14 @@ def test_nothing_comes_that_is_not_allowed() -> None:
     rng = np.random.default_rng(1)
     for seed in range(70, 90):
         case = _case(seed)
-        ids = case.catalog.item_ids
+        ids = case.code_index.item_ids
         allow = tuple(rng.choice(np.array(ids), rng.integers(0, len(ids) + 1), replace=False).tolist())
         deny = tuple(rng.choice(np.array(ids), rng.integers(0, len(ids) + 1) // 2, replace=False).tolist())
         left = set(allow) - set(deny)
-        allowed = case.catalog.allowed(allow, deny, None)
+        allowed = case.code_index.allowed(allow, deny, None)
         task = replace(_task(decoder, case, "renormalise"), allowed=allowed, beam=max(case.beam, 10))
         [found] = _search(decoder, case, task)
-        items, scores = items_of(case.catalog, allowed, found, 10)
+        items, scores = items_of(case.code_index, allowed, found, 10)
         assert set(items) <= left
         assert len(set(items)) == len(items) == len(scores) == min(10, len(left))
         assert list(scores) == sorted(scores, reverse=True)
@@ -206,28 +206,28 @@ def test_nothing_comes_that_is_not_allowed() -> None:
 def test_items_of_one_id_come_in_the_order_of_the_catalogue() -> None:
     decoder, _ = _models("qwen3")
     codes = np.array([[1, 1], [0, 1], [1, 1], [1, 1], [0, 0]], dtype=np.int32)
-    catalog = Catalog.build(codes, tuple(map(ItemId, "abcde")), (2, 2))
-    case = Case(catalog, CodeTokens((np.array([5, 6], np.int32), np.array([7, 8], np.int32))), [1, 2, 3], 4)
+    code_index = CodeIndex.build(codes, tuple(map(ItemId, "abcde")), (2, 2))
+    case = Case(code_index, CodeTokens((np.array([5, 6], np.int32), np.array([7, 8], np.int32))), [1, 2, 3], 4)
     [found] = _search(decoder, case, _task(decoder, case))
-    items, scores = items_of(catalog, None, found, 5)
+    items, scores = items_of(code_index, None, found, 5)
     assert sorted(items) == list("abcde")
     assert [item for item in items if item in "acd"] == ["a", "c", "d"]
     assert len({score for item, score in zip(items, scores, strict=True) if item in "acd"}) == 1
-    allowed = catalog.allowed(None, (ItemId("a"),), None)
-    assert "a" not in items_of(catalog, allowed, found, 5)[0]
+    allowed = code_index.allowed(None, (ItemId("a"),), None)
+    assert "a" not in items_of(code_index, allowed, found, 5)[0]
 
 
 def test_equal_scores_come_in_the_order_of_the_trie() -> None:
     """Two codes stand for one token, so that every pair of sequences is a tie."""
     decoder, _ = _models("qwen3")
     codes = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=np.int32)
-    catalog = Catalog.build(codes, tuple(map(ItemId, "abcd")), (2, 2))
+    code_index = CodeIndex.build(codes, tuple(map(ItemId, "abcd")), (2, 2))
     tokens = CodeTokens((np.array([5, 5], np.int32), np.array([7, 7], np.int32)))
     for beam in (1, 2, 3, 4):
-        case = Case(catalog, tokens, [1, 2, 3], beam)
+        case = Case(code_index, tokens, [1, 2, 3], beam)
         [found] = _search(decoder, case, _task(decoder, case))
         assert len(set(found.scores.tolist())) == 1
-        assert items_of(catalog, None, found, 4)[0] == tuple("abcd"[:beam])
+        assert items_of(code_index, None, found, 4)[0] == tuple("abcd"[:beam])
 
 
 def test_the_steps_say_what_they_did() -> None:
@@ -236,9 +236,9 @@ def test_the_steps_say_what_they_did() -> None:
     [found] = _search(decoder, case, _task(decoder, case))
     widths = [step.num_kept for step in found.steps]
     assert [step.num_parents for step in found.steps] == [1, *widths[:-1]]
-    assert len(found.steps) == case.catalog.num_levels
+    assert len(found.steps) == case.code_index.num_levels
     assert all(step.num_kept == min(6, step.num_children) and step.num_dead == 0 for step in found.steps)
-    denied = case.catalog.allowed(None, case.catalog.item_ids[::2], None)
+    denied = case.code_index.allowed(None, case.code_index.item_ids[::2], None)
     [found] = _search(decoder, case, replace(_task(decoder, case), allowed=denied))
     assert sum(step.num_dead for step in found.steps) > 0
 

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.core import TokenIds
-from rcllm.decode.rank import order
+from rcllm.core.ranking import TokenIds, order
 from rcllm.engine.bias import RunningMean, centre
 from rcllm.engine.engine import Engine
 from tests.engine import tiny

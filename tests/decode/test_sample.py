@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from rcllm.decode.draft import DraftTree
+from rcllm.core.decoding import Speculation
 from rcllm.decode.sample import Draw, drawn, judge, likeliest, uniform
-from rcllm.decoding import Speculation
+from rcllm.drafts.draft import DraftTree
 from tests.reference.generate import distribution
 
 VOCAB = 12

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rcllm.decode.top_beam import reorder_in_place, top_beam
+from rcllm.decode.beam_kv import reorder_in_place
+from rcllm.decode.top_beam import top_beam
 from rcllm.errors import ModelError
 from tests.reference.top_beam import full_sort, heap_merge, reorder_one_by_one
 

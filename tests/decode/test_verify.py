@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.decode.draft import EMPTY, DraftTree
+from rcllm.core.decoding import Speculation
 from rcllm.decode.verify import Judged, accept, accept_relaxed, ancestors, subtree
-from rcllm.decoding import Speculation
+from rcllm.drafts.draft import EMPTY, DraftTree
 from tests.reference.generate import longest_acceptable, path_of
 
 VOCAB = 3

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rcllm import durable
-from rcllm.core import Event, ItemId
-from rcllm.decoding import Speculation
+from rcllm.core.decoding import Speculation
+from rcllm.core.ranking import Event, ItemId
 from rcllm.describe import checkpoint
 from rcllm.describe.job import Answer, DescribeOptions, Progress, Provenance, Report, check, describe, row_seed
 from rcllm.describe.profiles import Profile, Reject

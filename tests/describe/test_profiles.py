@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rcllm.core import Event, ItemId
+from rcllm.core.ranking import Event, ItemId
 from rcllm.describe.profiles import Profile, Reject, items, read_profiles, survey, users
 
 KNOWN = frozenset({ItemId("a"), ItemId("b"), ItemId("7")})
@@ -28,7 +28,7 @@ def test_users_with_item_ids(tmp_path: Path) -> None:
         {"user_id": "u3", "history": ["a", "gone", "b"]},
         {"user_id": "u4", "history": [{"item_id": "a"}, {"text": " fine lamp "}]},
     ]
-    found = list(read_profiles(_lines(tmp_path / "users.jsonl", rows), users(KNOWN, most_events=2)))
+    found = list(read_profiles(_lines(tmp_path / "users.jsonl", rows), users(KNOWN, max_events=2)))
     a, b = Event(ItemId("a")), Event(ItemId("b"))
     assert found == [
         Profile(1, "u1", (b, Event(ItemId("7")))),

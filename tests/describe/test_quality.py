@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rcllm.core import Interaction, Item, ItemId, UserId
+from rcllm.core.ranking import Interaction, Item, ItemId, UserId
 from rcllm.data import Catalogue, Dataset, split_of
 from rcllm.describe.clicks import Clicks, ClicksConfig, make_clicks
 from rcllm.describe.quality import Knowledge, compare, worth

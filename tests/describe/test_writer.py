@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rcllm.core import Event, ItemId
-from rcllm.decoding import Speculation
+from rcllm.core.decoding import Speculation
+from rcllm.core.ranking import Event, ItemId
 from rcllm.describe.estimate import cost_per_million, estimate
 from rcllm.describe.job import Answer, DescribeOptions, describe, row_seed
 from rcllm.describe.profiles import Profile, Reject

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from rcllm.cache.store import MemoryStore
-from rcllm.core import Block, Prompt, RankRequest, RankResponse
+from rcllm.core.ranking import Block, Prompt, RankRequest, RankResponse
 from rcllm.engine.engine import Engine
 from rcllm.metrics import Stopwatch
+from rcllm.store.memory import MemoryStore
 from tests.engine import tiny
 
 TOLERANCE = 1e-5

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rcllm.core import Item, ItemId, RankRequest
+from rcllm.core.ranking import Item, ItemId, RankRequest
 from rcllm.engine.engine import Engine
 from tests.engine import tiny
 

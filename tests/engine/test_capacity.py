@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pytest
 
-from rcllm.cache.store import StoredBlock, StoreStats
-from rcllm.core import ContentKey
+from rcllm.core.ranking import ContentKey
 from rcllm.engine.engine import Engine
 from rcllm.errors import CapacityError, ConfigError
+from rcllm.store.contract import StoredBlock, StoreStats
 from tests.conftest import assert_no_pins
 from tests.engine import tiny
 

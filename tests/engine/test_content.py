@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from rcllm.cache.pool import Held, Pool
-from rcllm.cache.store import MemoryStore
-from rcllm.core import BlockKind, ContentKey, Item, ItemId, RankRequest, UserId
+from rcllm.core.ranking import BlockKind, ContentKey, Item, ItemId, RankRequest, UserId
 from rcllm.engine.engine import Engine
-from rcllm.engine.materialise import user_owner
+from rcllm.reuse.missing import user_owner
+from rcllm.store.memory import MemoryStore
 from tests.engine import tiny
 
 WORDS = ("my secret words", 31)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rcllm.core import BlockKind, ContentKey, RankRequest
+from rcllm.core.ranking import BlockKind, ContentKey, RankRequest
 from rcllm.engine.engine import Engine
 from rcllm.engine.warming import WarmProgress
 from rcllm.errors import ConfigError

@@ -15,7 +15,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from rcllm.core import BlockKind, ItemId, Level, Policy, RankRequest, RankResponse, Reduction, Selection, UserId
+from rcllm.core.ranking import BlockKind, ItemId, Level, Policy, RankRequest, RankResponse, Reduction, Selection, UserId
 from rcllm.engine import rankings
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rcllm.cache.store import MemoryStore
-from rcllm.core import Event, ItemId, Level, Policy, RankOptions, RankRequest, Reduction, Selection, UserId
+from rcllm.core.ranking import Event, ItemId, Level, Policy, RankOptions, RankRequest, Reduction, Selection, UserId
 from rcllm.engine.engine import Engine
 from rcllm.errors import RcllmError
+from rcllm.store.memory import MemoryStore
 from tests.conftest import assert_no_pins
 from tests.engine import tiny
 

@@ -17,18 +17,18 @@ from transformers import AutoModelForCausalLM
 
 from rcllm import fetch
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core import Event, Level, TokenIds, UserId
-from rcllm.decode.draft import EMPTY, Drafter, DraftTree, PromptLookup, chain
+from rcllm.core.decoding import Generated, GenerateOptions, GenerateRequest, OpenRequest, Speculation
+from rcllm.core.ranking import Event, Level, TokenIds, UserId
 from rcllm.decode.verify import accept, ancestors
-from rcllm.decoding import Generated, GenerateOptions, GenerateRequest, OpenRequest, Speculation
-from rcllm.engine.draft_budget import DraftBudget, Drafted, PassCosts, Trust
+from rcllm.drafts.draft import EMPTY, Drafter, DraftTree, PromptLookup, chain
 from rcllm.engine.engine import Engine
 from rcllm.engine.generate import Generator
 from rcllm.engine.sequences import SequenceKV, next_pass
 from rcllm.errors import ConfigError, UnknownItemError
+from rcllm.model.attend.segments import Group
 from rcllm.model.decoder import Keep, Pass
 from rcllm.model.pull import pull
-from rcllm.model.segments import Group
+from rcllm.schedule.draft_budget import DraftBudget, Drafted, PassCosts, Trust
 from tests.engine.tiny import IDS, NATIVE, TORCH, VOCAB, catalogue, fresh, model_folder
 from tests.reference.generate import decode, distribution, likeliest
 
@@ -66,11 +66,11 @@ class Everything(DraftBudget):
         return True
 
     def choose(
-        self, trees: Sequence[DraftTree], trusts: Sequence[Trust], most_depths: Sequence[int], most_rows: int
+        self, trees: Sequence[DraftTree], trusts: Sequence[Trust], max_depths: Sequence[int], max_rows: int
     ) -> list[Drafted]:
         return [
             Drafted(tree, np.ones(len(tree)), np.flatnonzero(tree.depths <= depth).astype(np.int32))
-            for tree, depth in zip(trees, most_depths, strict=True)
+            for tree, depth in zip(trees, max_depths, strict=True)
         ]
 
 
@@ -82,9 +82,9 @@ class Scripted:
         self.seen: list[int] = []
         self.finished = False
 
-    def draft(self, token_ids: Sequence[int], most_nodes: int) -> DraftTree:
+    def draft(self, token_ids: Sequence[int], max_nodes: int) -> DraftTree:
         assert list(token_ids[self._num_prompt :]) == self.seen
-        return self._make(len(self.seen)).best(most_nodes)
+        return self._make(len(self.seen)).best(max_nodes)
 
     def observe(self, token_ids: Sequence[int]) -> None:
         assert not self.finished

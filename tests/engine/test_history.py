@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rcllm.core import BlockKind, RankRequest, RankResponse, UserId
+from rcllm.core.ranking import BlockKind, RankRequest, RankResponse, UserId
 from rcllm.engine.engine import Engine
 from tests.engine import tiny
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rcllm.core import Event, Level, UserId
+from rcllm.core.decoding import OpenRequest
+from rcllm.core.ranking import Event, Level, UserId
 from rcllm.decode.beam_kv import beam_group
-from rcllm.decoding import OpenRequest
 from rcllm.errors import ConfigError
 from rcllm.model.decoder import Pass
 from tests.engine.tiny import IDS, NATIVE, TORCH, fresh, request

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from rcllm.cache.store import MemoryStore
-from rcllm.core import BlockKind
+from rcllm.core.ranking import BlockKind
 from rcllm.engine.engine import Engine
+from rcllm.store.memory import MemoryStore
 from tests.engine import tiny
 
 STAGES = {"prompt", "wait", "plan", "materialise", "select", "assemble", "forward", "readout", "publish", "total"}

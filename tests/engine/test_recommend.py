@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core import Event, ItemId, Level, UserId
-from rcllm.decode.catalog import Catalog, CodeTokens, LiveCatalog
-from rcllm.decoding import RecommendRequest, RecommendResponse
-from rcllm.engine.beam_schedule import WAITING, BeamLimits, Load, Trace, beam_batches, run_overlapped
+from rcllm.core.decoding import RecommendRequest, RecommendResponse
+from rcllm.core.ranking import Event, ItemId, Level, UserId
+from rcllm.engine.beam_schedule import run_overlapped
 from rcllm.engine.engine import Engine
 from rcllm.engine.recommend import Recommender
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
+from rcllm.metrics import WAITING, Trace
 from rcllm.model.decoder import Pass, Passed
+from rcllm.schedule.batches import BeamLimits, Load, beam_batches
 from rcllm.sid.vocabulary import Vocabulary, items_of_codes
 from tests.engine.tiny import folder
 from tests.tiny_models import tiny_model
@@ -30,9 +32,9 @@ SIZES = (6, 7, 5)
 
 
 @functools.cache
-def _catalog() -> Catalog:
+def _code_index() -> CodeIndex:
     codes = np.stack([np.random.default_rng(0).integers(0, size, 120) for size in SIZES], axis=1).astype(np.int32)
-    return Catalog.build(codes, tuple(ItemId(f"i{i}") for i in range(120)), SIZES)
+    return CodeIndex.build(codes, tuple(ItemId(f"i{i}") for i in range(120)), SIZES)
 
 
 @functools.cache
@@ -52,11 +54,11 @@ def _engine() -> Engine:
         PromptConfig(template="sid"),
         CacheConfig(pool_mb=64, kv_dtype="fp32"),
     )
-    return Engine.build(items_of_codes(_catalog()), config)
+    return Engine.build(items_of_codes(_code_index()), config)
 
 
 def _recommender(**limits: int) -> Recommender:
-    return Recommender(_engine(), LiveCatalog(_catalog()), Vocabulary(SIZES).code_tokens, BeamLimits(**limits))
+    return Recommender(_engine(), LiveCodes(_code_index()), Vocabulary(SIZES).code_tokens, BeamLimits(**limits))
 
 
 def _ask(name: str, *events: int, **fields: object) -> RecommendRequest:
@@ -121,7 +123,7 @@ def test_batches_answer_as_each_request_alone(limits: dict[str, int]) -> None:
 
 def test_no_invalid_item_ever_comes() -> None:
     for request, answer in zip(requests := _many(40), _recommender().recommend_batch(requests), strict=True):
-        valid = set(_catalog().item_ids) - set(request.deny)
+        valid = set(_code_index().item_ids) - set(request.deny)
         assert set(answer.items) <= valid
         assert len(answer.items) == min(request.n, len(valid))
 
@@ -176,10 +178,10 @@ def test_what_is_asked_wrongly_is_said_before_anything_is_computed(
 def test_a_model_without_the_codes_of_the_catalogue_is_refused() -> None:
     few = CodeTokens(Vocabulary((6, 7, 4)).code_tokens.ids)
     with pytest.raises(ConfigError, match="do not belong together"):
-        Recommender(_engine(), LiveCatalog(_catalog()), few)
+        Recommender(_engine(), LiveCodes(_code_index()), few)
     far = CodeTokens((*Vocabulary(SIZES).code_tokens.ids[:2], np.arange(900, 905, dtype=np.int32)))
     with pytest.raises(ConfigError, match="token 904"):
-        Recommender(_engine(), LiveCatalog(_catalog()), far)
+        Recommender(_engine(), LiveCodes(_code_index()), far)
 
 
 # ---- live ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rcllm.core import BlockKind, Level, Prompt, RankRequest, TokenIds
+from rcllm.core.ranking import BlockKind, Level, Prompt, RankRequest, TokenIds
 from rcllm.engine.engine import Engine
 from rcllm.reuse.plan import plan
 from tests.engine import tiny

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rcllm.core import BlockKind, RankRequest, RankResponse
+from rcllm.core.ranking import BlockKind, RankRequest, RankResponse
 from rcllm.engine.engine import Engine
-from rcllm.engine.pool_build import PoolBuilder, PoolConfig
-from rcllm.engine.pool_texts import token_runs
 from rcllm.errors import ConfigError
-from rcllm.reuse.semantic_pool import SemanticPool
+from rcllm.prototypes.build import PrototypeBuilder, PrototypeConfig
+from rcllm.prototypes.pool import PrototypePool
+from rcllm.prototypes.texts import token_runs
 from tests.conftest import assert_no_pins
 from tests.engine import tiny
 
@@ -23,13 +23,13 @@ OTHERS = [(30, 32, 31), (7, 8, 9, 10), (31, "old tea and a new chair"), (12, 40,
 
 def with_pool(engine: Engine, path: Path, histories: list[tuple[int | str, ...]], **options: object) -> Engine:
     """The engine over a pool made from these histories alone."""
-    config = replace(PoolConfig(prototypes=1000, bits=6, bucket_width=4), **options)  # type: ignore[arg-type]
+    config = replace(PrototypeConfig(prototypes=1000, bits=6, bucket_width=4), **options)  # type: ignore[arg-type]
     events = [tiny.request(1, history).history for history in histories]
-    builder = PoolBuilder(
+    builder = PrototypeBuilder(
         engine.decoder, engine.prompter, config, path, model_id=engine.model_id, kv_dtype=engine.pool.dtype
     )
     builder.run(token_runs(engine.prompter, events, config.member_context), "histories")
-    pool = SemanticPool.open(path, engine.decoder, engine.prompter.namespace)
+    pool = PrototypePool.open(path, engine.decoder, engine.prompter.namespace)
     parts = engine.config, engine.decoder, engine.prompter, engine.pool, engine.model_id
     return Engine(*parts, semantic_pool=pool)
 

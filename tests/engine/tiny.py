@@ -18,10 +18,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 
 from rcllm.cache.pool import Pool
-from rcllm.cache.store import Store
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core import Event, Item, ItemId, Level, RankOptions, RankRequest, UserId
+from rcllm.core.ranking import Event, Item, ItemId, Level, RankOptions, RankRequest, UserId
 from rcllm.engine.engine import Engine
+from rcllm.store.contract import Store
 from tests.tiny_models import tiny_model
 
 NATIVE, TORCH = "qwen3", "llama"  # head_dim 32: the compiled kernels; head_dim 16: plain torch

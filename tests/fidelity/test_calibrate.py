@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rcllm.core import Level, RankOptions, RankRequest
+from rcllm.core.ranking import Level, RankOptions, RankRequest
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError
 from rcllm.fidelity.calibrate import CalibrateProgress, Space, Trial, calibrate

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from rcllm.core import Level, RankOptions, Selection
-from rcllm.engine.admission import Identity
+from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError, DataError, UncalibratedError
 from rcllm.fidelity.calibration import Calibrated, Calibration, Rung, Target, passing
 from rcllm.fidelity.intervals import Interval
 from rcllm.fidelity.measures import QUALITY
 from rcllm.fidelity.records import Configuration
 from rcllm.fidelity.summary import CLOSENESS, Summary, Timing
+from rcllm.schedule.admission import Identity
 
 IDENTITY = Identity("0a1b2c3d4e5f", "tok", "tem", "cha", "fp32", "fp16", "causal")
 CONTEXT = "instruction"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rcllm.core import Level, Prompt, RankOptions, RankRequest, RankResponse, Selection
+from rcllm.core.ranking import Level, Prompt, RankOptions, RankRequest, RankResponse, Selection
 from rcllm.engine.engine import Engine
 from rcllm.fidelity.evaluate import evaluate, evaluate_timed, record_key, request_flops, with_context
 from rcllm.fidelity.records import RecordFile

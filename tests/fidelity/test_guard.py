@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rcllm.core import Level, RankOptions, RankRequest, RankResponse, Receipt
+from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse, Receipt
 from rcllm.errors import CapacityError, ConfigError
 from rcllm.fidelity.guard import Guard, append_to
 from rcllm.fidelity.monitor import GuardEvent, GuardPolicy

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from rcllm.core import Level, RankOptions, RankRequest, RankResponse
+from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
 from rcllm.engine.engine import Engine
 from rcllm.fidelity.guard import Guard
 from rcllm.fidelity.monitor import GuardPolicy, rank_loss

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rcllm.core import Level
+from rcllm.core.ranking import Level
 from rcllm.errors import ConfigError
 from rcllm.fidelity.monitor import DriftMonitor, GuardEvent, GuardPolicy, rank_loss
 

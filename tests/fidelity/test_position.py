@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rcllm.core import RankRequest, RankResponse
+from rcllm.core.ranking import RankRequest, RankResponse
 from rcllm.engine.engine import Engine
 from rcllm.errors import RequestError
 from rcllm.fidelity.position import latin_orders, position_bias

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rcllm.core import Item, ItemId, Level, RankOptions, RankRequest, Selection
+from rcllm.core.ranking import Item, ItemId, Level, RankOptions, RankRequest, Selection
 from rcllm.errors import ConfigError, DataError
 from rcllm.fidelity.records import Configuration, Record, RecordFile, request_fingerprint
 from tests.engine import tiny

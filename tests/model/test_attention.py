@@ -10,10 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rcllm.model.attention import Attend, merge, prepare
-from rcllm.model.native import kernels
+from rcllm.model.attend.choose import prepare
+from rcllm.model.attend.contract import Attend, merge
+from rcllm.model.attend.native import kernels
+from rcllm.model.attend.segments import Group, Keys, Segment
 from rcllm.model.rope import Rope
-from rcllm.model.segments import Group, Keys, Segment
 from rcllm.model.spec import ModelSpec, RopeSpec
 from tests.reference import attend as reference
 

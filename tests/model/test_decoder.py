@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rcllm.model.attend.segments import Group
 from rcllm.model.decoder import Decoder, Keep, Pass
-from rcllm.model.segments import Group
 from tests.engine import tiny
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcllm.model import native
-from rcllm.model.attention import prepare
-from rcllm.model.native import Kernels, kernels
+from rcllm.model.attend import native
+from rcllm.model.attend.choose import prepare
+from rcllm.model.attend.native import Kernels, kernels
 from rcllm.model.ops import NativeOps, TorchOps
 from rcllm.model.rope import Rope
 from tests.model.test_attention import SPEC, random_group, random_rows
@@ -83,7 +83,7 @@ def test_a_row_of_a_packed_product_does_not_depend_on_the_others(compiled: Kerne
 
 
 def test_without_a_compiler_there_are_no_kernels() -> None:
-    script = "from rcllm.model.native import kernels; assert kernels() is None"
+    script = "from rcllm.model.attend.native import kernels; assert kernels() is None"
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "RCLLM_NATIVE": "0"})
 
 

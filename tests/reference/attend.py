@@ -1,4 +1,4 @@
-"""The slow, obvious twin of `rcllm.model.attention`: fp64, every key turned to its place, one row at a time."""
+"""The slow, obvious twin of `rcllm.model.attend.choose`: fp64, every key turned to its place, one row at a time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from rcllm.model.attention import Attended
+from rcllm.model.attend.contract import Attended
+from rcllm.model.attend.segments import Group
 from rcllm.model.frequencies import inverse_frequencies
-from rcllm.model.segments import Group
 from rcllm.model.spec import ModelSpec
 
 

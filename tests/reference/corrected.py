@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rcllm.core import BlockKind, Level, Prompt, TokenIds
+from rcllm.core.ranking import BlockKind, Level, Prompt, TokenIds
 from tests.reference.full_model import Computed, Dense, FullModel
 
 Contexts = dict[int, Sequence[TokenIds]]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from rcllm.core import Plan, Prompt, TokenIds
+from rcllm.core.ranking import Plan, Prompt, TokenIds
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, load_model
 

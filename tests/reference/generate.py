@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rcllm.decode.draft import DraftTree
+from rcllm.drafts.draft import DraftTree
 from rcllm.model.decoder import Decoder
 
 Choose = Callable[[torch.Tensor, int], int]  # from logits [vocab] and the place in the answer to a token

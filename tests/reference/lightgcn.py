@@ -1,4 +1,4 @@
-"""The slow, obvious twin of `rcllm.describe.collaborative`: dense matrices and a full SVD."""
+"""The slow, obvious twin of `rcllm.drafts.lightgcn`: dense matrices and a full SVD."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The slow, obvious twin of `rcllm.reuse.lsh` and `rcllm.reuse.prototypes`: fp64, one word and one pair at a time."""
+"""The slow, obvious twin of `rcllm.prototypes` (`lsh`, `lookup`): fp64, one word and one pair at a time."""
 
 from __future__ import annotations
 

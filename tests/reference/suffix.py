@@ -1,4 +1,4 @@
-"""The slow, obvious twins of `rcllm.decode.suffix_index` and `rcllm.decode.draft_tree`: every place of every answer."""
+"""The slow, obvious twins of `rcllm.drafts.suffix_index` and `rcllm.drafts.draft_tree`: every place of every answer."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def places(answers: Sequence[Sequence[int]], tail: Sequence[int], longest: int) 
     return found
 
 
-def tree(rows: Sequence[Row], most_nodes: int, doubt: float) -> dict[tuple[int, ...], float]:
-    """Path → weight, of the `most_nodes` best."""
+def tree(rows: Sequence[Row], max_nodes: int, doubt: float) -> dict[tuple[int, ...], float]:
+    """Path → weight, of the `max_nodes` best."""
     mass: dict[tuple[int, ...], float] = defaultdict(float)
     for window, evidence in rows:
         for n in range(len(window) + 1):
@@ -38,12 +38,12 @@ def tree(rows: Sequence[Row], most_nodes: int, doubt: float) -> dict[tuple[int, 
         if path:
             weights[path] = weights[path[:-1]] * mass[path] / (mass[path[:-1]] + doubt)
     best = sorted((path for path in weights if path), key=lambda path: (-weights[path], len(path), path))
-    return {path: weights[path] for path in best[:most_nodes]}
+    return {path: weights[path] for path in best[:max_nodes]}
 
 
-def prompt_lookup(tokens: Sequence[int], most_ngram: int, branch: int) -> list[int]:
+def prompt_lookup(tokens: Sequence[int], max_ngram: int, branch: int) -> list[int]:
     """Hugging Face's rule: the longest n-gram first; what follows its first occurrence."""
-    for n in range(min(most_ngram, len(tokens) - 1), 0, -1):
+    for n in range(min(max_ngram, len(tokens) - 1), 0, -1):
         for i in range(len(tokens) - n):
             if list(tokens[i : i + n]) == list(tokens[-n:]):
                 return list(tokens[i + n : i + n + branch])

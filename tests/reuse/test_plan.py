@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rcllm.core import Block, BlockKind, ContentKey, Level, Plan, Prompt, RankOptions
+from rcllm.core.ranking import Block, BlockKind, ContentKey, Level, Plan, Prompt, RankOptions
 from rcllm.reuse.plan import plan
 
 LEVELS = st.one_of(
@@ -153,6 +153,8 @@ def test_planning_is_pure(prompt: Prompt, level: Level, chain: set[int]) -> None
 
 
 def test_what_decides_imports_no_torch() -> None:
-    modules = "rcllm.reuse.plan, rcllm.reuse.select, rcllm.prompt.blocks, rcllm.cache.index, rcllm.core, rcllm.config"
+    modules = (
+        "rcllm.reuse.plan, rcllm.reuse.select, rcllm.prompt.blocks, rcllm.store.index, rcllm.core.ranking, rcllm.config"
+    )
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

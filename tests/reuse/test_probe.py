@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rcllm.core import Reduction
+from rcllm.core.ranking import Reduction
 from rcllm.reuse.probe import attention_received
 
 

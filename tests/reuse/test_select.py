@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.core import Block, BlockKind, Level, Plan, Policy, Prompt, RankOptions, Selection
+from rcllm.core.ranking import Block, BlockKind, Level, Plan, Policy, Prompt, RankOptions, Selection
 from rcllm.reuse.plan import plan
 from rcllm.reuse.select import RULES, Signals, Tokens, choose, relative_ranks, window
 from tests.reuse.test_plan import CACHED, key, prompts

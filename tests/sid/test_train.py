@@ -10,22 +10,22 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcllm.config import Config, ModelConfig, PromptConfig
-from rcllm.core import Event
-from rcllm.decoding import OpenRequest, RecommendRequest
+from rcllm.core.decoding import OpenRequest, RecommendRequest
+from rcllm.core.ranking import Event
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError, ModelError
 from rcllm.model.checkpoint import CHECKPOINT
 from rcllm.model.weights import load_model
 from rcllm.sid.load import load_recommender
-from rcllm.sid.model_folder import load_catalog
+from rcllm.sid.model_folder import load_codes
 from rcllm.sid.network import NetworkConfig
-from rcllm.sid.train import TrainConfig, Trainer
+from rcllm.sid.train import CodeTrainer, TrainConfig
 from rcllm.sid.vocabulary import items_of_codes, sid_text
-from tests.sid.toys import HELD_OUT, IDS, NUM_ITEMS, QUICK, SIZES, TRAIN, toy_catalog, toy_codes
+from tests.sid.toys import HELD_OUT, IDS, NUM_ITEMS, QUICK, SIZES, TRAIN, toy_codes, toy_index
 
 
-def _trainer(folder: Path, config: TrainConfig = QUICK) -> Trainer:
-    return Trainer(toy_catalog(), TRAIN, HELD_OUT, config, folder)
+def _trainer(folder: Path, config: TrainConfig = QUICK) -> CodeTrainer:
+    return CodeTrainer(toy_index(), TRAIN, HELD_OUT, config, folder)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def _best(engine: Engine, history: Sequence[int]) -> int:
 
 def _engine(folder: Path) -> Engine:
     config = Config(model=ModelConfig(path=str(folder)), prompt=PromptConfig(template="sid", chat="plain"))
-    return Engine.build(items_of_codes(load_catalog(folder)), config)
+    return Engine.build(items_of_codes(load_codes(folder)), config)
 
 
 def test_the_engine_finds_the_next_item(trained: Path) -> None:
@@ -105,15 +105,15 @@ def test_transformers_reads_the_tokenizer(trained: Path) -> None:
 
 
 def test_the_catalogue_travels_in_the_checkpoint(trained: Path, tmp_path: Path) -> None:
-    found = load_catalog(trained)
+    found = load_codes(trained)
     assert tuple(found.item_ids) == IDS
     assert tuple(found.sizes) == SIZES
     assert np.array_equal(found.codes, toy_codes())
     with pytest.raises(ModelError, match="is missing"):
-        load_catalog(tmp_path)
+        load_codes(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ModelError, match="not a whole safetensors"):
-        load_catalog(tmp_path)
+        load_codes(tmp_path)
 
 
 def test_a_restart_changes_nothing(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_restart_changes_nothing(tmp_path: Path) -> None:
     curve = whole.run()
     for steps in (1, 7, 5):
         killed = _trainer(parts, config)
-        killed.run(most_steps=steps)
+        killed.run(max_steps=steps)
         if steps == 7:
             assert killed.state.batch > 0
             killed.save()  # as a long epoch does now and then; without, what was done of the epoch is done again
@@ -140,7 +140,7 @@ def test_a_restart_changes_nothing(tmp_path: Path) -> None:
 def test_another_run_in_the_same_folder_is_refused(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="made with other settings, codes or users"):
         _trainer(trained, replace(QUICK, seed=1)).run()
-    other = Trainer(toy_catalog(), TRAIN[1:], HELD_OUT, QUICK, trained)
+    other = CodeTrainer(toy_index(), TRAIN[1:], HELD_OUT, QUICK, trained)
     with pytest.raises(ConfigError, match="made with other settings, codes or users"):
         other.run()
     assert (trained / CHECKPOINT).exists()
@@ -149,7 +149,7 @@ def test_another_run_in_the_same_folder_is_refused(trained: Path, tmp_path: Path
 def test_it_stops_when_validation_users_gain_nothing(tmp_path: Path) -> None:
     backwards = [list(reversed(history)) for history in HELD_OUT]
     config = replace(QUICK, patience=2)
-    curve = Trainer(toy_catalog(), TRAIN, backwards, config, tmp_path).run()
+    curve = CodeTrainer(toy_index(), TRAIN, backwards, config, tmp_path).run()
     assert len(curve) < QUICK.epochs
     best = int(np.argmin([point.validation_loss for point in curve]))
     assert best == len(curve) - 3
@@ -166,4 +166,4 @@ def test_what_cannot_be_trained(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             _trainer(tmp_path, config)
     with pytest.raises(DataError, match="two items or more, got 0 and 6"):
-        Trainer(toy_catalog(), [[1]], HELD_OUT, QUICK, tmp_path)
+        CodeTrainer(toy_index(), [[1]], HELD_OUT, QUICK, tmp_path)

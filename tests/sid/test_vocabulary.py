@@ -7,13 +7,13 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rcllm.core import Item, ItemId
+from rcllm.codes.sid_files import token
+from rcllm.core.ranking import Item, ItemId
 from rcllm.data import Catalogue
-from rcllm.decode.sid_files import token
 from rcllm.errors import ConfigError, ModelError
 from rcllm.prompt.tokenizer import Tokenizer
 from rcllm.sid.vocabulary import Vocabulary, find_code_tokens, items_of_codes, sid_text, with_semantic_ids
-from tests.sid.toys import IDS, NUM_ITEMS, toy_catalog, toy_codes
+from tests.sid.toys import IDS, NUM_ITEMS, toy_codes, toy_index
 
 SIZES = (3, 12)
 
@@ -87,13 +87,13 @@ def test_levels_that_cannot_be(sizes: tuple[int, ...]) -> None:
 
 
 def test_items_get_their_semantic_ids() -> None:
-    catalog, codes = toy_catalog(), toy_codes()
+    code_index, codes = toy_index(), toy_codes()
     named = Catalogue(
         [Item(IDS[5], {"title": "lamp", "sid": "an old one"}), Item(ItemId("new"), {"title": "rug", "sid": "<a_9>"})]
     )
-    found = with_semantic_ids(named, catalog)
+    found = with_semantic_ids(named, code_index)
     assert found[IDS[5]].fields == {"title": "lamp", "sid": sid_text(codes[5].tolist())}
     assert found[ItemId("new")].fields == {"title": "rug"}
-    alone = items_of_codes(catalog)
+    alone = items_of_codes(code_index)
     assert len(alone) == NUM_ITEMS
     assert alone[IDS[0]].fields == {"sid": "<a_0><b_0>"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rcllm.core import IntArray, ItemId
-from rcllm.decode.catalog import Catalog
+from rcllm.codes.index import CodeIndex
+from rcllm.core.ranking import IntArray, ItemId
 from rcllm.sid.network import NetworkConfig
 from rcllm.sid.sequences import SequenceConfig
 from rcllm.sid.train import TrainConfig
@@ -28,5 +28,5 @@ def toy_codes() -> IntArray:
     return np.array([[n % SIZES[0], n // SIZES[0]] for n in range(NUM_ITEMS)], dtype=np.int32)
 
 
-def toy_catalog() -> Catalog:
-    return Catalog.build(toy_codes(), IDS, SIZES)
+def toy_index() -> CodeIndex:
+    return CodeIndex.build(toy_codes(), IDS, SIZES)

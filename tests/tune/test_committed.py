@@ -12,7 +12,7 @@ import pytest
 from benchmarks.baselines import Popularity, training_pool
 from benchmarks.harness import SHARED
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core import Level, RankOptions
+from rcllm.core.ranking import Level, RankOptions
 from rcllm.data import build_requests, load_dataset
 from rcllm.data.popularity import with_popularity
 from rcllm.engine.engine import Engine

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rcllm.core import RankOptions, RankRequest
+from rcllm.core.ranking import RankOptions, RankRequest
 from rcllm.engine.engine import Engine
 from rcllm.model.weights import load_model
 from rcllm.tune.loss import listwise_loss, readout_scores

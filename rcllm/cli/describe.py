@@ -1,0 +1,295 @@
+"""`rcllm describe`: text about users and items, offline. Knows nothing of how jobs resume or text is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
+from rcllm.cli.options import EngineOptions, ItemOptions, spread
+from rcllm.cli.screen import busy, console, progress, say
+from rcllm.cli.tables import facts_table
+from rcllm.config import nearest
+from rcllm.core.decoding import Speculation
+from rcllm.data import Catalogue
+from rcllm.describe.estimate import Estimate, cost_per_million, estimate, hours_per_million
+from rcllm.describe.job import DescribeOptions, Progress, Report, check, describe
+from rcllm.describe.profiles import Kind, Parse, Profile, items, read_profiles, survey, users
+from rcllm.describe.writer import GeneratorWriter, make_router, provenance_of
+from rcllm.durable import check_writable
+from rcllm.errors import ConfigError
+from rcllm.fetch import digest
+from rcllm.prompt.template import Template
+
+_ANSWERS, _SPECULATION, _JOB = "Answers", "Speculation", "The job"
+_DEFAULT = DescribeOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerOptions:
+    """What is written of each row."""
+
+    kind: Annotated[str, typer.Option(metavar="user|item", help="What the rows are.", rich_help_panel=_ANSWERS)] = (
+        _DEFAULT.kind
+    )
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.", rich_help_panel=_ANSWERS)] = (
+        _DEFAULT.max_tokens
+    )
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: always the likeliest token.", rich_help_panel=_ANSWERS)
+    ] = _DEFAULT.temperature
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens with this share.", rich_help_panel=_ANSWERS)
+    ] = _DEFAULT.top_p
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End an answer before this text; may repeat.", rich_help_panel=_ANSWERS),
+    ] = None
+    max_events: Annotated[
+        int, typer.Option(min=1, help="Events of a user: the last so many.", rich_help_panel=_ANSWERS)
+    ] = _DEFAULT.max_events
+    seed: Annotated[int, typer.Option(min=0, help="For temperatures above 0.", rich_help_panel=_ANSWERS)] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationOptions:
+    """How answers are drafted."""
+
+    speculate: Annotated[
+        str,
+        typer.Option(
+            metavar="strict|relaxed|none",
+            help="Draft from earlier answers. strict: the text is that of plain decoding. relaxed: likely tokens are "
+            "accepted, too; faster, the text depends on the pools, and every divergence is counted.",
+            rich_help_panel=_SPECULATION,
+        ),
+    ] = "strict"
+    k: Annotated[
+        int, typer.Option(min=1, help="relaxed: accept tokens of this rank or better …", rich_help_panel=_SPECULATION)
+    ] = 2
+    p: Annotated[float, typer.Option(help="… and above this probability.", rich_help_panel=_SPECULATION)] = 0.1
+    pools: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Earlier answers to draft from; those of this job are added when it ends.",
+            rich_help_panel=_SPECULATION,
+        ),
+    ] = None
+    groups: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Users are grouped by what they chose, and drafted from answers about their group; --pools that are "
+            "there keep theirs.",
+            rich_help_panel=_SPECULATION,
+        ),
+    ] = 1
+    share_text: Annotated[
+        bool, typer.Option(help="May one row's answer draft another's?", rich_help_panel=_SPECULATION)
+    ] = True
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """How the job runs."""
+
+    batch: Annotated[int, typer.Option(min=1, help="Rows that are answered together.", rich_help_panel=_JOB)] = (
+        _DEFAULT.batch
+    )
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, help="Rows of a part; a kill costs at most one part.", rich_help_panel=_JOB)
+    ] = _DEFAULT.checkpoint_every
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows, at most.", rich_help_panel=_JOB)] = None
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first row that cannot be used.", rich_help_panel=_JOB)
+    ] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Count, measure a few answers, estimate; write nothing.", rich_help_panel=_JOB),
+    ] = False
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0.0, help="Of this machine, to tell the cost.", rich_help_panel=_JOB)
+    ] = None
+
+
+@spread
+def describe_command(
+    rows: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ROWS",
+            help="Users (user_id, history: item ids or texts, oldest first) or items (item_id and text fields), as "
+            ".parquet, .jsonl or .csv.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The parquet file to write.")],
+    answer_options: AnswerOptions,
+    speculation: SpeculationOptions,
+    job: JobOptions,
+    engine_options: EngineOptions,
+    item_options: ItemOptions,
+) -> None:
+    """Describe every user or item of a file in text: knowledge for the features of a click model.
+
+    Killed or interrupted, it goes on where it was when it is run again with the same options. Rows that cannot be used
+    go to OUT.rejects.jsonl. Each answer has its finish reason, its tokens, how many were accepted per pass, where
+    relaxed verification diverged, and which model, template and version wrote it.
+
+    Example: `rcllm describe users.parquet --items items.jsonl --out knowledge.parquet --dry-run`
+    """
+    options = _options(answer_options, speculation, job)
+    engine_options = replace(engine_options, template=engine_options.template or f"describe_{options.kind}")
+    config = make_config(engine_options)
+    template = Template.load(config.prompt.template)
+    if not template.open:
+        raise ConfigError(
+            f"template {config.prompt.template!r} is for rankings; describing needs one with `open = true`, such as "
+            f"describe_{options.kind}"
+        )
+    if not job.dry_run:
+        check_writable(out)
+    inputs = _catalogue(options.kind, item_options)
+    parse = _parse(options, template, inputs)
+    read = partial(read_profiles, rows, parse)
+    with busy("reading rows"):
+        counted = survey(read(0))
+        settings = {
+            "input": digest(rows),
+            "catalogue": _catalogue_digest(item_options),
+            "groups": speculation.groups,
+        }
+    engine = make_engine(config, inputs)
+    router = None
+    if options.kind == "user" and speculation.groups > 1:
+        with busy("grouping users"):
+            everyone = (row for row in read(0) if isinstance(row, Profile))
+            router = make_router(everyone, inputs.catalogue, speculation.groups, options.seed)
+    writer = GeneratorWriter(engine, options, router)
+    if job.dry_run:
+        with busy("measuring a few answers"):
+            found = estimate(read(0), writer, options)
+        console().print(facts_table("A dry run: nothing was written", _estimate_facts(found, job.price_per_hour)))
+        return
+    total = counted.num_profiles if options.limit is None else min(options.limit, counted.num_profiles)
+    with _bar(options.kind, total) as show:
+        report = describe(
+            read,
+            writer,
+            options,
+            out,
+            provenance_of(engine),
+            settings=settings | {"config": writer.identity},
+            pools=speculation.pools,
+            strict=job.strict,
+            on_progress=show,
+        )
+    if report.rejects is not None:
+        say(f"warning: {report.done.num_rejects:,} rows could not be described; see {report.rejects}")
+    console().print(facts_table("Described", _facts(report, options, job.price_per_hour)))
+
+
+@contextmanager
+def _bar(kind: Kind, total: int) -> Iterator[Callable[[Progress], None]]:
+    with progress("rate") as bar:
+        task = bar.add_task(f"describing {kind}s", total=total, rate="")
+
+        def show(now: Progress) -> None:
+            bar.update(task, completed=now.num_profiles, rate=f"{now.rate.tokens_per_s:,.0f} tokens/s")
+
+        yield show
+
+
+def _options(answers: AnswerOptions, speculation: SpeculationOptions, job: JobOptions) -> DescribeOptions:
+    """Raises ConfigError."""
+    if answers.kind not in get_args(Kind):
+        raise ConfigError(f"unknown --kind {answers.kind!r}; {nearest(answers.kind, get_args(Kind))}")
+    name = speculation.speculate
+    mode = f"relaxed({speculation.k}, {speculation.p})" if name == "relaxed" else name
+    options = DescribeOptions(
+        kind=answers.kind,  # type: ignore[arg-type]  # checked above
+        max_tokens=answers.max_tokens,
+        temperature=answers.temperature,
+        top_p=answers.top_p,
+        stop=tuple(answers.stop or ()),
+        seed=answers.seed,
+        speculation=Speculation.parse(mode),
+        max_events=answers.max_events,
+        batch=job.batch,
+        checkpoint_every=job.checkpoint_every,
+        limit=job.limit,
+        share_text=speculation.share_text,
+    )
+    check(options)
+    return options
+
+
+def _catalogue(kind: Kind, options: ItemOptions) -> Inputs:
+    """Items that histories name; none where events are texts, and for items, whose rows hold their text."""
+    given = options.items is not None or options.dataset is not None
+    if given and kind == "item":
+        raise ConfigError("--kind item describes the rows of the file itself; leave out --items and --dataset")
+    return load_inputs(options) if given else Inputs(Catalogue(()))
+
+
+def _parse(options: DescribeOptions, template: Template, inputs: Inputs) -> Parse:
+    if options.kind == "item":
+        return items(template.event)
+    return users(inputs.catalogue or None, options.max_events)
+
+
+def _catalogue_digest(options: ItemOptions) -> str | None:
+    """What a job that is resumed must find again; of a folder, its name."""
+    if options.items is not None:
+        return digest(options.items)
+    return str(options.dataset) if options.dataset is not None else None
+
+
+def _facts(report: Report, options: DescribeOptions, price_per_hour: float | None) -> dict[str, str]:
+    done, rate = report.done, report.rate
+    per_pass = done.num_tokens / done.num_passes if done.num_passes else 0.0
+    facts = {
+        "file": str(report.out),
+        f"{options.kind}s": f"{done.num_profiles:,}"
+        + (f", {report.num_resumed:,} of them in earlier runs" if report.num_resumed else ""),
+        "rejected": f"{done.num_rejects:,}",
+        "tokens": f"{done.num_tokens:,}; {per_pass:.2f} per forward pass of an answer",
+    }
+    if options.speculation.name == "relaxed":
+        facts["diverged"] = f"{done.num_divergences:,} accepted tokens that plain decoding would not have chosen"
+    if rate.num_profiles:
+        facts["this run"] = f"{rate.elapsed_s:,.0f} s, {rate.tokens_per_s:,.1f} tokens/s"
+        facts |= _cost(rate.seconds_per_profile, price_per_hour)
+    return facts
+
+
+def _estimate_facts(found: Estimate, price_per_hour: float | None) -> dict[str, str]:
+    about = "" if found.num_counted == found.num_profiles else "about "
+    facts = {
+        "rows": f"{found.num_profiles:,} to describe, {found.num_rejects:,} that cannot be used",
+        "prompt tokens": f"{about}{found.prompt_tokens:,.0f}",
+        "answer tokens": f"about {found.answer_tokens:,.0f}",
+        "measured": f"{found.rate.num_profiles} answers, {found.rate.tokens_per_s:,.1f} tokens/s",
+        "time": f"about {found.seconds / 3600:,.2f} hours",
+    }
+    if found.first_reject is not None:
+        facts["first bad row"] = f"{found.first_reject.row:,}: {found.first_reject.reason}"
+    if price_per_hour is not None:
+        facts["cost"] = f"about {found.seconds / 3600 * price_per_hour:,.2f}"
+    return facts | _cost(found.rate.seconds_per_profile, price_per_hour)
+
+
+def _cost(seconds_per_profile: float, price_per_hour: float | None) -> dict[str, str]:
+    facts = {"a million rows": f"{hours_per_million(seconds_per_profile):,.0f} hours of this machine"}
+    if price_per_hour is not None:
+        facts["a million rows"] += (
+            f", {cost_per_million(seconds_per_profile, price_per_hour):,.2f} at {price_per_hour} an hour"
+        )
+    return facts

@@ -1,0 +1,169 @@
+"""`rcllm doctor`: what this machine is and can do, and what is wrong with it.
+
+Knows nothing of requests. Invariant: it changes and downloads nothing; every finding says what to do about it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import psutil
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from rcllm.cli.inputs import make_config
+from rcllm.cli.options import EngineOptions, spread
+from rcllm.cli.screen import busy, console
+from rcllm.cli.tables import facts_table
+from rcllm.config import Config, context_samples
+from rcllm.engine.build import DTYPES
+from rcllm.engine.engine import Engine
+from rcllm.errors import RcllmError
+from rcllm.model.attend.choose import native_fits
+from rcllm.model.attend.native import find_compiler, kernels
+from rcllm.model.ceilings import Machine, describe_hardware, measure_bandwidth, measure_gemm
+from rcllm.model.pull import local_folder
+
+_ITEM_TOKENS = 100
+_ROWS = (64, 1024)  # fresh tokens of a request that reuses, and of one that does not
+_BUSY = 0.5  # of the cores, by other processes
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`problem`: it does not work; `advice`: it works, but could be faster."""
+
+    kind: Literal["problem", "advice"]
+    text: str
+
+
+@spread
+def doctor_command(engine_options: EngineOptions) -> None:
+    """Check machine, model and kernels, measure what they can do, and say what to change. Ends with 1 for a problem.
+
+    Example: `rcllm doctor --memory-mb 4000`
+    """
+    config = make_config(engine_options)
+    screen, findings = console(), list[Finding]()
+    busy_share = psutil.cpu_percent(interval=0.5) / 100
+    machine = describe_hardware()
+    screen.print(facts_table("Machine", _machine(machine)))
+    findings += _about_machine(machine, busy_share)
+    engine, problem = _load(config)
+    if engine is None:
+        findings.append(Finding("problem", problem))
+    else:
+        screen.print(facts_table("\nModel and cache", _model(engine)))
+        fact, advice = _native(engine)
+        findings += advice
+        with busy("measuring"):
+            rates = _rates(engine)
+        screen.print(facts_table("\nCompute", {"native kernels": fact} | rates))
+    _report(findings, screen)
+    if any(finding.kind == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _machine(machine: Machine) -> dict[str, str]:
+    return {
+        "processor": f"{machine.cpu}, {machine.num_cores} cores, torch uses {machine.num_threads}",
+        "instruction set": machine.instruction_set,
+        "memory": f"{machine.memory_bytes / 1e9:,.1f} GB, {psutil.virtual_memory().available / 1e9:,.1f} GB available",
+        "GPU": machine.cuda_device or "none that torch sees",
+        "torch": machine.torch_version,
+    }
+
+
+def _about_machine(machine: Machine, busy_share: float) -> list[Finding]:
+    findings = []
+    if busy_share > _BUSY:
+        findings.append(
+            Finding(
+                "advice",
+                f"other processes use {busy_share:.0%} of the processor. Threads then wait for each other, and "
+                "requests take many times as long: stop them, or leave them cores with --threads",
+            )
+        )
+    if machine.num_threads > machine.num_cores:
+        findings.append(
+            Finding(
+                "advice",
+                f"torch uses {machine.num_threads} threads, but this process may use {machine.num_cores} cores: "
+                f"--threads {machine.num_cores}",
+            )
+        )
+    return findings
+
+
+def _load(config: Config) -> tuple[Engine | None, str]:
+    """The engine without items, or why there is none."""
+    if local_folder(config.model.path) is None:
+        return None, f"the model {config.model.path!r} is not on this machine: rcllm pull {config.model.path}"
+    if context_samples(config.prompt.context):  # needs data, and changes nothing that is looked at here
+        config = replace(config, prompt=replace(config.prompt, context="instruction"))
+    try:
+        with busy("loading the model"):
+            return Engine.build({}, config), ""
+    except RcllmError as error:
+        return None, str(error)
+
+
+def _model(engine: Engine) -> dict[str, str]:
+    spec, config = engine.decoder.spec, engine.config
+    per_token = spec.kv_bytes_per_token(engine.pool.dtype.itemsize)
+    budget = engine.stats().budget_bytes
+    fitting = budget // (per_token * _ITEM_TOKENS)
+    return {
+        "model": f"{config.model.path}: {spec.family}, {spec.num_weights / 1e6:,.0f} M weights, "
+        f"{spec.num_layers} layers, {engine.decoder.max_positions:,} positions",
+        "computes in": f"{config.model.dtype} on {config.model.device}",
+        "cached KV": f"{per_token:,} bytes per token in {config.cache.kv_dtype}",
+        "budget": f"{budget / 1e6:,.0f} MB for cached KV, of {config.cache.memory_mb:,} MB for the process",
+        "fits": f"{fitting:,} items of {_ITEM_TOKENS} tokens as candidates; half as many as candidates and as events",
+    }
+
+
+def _native(engine: Engine) -> tuple[str, list[Finding]]:
+    """Whether the compiled kernels are in use, and if not, what to do about it."""
+    decoder = engine.decoder
+    if decoder.kernels is not None:
+        return "compiled and in use", []
+    if decoder.device.type != "cpu":
+        return "not needed on a GPU", []
+    slower = "everything works without them, several times slower"
+    if not native_fits(decoder.spec, decoder.dtype, decoder.device):
+        why = f"do not fit this model ({engine.config.model.dtype}, heads of {decoder.spec.head_dim})"
+        return why, [
+            Finding("advice", f"the native kernels {why}: they need fp32 and heads of a multiple of 32; {slower}")
+        ]
+    if os.environ.get("RCLLM_NATIVE") == "0":
+        return "switched off", [Finding("advice", f"RCLLM_NATIVE=0 switches the native kernels off; {slower}")]
+    if find_compiler() is None:
+        install = "apt-get install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora), or set CXX"
+        return "no C++ compiler", [Finding("advice", f"the native kernels need a C++ compiler: {install}; {slower}")]
+    assert kernels() is None
+    return "could not be compiled", [
+        Finding("advice", f"{find_compiler()} cannot compile the native kernels, which need g++ 9 or later; {slower}")
+    ]
+
+
+def _rates(engine: Engine) -> dict[str, str]:
+    decoder = engine.decoder
+    dtype: torch.dtype = DTYPES[engine.config.model.dtype]
+    rates = {rows: measure_gemm(rows, decoder.spec, dtype, decoder.device) for rows in _ROWS}
+    return {
+        "matrix products": ", ".join(f"{rate:,.0f} GFLOP/s at {rows:,} fresh tokens" for rows, rate in rates.items()),
+        "memory": f"read at {measure_bandwidth(decoder.device) / 1e9:,.1f} GB/s",
+    }
+
+
+def _report(findings: list[Finding], screen: Console) -> None:
+    if not findings:
+        screen.print("\nNothing to improve.", style="green")
+    for finding in findings:
+        colour = "bold red" if finding.kind == "problem" else "yellow"
+        screen.print(Text.assemble((f"\n{finding.kind}: ", colour), finding.text), soft_wrap=True)

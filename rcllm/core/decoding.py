@@ -1,0 +1,224 @@
+"""The nouns of the jobs that decode: open prompts, recommendations from the whole catalogue, answers in text.
+
+Frozen and without tensors, like those of `core.py`; this module never imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rcllm.core.ranking import Event, HistoryMode, ItemId, Level, TokenIds, UserId
+from rcllm.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """A prompt without candidates, which decoding continues: instruction, `history` (oldest first), question."""
+
+    request_id: str
+    history: tuple[Event, ...] = ()
+    user_id: UserId | None = None
+    level: Level | None = None  # None: exact, which reuses the instruction and this user's own chain
+    history_mode: HistoryMode = "chain"
+
+
+# ---- recommending from the whole catalogue ---------------------------------------------------------------------------
+
+BeamRule = Literal["renormalise", "mask"]
+
+
+@dataclass(frozen=True, slots=True)
+class RecommendRequest:
+    """The `n` best items of the whole catalogue for a user with this `history` (oldest event first)."""
+
+    request_id: str
+    history: tuple[Event, ...] = ()
+    user_id: UserId | None = None
+    n: int = 10
+    beam: int = 64  # prefixes that are kept at each level; at least n are
+    allow: tuple[ItemId, ...] | None = None  # these items alone may come; None: all that the catalogue offers
+    deny: tuple[ItemId, ...] = ()  # these may not: out of stock, already seen
+    # a code's probability among those that lead to an allowed item (renormalise), so that it depends on what is
+    # allowed, or among the whole vocabulary (mask), as the model gave it
+    rule: BeamRule = "renormalise"
+    level: Level | None = None  # reuse of the prompt; None: exact
+
+
+@dataclass(frozen=True, slots=True)
+class BeamStep:
+    """What one level of a beam search did."""
+
+    num_parents: int  # prefixes that were extended
+    num_children: int  # valid extensions: only these were ever scored
+    num_kept: int
+    num_dead: int  # extensions that the catalogue has, but below which no item is allowed
+    num_skipped: int  # children that early termination left unsorted
+
+
+@dataclass(frozen=True, slots=True)
+class RecommendReceipt:
+    """What a recommendation says about itself."""
+
+    level: str
+    rule: BeamRule
+    beam: int
+    epoch: int  # version of the catalogue that this request saw
+    node: str
+    model: str  # first 12 hex digits of the model fingerprint
+    backend: str
+    num_tokens: int  # of the prompt
+    num_fresh: int  # of them, computed in this request's forward
+    num_reused: int
+    num_computed: int  # tokens of missing blocks that were computed for its batch and published
+    kv_bytes_read: int  # by attention of the steps: the prompt once a step, and each beam's own
+    kv_bytes_naive: int  # the same where every beam reads the prompt for itself
+    kv_bytes_copied: int  # of the prompt, where it lay in scraps and was joined first
+    steps: tuple[BeamStep, ...]  # one per level
+    stage_ms: Mapping[str, float]  # wall time of each stage, of the whole batch
+    batch_size: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RecommendResponse:
+    request_id: str
+    items: tuple[ItemId, ...]  # best first; fewer than n where fewer are valid
+    scores: tuple[float, ...]  # log-probability of each item's semantic ID, under the rule
+    receipt: RecommendReceipt = field(repr=False)
+
+
+# ---- generating text -------------------------------------------------------------------------------------------------
+
+FinishReason = Literal["eos", "stop", "length"]
+_SPECULATION = re.compile(r"^(none|strict|relaxed)(?:\(([^()]*)\))?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How drafts are verified: `none` (nothing is drafted), `strict`, or `relaxed(k, p)`.
+
+    Strict keeps the answer that plain decoding gives: to the bit on the compiled kernels, but for ties in the last bits
+    on torch alone. Relaxed accepts a drafted token that is among the k likeliest with a probability above p (DARE,
+    arXiv 2408.05676) and repeats no phrase of the answer, so its answer depends on the drafts, and they on earlier
+    answers; relaxed(1, 0) is strict.
+    """
+
+    name: Literal["none", "strict", "relaxed"] = "strict"
+    k: int = 1
+    p: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str | Speculation) -> Speculation:
+        """Reads `text`; raises ConfigError that names the modes there are."""
+        if isinstance(text, Speculation):
+            return text
+        found = _SPECULATION.match(text.strip())
+        name, argument = found.groups() if found else (None, None)
+        try:
+            if name in ("none", "strict") and argument is None:
+                return cls("none" if name == "none" else "strict")
+            if name == "relaxed":
+                k, p = (argument or "2, 0.1").split(",")
+                if int(k) >= 1 and 0.0 <= float(p) <= 1.0:
+                    return cls("relaxed", int(k), float(p))
+        except ValueError:
+            pass
+        raise ConfigError(
+            f"unknown speculation {text!r}: expected none, strict, or relaxed(k, p) with k ≥ 1 and p from 0 to 1"
+        )
+
+    def __str__(self) -> str:
+        return f"relaxed({self.k}, {self.p})" if self.name == "relaxed" else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """How an answer is decoded."""
+
+    max_tokens: int = 256  # fewer where the model's context ends
+    temperature: float = 0.0  # 0: the likeliest token (greedy)
+    top_p: float = 1.0  # draw from the smallest set of tokens with this probability mass
+    seed: int = 0  # draws depend on it and on the place in the answer alone
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these
+    speculation: Speculation = Speculation("strict")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """An answer in text, after instruction, `history` (oldest first) and question."""
+
+    request_id: str
+    history: tuple[Event, ...] = ()
+    user_id: UserId | None = None
+    options: GenerateOptions = GenerateOptions()
+    level: Level | None = None  # reuse of the prompt; None: exact
+    history_mode: HistoryMode = "chain"
+
+    @property
+    def opening(self) -> OpenRequest:
+        """The prompt that is answered."""
+        return OpenRequest(self.request_id, self.history, self.user_id, self.level, self.history_mode)
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where relaxed verification took a token that greedy decoding would not have taken at that place."""
+
+    position: int  # in the answer
+    token_id: int
+    argmax_id: int
+    probability: float  # of the token, by the model
+    argmax_probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateReceipt:
+    """What an answer says about itself."""
+
+    level: str
+    history: str
+    speculation: str
+    node: str
+    model: str  # first 12 hex digits of the model fingerprint
+    num_tokens: int  # of the prompt
+    num_fresh: int  # of them, computed in this request's forward
+    num_reused: int
+    passes: int  # of decoding; the prompt's own, which gives the first token, not among them
+    drafted: int  # tokens that passes verified
+    accepted: int  # of them, those that are part of the answer
+    accepted_length_mean: float  # tokens decided per pass, the pass's own token included; 0 without passes
+    divergences: tuple[Divergence, ...]
+    stage_ms: Mapping[str, float]  # wall time of each stage while this request was in the batch, of the whole batch
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    request_id: str
+    text: str  # without the end-of-sequence token, and cut before the stop string
+    token_ids: TokenIds  # all that were decoded, up to the one that ended the answer
+    finish_reason: FinishReason
+    receipt: GenerateReceipt = field(repr=False)
+
+
+def check(options: GenerateOptions) -> None:
+    """Raises ConfigError for values that cannot work."""
+    stop: object = options.stop  # one text in place of a tuple of them is a mistake that types alone do not stop
+    wrong = {
+        "max_tokens": options.max_tokens < 1 and "at least 1",
+        "temperature": not 0.0 <= options.temperature < float("inf") and "0 (greedy) or more",
+        "top_p": not 0.0 < options.top_p <= 1.0 and "above 0 and at most 1",
+        "seed": not 0 <= options.seed < 1 << 64 and "from 0 to 2^64 - 1",
+        "stop": (isinstance(stop, str) or "" in options.stop) and "a tuple of texts, none of them empty",
+    }
+    for name, expected in wrong.items():
+        if expected:
+            raise ConfigError(f"{name} must be {expected}, got {getattr(options, name)!r}")
+    if options.temperature > 0 and options.speculation.name == "relaxed":
+        raise ConfigError(
+            f"speculation {options.speculation} is for greedy decoding: it would change the distribution that "
+            f"temperature {options.temperature} draws from; use strict, which keeps it"
+        )

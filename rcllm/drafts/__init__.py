@@ -1,0 +1,1 @@
+"""Drafts of text from earlier answers: trees, suffix indexes and pools per group. Never imports torch."""

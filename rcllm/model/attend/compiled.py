@@ -1,0 +1,127 @@
+"""Attention over segments on the compiled CPU kernels (`kernels.cpp`): in place, or over a gathered buffer per layer.
+
+Knows nothing of when which is quicker (`choose.py`). Invariant: a row's bits depend on its own keys alone, whatever
+else is in the pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rcllm.core.ranking import BoolArray
+from rcllm.model.attend.contract import Attended
+from rcllm.model.attend.native import Kernels
+from rcllm.model.attend.segments import Group, Keys
+from rcllm.model.rope import Rope
+from rcllm.model.spec import ModelSpec
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class NativeSegmented:
+    """fp32 compute on the CPU over fp32, fp16 or bf16 segments, read in place: nothing is copied.
+
+    Needs head_dim to be a multiple of 32 (whole vectors in each half of a head).
+    """
+
+    name = "segmented"
+    bytes_copied = 0
+
+    def __init__(self, spec: ModelSpec, rope: Rope, groups: Sequence[Group], kernels: Kernels) -> None:
+        self._init(spec, rope, kernels, groups, [Keys.of(replace(group, segments=())) for group in groups])
+        self._segments = self._segment_table(groups)
+
+    def _init(
+        self, spec: ModelSpec, rope: Rope, kernels: Kernels, groups: Sequence[Group], keys: Sequence[Keys]
+    ) -> None:
+        """`groups` with the segments that are read in place; `keys`: what lies in one buffer."""
+        self._spec, self._rope, self._kernels = spec, rope, kernels
+        self._num_groups = len(groups)
+        self._groups = torch.from_numpy(_group_table(groups, keys))
+        self._sees_segment = _flat_bytes([group.segment_mask() for group in groups])
+        self._sees = _flat_bytes([group.sees for group in groups])
+        rows = [np.column_stack([g.block, g.offset, g.reach(k)]) for g, k in zip(groups, keys, strict=True)]
+        self._rows = torch.from_numpy(np.concatenate(rows).astype(np.int32))
+        places = [np.column_stack([k.block, k.offset]) for k in keys]
+        self._keys = torch.from_numpy(np.concatenate(places).astype(np.int32))
+
+    def _segment_table(self, groups: Sequence[Group]) -> torch.Tensor:
+        segments = [segment for group in groups for segment in group.segments]
+        assert all(s.kv.is_contiguous() for s in segments), "KV blocks are contiguous"
+        self._kv = [segment.kv for segment in segments]  # keeps the memory behind the pointers alive
+        table = [(s.kv.data_ptr(), s.kv.shape[3], s.start, len(s), s.base, _DTYPE_CODES[s.kv.dtype]) for s in segments]
+        return torch.tensor(table, dtype=torch.int64).reshape(-1, 6)
+
+    def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
+        return self._attend(layer, qkv, qkv[:, self._spec.q_size :])
+
+    def _attend(self, layer: int, qkv: torch.Tensor, kv: torch.Tensor) -> Attended:
+        """kv [keys, 2·KV·D]"""
+        spec, rope = self._spec, self._rope
+        output = qkv.new_empty(qkv.shape[0], spec.q_size)
+        lse = qkv.new_empty(qkv.shape[0], spec.num_heads)
+        scale = math.log2(math.e) / math.sqrt(spec.head_dim)  # the kernel's exponential is base 2
+        inputs = (qkv, qkv.stride(0), kv, kv[:, spec.kv_size :], kv.stride(0))
+        shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        tables = (
+            self._groups,
+            self._num_groups,
+            self._segments,
+            self._sees_segment,
+            self._sees,
+            self._rows,
+            self._keys,
+        )
+        threads = torch.get_num_threads()
+        self._kernels.call("attend", *inputs, output, lse, *shape, layer, scale, *tables, rope.cos, rope.sin, threads)
+        return Attended(output, lse)
+
+
+class NativeGather(NativeSegmented):
+    """The same, over one buffer per layer that holds the keys of segments and fresh rows in the order of the prompt.
+
+    For segments of few tokens: every softmax step reads and writes the whole output, however few keys it adds.
+    """
+
+    name = "gather"
+
+    def __init__(self, spec: ModelSpec, rope: Rope, groups: Sequence[Group], kernels: Kernels) -> None:
+        keys = [Keys.of(group) for group in groups]
+        self._init(spec, rope, kernels, [replace(group, segments=()) for group in groups], keys)
+        self._segments = self._segment_table(groups)
+        starts = np.cumsum([0, *(len(k.block) for k in keys)]).tolist()
+        self._where = torch.from_numpy(np.concatenate([k.segments + at for k, at in zip(keys, starts, strict=False)]))
+        self._fresh = torch.from_numpy(np.concatenate([k.rows + at for k, at in zip(keys, starts, strict=False)]))
+        self._buffer = torch.empty(starts[-1], 2 * spec.kv_size)
+        self._layer_bytes = sum(s.num_bytes for group in groups for s in group.segments) // spec.num_layers
+        self.bytes_copied = 0
+
+    def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
+        spec, rope, buffer = self._spec, self._rope, self._buffer
+        shape = (spec.num_kv_heads, spec.head_dim, layer)
+        target = (rope.cos, rope.sin, buffer, buffer.stride(0), torch.get_num_threads())
+        self._kernels.call("gather", self._segments, len(self._segments), self._where, *shape, *target)
+        buffer.index_copy_(0, self._fresh, qkv[:, spec.q_size :])
+        self.bytes_copied += self._layer_bytes
+        return self._attend(layer, qkv, buffer)
+
+
+def _group_table(groups: Sequence[Group], keys: Sequence[Keys]) -> npt.NDArray[np.int64]:
+    """[groups, 9]: first and number of rows, keys and segments, where the two masks start in the flat bytes, blocks."""
+    counts = [(g.num_rows, len(k.block), len(g.segments)) for g, k in zip(groups, keys, strict=True)]
+    masks = [(g.num_rows * len(g.segments), g.sees.size) for g in groups]
+    sizes = np.column_stack([np.array(counts, dtype=np.int64), np.array(masks, dtype=np.int64)])
+    starts = np.cumsum(sizes, axis=0) - sizes
+    pairs = np.stack([starts[:, :3], sizes[:, :3]], axis=2).reshape(len(groups), 6)
+    blocks = np.array([len(group.sees) for group in groups], dtype=np.int64)
+    return np.ascontiguousarray(np.column_stack([pairs, starts[:, 3:], blocks]))
+
+
+def _flat_bytes(masks: Sequence[BoolArray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.ravel(mask) for mask in masks])).view(torch.uint8)

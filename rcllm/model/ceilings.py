@@ -1,0 +1,133 @@
+"""What this machine is, and what it can do at most: the ceilings that measured times are held against.
+
+Knows nothing of requests or caches. Invariant: rates are measured here and now, with the libraries and thread count
+that the engine uses, never looked up; on a machine that others use, they are what is left of it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import psutil
+import torch
+import torch.nn.functional as F
+
+from rcllm.model.attend.native import kernels
+from rcllm.model.ops import Linear, packed_linear
+from rcllm.model.spec import ModelSpec
+
+_BEYOND_CACHES = 192 << 20  # bytes of weights that a pass streams, so that it finds none of them in a cache
+_READ_BYTES = 256 << 20
+_REPEATS = 5
+_SECONDS = 0.6  # per shape and way: enough repetitions for a median, few enough for `rcllm doctor`
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the figures of a run depend on."""
+
+    cpu: str
+    num_cores: int  # that this process may use
+    num_threads: int  # that torch uses
+    memory_bytes: int
+    instruction_set: str  # the widest that torch's own kernels use here
+    cuda_device: str | None
+    torch_version: str
+
+
+def describe_hardware() -> Machine:
+    """The machine as this process sees it."""
+    return Machine(
+        cpu=_cpu_name(),
+        num_cores=_cores(),
+        num_threads=torch.get_num_threads(),
+        memory_bytes=psutil.virtual_memory().total,
+        instruction_set=torch.backends.cpu.get_cpu_capability(),
+        cuda_device=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        torch_version=torch.__version__,
+    )
+
+
+@torch.inference_mode()
+def measure_gemm(rows: int, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """GFLOP/s of the model's four linear shapes (qkv, o, gate_up, down) at `rows` fresh tokens, as in one layer.
+
+    For each shape the faster of the ways in which the engine can run it counts: `F.linear`, and for fp32 on the CPU the
+    kernels' product with a packed matrix. The rate is the FLOPs of a layer over the sum of the shapes' median times, so
+    shapes weigh by what they cost. As in a forward pass, weights come from memory: successive products use different
+    copies of them.
+    """
+    shapes = {
+        "qkv": (spec.q_size + 2 * spec.kv_size, spec.hidden_size),
+        "o": (spec.hidden_size, spec.q_size),
+        "gate_up": (2 * spec.ffn_size, spec.hidden_size),
+        "down": (spec.hidden_size, spec.ffn_size),
+    }
+    seconds = sum(_fastest(rows, shape, spec.num_layers, dtype, torch.device(device)) for shape in shapes.values())
+    flops = sum(2 * rows * out * inner for out, inner in shapes.values())
+    return flops / seconds / 1e9
+
+
+@torch.inference_mode()
+def measure_bandwidth(device: torch.device | str = "cpu") -> float:
+    """Bytes/s at which memory is read: the sum of an fp32 array of 256 MiB by all of torch's threads, median of five.
+
+    Reading is what attention over cached KV does; a copy, which also writes, moves about half of this.
+    """
+    where = torch.device(device)
+    values = torch.ones(_READ_BYTES // 4, device=where)
+    values.sum()
+    return _READ_BYTES / median(_timed(lambda: values.sum(), where) for _ in range(_REPEATS))
+
+
+def _fastest(rows: int, shape: tuple[int, int], num_layers: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Median seconds of one product [rows, in] · [in, out] by the fastest way."""
+    out, inner = shape
+    copies = min(num_layers, math.ceil(_BEYOND_CACHES / (out * inner * dtype.itemsize)))
+    weights = [torch.randn(out, inner, device=device).to(dtype) for _ in range(copies)]
+    x = torch.randn(rows, inner, device=device).to(dtype)
+    ways: list[list[Linear]] = [[_plain(weight) for weight in weights]]
+    if dtype == torch.float32 and device.type == "cpu" and (compiled := kernels()) is not None:
+        ways.append([packed_linear(compiled, weight, None) for weight in weights])
+    return min(_median_seconds(way, x, device) for way in ways)
+
+
+def _plain(weight: torch.Tensor) -> Linear:
+    return lambda x: F.linear(x, weight)
+
+
+def _median_seconds(products: list[Linear], x: torch.Tensor, device: torch.device) -> float:
+    products[0](x)  # the first call plans
+    times: list[float] = []
+    while len(times) < _REPEATS or (sum(times) < _SECONDS and len(times) < 40 * _REPEATS):
+        product = products[len(times) % len(products)]
+        times.append(_timed(lambda product=product: product(x), device))  # type: ignore[misc]
+    return median(times)
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds; waits for a GPU, whose calls return before they are done."""
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _cores() -> int:
+    """Those that this process may run on, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""The semantic history pool: token prototypes that stand in for histories nobody has computed."""

@@ -1,0 +1,317 @@
+"""Builds the semantic history pool from users' texts: choose prototypes, compute their KV shard by shard, write.
+
+Choosing needs no model, only embeddings; computing can be killed at any time and goes on with the next shard. Knows
+nothing of the command line. Invariant: the file depends on texts, options, model and instruction alone, not on how
+often the build was interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from blake3 import blake3
+from safetensors.torch import load_file, save_file
+
+from rcllm.core.ranking import BoolArray, Layout, TokenIds
+from rcllm.durable import renamed
+from rcllm.durable import write as write_file
+from rcllm.errors import ConfigError, DataError
+from rcllm.model.decoder import Decoder, Keep
+from rcllm.prompt.blocks import Prompter
+from rcllm.prompt.keys import token_bytes
+from rcllm.prototypes.lookup import FRESH_PATTERN, Matcher, MemberContext, PrototypeIndex, always_fresh
+from rcllm.prototypes.lsh import Canonical, Ints, Lsh, Words, choose
+from rcllm.prototypes.pool import VERSION, PrototypeHeader, embedding_rows, namespace_digest, write
+from rcllm.reuse.assemble import assemble_blocks
+
+_DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_HELD_OUT, _MAX_HELD_OUT = 0.05, 500  # share of the texts, and number, that tell how much of new text is found
+
+
+@dataclass(frozen=True, slots=True)
+class PrototypeConfig:
+    """How prototypes are chosen."""
+
+    prototypes: int = 100_000  # at most
+    tables: int = 8
+    bits: int = 14  # hyperplanes of a table
+    bucket_width: int = 16  # positions that count as one place
+    threshold: float = 0.9  # least cosine; the same word two places on has about 0.91
+    member_context: MemberContext = "history"
+    members: int = 1  # occurrences whose mean is the KV; 1: RcLLM's canonical member
+    fresh_pattern: str = FRESH_PATTERN
+    texts_per_shard: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BuildProgress:
+    done_shards: int
+    num_shards: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How much of texts that the pool was not made from it stands for."""
+
+    num_texts: int
+    num_tokens: int
+    reused_share: float  # of all tokens
+    language_share: float  # of the tokens that are not always fresh
+    mean_cosine: float  # to the nearest prototype found, of the tokens that are not always fresh
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    header: PrototypeHeader
+    file_bytes: int
+    bytes_per_layer: int  # of K and V
+    covered_share: float  # tokens of the texts, of those not always fresh, that a prototype was chosen to stand for
+    held_out: Coverage | None  # None: too few texts to hold any out
+
+
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """Which tokens of the texts become prototypes; ordered by text, then place."""
+
+    prototype: Ints  # [n]
+    text: Ints  # [n]
+    offset: Ints  # [n], place within its text
+    shared_by: Ints  # [n], how many members its prototype is the mean of
+
+    def part(self, start: int, stop: int) -> _Members:
+        return _Members(*(values[start:stop] for values in (self.prototype, self.text, self.offset, self.shared_by)))
+
+
+class PrototypeBuilder:
+    """One build. The work folder beside the output holds finished shards until the file is written."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompter: Prompter,
+        config: PrototypeConfig,
+        out: Path,
+        *,
+        model_id: str,
+        kv_dtype: torch.dtype = torch.float16,
+        layout: Layout = "history_first",
+        pass_tokens: int = 2048,
+    ) -> None:
+        """`layout`: whose instruction stands before the texts; `pass_tokens`: most tokens in one forward pass."""
+        check_config(config)
+        self.decoder, self.prompter, self.config, self.out = decoder, prompter, config, out
+        self.model_id, self.kv_dtype, self.pass_tokens = model_id, kv_dtype, pass_tokens
+        self.instruction = prompter.instructions[layout]
+        self.work = out.with_name(out.name + ".work")
+        self._rows = embedding_rows(decoder.embed)
+
+    def run(
+        self,
+        texts: Sequence[TokenIds],
+        source: str,
+        on_progress: Callable[[BuildProgress], None] | None = None,
+    ) -> BuildReport:
+        """texts: what users did, each a run of tokens after the instruction; `source` says in words what they are.
+
+        Raises DataError where there is nothing to make prototypes from, ConfigError where the work folder holds
+        another build.
+        """
+        start = time.perf_counter()
+        built_from, held_out = self._split([text for text in texts if text])
+        fresh = always_fresh(self.prompter.tokenizer, self.prompter.template, self.config.fresh_pattern)
+        lsh = Lsh.of(self.decoder.spec.hidden_size, self.config.tables, self.config.bits, self.config.seed)
+        tokens = _Tokens.of(built_from, fresh, self.config.bucket_width)
+        codes, counts = np.unique(tokens.words.codes, return_counts=True)
+        if not len(codes):
+            raise DataError(f"{source}: no token of {len(built_from):,} texts may be taken from a pool; give more text")
+        config = self.config
+        canonical = choose(self._rows, Words.of_codes(codes), counts, lsh, config.threshold, config.prototypes)
+        members = tokens.members(canonical, config.members)
+        shards = list(_shards(members, config.texts_per_shard))
+        self._open_work(built_from, canonical)
+        for number, shard in enumerate(shards):
+            if not self._shard_path(number).exists():
+                self._compute(built_from, shard, self._shard_path(number))
+            if on_progress:
+                on_progress(BuildProgress(number + 1, len(shards), time.perf_counter() - start))
+        header = self._header(canonical, source, built_from)
+        index = PrototypeIndex(canonical.words, canonical.covered, lsh, self._rows)
+        write(self.out, header, canonical, index, fresh, (self._load(n) for n in range(len(shards))))
+        shutil.rmtree(self.work)
+        return BuildReport(
+            header,
+            self.out.stat().st_size,
+            header.kv_bytes // header.layers,
+            float(canonical.covered.sum() / counts.sum()),
+            coverage(Matcher(index, fresh, config.bucket_width, config.threshold), held_out) if held_out else None,
+        )
+
+    def _split(self, texts: list[TokenIds]) -> tuple[list[TokenIds], list[TokenIds]]:
+        """The texts in a drawn order, and some held out; the order decides which occurrence is a prototype's member."""
+        limit = self.decoder.max_positions - len(self.instruction)
+        order = np.random.default_rng(self.config.seed).permutation(len(texts))
+        shuffled = [texts[i][:limit] for i in order]
+        count = min(int(len(texts) * _HELD_OUT), _MAX_HELD_OUT)
+        return shuffled[count:], shuffled[:count]
+
+    def _header(self, canonical: Canonical, source: str, texts: Sequence[TokenIds]) -> PrototypeHeader:
+        spec, config = self.decoder.spec, self.config
+        return PrototypeHeader(
+            version=VERSION,
+            model=self.model_id,
+            namespace=namespace_digest(self.prompter.namespace),
+            layers=spec.num_layers,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=_DTYPE_NAMES[self.kv_dtype],
+            prototypes=len(canonical.words),
+            tables=config.tables,
+            bits=config.bits,
+            seed=config.seed,
+            bucket_width=config.bucket_width,
+            threshold=config.threshold,
+            member_context=config.member_context,
+            members=config.members,
+            source=source,
+            num_texts=len(texts),
+            num_tokens=sum(map(len, texts)),
+        )
+
+    # ---- shards ----
+
+    def _open_work(self, texts: Sequence[TokenIds], canonical: Canonical) -> None:
+        """Makes the work folder, or checks that what it holds belongs to this build."""
+        state = blake3(json.dumps(asdict(self.config)).encode() + self.prompter.namespace)
+        state.update(str(self.kv_dtype).encode() + token_bytes(self.instruction) + canonical.words.codes.tobytes())
+        for text in texts:
+            state.update(blake3(token_bytes(text)).digest())
+        recipe, digest = self.work / "recipe", state.hexdigest()
+        if recipe.exists() and recipe.read_text(encoding="utf-8") != digest:
+            raise ConfigError(
+                f"{self.work} holds an unfinished build with other texts, options or model: repeat it as it was, or "
+                "remove the folder to begin anew"
+            )
+        write_file(recipe, digest.encode())
+
+    def _shard_path(self, number: int) -> Path:
+        return self.work / f"shard-{number:06}.safetensors"
+
+    def _compute(self, texts: Sequence[TokenIds], shard: _Members, path: Path) -> None:
+        """Runs the shard's texts, each up to its last member, after the instruction, and keeps the members' KV."""
+        rows = [self._pass(texts, part) for part in self._passes(shard)]
+        tensors = {
+            "prototype": torch.from_numpy(shard.prototype),
+            "weight": 1.0 / torch.from_numpy(shard.shared_by).float(),
+            "kv": torch.cat(rows),
+        }
+        with renamed(path) as partial:
+            save_file(tensors, partial)
+
+    def _passes(self, shard: _Members) -> Iterator[_Members]:
+        """Runs of whole texts of at most `pass_tokens` tokens together, or of one text."""
+        ends = np.append(np.flatnonzero(np.diff(shard.text)) + 1, len(shard.text))  # one past each text's last member
+        start = size = last = 0
+        for end in ends.tolist():
+            length = int(shard.offset[end - 1]) + 1
+            if last > start and size + length > self.pass_tokens:
+                yield shard.part(start, last)
+                start, size = last, 0
+            size, last = size + length, end
+        yield shard.part(start, last)
+
+    def _pass(self, texts: Sequence[TokenIds], part: _Members) -> torch.Tensor:
+        """KV of the members, [n, layers, 2, kv_heads, head_dim] in the pool's dtype on the CPU, K at position 0."""
+        distinct, place = np.unique(part.text, return_inverse=True)
+        lengths = np.zeros(len(distinct), np.int64)
+        np.maximum.at(lengths, place, part.offset + 1)
+        begins = np.cumsum(lengths) - lengths
+        runs = [texts[text][:length] for text, length in zip(distinct.tolist(), lengths.tolist(), strict=True)]
+        num_before = len(self.instruction)
+        work = assemble_blocks(runs, self._instruction_kv, num_before, self.decoder.device)
+        keep = [
+            Keep(row, row + 1, num_before + offset)
+            for row, offset in zip((begins[place] + part.offset).tolist(), part.offset.tolist(), strict=True)
+        ]
+        kept = self.decoder.forward(replace(work, keep=keep)).kept
+        return torch.cat(kept, dim=3).permute(3, 0, 1, 2, 4).to("cpu", self.kv_dtype).contiguous()
+
+    @functools.cached_property
+    def _instruction_kv(self) -> torch.Tensor:
+        work = assemble_blocks([self.instruction], None, 0, self.decoder.device)
+        return self.decoder.forward(work).kept[0].contiguous()
+
+    def _load(self, number: int) -> tuple[Ints, torch.Tensor, torch.Tensor]:
+        tensors = load_file(self._shard_path(number))
+        return tensors["prototype"].numpy(), tensors["weight"], tensors["kv"]
+
+
+def check_config(config: PrototypeConfig) -> None:
+    """Raises ConfigError for what cannot work."""
+    counts = ("prototypes", "tables", "bits", "bucket_width", "members", "texts_per_shard")
+    for name in counts:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.bits > 48:
+        raise ConfigError(f"bits must be at most 48, got {config.bits}; 10 to 20 are useful")
+    if not 0.0 < config.threshold <= 1.0:
+        raise ConfigError(f"threshold must be a cosine above 0 and at most 1, got {config.threshold}")
+
+
+def coverage(matcher: Matcher, texts: Sequence[TokenIds]) -> Coverage:
+    """What a pool stands for in texts that it was not made from."""
+    matches = [matcher.match(text, 0) for text in texts]
+    language = [~matcher.fresh[np.array(text, dtype=np.int64)] for text in texts]
+    reused = np.concatenate([found.reused for found in matches])
+    cosine = np.concatenate([found.cosine for found in matches])
+    asked = np.concatenate(language)
+    share, near = (float(values[asked].mean()) if asked.any() else 0.0 for values in (reused, cosine))
+    return Coverage(len(texts), len(reused), float(reused.mean()), share, near)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """All tokens of all texts that may be taken from a pool, in the texts' order."""
+
+    words: Words
+    text: Ints  # [n]
+    offset: Ints  # [n]
+
+    @classmethod
+    def of(cls, texts: Sequence[TokenIds], fresh: BoolArray, bucket_width: int) -> _Tokens:
+        lengths = np.array([len(text) for text in texts], dtype=np.int64)
+        flat = np.fromiter((token for text in texts for token in text), np.int64, int(lengths.sum()))
+        text = np.repeat(np.arange(len(texts)), lengths)
+        offset = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        usable = ~fresh[flat]
+        return cls(Words(flat[usable], offset[usable] // bucket_width), text[usable], offset[usable])
+
+    def members(self, canonical: Canonical, most: int) -> _Members:
+        """The first `most` occurrences of each prototype's word."""
+        codes, wanted = self.words.codes, canonical.words.codes
+        place = np.minimum(np.searchsorted(wanted, codes), len(wanted) - 1)
+        seen = np.flatnonzero(wanted[place] == codes)
+        by_prototype = seen[np.argsort(place[seen], kind="stable")]
+        prototype = place[by_prototype]
+        count = np.bincount(prototype, minlength=len(wanted))
+        rank = np.arange(len(prototype)) - np.repeat(np.cumsum(count) - count, count)
+        chosen = np.sort(by_prototype[rank < most])
+        return _Members(place[chosen], self.text[chosen], self.offset[chosen], np.minimum(count, most)[place[chosen]])
+
+
+def _shards(members: _Members, texts_per_shard: int) -> Iterator[_Members]:
+    """The members of so many texts each; texts without members are passed over."""
+    firsts = np.unique(members.text, return_index=True)[1][::texts_per_shard]
+    bounds = [*firsts.tolist(), len(members.text)]
+    for start, stop in itertools.pairwise(bounds):
+        yield members.part(start, stop)

@@ -1,0 +1,1 @@
+"""The tiers below the pool: one contract, and its keepers."""

@@ -1,0 +1,108 @@
+"""What is cached: sizes, owners, pins and a byte budget. Holds no KV and never imports torch.
+
+    0 ≤ pinned bytes ≤ used bytes = Σ entry bytes ≤ budget
+
+Room is made before a block is added, so the budget holds at every moment. Not thread-safe: the pool locks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rcllm.core.ranking import ContentKey
+from rcllm.errors import CapacityError
+from rcllm.store.evict import GreedyDual
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    num_bytes: int
+    cost: float  # of computing it again, in FLOPs
+    owner: str | None  # item id or user id; whoever is erased
+
+
+class Index:
+    """Entries by content key, within `budget` bytes."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.used = 0
+        self.evictions = 0
+        self._entries: dict[ContentKey, Entry] = {}
+        self._pins: Counter[ContentKey] = Counter()
+        self._order = GreedyDual()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[ContentKey]:
+        return iter(self._entries)
+
+    def __getitem__(self, key: ContentKey) -> Entry:
+        return self._entries[key]
+
+    def touch(self, key: ContentKey) -> None:
+        """Notes a use."""
+        entry = self._entries[key]
+        self._order.touch(key, entry.cost / entry.num_bytes)
+
+    def pin(self, key: ContentKey) -> None:
+        """Keeps an entry from eviction until `unpin` was called as often."""
+        assert key in self._entries
+        self._pins[key] += 1
+
+    def unpin(self, key: ContentKey) -> None:
+        self._pins[key] -= 1
+        assert self._pins[key] >= 0, "unpinned more often than pinned"
+        if not self._pins[key]:
+            del self._pins[key]
+
+    def make_room(self, num_bytes: int) -> list[ContentKey]:
+        """Evicts until `num_bytes` fit, and returns who went.
+
+        Raises CapacityError, with nothing evicted, when the pinned entries leave too little.
+        """
+        pinned = sum(self._entries[key].num_bytes for key in self._pins if key in self._entries)
+        if pinned + num_bytes > self.budget:
+            raise CapacityError(
+                f"{num_bytes / 1e6:.1f} MB of KV do not fit: of the pool's {self.budget / 1e6:.1f} MB, "
+                f"{pinned / 1e6:.1f} MB are in use by running requests. Give the cache more memory (cache.memory_mb), "
+                "store it in 16 bits (cache.kv_dtype = 'fp16'), or send fewer candidates at once"
+            )
+        gone = []
+        while self.used + num_bytes > self.budget:
+            victim = self._order.pop(self._pins)
+            assert victim is not None, "unpinned bytes without an entry to evict"
+            self.used -= self._entries.pop(victim).num_bytes
+            self.evictions += 1
+            gone.append(victim)
+        return gone
+
+    def add(self, key: ContentKey, entry: Entry) -> None:
+        """Adds an entry for which room was made."""
+        assert key not in self._entries
+        assert self.used + entry.num_bytes <= self.budget
+        self._entries[key] = entry
+        self.used += entry.num_bytes
+        self.touch(key)
+
+    def remove(self, key: ContentKey) -> None:
+        """Drops an entry. What a running request has pinned of it lives on, unlisted, until that request ends."""
+        self.used -= self._entries.pop(key).num_bytes
+        self._order.forget(key)
+
+    def owned_by(self, owner: str) -> list[ContentKey]:
+        return [key for key, entry in self._entries.items() if entry.owner == owner]
+
+    def check(self) -> None:
+        """Asserts the invariant."""
+        total = sum(entry.num_bytes for entry in self._entries.values())
+        numbers = f"used {self.used}, sum {total}, budget {self.budget}, {len(self)} entries, {len(self._pins)} pinned"
+        assert self.used == total <= self.budget, numbers
+        assert all(count > 0 for count in self._pins.values()), numbers
+        self._order.check(set(self._entries))

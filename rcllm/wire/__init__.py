@@ -1,0 +1,1 @@
+"""Requests and answers as JSON lines. Knows nothing of engines, and never imports torch."""

@@ -1,0 +1,169 @@
+"""`rcllm describe`, from the command line: files in and out, kills, refusals, the dry run."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests.cli.conftest import Run, Shop, read_lines, write_lines
+
+_ROOT = Path(__file__).resolve().parents[2]
+FEW = ("--max-tokens", "12", "--batch", "4", "--threads", "1")
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Path:
+    rows = [
+        {"user_id": f"u{n}", "history": [f"i{(n * 7 + step) % 40}" for step in range(1 + n % 5)]} for n in range(24)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "users.parquet")
+    return tmp_path / "users.parquet"
+
+
+def _words(shop: Shop, rows: Path, out: Path, *more: Any) -> list[str]:
+    return [str(word) for word in ("describe", rows, "--out", out, *shop.on_items, *FEW, *more)]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return list(pq.read_table(path).drop(["described_at"]).to_pylist())
+
+
+def _texts(path: Path) -> list[tuple[Any, ...]]:
+    """What does not depend on how much was drafted."""
+    return [(row["row"], row["user_id"], row["text"], row["num_tokens"], row["seed"]) for row in _rows(path)]
+
+
+def test_users_in_parquet(run: Run, shop: Shop, users: Path, tmp_path: Path) -> None:
+    out = tmp_path / "knowledge.parquet"
+    shown = run(*_words(shop, users, out, "--price-per-hour", "2"))
+    assert shown.exit_code == 0, shown.stderr
+    rows = _rows(out)
+    assert [row["user_id"] for row in rows] == [f"u{n}" for n in range(24)]
+    assert {row["template"][:17] for row in rows} == {"describe_user v1 "}
+    assert all(0 < row["num_tokens"] <= 12 for row in rows)
+    assert re.search(r"users +24 *\n", shown.stdout)
+    assert re.search(r"a million rows +\d+ hours of this machine, [\d,.]+ at 2.0 an hour", shown.stdout)
+
+
+def test_speculation_changes_no_text(run: Run, shop: Shop, users: Path, tmp_path: Path) -> None:
+    modes = {"a": ("--speculate", "none"), "b": ("--groups", "2"), "c": ("--no-share-text",)}
+    for name, mode in modes.items():
+        shown = run(*_words(shop, users, tmp_path / name, *mode))
+        assert shown.exit_code == 0, shown.stderr
+    assert _texts(tmp_path / "a") == _texts(tmp_path / "b") == _texts(tmp_path / "c")
+
+
+@pytest.mark.slow  # tests/describe/test_job.py dies at every step, but in one process
+def test_a_job_killed_again_and_again_ends_as_one_that_never_was(
+    run: Run, shop: Shop, users: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole.parquet", tmp_path / "out.parquet"
+    often = ("--checkpoint-every", "2")
+    assert run(*_words(shop, users, whole, *often)).exit_code == 0
+    done: list[int] = []
+    for parts in (1, 4, 7):
+        words = _words(shop, users, out, *often)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rcllm.cli.app", *words],
+            cwd=_ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        work = out.with_name("out.parquet.work")
+        until = time.monotonic() + 120
+        while len(list(work.glob("part-*.parquet"))) < parts and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        _, error = process.communicate()
+        assert process.returncode == -signal.SIGKILL, error.decode()
+        done.append(len(list(work.glob("part-*.parquet"))))
+        assert not out.exists()
+    assert 1 <= done[0] <= done[1] <= done[2] < 12
+    shown = run(*_words(shop, users, out, *often))
+    assert shown.exit_code == 0, shown.stderr
+    assert re.search(rf"users +24, {2 * done[2]} of them in earlier runs", shown.stdout)
+    assert _texts(out) == _texts(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "users.parquet", "whole.parquet"]
+
+
+def test_other_settings_are_refused(run: Run, shop: Shop, users: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    assert run(*_words(shop, users, out)).exit_code == 0
+    again = run(*_words(shop, users, out))
+    assert again.exit_code == 0, again.stderr
+    other = run(*_words(shop, users, out, "--seed", "3"))
+    assert other.exit_code == 2
+    assert "seed was 0, is 3" in other.stderr
+
+
+def test_items_relaxed_with_pools(run: Run, shop: Shop, tmp_path: Path) -> None:
+    out, pools = tmp_path / "out.parquet", tmp_path / "pools"
+    words = ("describe", shop.items, "--out", out, "--kind", "item", "--model", shop.model, "--memory-mb", "6000", *FEW)
+    shown = run(*words, "--speculate", "relaxed", "--k", "2", "--p", "0", "--pools", pools, "--limit", "9")
+    assert shown.exit_code == 0, shown.stderr
+    rows = _rows(out)
+    assert [row["item_id"] for row in rows] == [f"i{n}" for n in range(9)]
+    assert {row["speculation"] for row in rows} == {"relaxed(2, 0.0)"}
+    assert f"{sum(row['num_divergences'] for row in rows)} accepted tokens that plain decoding" in shown.stdout
+    assert (pools / "manifest.json").exists()
+
+
+def test_bad_rows_are_kept_apart(run: Run, shop: Shop, tmp_path: Path) -> None:
+    rows = [{"user_id": "u1", "history": ["i1", "gone"]}, {"user_id": "u2", "history": ["gone"]}, {"history": ["i1"]}]
+    users, out = write_lines(tmp_path / "users.jsonl", rows), tmp_path / "out.parquet"
+    shown = run(*_words(shop, users, out))
+    assert shown.exit_code == 0, shown.stderr
+    assert "2 rows could not be described" in shown.stderr
+    assert [(row["user_id"], row["num_unknown"]) for row in _rows(out)] == [("u1", 1)]
+    rejects = read_lines((tmp_path / "out.rejects.jsonl").read_text(encoding="utf-8"))
+    assert [(each["row"], each["name"]) for each in rejects] == [(2, "u2"), (3, None)]
+    strict = run(*_words(shop, users, tmp_path / "strict.parquet", "--strict"))
+    assert strict.exit_code == 1
+    assert "row 2: none of the 1 items" in strict.stderr
+
+
+def test_a_dry_run_writes_nothing(run: Run, shop: Shop, users: Path, tmp_path: Path) -> None:
+    shown = run(*_words(shop, users, tmp_path / "new" / "out.parquet", "--dry-run", "--price-per-hour", "1"))
+    assert shown.exit_code == 0, shown.stderr
+    assert re.search(r"rows +24 to describe, 0 that cannot be used", shown.stdout)
+    assert re.search(r"prompt tokens +[\d,]+ *\n", shown.stdout)
+    assert re.search(r"measured +8 answers", shown.stdout)
+    assert [path.name for path in tmp_path.iterdir()] == ["users.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--kind", "shop"), "unknown --kind 'shop'"),
+        (("--speculate", "wild"), "unknown speculation 'wild'"),
+        (("--template", "shopping"), "is for rankings"),
+        (("--kind", "item"), "leave out --items"),
+        (("--speculate", "relaxed", "--temperature", "1"), "is for greedy decoding"),
+    ],
+)
+def test_what_cannot_be_is_said(
+    run: Run, shop: Shop, users: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    shown = run(*_words(shop, users, tmp_path / "out.parquet", *words))
+    assert shown.exit_code == 2
+    assert message in shown.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["users.parquet"]
+
+
+def test_files_that_are_not_there(run: Run, shop: Shop, users: Path, tmp_path: Path) -> None:
+    shown = run(*_words(shop, users, users / "out.parquet"))
+    assert shown.exit_code == 1
+    assert "cannot be written" in shown.stderr
+    missing = run(*_words(shop, tmp_path / "nobody.parquet", tmp_path / "out.parquet"))
+    assert missing.exit_code == 1
+    assert "no such file" in missing.stderr

@@ -1,0 +1,95 @@
+"""`rcllm pull`, `warm`, `bench ttft`, `doctor` and `demo`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Run, Shop, write_lines
+
+from rcllm.cli.demo import QUICK_RUN
+
+
+def test_pull_a_folder_prints_it(run: Run, shop: Shop) -> None:
+    shown = run("pull", shop.model)
+    assert shown.exit_code == 0
+    assert shown.stdout.strip() == str(shop.model)
+
+
+def test_pull_an_unknown_name(run: Run) -> None:
+    shown = run("pull", "smollm")
+    assert shown.exit_code == 2
+    assert "did you mean 'smollm2-135m-instruct'?" in shown.stderr
+
+
+def test_warm_tells_what_a_catalogue_needs(run: Run, shop: Shop) -> None:
+    shown = run("warm", *shop.on_items, "--limit", "5")
+    assert shown.exit_code == 0, shown.stderr
+    assert "40 items, 80 distinct blocks" in shown.stdout
+    assert "10 of 10 blocks of 5 items" in shown.stdout
+    assert re.search(r"fits +yes", shown.stdout)
+    assert re.search(r"time for all +about 0:00:\d\d", shown.stdout)
+
+
+def test_warm_tells_that_a_catalogue_does_not_fit(run: Run, shop: Shop, tmp_path: Path) -> None:
+    config = tmp_path / "rcllm.toml"
+    config.write_text("[cache]\npool_mb = 1\n", encoding="utf-8")
+    titles = [{"item_id": n, "title": f"{n} {n * 7919} {n * 104729}"} for n in range(400)]
+    items = write_lines(tmp_path / "items.jsonl", titles)
+    shown = run("warm", "--model", shop.model, "--items", items, "--config", config)
+    assert shown.exit_code == 0, shown.stderr
+    assert re.search(r"fits +no, about \d+% of it", shown.stdout)
+    assert "(full)" in shown.stdout
+
+
+@pytest.mark.parametrize("source", ["requests", "dataset"])
+def test_bench_ttft(run: Run, shop: Shop, tmp_path: Path, source: str) -> None:
+    out = tmp_path / "bench.json"
+    made = ["--in", str(shop.requests)] if source == "requests" else ["--candidates", "6", "--history", "3"]
+    words = ("bench", "ttft", *shop.on_dataset, *made, "--count", "3", "--levels", "blocks tail(0.2)", "--out", out)
+    shown = run(*words)
+    assert shown.exit_code == 0, shown.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["level"] for row in rows] == ["full", "exact", "blocks", "tail(0.2)"]
+    assert all(row["num_requests"] == 3 and row["ttft_p50_ms"] > 0 and row["tokens_computed"] == 0 for row in rows)
+    assert rows[0]["speedup_full"] == 1.0
+    assert rows[0]["tau"] == rows[1]["tau"] == pytest.approx(1.0)
+    assert rows[2]["fresh_tokens"] < rows[3]["fresh_tokens"] < rows[1]["fresh_tokens"] < rows[0]["fresh_tokens"]
+    assert "prefix caching" in shown.stdout
+
+
+def test_bench_needs_requests(run: Run, shop: Shop) -> None:
+    shown = run("bench", "ttft", *shop.on_items)
+    assert shown.exit_code == 2
+    assert "--in FILE" in shown.stderr
+
+
+def test_doctor_on_a_tiny_model(run: Run, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rcllm.model.ceilings._SECONDS", 0.0)
+    shown = run("doctor", "--model", shop.model)
+    assert shown.exit_code == 0, shown.stdout
+    for words in ("instruction set", "bytes per token", "items of 100 tokens", "GFLOP/s", "GB/s", "do not fit"):
+        assert words in shown.stdout
+
+
+def test_doctor_misses_a_model(run: Run) -> None:
+    shown = run("doctor", "--model", "nobody/nothing")
+    assert shown.exit_code == 1
+    assert "rcllm pull nobody/nothing" in shown.stdout
+
+
+def test_doctor_finds_too_little_memory(run: Run, shop: Shop) -> None:
+    shown = run("doctor", "--model", shop.model, "--memory-mb", "1")
+    assert shown.exit_code == 1
+    assert "Raise cache.memory_mb" in shown.stdout
+
+
+@pytest.mark.slow
+def test_demo_quick_on_the_real_model(run: Run) -> None:
+    shown = run("demo", "--quick")
+    assert shown.exit_code == 0, shown.stderr
+    assert f"{QUICK_RUN.num_requests} requests" in shown.stdout
+    for words in ("label", "likelihood", "blocks", "Kendall", "watched", "what the user chose next", "rcllm explain"):
+        assert words in shown.stdout

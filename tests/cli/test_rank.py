@@ -1,0 +1,137 @@
+"""`rcllm rank` and `rcllm explain` on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cli.conftest import Run, Shop, read_lines, write_lines
+
+GOOD: dict[str, Any] = {"request_id": "good", "history": ["i1"], "candidates": ["i3", "i4", "i5"]}
+
+
+def test_answers_come_in_order_with_what_they_cost(run: Run, shop: Shop) -> None:
+    shown = run("rank", *shop.on_items, "--in", shop.requests)
+    assert shown.exit_code == 0, shown.stderr
+    answers = read_lines(shown.stdout)
+    assert [answer["request_id"] for answer in answers] == ["r0", "r1", "r2"]
+    first = answers[0]
+    assert sorted(first["ranking"]) == ["i10", "i30", "i5"]
+    assert list(first["scores"]) == first["ranking"]
+    assert sorted(first["scores"].values(), reverse=True) == list(first["scores"].values())
+    assert first["tokens_reused"] > 0
+    assert first["tokens_computed"] == 0, "warmed before"
+    assert "receipt" not in first
+
+
+def test_without_warming_blocks_are_computed_with_the_request(run: Run, shop: Shop) -> None:
+    [first, *_] = read_lines(run("rank", *shop.on_items, "--in", shop.requests, "--no-warm").stdout)
+    assert first["tokens_computed"] > 0
+
+
+@pytest.mark.parametrize("level", ["full", "exact", "tail(0.5)"])
+def test_levels(run: Run, shop: Shop, level: str) -> None:
+    words = ("rank", *shop.on_items, "--in", shop.requests, "--allow-uncalibrated")
+    [first, *_] = read_lines(run(*words, "--level", level).stdout)
+    assert first["level"] == level
+
+
+def test_batches_give_the_same_ranking(run: Run, shop: Shop) -> None:
+    words = ("rank", *shop.on_items, "--in", shop.requests, "--readout", "likelihood")
+    one, three = (read_lines(run(*words, "--batch", size).stdout) for size in (1, 3))
+    assert [answer["ranking"] for answer in one] == [answer["ranking"] for answer in three]
+    assert three[0]["batch_size"] == 3
+
+
+def test_receipts_and_a_file_that_is_whole(run: Run, shop: Shop, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "answers.jsonl"
+    shown = run("rank", *shop.on_items, "--in", shop.requests, "--out", out, "--receipts", "--label-place", "before")
+    assert shown.exit_code == 0, shown.stderr
+    assert shown.stdout == ""
+    answers = read_lines(out.read_text(encoding="utf-8"))
+    assert answers[0]["receipt"]["label_place"] == "before"
+    assert {block["kind"] for block in answers[0]["receipt"]["blocks"]} >= {"instruction", "history", "item"}
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_requests_from_stdin(run: Run, shop: Shop) -> None:
+    shown = run("rank", *shop.on_items, "--in", "-", stdin=shop.requests.read_text(encoding="utf-8"))
+    assert len(read_lines(shown.stdout)) == 3
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_bad_rows_and_requests_become_lines(run: Run, shop: Shop, tmp_path: Path, batch: int) -> None:
+    path = tmp_path / "requests.jsonl"
+    write_lines(path, [GOOD, {**GOOD, "request_id": "unknown", "candidates": ["i3", "nope"]}, GOOD])
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"request_id": "cut"\n\n{"request_id": "empty", "candidates": []}\n')
+    shown = run("rank", *shop.on_items, "--in", path, "--batch", batch)
+    assert shown.exit_code == 1
+    answers = read_lines(shown.stdout)
+    assert [answer["request_id"] for answer in answers] == ["good", "unknown", "good", None, "empty"]
+    assert "nope" in answers[1]["error"]
+    assert answers[3]["line"] == 4
+    assert answers[4]["line"] == 6
+    assert f"{path}, line 4: expected a JSON object" in shown.stderr
+    assert "3 of 5 requests failed" in shown.stderr
+
+
+def test_strict_stops_and_leaves_no_file(run: Run, shop: Shop, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    path = write_lines(tmp_path / "requests.jsonl", [GOOD, {**GOOD, "candidates": ["nope"]}])
+    shown = run("rank", *shop.on_items, "--in", path, "--strict", "--out", out)
+    assert shown.exit_code == 1
+    assert "line 2" in shown.stderr
+    assert not list(tmp_path.glob("*answers*"))
+
+
+def test_an_empty_file_is_an_error(run: Run, shop: Shop, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "requests.jsonl", [])
+    shown = run("rank", *shop.on_items, "--in", path)
+    assert shown.exit_code == 1
+    assert "empty file" in shown.stderr
+
+
+def test_an_output_that_cannot_be_written(run: Run, shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    shown = run("rank", *shop.on_items, "--in", shop.requests, "--out", tmp_path / "file" / "answers.jsonl")
+    assert shown.exit_code == 1
+    assert "cannot be written" in shown.stderr
+
+
+def test_volatile_columns_and_sampled_context(run: Run, shop: Shop) -> None:
+    words = ("rank", *shop.on_dataset, "--items", shop.items, "--in", shop.requests, "--receipts")
+    reusing = ("--level", "blocks", "--allow-uncalibrated")
+    [first, *_] = read_lines(run(*words, *reusing, "--context", "mean(2)", "--volatile", "price").stdout)
+    assert first["receipt"]["context"] == "mean(2)"
+    fresh = [block for block in first["receipt"]["blocks"] if block["kind"] == "label" and block["owner"] == "i5"]
+    assert fresh, "the price is a fresh block of its item"
+
+
+def test_explain_shows_every_block(run: Run, shop: Shop) -> None:
+    words = ("explain", *shop.on_items, "--request", f"{shop.requests}:2", "--allow-uncalibrated")
+    shown = run(*words, "--level", "linked(2)")
+    assert shown.exit_code == 0, shown.stderr
+    for words in (
+        "Request r1",
+        "instruction",
+        "lamp number 5",
+        "position-free block",
+        "[bold] rug number 0",
+        "MB read",
+    ):
+        assert words in shown.stdout
+    assert "corrected by the level's budget" in shown.stdout
+    assert "what the user chose next" in shown.stdout
+
+
+def test_explain_on_a_cold_cache(run: Run, shop: Shop) -> None:
+    assert "computed" in run("explain", *shop.on_items, "--request", shop.requests, "--no-warm").stdout
+
+
+@pytest.mark.parametrize(("where", "said"), [(":9", "no"), (":0", "line 0")])
+def test_explain_needs_a_line_that_exists(run: Run, shop: Shop, where: str, said: str) -> None:
+    shown = run("explain", *shop.on_items, "--request", f"{shop.requests}{where}")
+    assert shown.exit_code == 1
+    assert said in shown.stderr

@@ -1,0 +1,165 @@
+"""`rcllm recommend` on a tiny random decoder with its catalogue inside, and on a model with codes from a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from tests.cli.conftest import Run, Shop, read_lines, write_lines
+from tokenizers import AddedToken
+
+from rcllm.codes.index import CodeIndex
+from rcllm.codes.sid_files import write_codes
+from rcllm.core.ranking import ItemId
+from rcllm.sid.model_folder import save_model
+from rcllm.sid.network import CodeNetwork, NetworkConfig
+from rcllm.sid.vocabulary import Vocabulary
+from tests.tiny_models import tiny_model
+
+SIZES = (5, 6, 4)
+NUM_ITEMS = 40
+TEMPLATE = """
+name = "asks-for-codes"
+version = 1
+open = true
+system = "You recommend."
+instruction = "The user bought:"
+history_head = ""
+event = ["\\n- {title} {sid}"]
+event_text = "\\n- {text}"
+question = "\\nNext: "
+max_event_tokens = 60
+"""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    model: Path  # of `rcllm sid train`
+    requests: Path
+
+    @property
+    def words(self) -> list[object]:
+        return ["recommend", "--model", self.model, "--memory-mb", 6000, "--in", self.requests]
+
+
+def _code_index() -> CodeIndex:
+    rng = np.random.default_rng(0)
+    codes = np.stack([rng.integers(0, size, NUM_ITEMS) for size in SIZES], axis=1).astype(np.int32)
+    codes[0] = [size - 1 for size in SIZES]  # so that a file of codes tells the sizes
+    return CodeIndex.build(codes, tuple(ItemId(f"i{i}") for i in range(NUM_ITEMS)), SIZES)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    folder = tmp_path_factory.mktemp("decoder")
+    config = NetworkConfig(hidden_size=32, num_layers=2, num_heads=1, num_kv_heads=1, ffn_size=48)
+    hf_config = config.hf_config(len(Vocabulary(SIZES)), 256)
+    network = CodeNetwork(config, hf_config)
+    network.reset(seed=1)
+    save_model(folder / "model", network.state_dict(), hf_config, _code_index(), {})
+    requests: list[dict[str, Any]] = [{"request_id": f"r{i}", "history": ["i1", f"i{i}"]} for i in range(4)]
+    requests[1] |= {"n": 3, "deny": ["i5"], "user_id": "u1"}
+    requests[2] |= {"allow": ["i7", "i8"], "rule": "mask", "beam": 2, "level": "full"}
+    return Decoder(folder / "model", write_lines(folder / "requests.jsonl", requests))
+
+
+def test_answers_come_in_order(run: Run, decoder: Decoder) -> None:
+    shown = run(*decoder.words, "--n", 6, "--batch", 3)
+    assert shown.exit_code == 0, shown.stderr
+    answers = read_lines(shown.stdout)
+    assert [answer["request_id"] for answer in answers] == ["r0", "r1", "r2", "r3"]
+    assert [len(answer["items"]) for answer in answers] == [6, 3, 2, 6]
+    assert sorted(answers[2]["items"]) == ["i7", "i8"]
+    for answer in answers:
+        assert answer["scores"] == sorted(answer["scores"], reverse=True)
+        assert "receipt" not in answer
+        assert answer["tokens_fresh"] > 0
+
+
+def test_files_of_items_hold_for_every_request(run: Run, decoder: Decoder, tmp_path: Path) -> None:
+    (tmp_path / "allow.txt").write_text("i3\ni4\n\ni5 \ni7\n", encoding="utf-8")
+    (tmp_path / "deny.txt").write_text("i4\ni7\n", encoding="utf-8")
+    words = ("--allow", tmp_path / "allow.txt", "--deny", tmp_path / "deny.txt")
+    answers = read_lines(run(*decoder.words, *words).stdout)
+    assert [sorted(answer["items"]) for answer in answers] == [["i3", "i5"], ["i3"], ["i8"], ["i3", "i5"]]
+
+
+def test_unseen_leaves_out_each_users_own_history(run: Run, decoder: Decoder) -> None:
+    answers = read_lines(run(*decoder.words, "--n", 100, "--unseen").stdout)
+    for i, answer in enumerate(answers):
+        assert not {"i1", f"i{i}"} & set(answer["items"])
+    assert "i0" in answers[3]["items"], "what others have seen is not left out"
+
+
+def test_explain_shows_items_levels_and_the_receipt(run: Run, decoder: Decoder, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    shown = run(*decoder.words, "--explain", "--out", out)
+    assert shown.exit_code == 0, shown.stderr
+    assert shown.stdout == ""
+    for words in ("Request r0: 10 items", "valid children", "not allowed", "KV read", "epoch 0", "prefill"):
+        assert words in shown.stderr
+    receipt = read_lines(out.read_text(encoding="utf-8"))[0]["receipt"]
+    assert len(receipt["steps"]) == 3
+    assert receipt["beam"] == 64
+
+
+def test_bad_requests_become_lines(run: Run, decoder: Decoder, tmp_path: Path) -> None:
+    good = {"request_id": "good", "history": ["i1"]}
+    rows = [good, {**good, "history": ["nope"]}, {**good, "n": 0}, {**good, "candidates": ["i1"]}, good]
+    path = write_lines(tmp_path / "requests.jsonl", rows)
+    shown = run(*decoder.words[:-1], path)
+    assert shown.exit_code == 1
+    answers = read_lines(shown.stdout)
+    assert len(answers) == 5
+    assert answers[0]["items"] == answers[4]["items"] != []
+    for answer, said in zip(answers[1:4], ("'nope' is not in the catalogue", "'n'", "'candidates'"), strict=True):
+        assert said in answer["error"]
+    assert "3 of 5 requests failed" in shown.stderr
+    assert run(*decoder.words[:-1], path, "--strict").exit_code == 1
+
+
+def test_what_is_missing_is_said(run: Run, decoder: Decoder, shop: Shop, tmp_path: Path) -> None:
+    requests = ("--in", decoder.requests)
+    for words, said, code in (
+        (("recommend", *requests), "rcllm sid train", 2),
+        (("recommend", "--model", shop.model, *requests), "holds no catalogue", 1),
+        ((*decoder.words, "--deny", tmp_path / "none.txt"), "an item id per line", 1),
+        ((*decoder.words, "--codes", tmp_path / "codes.json"), "--template", 2),
+    ):
+        shown = run(*words)
+        assert shown.exit_code == code, shown.stderr
+        assert said in shown.stderr
+
+
+def test_a_model_with_semantic_ids_in_its_vocabulary(run: Run, shop: Shop, decoder: Decoder, tmp_path: Path) -> None:
+    """As MiniOneRec's: added tokens beside those of text, and an index file."""
+    code_index = _code_index()
+    model = tiny_model("llama", tmp_path, vocab_size=512 + sum(SIZES), max_position_embeddings=2048)
+    backend = tokenizers.Tokenizer.from_file(str(shop.model / "tokenizer.json"))
+    names = [f"<{'abc'[level]}_{code}>" for level, size in enumerate(SIZES) for code in range(size)]
+    backend.add_tokens([AddedToken(name, normalized=False) for name in names])
+    backend.save(str(model / "tokenizer.json"))
+    (tmp_path / "template.toml").write_text(TEMPLATE, encoding="utf-8")
+    write_codes(tmp_path / "codes.json", code_index)
+    items = [{"item_id": item_id, "title": f"lamp {item_id}"} for item_id in code_index.item_ids]
+    words = ["recommend", "--model", model, "--memory-mb", 6000, "--codes", tmp_path / "codes.json"]
+    words += ["--items", write_lines(tmp_path / "items.jsonl", items), "--in", decoder.requests, "--explain"]
+    shown = run(*words, "--template", tmp_path / "template.toml")
+    assert shown.exit_code == 0, shown.stderr
+    answers = read_lines(shown.stdout)
+    assert sorted(answers[2]["items"]) == ["i7", "i8"]
+    assert all(set(answer["items"]) <= set(code_index.item_ids) for answer in answers)
+    assert "lamp i" in shown.stderr
+    title = len(backend.encode("\n- lamp i1 ", add_special_tokens=False).ids)
+    begin = len(backend.encode("You recommend.The user bought:", add_special_tokens=False).ids)
+    assert answers[0]["receipt"]["num_tokens"] < begin + 2 * (title + len(SIZES)) + 20, "a code is one token"
+
+
+def test_help_teaches(run: Run) -> None:
+    shown = run("recommend", "--help").stdout
+    for words in ("--beam", "--allow", "--deny", "--codes", "rcllm sid train", "request_id"):
+        assert words in shown

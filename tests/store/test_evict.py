@@ -1,0 +1,71 @@
+"""GreedyDual-Size on hand-made cases."""
+
+from __future__ import annotations
+
+from rcllm.core.ranking import ContentKey
+from rcllm.store.evict import GreedyDual
+
+A, B, C, D = (ContentKey(name) for name in (b"a", b"b", b"c", b"d"))
+
+
+def victims(order: GreedyDual, pinned: tuple[ContentKey, ...] = ()) -> list[ContentKey]:
+    gone = []
+    while (victim := order.pop(pinned)) is not None:
+        gone.append(victim)
+    return gone
+
+
+def filled(**costs: float) -> GreedyDual:
+    order = GreedyDual()
+    for name, cost in costs.items():
+        order.touch(ContentKey(name.encode()), cost)
+    return order
+
+
+def test_the_cheapest_per_byte_goes_first() -> None:
+    assert victims(filled(a=3.0, b=1.0, c=2.0)) == [B, C, A]
+
+
+def test_equal_costs_go_in_order_of_last_use() -> None:
+    order = filled(a=1.0, b=1.0, c=1.0)
+    order.touch(A, 1.0)
+    assert victims(order) == [B, C, A]
+
+
+def test_what_is_not_used_ages() -> None:
+    """b costs 5 to recompute, and yet goes before a block of cost 3 that came after the clock had risen to 4."""
+    order = filled(a=4.0, b=5.0)
+    assert order.pop(()) == A  # the clock is 4
+    order.touch(C, 3.0)  # priority 7
+    order.touch(D, 0.5)  # priority 4.5
+    assert victims(order) == [D, B, C]
+
+
+def test_a_use_lifts_a_block_over_the_clock() -> None:
+    order = filled(a=4.0, b=5.0, c=4.5)
+    assert order.pop(()) == A
+    order.touch(C, 4.5)  # 8.5 now
+    assert victims(order) == [B, C]
+
+
+def test_pinned_blocks_stay_and_keep_their_place() -> None:
+    order = filled(a=1.0, b=2.0, c=3.0)
+    assert victims(order, (A, C)) == [B]
+    order.check({A, C})
+    assert victims(order) == [A, C]
+
+
+def test_what_is_forgotten_is_no_victim_and_may_come_back() -> None:
+    order = filled(a=1.0, b=2.0)
+    order.forget(A)
+    order.forget(A)
+    order.touch(A, 9.0)
+    assert victims(order) == [B, A]
+
+
+def test_many_uses_do_not_grow_the_heap_without_bound() -> None:
+    order = filled(a=1.0, b=2.0)
+    for _ in range(10_000):
+        order.touch(A, 1.0)
+    assert len(order._heap) < 200
+    order.check({A, B})
