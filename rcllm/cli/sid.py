@@ -10,28 +10,31 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
+from rcllm.cli.codes import code_facts, code_warnings, comparison_table, levels_of, verdict
 from rcllm.cli.options import spread
 from rcllm.cli.screen import busy, console, progress, say
 from rcllm.cli.tables import facts_table
+from rcllm.codes.index import CodeIndex
 from rcllm.codes.sid_files import read_codes, write_codes
 from rcllm.core.ranking import Interaction, ItemId
 from rcllm.data import Catalogue, ReadReport, load_dataset
 from rcllm.data.interactions import InteractionColumns, generic_interactions, parse_user, read_log
+from rcllm.durable import check_writable
 from rcllm.errors import ConfigError, DataError
 from rcllm.sid.build import BuildConfig, build_codes, code_index_of, item_texts, split_histories
 from rcllm.sid.collaborative import FloatArray
 from rcllm.sid.embed import SentenceEncoder, fetch_minilm
+from rcllm.sid.held_out import advice, cases_of, compare_held_out
 from rcllm.sid.network import NetworkConfig
-from rcllm.sid.quantise import CodeConfig, Codes, enough_levels
+from rcllm.sid.quantise import fitting
+from rcllm.sid.recommend import answers_of
 from rcllm.sid.sequences import SequenceConfig
-from rcllm.sid.train import CodeEvaluation, CodeTrainer, TrainConfig, TrainProgress
+from rcllm.sid.train import CodeEvaluation, CodeTrainer, TrainConfig, TrainProgress, check_out
 from rcllm.sid.vocabulary import sid_text
 
 _DATA, _CODES, _LEARN, _SIZE = "From what", "Which codes", "How to learn", "How large"
-_CODE, _BUILD = CodeConfig(), BuildConfig()
+_BUILD = BuildConfig()
 _TRAIN, _NETWORK, _SEQUENCES = TrainConfig(), NetworkConfig(), SequenceConfig()
 
 sid = typer.Typer(no_args_is_help=True, help="Semantic IDs: codes of items, and a decoder that generates them.")
@@ -162,7 +165,10 @@ def build_command(
         int | None,
         typer.Option(min=2, max=6, help="Codes of an item; default by the catalogue's size.", rich_help_panel=_CODES),
     ] = None,
-    size: Annotated[int, typer.Option(min=2, help="Codes of a level.", rich_help_panel=_CODES)] = _CODE.size,
+    size: Annotated[
+        int | None,
+        typer.Option(min=2, help="Codes of a level; default by the catalogue's size.", rich_help_panel=_CODES),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Give every item its semantic ID: residual k-means over embeddings of its text, and over who touched it.
@@ -171,11 +177,11 @@ def build_command(
 
     Example: `rcllm sid build --items items.jsonl --interactions users.jsonl --out codes.parquet`
     """
-    if out.suffix not in (".parquet", ".json"):
-        raise ConfigError(f"expected --out to be named .parquet or .json, got {out.name}")
+    if out.suffix not in (".parquet", ".json") or out.is_dir():
+        raise ConfigError(f"expected --out to be a file named .parquet or .json, got {out}")
+    check_writable(out)
     catalogue, rows = _read(source)
-    shape = CodeConfig(levels or enough_levels(len(catalogue), size), size, seed=seed)
-    shape.check(len(catalogue))
+    shape = fitting(len(catalogue), levels, size, seed)
     config = BuildConfig(shape, vectors.text_dimensions, vectors.collaborative_weight)
     embeddings = _embeddings(catalogue, vectors)
     training = split_histories(rows, _numbers(catalogue), "train")
@@ -184,14 +190,15 @@ def build_command(
         task = bar.add_task("quantising levels", total=shape.levels)
         codes = build_codes(embeddings, training, config, lambda done: bar.update(task, completed=done))
     write_codes(out, code_index_of(codes, tuple(catalogue)))
-    console().print(_codes_table(codes))
+    console().print(levels_of(codes))
     first = next(iter(catalogue))
     facts = {
         "codes": f"{out}: {len(catalogue):,} items, such as {first} {sid_text(codes.codes[0].tolist())}",
         "made of": f"embeddings and {len(training):,} training users" if together else "embeddings alone",
-        "collisions": f"{codes.collisions:,} items shared a semantic ID; none does now, {codes.moved:,} moved",
     }
-    console().print(facts_table("Semantic IDs", facts))
+    console().print(facts_table("Semantic IDs", facts | code_facts(codes)))
+    for warning in code_warnings(codes):
+        say(f"warning: {warning}")
 
 
 @sid.command("train")
@@ -215,6 +222,7 @@ def train_command(
     config = schedule.config(seed)
     if source.interactions is None and source.dataset is None:
         raise ConfigError("there is nothing to learn from: give --interactions FILE or --dataset FOLDER")
+    check_out(out)
     with busy("reading codes"):
         code_index = read_codes(codes)
     numbers = {item_id: number for number, item_id in enumerate(code_index.item_ids)}
@@ -242,6 +250,33 @@ def train_command(
         "trained": f"{curve[-1].epoch} epochs in {curve[-1].minutes:.1f} minutes, {len(trainer.histories):,} users",
     }
     console().print(facts_table("Trained", facts))
+    _compare(code_index, trainer, split_histories(rows, numbers, "test"), validation)
+
+
+def _compare(
+    code_index: CodeIndex,
+    trainer: CodeTrainer,
+    test: Sequence[Sequence[int]],
+    validation: Sequence[Sequence[int]],
+) -> None:
+    """Shows the model beside a guess, popularity and item-kNN, and says where it loses."""
+    max_items = trainer.config.sequences.max_items
+    whom, held_out = ("test users", test) if cases_of(test)[0] else ("validation users", validation)
+    with busy("asking held-out users"):
+        model = answers_of(trainer.folder, code_index.item_ids, max_items)
+        found = compare_held_out(model, trainer.histories, held_out, code_index.num_items, max_items)
+    if found is None:
+        say("no held-out user chose something new at last, so that nothing tells what the model is worth")
+        return
+    console().print(comparison_table(found, whom))
+    losses = [point.validation_loss for point in trainer.state.curve]
+    tries = advice(
+        len(trainer.histories),
+        code_index.num_items / len(np.unique(code_index.codes[:, 0])),
+        still_better=losses[-1] == min(losses),
+    )
+    if told := verdict(found, tries):
+        say(f"warning: {told}")
 
 
 def _told(point: CodeEvaluation | None) -> str:
@@ -304,13 +339,3 @@ def _read_embeddings(path: Path, num_items: int) -> FloatArray:
             f"{table.dtype} {list(table.shape)}"
         )
     return np.asarray(table, dtype=np.float32)
-
-
-def _codes_table(codes: Codes) -> Table:
-    table = Table(box=SIMPLE_HEAD, title="Levels", title_justify="left")
-    for column in ("level", "codes used", "entropy, bits", "of at most", "variance left"):
-        table.add_column(column, justify="right")
-    for level, (size, stats) in enumerate(zip(codes.sizes, codes.levels, strict=True)):
-        cells = (f"{stats.used} / {size}", f"{stats.entropy_bits:.2f}", f"{math.log2(size):.2f}", f"{stats.error:.1%}")
-        table.add_row(chr(ord("a") + level), *cells)
-    return table

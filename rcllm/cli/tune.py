@@ -14,7 +14,7 @@ from rcllm.cli.tables import facts_table
 from rcllm.config import ModelConfig, PromptConfig, from_mapping
 from rcllm.data import load_dataset
 from rcllm.tune.setup import TEMPLATES, examples_for, make_trainer
-from rcllm.tune.train import Evaluation, TuneConfig, TuneProgress
+from rcllm.tune.train import Evaluation, TuneConfig, TuneProgress, check_out
 
 _LEARN, _DATA = "What to learn", "From what"
 _MODEL, _DEFAULT = ModelConfig(), TuneConfig()
@@ -111,6 +111,7 @@ def tune_command(
     examples = replace(examples_for(config.mask), **{name: value for name, value in shape.items() if value is not None})  # type: ignore[arg-type]
     examples = replace(examples, borrowed=min(examples.borrowed, examples.num_candidates - 2))
     config = replace(config, examples=examples, minutes=math.inf if minutes is None else minutes)
+    check_out(out)
     with busy("reading data and model"):
         datasets = [load_dataset(format, folder) for folder in dataset]
         prompt = PromptConfig(template=template or TEMPLATES[config.mask])

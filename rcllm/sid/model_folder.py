@@ -23,7 +23,8 @@ from rcllm.errors import ModelError
 from rcllm.model.weights import CATALOG_PREFIX
 from rcllm.sid.vocabulary import Vocabulary
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, RECORD = "model.safetensors", "training.json"
+TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _CODES, _SIZES, _ITEMS = (CATALOG_PREFIX + part for part in ("codes", "sizes", "item_ids"))
 
 
@@ -36,13 +37,9 @@ def save_model(
 ) -> None:
     """`weights`: named as transformers names them, without `model.`; `record`: how the model was made."""
     vocabulary = Vocabulary(code_index.sizes)
-    texts = {
-        "config.json": json.dumps(hf_config, indent=2),
-        "tokenizer.json": vocabulary.tokenizer().to_str(pretty=True),
-        "tokenizer_config.json": vocabulary.tokenizer_config(),
-        "training.json": json.dumps(record, indent=2),
-    }
-    for name, text in texts.items():
+    texts = (json.dumps(hf_config, indent=2), vocabulary.tokenizer().to_str(pretty=True), vocabulary.tokenizer_config())
+    write(folder / RECORD, json.dumps(record, indent=2).encode())  # first: it says whose the others are
+    for name, text in zip(TEXTS, texts, strict=True):
         write(folder / name, text.encode())
     names = json.dumps(list(code_index.item_ids)).encode()
     tensors = {"model." + name: tensor.detach().float().contiguous() for name, tensor in weights.items()} | {

@@ -19,12 +19,15 @@ from scipy.optimize import linear_sum_assignment
 
 from rcllm.core.ranking import IntArray
 from rcllm.errors import ConfigError, DataError
+from rcllm.sid.alike import Likeness, likeness
 
 FloatArray = npt.NDArray[np.float32]
 _ROWS = 65_536  # vectors compared with all centroids at a time
 _SAMPLE = (
     256  # vectors per centroid that k-means learns from, at most: more change the centroids little (as FAISS has it)
 )
+_LARGEST = 256  # codes per level that are chosen without being asked for
+_SHARED_BY = 4  # items per first-level code, at least, where the catalogue allows it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,27 @@ def enough_levels(num_items: int, size: int) -> int:
     return next((levels for levels in range(2, 6) if size**levels >= 4 * num_items), 6)
 
 
+def fitting_size(num_items: int, levels: int) -> int:
+    """The smallest power of two, up to 256, that leaves three of four code sequences free.
+
+    With two levels that is about twice the square root of the number of items, with three about 1.6 times the cube
+    root, so that every first-level code is shared by many items: what a model learns of a code then helps all of them.
+    In a catalogue that is so small that a code would have less than four items, a third of the sequences is enough.
+    """
+    size = next((2**bits for bits in range(1, 8) if 2 ** (bits * levels) >= 4 * num_items), _LARGEST)
+    while size > 2 and num_items < _SHARED_BY * size and 2 * (size // 2) ** levels >= 3 * num_items:
+        size //= 2
+    return size
+
+
+def fitting(num_items: int, levels: int | None, size: int | None, seed: int = 0) -> CodeConfig:
+    """The shape for a catalogue; None: chosen by `enough_levels` and `fitting_size`. Raises ConfigError."""
+    levels = enough_levels(num_items, size or _LARGEST) if levels is None else levels
+    config = CodeConfig(levels, fitting_size(num_items, levels) if size is None else size, seed=seed)
+    config.check(num_items)
+    return config
+
+
 @dataclass(frozen=True, slots=True)
 class LevelStats:
     used: int  # codes that some item has
@@ -68,6 +92,12 @@ class Codes:
     collisions: int  # items that shared all codes with an earlier one before they were told apart
     moved: int  # items whose codes are not the nearest ones, so that all differ
     levels: tuple[LevelStats, ...]
+    likeness: Likeness  # of items that share their first code
+
+    @property
+    def items_per_first_code(self) -> float:
+        """The mean over the first-level codes that some item has; 1 where no two items share one."""
+        return len(self.codes) / self.levels[0].used
 
 
 def quantise(vectors: FloatArray, config: CodeConfig, on_level: Callable[[int], None] | None = None) -> Codes:
@@ -99,6 +129,7 @@ def quantise(vectors: FloatArray, config: CodeConfig, on_level: Callable[[int], 
         collisions,
         int((unique != table).any(axis=1).sum()),
         tuple(_level_stats(column, error) for column, error in zip(unique.T, errors, strict=True)),
+        likeness(centred, unique[:, 0]),
     )
 
 
@@ -202,4 +233,4 @@ def _distances(vectors: FloatArray, centres: FloatArray) -> FloatArray:
 def _level_stats(codes: npt.NDArray[np.int32], error: float) -> LevelStats:
     share = np.bincount(codes) / len(codes)
     share = share[share > 0]
-    return LevelStats(len(share), float(-(share * np.log2(share)).sum()), error)
+    return LevelStats(len(share), max(0.0, float(-(share * np.log2(share)).sum())), error)

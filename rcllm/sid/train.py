@@ -23,10 +23,11 @@ from blake3 import blake3
 from rcllm.codes.index import CodeIndex
 from rcllm.config import as_json
 from rcllm.core.ranking import IntArray
-from rcllm.errors import ConfigError, DataError, ModelError
+from rcllm.errors import ConfigError, DataError
 from rcllm.model.checkpoint import Checkpoint
+from rcllm.model.training_folder import check_folder, not_numbers
 from rcllm.sid.collaborative import code_vectors, collaborative_vectors
-from rcllm.sid.model_folder import save_model
+from rcllm.sid.model_folder import RECORD, TEXTS, WEIGHTS, save_model
 from rcllm.sid.network import CodeNetwork, NetworkConfig
 from rcllm.sid.sequences import SequenceConfig, Sequences
 from rcllm.sid.vocabulary import Vocabulary
@@ -159,6 +160,7 @@ class CodeTrainer:
 
         Returns the curve. Raises ConfigError where the checkpoint has other settings, ModelError where training fails.
         """
+        check_out(self.folder)
         self._restore()
         self._draw()
         last = math.inf if max_steps is None else self.state.steps + max_steps
@@ -187,11 +189,11 @@ class CodeTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed * 1_000_003 + state.steps)  # dropout; no state that a restart would lose
             loss = self._loss(batch)
-        if not torch.isfinite(loss):
-            raise ModelError(f"the loss became {loss.item()} after {state.steps} steps: lower the learning rate")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
+        if not torch.isfinite(loss + norm):
+            raise not_numbers(f"loss or its gradient (after {state.steps:,} steps)", self.folder)
         self.optimiser.step()
         state.batch += 1
         state.steps += 1
@@ -227,9 +229,10 @@ class CodeTrainer:
     def _end_epoch(self) -> None:
         state = self.state
         best = min((point.validation_loss for point in state.curve), default=math.inf)
-        point = CodeEvaluation(
-            state.epoch + 1, state.seconds / 60, float(np.mean(state.recent)), self.validation_loss()
-        )
+        loss = self.validation_loss()
+        if not math.isfinite(loss):
+            raise not_numbers(f"validation loss (of epoch {state.epoch + 1})", self.folder)
+        point = CodeEvaluation(state.epoch + 1, state.seconds / 60, float(np.mean(state.recent)), loss)
         state.curve.append(point)
         if point.validation_loss < best:
             save_model(self.folder, self.network.state_dict(), self.hf_config, self.code_index, self.record())
@@ -286,3 +289,8 @@ class CodeTrainer:
         return TrainProgress(
             state.epoch + 1, min(self._share(), 1.0), loss, speed, state.curve[-1] if state.curve else None
         )
+
+
+def check_out(folder: Path) -> None:
+    """Whether a training may write into `folder`. Raises ConfigError, DataError."""
+    check_folder(folder, (WEIGHTS, *TEXTS), RECORD)

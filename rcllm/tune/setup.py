@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 
 from rcllm.config import Config, Hardware, ModelConfig, PromptConfig, resolve
 from rcllm.core.ranking import Mask
 from rcllm.data import Dataset
+from rcllm.model.adapter import adapter_fingerprint
 from rcllm.model.pull import pull
-from rcllm.model.weights import load_model
+from rcllm.model.weights import fingerprint, load_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import Template, chat_format
 from rcllm.prompt.tokenizer import Tokenizer
@@ -69,4 +71,14 @@ def make_trainer(
     network = Network(spec, weights, positions, config.rank, config.alpha, config.seed)
     if start is not None:
         warm_start(network, start)
-    return Trainer(network, prompter, sources, config, folder, model.path, start.name if start else "")
+    weights_of = fingerprint(files) + (adapter_fingerprint(start) if start else b"")
+    return Trainer(
+        network,
+        prompter,
+        sources,
+        config,
+        folder,
+        model.path,
+        start.name if start else "",
+        blake3(weights_of).hexdigest()[:16],
+    )

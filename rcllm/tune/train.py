@@ -7,6 +7,7 @@ whole or not at all).
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 
 from rcllm.config import as_json
 from rcllm.core.ranking import Mask, Prompt, RankOptions, RankRequest, Readout, order
@@ -23,6 +25,7 @@ from rcllm.errors import ConfigError, ModelError
 from rcllm.fidelity.measures import ndcg
 from rcllm.model.adapter import load_adapter, save_adapter
 from rcllm.model.checkpoint import Checkpoint
+from rcllm.model.training_folder import check_folder, not_numbers
 from rcllm.prompt.blocks import Prompter
 from rcllm.tune.examples import ExampleConfig, TrainingSet, batch_of, check
 from rcllm.tune.loss import listwise_loss, readout_scores
@@ -97,20 +100,26 @@ class Trainer:
         folder: Path,
         base: str,
         started_from: str = "",
+        fingerprint: str = "",
     ) -> None:
-        """`base` and `started_from`: names of the model and of the adapter that `network` begins at, for the record."""
+        """`base` and `started_from`: names of the model and of the adapter that `network` begins at, for the record.
+
+        `fingerprint`: of both their weights. A run goes on from a checkpoint of the same ones only.
+        """
         check_config(config)
         self.network, self.prompter, self.sources, self.config = network, prompter, sources, config
         self.folder, self.base, self.started_from = folder, base, started_from
         self.options = RankOptions(readout=config.readout)
         self.state = _State()
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
-        self._checkpoint = Checkpoint(folder, network, self.optimiser, as_json(config))
+        identity = as_json(config) | {"model": fingerprint or base, "data and template": self._seen()}
+        self._checkpoint = Checkpoint(folder, network, self.optimiser, identity, "settings, model, data or template")
         share = -(-config.validation_requests // len(sources))
         self._validation = [request for source in sources for request in source.validation(share)]
 
     def run(self, on_progress: Callable[[TuneProgress], None] | None = None) -> list[Evaluation]:
         """Trains to the end, going on from a checkpoint where there is one; returns the curve."""
+        check_out(self.folder)
         self._restore()
         if not self.state.curve:
             self._evaluate()
@@ -132,13 +141,11 @@ class Trainer:
             group["lr"] = rate
         packed, losses = self._losses(requests)
         loss = torch.stack(losses).mean()
-        if not torch.isfinite(loss):
-            raise ModelError(
-                f"the loss became {loss.item()} after {self.state.losses} prompts: lower the learning rate"
-            )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        if not torch.isfinite(loss + norm):
+            raise not_numbers(f"loss or its gradient (after {self.state.losses:,} prompts)", self.folder)
         self.optimiser.step()
         self.state.batches += 1
         self.state.losses += len(losses)
@@ -192,6 +199,10 @@ class Trainer:
                 losses.append(listwise_loss(scores, positive).item())
                 gains.append(ndcg(order(scores.tolist()), positive, 10))
         state = self.state
+        if not np.isfinite(losses).all() and not state.losses:
+            raise ModelError(f"{self.base} gives scores that are not numbers before it learnt anything: fetch it again")
+        if not np.isfinite(losses).all():
+            raise not_numbers(f"validation loss (after {state.losses:,} prompts)", self.folder)
         train = float(np.mean(state.recent)) if state.recent else None
         point = Evaluation(state.losses, state.seconds / 60, train, float(np.mean(losses)), float(np.mean(gains)))
         best = min((p.validation_loss for p in state.curve), default=math.inf)
@@ -214,6 +225,15 @@ class Trainer:
             "curve": [asdict(point) for point in self.state.curve],
         }
 
+    def _seen(self) -> str:
+        """A digest of what prompts are made from: the template, all items and who chose what."""
+        state = blake3(self.prompter.template.fingerprint)
+        for source in self.sources:
+            rows = [(row.user_id, row.item_id) for row in source.dataset.interactions]
+            items = [(item_id, list(item.fields.items())) for item_id, item in source.dataset.catalogue.items()]
+            state.update(json.dumps([source.dataset.name, rows, items]).encode())
+        return state.hexdigest()[:16]
+
     def _restore(self) -> None:
         if state := self._checkpoint.restore():
             self.state = _State(**state | {"curve": [Evaluation(**point) for point in state["curve"]]})
@@ -229,6 +249,11 @@ class Trainer:
             state.rows / max(state.losses, 1),
             state.curve[-1] if state.curve else None,
         )
+
+
+def check_out(folder: Path) -> None:
+    """Whether a training may write into `folder`. Raises ConfigError, DataError."""
+    check_folder(folder, (_BEST,), f"{_BEST}/rcllm.json")
 
 
 def warm_start(network: Network, folder: Path) -> None:
