@@ -20,7 +20,8 @@ from rcllm.core.decoding import Speculation
 from rcllm.data import Catalogue
 from rcllm.describe.estimate import Estimate, cost_per_million, estimate, hours_per_million
 from rcllm.describe.job import DescribeOptions, Progress, Report, check, describe
-from rcllm.describe.profiles import Kind, Parse, Profile, items, read_profiles, survey, users
+from rcllm.describe.profiles import Kind, Parse, Profile, catalogue_digest, items, survey, users
+from rcllm.describe.repeats import find_repeats, read_once
 from rcllm.describe.writer import GeneratorWriter, make_router, provenance_of
 from rcllm.durable import check_writable
 from rcllm.errors import ConfigError
@@ -126,7 +127,7 @@ def describe_command(
         typer.Argument(
             metavar="ROWS",
             help="Users (user_id, history: item ids or texts, oldest first) or items (item_id and text fields), as "
-            ".parquet, .jsonl or .csv.",
+            '.parquet, .jsonl or .csv (there a history is one cell: ["i1", "i2"] or i1|i2).',
             show_default=False,
         ),
     ],
@@ -155,17 +156,23 @@ def describe_command(
             f"describe_{options.kind}"
         )
     if not job.dry_run:
-        check_writable(out)
+        _check_out(out)
     inputs = _catalogue(options.kind, item_options)
-    parse = _parse(options, template, inputs)
-    read = partial(read_profiles, rows, parse)
+    parse, whole = (_parse(options.kind, template, inputs, most) for most in (options.max_events, None))
     with busy("reading rows"):
+        repeats = find_repeats(rows, whole, options.max_events)
+        read = partial(read_once, rows, options.kind, parse, repeats)
         counted = survey(read(0))
         settings = {
             "input": digest(rows),
-            "catalogue": _catalogue_digest(item_options),
+            "catalogue": catalogue_digest(inputs.catalogue),
             "groups": speculation.groups,
         }
+    if repeats.num_rows and options.kind == "user":
+        say(
+            f"{len(repeats.joined):,} users stand in several rows: each is described once, from all of them in the "
+            f"order of the file ({repeats.num_rows:,} rows joined)"
+        )
     engine = make_engine(config, inputs)
     router = None
     if options.kind == "user" and speculation.groups > 1:
@@ -192,7 +199,7 @@ def describe_command(
             on_progress=show,
         )
     if report.rejects is not None:
-        say(f"warning: {report.done.num_rejects:,} rows could not be described; see {report.rejects}")
+        say(_told_rejects(report))
     console().print(facts_table("Described", _facts(report, options, job.price_per_hour)))
 
 
@@ -239,17 +246,26 @@ def _catalogue(kind: Kind, options: ItemOptions) -> Inputs:
     return load_inputs(options) if given else Inputs(Catalogue(()))
 
 
-def _parse(options: DescribeOptions, template: Template, inputs: Inputs) -> Parse:
-    if options.kind == "item":
-        return items(template.event)
-    return users(inputs.catalogue or None, options.max_events)
+def _parse(kind: Kind, template: Template, inputs: Inputs, max_events: int | None) -> Parse:
+    return items(template.event) if kind == "item" else users(inputs.catalogue or None, max_events)
 
 
-def _catalogue_digest(options: ItemOptions) -> str | None:
-    """What a job that is resumed must find again; of a folder, its name."""
-    if options.items is not None:
-        return digest(options.items)
-    return str(options.dataset) if options.dataset is not None else None
+def _check_out(out: Path) -> None:
+    """Whether the output can be written. Raises ConfigError, DataError."""
+    if out.suffix not in (".parquet", ".pq"):
+        raise ConfigError(f"expected --out to be named .parquet, which is what is written, got {out.name}")
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder: expected the name of a file, such as {out / 'out.parquet'}")
+    check_writable(out)
+
+
+def _told_rejects(report: Report) -> str:
+    """How many rows could not be described, and the first ones' reasons."""
+    lines = [f"warning: {report.done.num_rejects:,} rows could not be described; all of them are in {report.rejects}"]
+    lines += [f"  row {each.row:,}: {each.reason}" for each in report.first_rejects]
+    if (more := report.done.num_rejects - len(report.first_rejects)) > 0:
+        lines.append(f"  … and {more:,} more")
+    return "\n".join(lines)
 
 
 def _facts(report: Report, options: DescribeOptions, price_per_hour: float | None) -> dict[str, str]:
@@ -280,7 +296,8 @@ def _estimate_facts(found: Estimate, price_per_hour: float | None) -> dict[str, 
         "time": f"about {found.seconds / 3600:,.2f} hours",
     }
     if found.first_reject is not None:
-        facts["first bad row"] = f"{found.first_reject.row:,}: {found.first_reject.reason}"
+        more = f" … and {found.num_rejects - 1:,} more" if found.num_rejects > 1 else ""
+        facts["first bad row"] = f"{found.first_reject.row:,}: {found.first_reject.reason}{more}"
     if price_per_hour is not None:
         facts["cost"] = f"about {found.seconds / 3600 * price_per_hour:,.2f}"
     return facts | _cost(found.rate.seconds_per_profile, price_per_hour)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -129,6 +130,14 @@ class JobCheckpoint:
                     remove(old)
         self.done += part
 
+    def first_rejects(self, count: int) -> tuple[Reject, ...]:
+        """Of a job that is finished: the first rows that could not be described."""
+        try:
+            with self.rejects_path.open(encoding="utf-8") as lines:
+                return tuple(Reject(**json.loads(line)) for line in islice(lines, count))
+        except (OSError, ValueError, TypeError):  # someone moved the file or wrote into it: the count is kept elsewhere
+            return ()
+
     def finish(self) -> None:
         """Joins the parts to the output. `remove_work` ends the job."""
         with writing(self.out):
@@ -156,7 +165,7 @@ class JobCheckpoint:
             meta = _read_meta(self.out)
             self._check_same(meta.get("settings"), self.out)
             self.finished = True
-            self.done = Done(**meta["done"])
+            self.done = _done_in(meta, self.out)
             if not self.work.exists():
                 remove(self._aside)
                 return
@@ -164,11 +173,11 @@ class JobCheckpoint:
         self._take_lock()
         written = self.work / "settings.json"
         if written.exists():
-            self._check_same(json.loads(written.read_text(encoding="utf-8")), self.work)
+            self._check_same(_read_settings(written), self.work)
         else:
             write(written, json.dumps(self.settings, indent=1).encode())
         remove_torn(self.work)
-        self.done = sum((_done_of(part) for part in self._parts()), Done())
+        self.done = sum((_done_in(_read_meta(part), part) for part in self._parts()), Done())
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -176,7 +185,15 @@ class JobCheckpoint:
             self._lock = None
 
     def _parts(self) -> list[Path]:
-        return sorted(self.work.glob("part-*.parquet"))
+        """In order. Raises DataError where one is missing: the next would get the name of another."""
+        parts = sorted(self.work.glob("part-*.parquet"))
+        for number, part in enumerate(parts):
+            if part.name != f"part-{number:06}.parquet":
+                raise DataError(
+                    f"{self.work}: expected part-{number:06}.parquet, got {part.name}: a part was removed, and its "
+                    f"rows with it; remove {self.work} to begin anew"
+                )
+        return parts
 
     def _file(self, name: str, suffix: str) -> Path:
         return self.work / f"{name}-{self.done.num_parts:06}{suffix}"
@@ -235,22 +252,32 @@ def _write_table(path: Path, columns: Mapping[str, list[Any]], meta: Mapping[str
     pq.write_table(table.replace_schema_metadata({_META: json.dumps(dict(meta)).encode()}), path)
 
 
+def _read_settings(path: Path) -> Any:
+    """None for a file of anything else."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+
+
 def _read_meta(path: Path) -> dict[str, Any]:
-    """What `_write_table` and `_join` noted; empty for a file of anything else."""
+    """What `_write_table` and `_join` noted; empty for a file of anything else, or for half of one."""
     pa, pq = _arrow()
     try:
-        noted = (pq.read_schema(path).metadata or {}).get(_META)
-    except pa.ArrowInvalid:
+        noted = json.loads((pq.read_schema(path).metadata or {}).get(_META, b"{}"))
+    except (pa.ArrowException, OSError, ValueError):
         return {}
-    return dict(json.loads(noted)) if noted else {}
+    return noted if isinstance(noted, dict) else {}
 
 
-def _done_of(part: Path) -> Done:
-    if "done" not in (meta := _read_meta(part)):
+def _done_in(meta: Mapping[str, Any], path: Path) -> Done:
+    try:
+        return Done(**meta["done"])
+    except (KeyError, TypeError) as error:
         raise DataError(
-            f"{part}: expected a part of `rcllm describe`, got something else; remove its folder to begin anew"
-        )
-    return Done(**meta["done"])
+            f"{path}: expected what `rcllm describe` writes, got something else, or half of it; remove "
+            f"{path.parent if path.name.startswith('part-') else path} to begin anew"
+        ) from error
 
 
 def _join(parts: Sequence[Path], target: Path, meta: Mapping[str, Any], kind: str) -> None:
@@ -260,4 +287,8 @@ def _join(parts: Sequence[Path], target: Path, meta: Mapping[str, Any], kind: st
     named = pa.schema([pa.field(name, field.type) for name, field in zip(names, schema, strict=True)])
     with pq.ParquetWriter(target, named.with_metadata({_META: json.dumps(dict(meta)).encode()})) as writer:
         for part in parts:
-            writer.write_table(pq.read_table(part, schema=schema).rename_columns(names).cast(named))
+            try:
+                table = pq.read_table(part, schema=schema)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{part} is damaged ({error}); remove {part.parent} to begin anew") from error
+            writer.write_table(table.rename_columns(names).cast(named))

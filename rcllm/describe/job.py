@@ -25,6 +25,7 @@ from rcllm.durable import renamed, writing
 from rcllm.errors import ConfigError, DataError, RequestError
 
 STRICT = Speculation("strict")
+_SHOWN_REJECTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ class Report:
     done: Done
     rate: Rate
     num_resumed: int  # profiles that earlier runs had done
+    first_rejects: tuple[Reject, ...] = ()  # the first few rows that could not be described
 
 
 def describe(
@@ -175,7 +177,8 @@ def describe(
                 writer.save(partial)
         checkpoint.remove_work()
         rejects = checkpoint.rejects_path if checkpoint.done.num_rejects else None
-        return Report(out, rejects, checkpoint.done, spent, before.num_profiles)
+        shown = checkpoint.first_rejects(_SHOWN_REJECTS) if rejects else ()
+        return Report(out, rejects, checkpoint.done, spent, before.num_profiles, shown)
 
 
 def row_seed(seed: int, name: str) -> int:

@@ -6,12 +6,16 @@ comes out once, in order, as a profile or as a reject that says why, so that a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+import ast
+import json
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rcllm.core.ranking import Event, ItemId
+from blake3 import blake3
+
+from rcllm.core.ranking import Event, Item, ItemId
 from rcllm.data.files import Fields, Problem, Row, iter_rows
 from rcllm.data.rows import BadRowError, required_id
 from rcllm.data.text import as_text, shown
@@ -60,16 +64,18 @@ def _profile(row: Row | Problem, parse: Parse) -> Profile | Reject:
         return Reject(row.line, name, str(error))
 
 
-def users(known: Container[ItemId] | None, max_events: int) -> Parse:
-    """Rows of `user_id` and `history` (or `items`), oldest first, of which the last `max_events` are told.
+def users(known: Container[ItemId] | None, max_events: int | None) -> Parse:
+    """Rows of `user_id` and `history` (or `items`), oldest first, of which the last `max_events` are told; None: all.
 
-    An event is an item id, `{"item_id": …}` or `{"text": …}`. `known`: the ids of the catalogue; None: there is none,
+    An event is an item id, `{"item_id": …}` or `{"text": …}`. In a CSV file the list is one cell: `["i1", "i2"]`, as
+    JSON or as Python writes it, or events with | between them. `known`: the ids of the catalogue; None: there is none,
     and a plain text is an event in the user's own words.
     """
 
     def parse(number: int, fields: Fields) -> Profile:
         name = required_id(fields, "user_id")
         given = next((fields[key] for key in _HISTORY if key in fields), None)
+        given = _list_of(given) if isinstance(given, str) else given
         if not isinstance(given, list) or not given:
             raise BadRowError(f"expected a list of events in 'history', got {shown(given)}")
         events = [_event(each, known is not None) for each in given]
@@ -78,7 +84,8 @@ def users(known: Container[ItemId] | None, max_events: int) -> Parse:
             raise BadRowError(
                 f"none of the {len(events)} items of the history is in the catalogue: {shown(given[0])} …"
             )
-        return Profile(number, name, tuple(found[-max_events:]), len(events) - len(found))
+        last = found if max_events is None else found[-max_events:]
+        return Profile(number, name, tuple(last), len(events) - len(found))
 
     return parse
 
@@ -98,6 +105,18 @@ def items(event: Parts) -> Parse:
     return parse
 
 
+def _list_of(cell: str) -> object:
+    """The list that a cell of text holds; the cell itself where it is none."""
+    if cell.lstrip().startswith("["):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return read(cell.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError):  # what literal_eval says of other text
+                continue
+        return cell
+    return [part.strip() for part in cell.split("|") if part.strip()]
+
+
 def _event(value: object, by_id: bool) -> Event:
     given = {key: each for key, each in value.items() if each is not None} if isinstance(value, dict) else value
     match given:
@@ -111,6 +130,14 @@ def _event(value: object, by_id: bool) -> Event:
             return Event(text=given.strip())
     ids = "an item id" if by_id else "a text (item ids need a catalogue)"
     raise BadRowError(f'expected each event to be {ids}, {{"item_id": …}} or {{"text": …}}, got {shown(value)}')
+
+
+def catalogue_digest(catalogue: Mapping[ItemId, Item]) -> str:
+    """16 hex digits that change with any text of any item: a job goes on only with the catalogue it began with."""
+    state = blake3()
+    for item_id, item in catalogue.items():
+        state.update(json.dumps([item_id, list(item.fields.items()), list(item.volatile.items())]).encode())
+    return state.hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

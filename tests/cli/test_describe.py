@@ -57,9 +57,10 @@ def test_users_in_parquet(run: Run, shop: Shop, users: Path, tmp_path: Path) -> 
 def test_speculation_changes_no_text(run: Run, shop: Shop, users: Path, tmp_path: Path) -> None:
     modes = {"a": ("--speculate", "none"), "b": ("--groups", "2"), "c": ("--no-share-text",)}
     for name, mode in modes.items():
-        shown = run(*_words(shop, users, tmp_path / name, *mode))
+        shown = run(*_words(shop, users, tmp_path / f"{name}.parquet", *mode))
         assert shown.exit_code == 0, shown.stderr
-    assert _texts(tmp_path / "a") == _texts(tmp_path / "b") == _texts(tmp_path / "c")
+    first, second, third = (_texts(tmp_path / f"{name}.parquet") for name in modes)
+    assert first == second == third
 
 
 @pytest.mark.slow  # tests/describe/test_job.py dies at every step, but in one process
