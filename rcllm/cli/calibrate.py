@@ -22,14 +22,16 @@ from rcllm.cli.screen import console, progress, say
 from rcllm.cli.tables import NOTHING
 from rcllm.config import PromptConfig, context_samples, nearest
 from rcllm.core.ranking import LabelPlace, Layout, Level, Policy, RankOptions, Readout, Selection
-from rcllm.errors import ConfigError
+from rcllm.durable import check_writable
+from rcllm.errors import ConfigError, DataError
 from rcllm.fidelity.calibrate import CONTEXTS, LEVELS, CalibrateProgress, Space, Trial, calibrate
-from rcllm.fidelity.calibration import Calibration, Rung, Target
+from rcllm.fidelity.calibration import Calibration, Rung, Target, is_calibration
 from rcllm.fidelity.records import Configuration, RecordFile
 from rcllm.fidelity.report import write_report
 
 _TRY, _ON, _TARGET = "What to try (between spaces)", "On which requests", "What is close enough"
 _DEFAULT, _NUM_TIMED = Target(), 10
+_SHOWN_NOTES = 5
 _WORD = re.compile(r"[^\s(]+(?:\([^)]*\))?")  # `corrected(0.3, 0.3)` is one word
 
 
@@ -108,6 +110,7 @@ def calibrate_command(
     `rcllm rank --dataset amazon --template titles --readout pointwise --in requests.jsonl`
     """
     target = Target(ndcg_delta, tau, _one_of("cost", cost, ("ttft", "flops")))
+    _check_out(out)
     config = make_config(engine_options)
     inputs = load_inputs(item_options)
     names = _words(contexts) if contexts else _contexts(engine_options.context, inputs)
@@ -132,6 +135,18 @@ def calibrate_command(
     _report(found, out)
     console().print(_table(found))
     _conclude(found, out)
+
+
+def _check_out(out: Path) -> None:
+    """Whether a calibration can be written to `out`; it replaces another calibration and nothing else.
+
+    Raises ConfigError, DataError.
+    """
+    if out.is_dir() or out.suffix in (".html", ".png"):  # as which the report is written beside it
+        raise ConfigError(f"--out {out}: expected the name of a .json file, such as {FILE}")
+    check_writable(out)
+    if out.exists() and not is_calibration(out):
+        raise ConfigError(f"--out {out} exists and is no calibration: name another file, or remove it")
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -178,7 +193,7 @@ def _bars() -> Iterator[Callable[[CalibrateProgress], None]]:
 def _report(found: Calibration, out: Path) -> None:
     try:
         write_report(found, out.with_suffix(".html"), out.with_suffix(".png"))
-    except ConfigError as error:  # the figures are there all the same
+    except (ConfigError, DataError) as error:  # the figures are there all the same
         say(f"there is no report: {error}")
 
 
@@ -225,8 +240,10 @@ def _cell(value: float, form: str) -> str:
 def _conclude(found: Calibration, out: Path) -> None:
     """What to do with it."""
     screen = console()
-    for note in found.notes[:5]:
+    for note in found.notes[:_SHOWN_NOTES]:
         say(note, "dim")
+    if (more := len(found.notes) - _SHOWN_NOTES) > 0:
+        say(f"… and {more:,} more notes in {out}", "dim")
     if (best := found.recommended) is None:
         screen.print("No approximate level passes the target, so level auto answers exactly (prefix caching).")
         return

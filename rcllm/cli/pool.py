@@ -17,8 +17,22 @@ from rcllm.config import from_mapping
 from rcllm.core.ranking import UserId
 from rcllm.data import Catalogue
 from rcllm.errors import ConfigError
-from rcllm.prototypes.build import BuildProgress, BuildReport, PrototypeBuilder, PrototypeConfig, check_config
-from rcllm.prototypes.texts import History, dataset_histories, file_histories, read_users_file, token_runs
+from rcllm.prototypes.build import (
+    BuildProgress,
+    BuildReport,
+    PrototypeBuilder,
+    PrototypeConfig,
+    check_config,
+    check_out,
+)
+from rcllm.prototypes.texts import (
+    History,
+    dataset_histories,
+    file_histories,
+    read_users_file,
+    token_runs,
+    users_of_file,
+)
 
 _FROM, _HOW = "From what", "Which prototypes"
 _DEFAULT = PrototypeConfig()
@@ -102,6 +116,7 @@ def build_command(
     `rcllm pool build --texts reviews.jsonl --prototypes 20000 --out history.pool`
     """
     config = make_config(engine_options)
+    check_out(out)
     inputs, source, histories = _histories(item_options, texts)
     chosen = _pool_config(prototypes)
     engine = make_engine(config, inputs)
@@ -134,13 +149,21 @@ def _histories(items: ItemOptions, options: TextOptions) -> tuple[Inputs, str, l
         if report is not None and report.rows_skipped:
             say(f"warning: {report}")
         source = f"texts of {options.texts.name}"
+        _tell_unknown(excluded, users_of_file(options.texts) if excluded else frozenset())
     else:
         inputs = load_inputs(items)
         if inputs.dataset is None:
             raise ConfigError("there are no texts: give --dataset FOLDER (users' histories) or --texts FILE")
         histories = dataset_histories(inputs.dataset, options.history, excluded, reviews=options.reviews)
+        _tell_unknown(excluded, frozenset(row.user_id for row in inputs.dataset.interactions))
         source = f"{'reviews' if options.reviews else 'items'} of training users of {inputs.dataset.name}"
     return inputs, source, histories[: options.limit]
+
+
+def _tell_unknown(excluded: frozenset[UserId], known: frozenset[UserId]) -> None:
+    """Someone who excludes a user counts on it: a name that nobody has may be a misspelt one."""
+    if unknown := sorted(excluded - known):
+        say(f"warning: {len(unknown):,} of {len(excluded):,} users to exclude are not there, such as {unknown[0]!r}")
 
 
 def _pool_config(options: PrototypeOptions, **values: str) -> PrototypeConfig:

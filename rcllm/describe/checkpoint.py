@@ -249,7 +249,8 @@ def _schema(pa: Any) -> Any:
 def _write_table(path: Path, columns: Mapping[str, list[Any]], meta: Mapping[str, Any]) -> None:
     pa, pq = _arrow()
     table = pa.table(dict(columns), schema=_schema(pa))
-    pq.write_table(table.replace_schema_metadata({_META: json.dumps(dict(meta)).encode()}), path)
+    noted = table.replace_schema_metadata({_META: json.dumps(dict(meta)).encode()})
+    pq.write_table(noted, path, write_page_checksum=True)
 
 
 def _read_settings(path: Path) -> Any:
@@ -288,7 +289,8 @@ def _join(parts: Sequence[Path], target: Path, meta: Mapping[str, Any], kind: st
     with pq.ParquetWriter(target, named.with_metadata({_META: json.dumps(dict(meta)).encode()})) as writer:
         for part in parts:
             try:
-                table = pq.read_table(part, schema=schema)
+                table = pq.read_table(part, schema=schema, page_checksum_verification=True)
             except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{part} is damaged ({error}); remove {part.parent} to begin anew") from error
+                first = str(error).partition("\n")[0]
+                raise DataError(f"{part} is damaged ({first}); remove {part.parent} to begin anew") from error
             writer.write_table(table.rename_columns(names).cast(named))

@@ -129,6 +129,15 @@ class Calibration:
             raise DataError(f"{path}: expected what `rcllm calibrate` writes: {error!r}") from error
 
 
+def is_calibration(path: Path) -> bool:
+    """Whether `path` is a file of `rcllm calibrate`, of any version."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and {"version", "rungs"} <= value.keys()
+
+
 def passing(rungs: Sequence[Rung], target: Target) -> list[Rung]:
     """Those that pass, cheapest first: by FLOPs where not all were timed. Ties: the closest to full recompute first."""
     found = [rung for rung in rungs if not target.failures(rung.summary)]

@@ -15,6 +15,7 @@ import numpy as np
 
 from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
 from rcllm.engine.engine import Engine
+from rcllm.errors import DataError
 from rcllm.fidelity.measures import agreement, ndcg
 
 TOP = 10  # NDCG@10
@@ -58,8 +59,11 @@ def compare_levels(
     """One row per level; `full` and `exact` (prefix caching), which the others are held against, are always there.
 
     Users are left out, so that no request finds its own history from before: the prefix cache holds the instruction, as
-    for a user who did something since the last visit. One unmeasured round comes first.
+    for a user who did something since the last visit. One unmeasured round comes first. Raises DataError where there
+    is no request.
     """
+    if not requests:
+        raise DataError("there are no requests to measure: expected one or more")
     levels = list(dict.fromkeys([FULL, EXACT, *levels]))
     _round(engine, requests[0], levels, options)
     rounds: list[dict[Level, _Measured]] = []

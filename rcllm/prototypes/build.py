@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from blake3 import blake3
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from rcllm.core.ranking import BoolArray, Layout, TokenIds
-from rcllm.durable import renamed
+from rcllm.durable import check_writable, remove, renamed, writing
 from rcllm.durable import write as write_file
 from rcllm.errors import ConfigError, DataError
 from rcllm.model.decoder import Decoder, Keep
@@ -30,7 +30,7 @@ from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.keys import token_bytes
 from rcllm.prototypes.lookup import FRESH_PATTERN, Matcher, MemberContext, PrototypeIndex, always_fresh
 from rcllm.prototypes.lsh import Canonical, Ints, Lsh, Words, choose
-from rcllm.prototypes.pool import VERSION, PrototypeHeader, embedding_rows, namespace_digest, write
+from rcllm.prototypes.pool import VERSION, PrototypeHeader, embedding_rows, is_pool, namespace_digest, write
 from rcllm.reuse.assemble import assemble_blocks
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -127,6 +127,7 @@ class PrototypeBuilder:
         Raises DataError where there is nothing to make prototypes from, ConfigError where the work folder holds
         another build.
         """
+        check_out(self.out)
         start = time.perf_counter()
         built_from, held_out = self._split([text for text in texts if text])
         fresh = always_fresh(self.prompter.tokenizer, self.prompter.template, self.config.fresh_pattern)
@@ -141,14 +142,15 @@ class PrototypeBuilder:
         shards = list(_shards(members, config.texts_per_shard))
         self._open_work(built_from, canonical)
         for number, shard in enumerate(shards):
-            if not self._shard_path(number).exists():
+            if not _is_whole(self._shard_path(number), shard):
                 self._compute(built_from, shard, self._shard_path(number))
             if on_progress:
                 on_progress(BuildProgress(number + 1, len(shards), time.perf_counter() - start))
         header = self._header(canonical, source, built_from)
         index = PrototypeIndex(canonical.words, canonical.covered, lsh, self._rows)
-        write(self.out, header, canonical, index, fresh, (self._load(n) for n in range(len(shards))))
-        shutil.rmtree(self.work)
+        with writing(self.out):
+            write(self.out, header, canonical, index, fresh, (self._load(n) for n in range(len(shards))))
+            self._remove_work()
         return BuildReport(
             header,
             self.out.stat().st_size,
@@ -196,13 +198,24 @@ class PrototypeBuilder:
         state.update(str(self.kv_dtype).encode() + token_bytes(self.instruction) + canonical.words.codes.tobytes())
         for text in texts:
             state.update(blake3(token_bytes(text)).digest())
-        recipe, digest = self.work / "recipe", state.hexdigest()
-        if recipe.exists() and recipe.read_text(encoding="utf-8") != digest:
-            raise ConfigError(
-                f"{self.work} holds an unfinished build with other texts, options or model: repeat it as it was, or "
-                "remove the folder to begin anew"
-            )
-        write_file(recipe, digest.encode())
+        recipe, digest = self.work / "recipe", state.hexdigest().encode()
+        with writing(self.out):
+            if not recipe.exists():  # then nothing says which build the shards belong to
+                self._remove_work()
+            elif recipe.read_bytes() != digest:
+                raise ConfigError(
+                    f"{self.work} holds an unfinished build with other texts, options or model: repeat it as it was, "
+                    "or remove the folder to begin anew"
+                )
+            write_file(recipe, digest)
+
+    def _remove_work(self) -> None:
+        """At once out of sight: half of it would be taken for a build."""
+        aside = self.work.with_name(f".{self.work.name}.partial")
+        remove(aside)
+        if self.work.exists():
+            self.work.replace(aside)
+        remove(aside)
 
     def _shard_path(self, number: int) -> Path:
         return self.work / f"shard-{number:06}.safetensors"
@@ -215,7 +228,7 @@ class PrototypeBuilder:
             "weight": 1.0 / torch.from_numpy(shard.shared_by).float(),
             "kv": torch.cat(rows),
         }
-        with renamed(path) as partial:
+        with writing(path), renamed(path) as partial:
             save_file(tensors, partial)
 
     def _passes(self, shard: _Members) -> Iterator[_Members]:
@@ -254,6 +267,27 @@ class PrototypeBuilder:
     def _load(self, number: int) -> tuple[Ints, torch.Tensor, torch.Tensor]:
         tensors = load_file(self._shard_path(number))
         return tensors["prototype"].numpy(), tensors["weight"], tensors["kv"]
+
+
+def check_out(out: Path) -> None:
+    """Whether a pool can be written to `out`; it replaces an earlier pool and nothing else.
+
+    Raises ConfigError, DataError.
+    """
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder: expected the name of a file, such as {out / 'history.pool'}")
+    check_writable(out)
+    if out.exists() and not is_pool(out):
+        raise ConfigError(f"{out} exists and is no pool of `rcllm pool build`: name another file, or remove it")
+
+
+def _is_whole(path: Path, shard: _Members) -> bool:
+    """Whether a shard of an earlier run can be used; of one that was damaged, everything is computed again."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return bool(np.array_equal(file.get_tensor("prototype"), shard.prototype))
+    except (SafetensorError, OSError):
+        return False
 
 
 def check_config(config: PrototypeConfig) -> None:

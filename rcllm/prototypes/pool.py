@@ -201,6 +201,15 @@ def _layout(
     return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + begin for name, begin in begins.items()}
 
 
+def is_pool(path: Path) -> bool:
+    """Whether `path` is a file that `write` made, of any version."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return _META in (handle.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def _read(path: Path) -> tuple[PrototypeHeader, dict[str, torch.Tensor]]:
     """Maps every tensor; reads none."""
     if not path.is_file():
@@ -214,7 +223,10 @@ def _read(path: Path) -> tuple[PrototypeHeader, dict[str, torch.Tensor]]:
         raise ModelError(f"{path} is not a whole semantic pool ({error}); copy or build it again") from error
     if meta is None:
         raise ModelError(f"{path} is a safetensors file, but no semantic pool; give what `rcllm pool build` wrote")
-    values = json.loads(meta)
+    try:
+        values = dict(json.loads(meta))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path}: its description cannot be read ({error}); build it again") from error
     if values.get("version") != VERSION:
         raise ModelError(f"{path} has format {values.get('version')}, this version reads {VERSION}; build it again")
     return from_mapping(PrototypeHeader, values, str(path)), tensors

@@ -62,6 +62,11 @@ def read_users_file(path: Path) -> frozenset[UserId]:
     return frozenset(UserId(line) for line in _lines(path))
 
 
+def users_of_file(path: Path) -> frozenset[UserId]:
+    """The users that a file of texts names. Raises DataError."""
+    return frozenset(user for user, _ in RowReader(path).parsed(_parse))
+
+
 def token_runs(prompter: Prompter, texts: Iterable[Sequence[Event]], member_context: MemberContext) -> list[TokenIds]:
     """What stands after the instruction: each whole history, or each of its events."""
     written = ([prompter.event_ids(event)[0] for event in history] for history in texts)

@@ -1,7 +1,7 @@
 """A decoder of semantic IDs as a folder: a Hugging Face model with its catalogue in the weights file.
 
 Knows nothing of training. Invariant: a folder with `model.safetensors` is whole, because that file is renamed into
-place last; what stands in it under `code_index.` is no weight, and loaders of models skip it.
+place last; what stands in it under `CATALOG_PREFIX` is no weight, and loaders of models skip it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from rcllm.codes.index import CodeIndex
 from rcllm.core.ranking import ItemId
 from rcllm.durable import renamed, write
-from rcllm.errors import ModelError
+from rcllm.errors import DataError, ModelError
 from rcllm.model.weights import CATALOG_PREFIX
 from rcllm.sid.vocabulary import Vocabulary
 
@@ -66,5 +67,18 @@ def load_codes(folder: Path) -> CodeIndex:
             codes, sizes, names = (file.get_tensor(name) for name in (_CODES, _SIZES, _ITEMS))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error})") from error
-    item_ids = tuple(ItemId(name) for name in json.loads(names.tobytes()))
-    return CodeIndex.build(codes, item_ids, tuple(int(size) for size in sizes))
+    try:
+        return _checked(codes, [int(size) for size in sizes], json.loads(names.tobytes()))
+    except (ValueError, TypeError, DataError) as error:
+        raise ModelError(f"{path}: its catalogue is damaged ({error}); train or copy the model again") from error
+
+
+def _checked(codes: npt.NDArray[Any], sizes: list[int], names: object) -> CodeIndex:
+    """Raises ValueError for codes and names that no training writes."""
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("expected the items' ids as a list of texts")
+    if codes.shape != (len(names), len(sizes)) or not np.issubdtype(codes.dtype, np.integer):
+        raise ValueError(f"expected codes {[len(names), len(sizes)]}, got {list(codes.shape)} of {codes.dtype}")
+    if not len(codes) or (codes < 0).any() or (codes >= np.array(sizes)).any():
+        raise ValueError(f"expected codes of each level from 0 to below {sizes}")
+    return CodeIndex.build(codes.astype(np.int32), [ItemId(name) for name in names], tuple(sizes))

@@ -279,7 +279,8 @@ class CodeTrainer:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
-        data = blake3(json.dumps([self.histories, self.code_index.codes.tolist()]).encode())
+        items = [list(self.code_index.item_ids), self.code_index.codes.tolist(), list(self.code_index.sizes)]
+        data = blake3(json.dumps([self.histories, items]).encode())
         return as_json(self.config) | {"data": data.hexdigest()}
 
     def _progress(self) -> TrainProgress:
