@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +35,7 @@ from rcllm.prototypes.pool import VERSION, PrototypeHeader, embedding_rows, is_p
 from rcllm.reuse.assemble import assemble_blocks
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_OURS = re.compile(r"shard-\d+\.safetensors|\..*\.partial")  # in a work folder, beside the recipe
 _HELD_OUT, _MAX_HELD_OUT = 0.05, 500  # share of the texts, and number, that tell how much of new text is found
 
 
@@ -201,6 +203,7 @@ class PrototypeBuilder:
         recipe, digest = self.work / "recipe", state.hexdigest().encode()
         with writing(self.out):
             if not recipe.exists():  # then nothing says which build the shards belong to
+                _check_ours(self.work)
                 self._remove_work()
             elif recipe.read_bytes() != digest:
                 raise ConfigError(
@@ -279,6 +282,15 @@ def check_out(out: Path) -> None:
     check_writable(out)
     if out.exists() and not is_pool(out):
         raise ConfigError(f"{out} exists and is no pool of `rcllm pool build`: name another file, or remove it")
+
+
+def _check_ours(work: Path) -> None:
+    """A work folder without its recipe may be removed if it holds shards and nothing else. Raises ConfigError."""
+    if not work.exists():
+        return
+    others = [work] if work.is_file() else [path for path in work.iterdir() if not _OURS.fullmatch(path.name)]
+    if others:
+        raise ConfigError(f"{others[0]} is not of `rcllm pool build`, which would work there: move it, or name another")
 
 
 def _is_whole(path: Path, shard: _Members) -> bool:

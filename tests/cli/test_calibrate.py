@@ -172,3 +172,20 @@ def test_the_recommended_command_can_be_run(run: Run, shop: Shop, tmp_path: Path
     assert options[:2] == ["--readout", "pointwise"]
     ranked = run("rank", *shop.on_items, "--in", shop.requests, *options)
     assert {answer["level"] for answer in read_lines(ranked.stdout)} == {"tail(1.0)"}
+
+
+def test_an_output_that_cannot_be_is_said_before_the_model_is_loaded(run: Run, shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
+    for out, message in (
+        ("folder", "expected the name of a .json file"),
+        ("report.html", "expected the name of a .json file"),
+        ("file", "exists and is no calibration"),
+        ("broken.json", "exists and is no calibration"),
+        ("file/below.json", "cannot be written"),
+    ):
+        shown = run("calibrate", "--dataset", shop.dataset, "--model", tmp_path / "nowhere", "--out", tmp_path / out)
+        assert message in shown.stderr.replace("\n", " "), out
+        assert isinstance(shown.exception, SystemExit)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"

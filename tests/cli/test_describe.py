@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +133,85 @@ def test_bad_rows_are_kept_apart(run: Run, shop: Shop, tmp_path: Path) -> None:
     strict = run(*_words(shop, users, tmp_path / "strict.parquet", "--strict"))
     assert strict.exit_code == 1
     assert "row 2: none of the 1 items" in strict.stderr
+
+
+def test_users_in_csv_are_those_of_jsonl(run: Run, shop: Shop, tmp_path: Path) -> None:
+    rows = [{"user_id": f"ü{n}", "history": [f"i{n}", f"i{n + 3}"]} for n in range(4)]
+    write_lines(tmp_path / "users.jsonl", rows)
+    cells = ['["i0", "i3"]', "['i1', 'i4']", "i2|i5", "i3 | i6"]
+    with (tmp_path / "users.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["user_id", "history"], *([f"ü{n}", cell] for n, cell in enumerate(cells))])
+    for name in ("jsonl", "csv"):
+        shown = run(*_words(shop, tmp_path / f"users.{name}", tmp_path / f"{name}.parquet"))
+        assert shown.exit_code == 0, shown.stderr
+    ours, theirs = ([row[1:] for row in _texts(tmp_path / f"{name}.parquet")] for name in ("csv", "jsonl"))
+    assert len(ours) == 4
+    assert ours == theirs
+
+
+def test_a_user_in_several_rows_is_described_once_and_told_of(run: Run, shop: Shop, tmp_path: Path) -> None:
+    rows = [{"user_id": f"u{n % 3}", "history": [f"i{n}"]} for n in range(7)]
+    whole = [{"user_id": f"u{n}", "history": [f"i{at}" for at in range(n, 7, 3)]} for n in range(3)]
+    for name, users in (("parts", rows), ("whole", whole)):
+        write_lines(tmp_path / f"{name}.jsonl", users)
+        shown = run(*_words(shop, tmp_path / f"{name}.jsonl", tmp_path / f"{name}.parquet"))
+        assert shown.exit_code == 0, shown.stderr
+        assert (
+            ("3 users stand in several rows" in shown.stderr)
+            == ("(4 rows joined)" in shown.stderr)
+            == (name == "parts")
+        )
+    ours, theirs = (_texts(tmp_path / f"{name}.parquet") for name in ("parts", "whole"))
+    assert [row[1:] for row in ours] == [row[1:] for row in theirs]
+
+
+def test_rejects_are_told_with_reasons_and_how_many_more(run: Run, shop: Shop, tmp_path: Path) -> None:
+    rows = [{"user_id": f"u{n}", "history": ["i1" if n == 5 else "gone"]} for n in range(13)]
+    users = write_lines(tmp_path / "users.jsonl", rows)
+    for again in (False, True):
+        shown = run(*_words(shop, users, tmp_path / "out.parquet"))
+        assert shown.exit_code == 0, shown.stderr
+        assert "12 rows could not be described; all of them are in" in shown.stderr
+        assert "row 3: none of the 1 items of the history is in the catalogue" in shown.stderr
+        assert "row 4:" not in shown.stderr
+        assert "… and 9 more" in shown.stderr, again
+    dry = run(*_words(shop, users, tmp_path / "other.parquet", "--dry-run"))
+    assert re.search(r"first bad row +1: none of .* … and 11 more", dry.stdout)
+
+
+def test_a_catalogue_that_changed_is_another_job(run: Run, shop: Shop, users: Path, tmp_path: Path) -> None:
+    data = tmp_path / "shop"
+    shutil.copytree(shop.dataset, data)
+    words = ("describe", users, "--out", tmp_path / "out.parquet", "--model", shop.model, "--memory-mb", "6000", *FEW)
+    assert run(*words, "--dataset", data).exit_code == 0
+    items = (data / "items.jsonl").read_text(encoding="utf-8")
+    (data / "items.jsonl").write_text(items.replace("lamp number 3", "lamp number 33"), encoding="utf-8")
+    shown = run(*words, "--dataset", data)
+    assert shown.exit_code == 2
+    assert "was begun with other settings: catalogue was" in shown.stderr
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl", "out"])
+def test_what_is_written_is_parquet_and_is_named_so(
+    run: Run, shop: Shop, users: Path, tmp_path: Path, name: str
+) -> None:
+    shown = run(*_words(shop, users, tmp_path / name))
+    assert shown.exit_code == 2
+    assert "expected --out to be named .parquet" in shown.stderr
+    (tmp_path / "folder.parquet").mkdir()
+    shown = run(*_words(shop, users, tmp_path / "folder.parquet"))
+    assert shown.exit_code == 2
+    assert "is a folder: expected the name of a file" in shown.stderr
+
+
+def test_rows_that_are_no_parquet(run: Run, shop: Shop, users: Path, tmp_path: Path) -> None:
+    content = users.read_bytes()
+    for broken in (b"", b"junk", content[: len(content) // 2], content[:-9]):
+        (tmp_path / "broken.parquet").write_bytes(broken)
+        shown = run(*_words(shop, tmp_path / "broken.parquet", tmp_path / "out.parquet"))
+        assert shown.exit_code == 1, broken
+        assert "broken.parquet" in shown.stderr
+        assert isinstance(shown.exception, SystemExit)
 
 
 def test_a_dry_run_writes_nothing(run: Run, shop: Shop, users: Path, tmp_path: Path) -> None:

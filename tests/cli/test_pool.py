@@ -83,3 +83,20 @@ def test_texts_are_needed(run: Run, shop: Shop, tmp_path: Path) -> None:
     shown = run("pool", "build", *shop.on_items, "--out", tmp_path / "pool")
     assert shown.exit_code == 2
     assert "there are no texts" in shown.stderr
+
+
+def test_a_user_to_exclude_whom_nobody_knows_is_told(run: Run, shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "gone").write_text("u1\nU1\n", encoding="utf-8")
+    words = ("pool", "build", *shop.on_dataset, *FEW, "--exclude-users", tmp_path / "gone")
+    shown = run(*words, "--out", tmp_path / "pool")
+    assert shown.exit_code == 0, shown.stderr
+    assert "1 of 2 users to exclude are not there, such as 'U1'" in shown.stderr
+
+
+def test_a_file_that_is_in_the_way_is_said_before_the_model_is_loaded(run: Run, shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "pool").write_text("mine", encoding="utf-8")
+    words = ("--model", tmp_path / "nowhere", "--dataset", shop.dataset, *FEW)
+    shown = run("pool", "build", *words, "--out", tmp_path / "pool")
+    assert shown.exit_code == 2
+    assert "exists and is no pool" in shown.stderr
+    assert (tmp_path / "pool").read_text(encoding="utf-8") == "mine"

@@ -20,6 +20,7 @@ from rcllm.prototypes.pool import PrototypePool
 from rcllm.prototypes.texts import dataset_histories, file_histories, token_runs
 from rcllm.reuse.assemble import assemble_blocks
 from tests.engine import tiny
+from tests.killed import run_killed
 
 CONFIG = PrototypeConfig(prototypes=500, bits=6, bucket_width=4, texts_per_shard=3, seed=1)
 
@@ -302,3 +303,96 @@ def test_a_data_set_gives_training_users_alone() -> None:
     silent = replace(data, interactions=tuple(replace(row, text=None) for row in rows))
     with pytest.raises(DataError, match="no review texts"):
         dataset_histories(silent, 1, reviews=True)
+
+
+# ---- what is in the way ---------------------------------------------------------------------------------------------
+
+_BUILD = """
+from pathlib import Path
+from rcllm.prototypes import build as module
+from rcllm.prototypes.build import PrototypeBuilder
+from tests.engine import tiny
+from tests.prototypes.test_build import build
+{patch}
+build(tiny.fresh(), Path({out!r}))
+"""
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "PrototypeBuilder._compute = die_at(3, PrototypeBuilder._compute)",
+        "PrototypeBuilder._remove_work = die_at(2, PrototypeBuilder._remove_work)",  # the pool is there, the work, too
+    ],
+    ids=["between shards", "before the work is removed"],
+)
+def test_a_killed_process_goes_on_as_if_it_had_not_been(engine: Engine, tmp_path: Path, patch: str) -> None:
+    build(engine, tmp_path / "whole")
+    run_killed(_BUILD.format(patch=patch, out=str(tmp_path / "cut")))
+    build(engine, tmp_path / "cut")
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def _interrupted(engine: Engine, out: Path) -> Path:
+    """The work folder of a build that stopped after two shards."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(now: BuildProgress) -> None:
+        if now.done_shards == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        builder(engine, out).run(texts(engine), "histories", stop)
+    return out.with_name(out.name + ".work")
+
+
+def test_a_damaged_shard_is_computed_again(engine: Engine, tmp_path: Path) -> None:
+    build(engine, tmp_path / "whole")
+    work = _interrupted(engine, tmp_path / "cut")
+    first, second = sorted(work.glob("shard-*"))
+    first.write_bytes(first.read_bytes()[:-40])
+    second.write_bytes(b"junk")
+    build(engine, tmp_path / "cut")
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_shards_without_their_recipe_belong_to_nobody(engine: Engine, tmp_path: Path) -> None:
+    """As a kill while the folder was removed used to leave them: the next build took them for its own."""
+    build(engine, tmp_path / "whole", threshold=0.95)
+    work = _interrupted(engine, tmp_path / "cut")
+    (work / "recipe").unlink()
+    build(engine, tmp_path / "cut", threshold=0.95)
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_recipe_of_junk_is_another_build(engine: Engine, tmp_path: Path) -> None:
+    work = _interrupted(engine, tmp_path / "cut")
+    (work / "recipe").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="holds an unfinished build with other texts"):
+        build(engine, tmp_path / "cut")
+
+
+def test_only_a_pool_is_replaced(engine: Engine, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(engine, out)
+    build(engine, out, seed=2)  # as after --exclude-users
+    for content in (b"", b"mine", out.read_bytes()[:50]):
+        out.write_bytes(content)
+        with pytest.raises(ConfigError, match="exists and is no pool"):
+            build(engine, out)
+        assert out.read_bytes() == content
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="is a folder: expected the name of a file"):
+        build(engine, tmp_path / "folder")
+    with pytest.raises(DataError, match="cannot be written"):
+        build(engine, out / "below")
+    (tmp_path / "new.work").write_text("mine", encoding="utf-8")
+    (tmp_path / "old.work").mkdir()
+    (tmp_path / "old.work" / "thesis.txt").write_text("mine", encoding="utf-8")
+    for name, file in (("new", "new.work"), ("old", "old.work/thesis.txt")):
+        with pytest.raises(ConfigError, match=f"{file} is not of `rcllm pool build`"):
+            build(engine, tmp_path / name)
+        assert (tmp_path / file).read_text(encoding="utf-8") == "mine"

@@ -46,7 +46,9 @@ def test_histories_of_one_split_by_time_without_items_that_have_no_number() -> N
 
 def test_the_collaborative_part_has_the_length_that_was_asked_for() -> None:
     training = [[0, 1, 2], [2, 1, 0], [3, 4], [5, 6, 7]]
-    joined = join_vectors(_embeddings(), training, replace(CONFIG, collaborative_dimensions=8, collaborative_weight=2.5))
+    joined = join_vectors(
+        _embeddings(), training, replace(CONFIG, collaborative_dimensions=8, collaborative_weight=2.5)
+    )
     assert joined.shape == (12, 11)
     assert np.linalg.norm(joined[:, :3], axis=1) == pytest.approx(np.ones(12), abs=1e-5)
     assert np.linalg.norm(joined[:8, 3:], axis=1) == pytest.approx(np.full(8, 2.5), abs=1e-5)

@@ -1,0 +1,124 @@
+"""Training examples: whose they are, what is in them, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rcllm.core.ranking import Interaction, Item, ItemId, UserId
+from rcllm.data import Catalogue, Dataset, split_of
+from rcllm.errors import ConfigError, DataError
+from rcllm.tune.examples import ExampleConfig, TrainingSet, batch_of, check, joined_catalogue
+from rcllm.tune.loss import listwise_loss
+from rcllm.tune.setup import examples_for
+from tests.tune.test_train import EXAMPLES, log
+
+
+def _small(num_items: int, num_users: int = 40, name: str = "small") -> Dataset:
+    items = [Item(ItemId(f"é{n}"), {"title": f"thing {n}"} if n else {}) for n in range(num_items)]
+    rows = [
+        Interaction(UserId(f"u{user}"), items[(user + step) % num_items].item_id, float(step))
+        for user in range(num_users)
+        for step in range(min(4, num_items))
+    ]
+    return Dataset(name, Catalogue(items), tuple(rows))
+
+
+def test_a_history_is_what_came_before_the_target_and_no_more_than_asked() -> None:
+    data = log(200)
+    of_user: dict[str, list[str]] = {}
+    for row in data.interactions:
+        of_user.setdefault(f"log/{row.user_id}", []).append(f"log/{row.item_id}")
+    source = TrainingSet(data, replace(EXAMPLES, num_history=2, min_history=1))
+    for number in range(12):
+        for request in batch_of([source], number, seed=1):
+            items = of_user[str(request.user_id)]
+            at = items.index(str(request.positive))
+            history = [str(event.item_id) for event in request.history]
+            assert history == items[at - len(history) : at]
+            assert 1 <= len(history) <= 2
+
+
+def test_negatives_are_taken_in_turns_and_never_what_the_user_touched() -> None:
+    source = TrainingSet(log(200), replace(EXAMPLES, num_candidates=8, negatives=("uniform", "retrieved")))
+    touched = {}
+    for row in log(200).interactions:
+        touched.setdefault(f"log/{row.user_id}", set()).add(f"log/{row.item_id}")
+    for request in batch_of([source], 3, seed=0):
+        others = set(request.candidates) - {request.positive}
+        assert len(others) == 7
+        assert not others & touched[str(request.user_id)]
+
+
+def test_a_catalogue_that_is_too_small_gives_fewer_candidates() -> None:
+    source = TrainingSet(_small(6), replace(EXAMPLES, num_candidates=20, min_history=1))
+    for request in batch_of([source], 0, seed=0):
+        assert len(request.candidates) == 3  # the positive, and the two items that the user never touched
+        assert request.positive in request.candidates
+
+
+def test_validation_users_are_not_training_users_and_stay_the_same() -> None:
+    source = TrainingSet(log(200), EXAMPLES)
+    asked = source.validation(5)
+    assert asked == TrainingSet(log(200), EXAMPLES).validation(5)
+    assert {split_of(UserId(str(request.user_id).removeprefix("log/"))) for request in asked} == {"validation"}
+    assert all(len(request.candidates) == 20 for request in asked)
+    with pytest.raises(DataError, match="expected 500 validation users, got"):
+        source.validation(500)
+
+
+def test_two_sources_share_a_catalogue_and_both_are_drawn_from() -> None:
+    sources = [TrainingSet(log(60), EXAMPLES), TrainingSet(_small(9), EXAMPLES)]
+    joined = joined_catalogue(sources)
+    assert len(joined) == 40 + 9
+    assert joined[ItemId("small/é3")].fields["title"] == "thing 3"
+    drawn = {str(batch_of(sources, number, 0)[0].user_id).split("/")[0] for number in range(20)}
+    assert drawn == {"log", "small"}
+    with pytest.raises(ConfigError, match="must differ in name"):
+        joined_catalogue([sources[0], sources[0]])
+
+
+def test_one_user_and_no_user() -> None:
+    with pytest.raises(DataError, match="no training user has more than 2 events"):
+        TrainingSet(replace(_small(9), interactions=()), EXAMPLES)
+    one = next(user for user in range(40) if split_of(UserId(f"u{user}")) == "train")
+    rows = tuple(row for row in _small(9).interactions if row.user_id == f"u{one}")
+    source = TrainingSet(replace(_small(9), interactions=rows), EXAMPLES)
+    assert {request.user_id for request in batch_of([source], 0, 0)} == {f"small/u{one}"}
+    with pytest.raises(DataError, match="expected 1 validation users, got 0"):
+        source.validation(1)
+
+
+@pytest.mark.parametrize("mask", ["causal", "blocks"])
+def test_what_suits_a_mask_can_be(mask: str) -> None:
+    check(examples_for(mask))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(EXAMPLES, num_candidates=1), "at least 2 candidates"),
+        (replace(EXAMPLES, borrowed=3), "at least one is drawn"),
+        (replace(EXAMPLES, borrowed=-1), "at least one is drawn"),
+        (replace(EXAMPLES, num_history=0), "of at least 1"),
+        (replace(EXAMPLES, prompts_per_batch=0), "of at least 1"),
+        (replace(EXAMPLES, negatives=()), "expected negatives out of"),
+        (replace(EXAMPLES, negatives=("nice",)), "expected negatives out of"),
+    ],
+)
+def test_settings_that_cannot_be(config: ExampleConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(config)
+
+
+def test_the_loss_is_that_of_the_softmax() -> None:
+    scores = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
+    loss = listwise_loss(scores, 2)
+    shares = np.exp([1.0, -2.0, 0.5]) / np.exp([1.0, -2.0, 0.5]).sum()
+    assert loss.item() == pytest.approx(-np.log(shares[2]))
+    loss.backward()
+    assert scores.grad is not None
+    assert scores.grad.numpy() == pytest.approx(shares - np.array([0, 0, 1]), abs=1e-6)
