@@ -86,7 +86,7 @@ class CodeIndex:
 
     @property
     def enabled(self) -> BoolArray:
-        """[items], which are on offer."""
+        """Which items are on offer, [items]."""
         offered = self.shelf.offered
         return np.ones(self.num_items, np.bool_) if offered is None else offered.items
 
@@ -220,15 +220,15 @@ def check_codes(codes: npt.NDArray[Any], item_ids: Sequence[ItemId], sizes: tupl
 class LiveCodes:
     """The current epoch, and changes to it while requests run. Safe to call from several threads.
 
-    A change returns when it is accepted, in the order of the calls (and, with a log, on disk); a thread that lives
-    while there is work makes the next epoch of all that are waiting. Requests keep the epoch that they took.
+    A change returns when it is accepted, in the order of the calls; with a log, it is on disk then. A thread that lives
+    while there is work makes the next epoch of all changes that wait. Requests keep the epoch that they took.
     """
 
     def __init__(self, code_index: CodeIndex, log: UpdateLog | None = None, rest: float = 2.0) -> None:
         """`log`: outlives a crash; see `recovered`.
 
-        `rest`: after an epoch that took t seconds to make, the next is begun after rest · t seconds (at once where
-        `flush` waits), so that a stream of changes to a large catalogue leaves the processor to requests.
+        `rest`: after an epoch that took t seconds to make, the next is begun after rest · t seconds. So a stream of
+        changes to a large catalogue leaves the processor to requests. Where `flush` waits, it begins at once.
         """
         self._code_index = code_index
         self._log = log
@@ -247,7 +247,7 @@ class LiveCodes:
         return cls(code_index.changed(log.read()), log, rest)
 
     def epoch(self) -> CodeIndex:
-        """The current one. Never waits."""
+        """The current epoch of the index. Never waits for changes that are on their way."""
         return self._code_index
 
     def add(self, items: Mapping[ItemId, Sequence[int]]) -> None:

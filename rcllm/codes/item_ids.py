@@ -75,7 +75,7 @@ class ItemIds(Sequence[ItemId]):
 
     @property
     def num_bytes(self) -> int:
-        """Of the arrays."""
+        """How many bytes the arrays take; the strings are shared and not counted."""
         return self._slots.nbytes + self._hashes.nbytes + self._numbers.nbytes
 
     def find(self, wanted: Sequence[ItemId]) -> list[int | None]:

@@ -1,7 +1,7 @@
 """Catalogues of semantic IDs in files: LC-Rec and MiniOneRec `index.json`, FlashRec JSON, and tables of rows.
 
 Knows nothing of how codes are found or who uses them. Invariant: what `write_codes` writes, `read_codes` reads back
-as the same items with the same codes; a file that cannot be understood is an error that names the item or line.
+as the same items with the same codes. A file that cannot be understood is an error that names the item or line.
 
     index     {"B00X": ["<a_12>", "<b_3>", "<c_7>"], …}
     flashrec  {"12,3,7": [{"pid": "B00X"}, …], …}; also {"12,3,7": 1}, [[12, 3, 7], …], and RecIF's packed keys

@@ -1,8 +1,8 @@
 """The trie of valid code sequences, as flat arrays in CSR form, built and walked without loops over nodes.
 
 Knows nothing of items' names or of who may see them. Invariant: nodes of a level stand in the order of their code
-sequences, every node but the root of an empty trie leads to at least one item, and the items below a node are one run
-of the items in the order of their codes.
+sequences. Every node but the root of an empty trie leads to at least one item. The items below a node are one run of
+the items in the order of their codes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Changes of a catalogue of semantic IDs, as values, and a log that keeps them across a crash.
 
 Knows nothing of tries or threads. Invariant: one update that `merged` makes of several does what they do one after
-another; what `UpdateLog.append` has returned from is on disk, and reading it again over any later state is harmless.
+another. What `UpdateLog.append` has returned from is on disk, and reading it again over any later state is harmless.
 """
 
 from __future__ import annotations

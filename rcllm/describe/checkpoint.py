@@ -29,7 +29,7 @@ _DICTIONARY = ("model", "template", "speculation", "rcllm_version")  # columns o
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """One row of the output."""
+    """One row of the output: the text, and all that says where it came from."""
 
     row: int  # of the input, from 1
     name: str  # user id or item id

@@ -78,7 +78,7 @@ def cost_per_million(seconds_per_profile: float, price_per_hour: float) -> float
 
 
 def hours_per_million(seconds_per_profile: float) -> float:
-    """Of one such machine."""
+    """How many hours one such machine needs for a million profiles."""
     return cost_per_million(seconds_per_profile, 1.0)
 
 

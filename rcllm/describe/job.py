@@ -2,8 +2,8 @@
 
 Knows nothing of how text is generated: a `Writer` does that. Invariant: a row is in exactly one part, and a part starts
 from the drafting pools that the one before it left, which are kept with it. So a job that was killed and resumed ends
-as one that never was: with its very text where verification is strict; relaxed, text depends on the pools and on how
-much is drafted, which follows measured times, with or without a kill.
+as one that never was. Where verification is strict, its text is the very same. Where it is relaxed, text depends on the
+pools and on how much is drafted, and that follows measured times, with or without a kill.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class Survey:
 
 
 def survey(rows: Iterable[Profile | Reject]) -> Survey:
-    """Reads `rows` to their end."""
+    """Counts profiles and rejects, reading `rows` to their end."""
     num_profiles, num_rejects, first = 0, 0, None
     for row in rows:
         if isinstance(row, Reject):

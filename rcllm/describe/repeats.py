@@ -1,6 +1,6 @@
 """Users and items that stand in several rows of a file: each is described once.
 
-The rows of a user are one history, read one after another in the order of the file; a row that repeats the history so
+The rows of a user are one history, read one after another in the order of the file. A row that repeats the history so
 far and goes on counts once, as in `rcllm.data`. An item's second row is a reject. Knows nothing of models. Invariant:
 no name comes out twice, and every row that does not come out by itself is counted.
 """
@@ -62,7 +62,7 @@ def _profiles(path: Path, parse: Parse) -> Iterator[Profile]:
 
 
 def _joined(before: Profile, later: Profile) -> Profile:
-    """One history of two rows."""
+    """Makes one history of the history so far and a later row."""
     if later.events[: len(before.events)] == before.events:
         return replace(before, events=later.events, num_unknown=max(before.num_unknown, later.num_unknown))
     return replace(before, events=before.events + later.events, num_unknown=before.num_unknown + later.num_unknown)

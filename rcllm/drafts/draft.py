@@ -1,8 +1,8 @@
 """Draft trees and who makes them: guesses of the next tokens, for one forward pass to verify.
 
 Knows nothing of models or of how a tree is verified. A drafter belongs to one request. Invariant: a tree's parents
-come before their children and no node has two children with the same token; its nodes stand by falling weight, so
-that the first n nodes are the best tree of n nodes.
+come before their children, and no node has two children with the same token. Nodes stand by falling weight, so that
+the first n nodes are the best tree of n nodes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Drafter(Protocol):
 
 
 class NoDrafter:
-    """Plain decoding."""
+    """Drafts nothing, so that decoding is plain: one token a pass."""
 
     def draft(self, token_ids: Sequence[int], max_nodes: int) -> DraftTree:
         return EMPTY

@@ -43,7 +43,7 @@ class DraftPools:
     def create(
         cls, router: Router, fingerprint: str, sharing: Sharing = "all", limits: DraftPoolLimits | None = None
     ) -> DraftPools:
-        """limits: of each pool."""
+        """Makes empty pools, one for each group; `limits` are those of each pool."""
         return cls(router, {}, lambda group: SuffixPool.create(fingerprint, sharing, limits))
 
     @classmethod

@@ -61,7 +61,7 @@ class Router:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The names of all groups."""
+        """The names of all groups, each of which has a pool of its own."""
         return tuple(f"{kind}-{i}" for kind in KINDS for i in range(self._num_groups(kind)))
 
     def route(self, profile: Member) -> str:
@@ -72,7 +72,7 @@ class Router:
         return f"{profile.kind}-{self.default.get(profile.kind, 0) if group is None else group}"
 
     def save(self, path: Path) -> None:
-        """One .npz file."""
+        """Writes the router as one .npz file."""
         described = {
             "version": VERSION,
             "options": asdict(self.options),

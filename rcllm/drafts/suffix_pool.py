@@ -1,8 +1,8 @@
 """A draft pool: the answers of one group of users or items, of one model, saved ones and those being written now.
 
 A memory-mapped `SuffixIndex` plus a small overlay in memory. Used by one thread at a time. Knows nothing of groups or
-trees. Invariants: what a private answer says is drafted for its owner alone; after `erase`, no text of the owner is in
-memory, and after the next `save` none is in the file; `max_tokens` holds after every `compact`.
+trees. Invariants: what a private answer says is drafted for its owner alone. After `erase`, no text of the owner is in
+memory, and after the next `save` none is in the file. `max_tokens` holds after every `compact`.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class SuffixPool:
             self.compact()
 
     def learn(self, token_ids: Iterable[int], owner: str | None = None, *, private: bool = False) -> None:
-        """A whole answer at once."""
+        """Adds a whole answer at once, so that later drafts can be taken from it."""
         running = self.begin(owner, private=private)
         self.extend(running, token_ids)
         self.end(running)

@@ -86,7 +86,7 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class CalibrateProgress:
-    """How far one round is."""
+    """How far one round of the search is, for a progress bar."""
 
     stage: str
     done: int  # (configuration, request) pairs
@@ -96,7 +96,7 @@ class CalibrateProgress:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What is measured on."""
+    """The requests that a calibration is measured on, and how."""
 
     requests: Sequence[RankRequest]
     samples: Sequence[RankRequest]  # of other users, for the contexts `typical` and `mean(n)`

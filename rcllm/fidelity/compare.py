@@ -1,7 +1,7 @@
 """Measures reuse levels against full recompute on real requests, one at a time and interleaved.
 
-Knows nothing of terminals or files. Invariant: every figure of a row was measured in this run on the requests given;
-all levels of a request run before the next request, in an order that rotates, so that a slow moment hits all alike.
+Knows nothing of terminals or files. Invariant: every figure of a row was measured in this run on the requests given.
+All levels of a request run before the next request, in an order that rotates, so that a slow moment hits all alike.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Ranks requests under many options with one engine, and keeps what measures need; resumable.
 
 Knows nothing of targets or searches. Invariant: a record depends on its request, the engine's model, prompts and
-contexts, and the options alone, and is kept under a key that names all of them (and, where it holds a time, the
-machine).
+contexts, and the options alone. It is kept under a key that names all of them and, where it holds a time, the machine.
 """
 
 from __future__ import annotations

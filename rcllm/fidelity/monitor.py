@@ -1,7 +1,7 @@
 """Decides, from losses alone, when a reuse level has drifted from full recompute and which rung to use instead.
 
 Knows nothing of engines, threads or clocks, and never imports torch. Invariant: a step towards `exact` needs evidence
-that the loss of the level in use exceeds the target; a step back needs evidence, gathered since the last step, that the
+that the loss of the level in use exceeds the target. A step back needs evidence, gathered since the last step, that the
 loss of the cheaper level is below the target by a margin. Both are valid whenever one looks (sequential.py).
 """
 
@@ -75,7 +75,7 @@ class DriftMonitor:
 
     @property
     def level(self) -> Level:
-        """To serve with."""
+        """The reuse level that requests are served with now."""
         return self._policy.ladder[self._rung]
 
     @property

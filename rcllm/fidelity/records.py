@@ -1,7 +1,7 @@
 """What one configuration answered to one request, and the file that keeps such records, so that work is resumable.
 
-Knows nothing of engines and never imports torch. Invariant: the file grows by whole lines only; a line that a kill
-tore is dropped when the file is opened again, and a record is found under exactly the key that it was stored under.
+Knows nothing of engines and never imports torch. Invariant: the file grows by whole lines only. A line that a kill
+tore is dropped when the file is opened again. A record is found under exactly the key that it was stored under.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ _COST_COLUMNS = (
 
 
 def _cost_row(calibration: Calibration, rung: Rung) -> tuple[str, list[str]]:
-    """Its class, and its cells."""
+    """One row of the table of costs: its CSS class, and the texts of its cells."""
     summary, timing, configuration = rung.summary, rung.summary.timing, rung.configuration
     times = (timing.ttft_ms, timing.speedup_exact, timing.speedup_full) if timing else (math.nan,) * 3
     failed = calibration.target.failures(summary) if configuration.context else ()

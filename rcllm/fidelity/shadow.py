@@ -65,7 +65,7 @@ class GuardCounts:
 
 @dataclass(frozen=True, slots=True)
 class GuardStats:
-    """A snapshot."""
+    """A snapshot of what the guard has counted so far."""
 
     counts: GuardCounts
     kinds: tuple[KindStats, ...]

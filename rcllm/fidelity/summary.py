@@ -33,7 +33,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One configuration over requests."""
+    """What one configuration did over all requests: quality, agreement, cost."""
 
     num_requests: int
     measures: Mapping[str, Interval]  # QUALITY where the positive is known, and CLOSENESS

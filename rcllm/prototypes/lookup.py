@@ -1,7 +1,7 @@
 """Which prototype, if any, stands for each token of a history: the look-up of the semantic pool, without its KV.
 
-Knows nothing of tensors; never imports torch. Invariant: a token is matched only if it is not of a kind that is always
-fresh, and only to a prototype whose embedding is within the threshold; equal tokens in equal buckets always match.
+Knows nothing of tensors; never imports torch. Invariant: a token of a kind that is always fresh is never matched, and
+no token is matched to a prototype whose embedding is beyond the threshold. Equal tokens in equal buckets always match.
 """
 
 from __future__ import annotations

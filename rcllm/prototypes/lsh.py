@@ -2,8 +2,8 @@
 
 e(t, b), the embedding of token t in position bucket b, is the model's own embedding row of t at unit length, turned by
 b as RoPE would: its i-th pair of dimensions by b · 10000^(-2i/d). So the cosine of two embeddings falls with the
-distance of words and with that of places, and equal (t, b) have cosine 1. Source: RcLLM (arXiv 2605.07443, §III-B, its
-M2), which states neither family nor sizes; SemShareKV (arXiv 2509.24832) for rotated embeddings under LSH.
+distance of words and with that of places, and equal (t, b) have cosine 1. Sources: RcLLM (arXiv 2605.07443, §III-B,
+its M2), which states neither family nor sizes. Rotated embeddings under LSH are those of SemShareKV (arXiv 2509.24832).
 Knows nothing of KV. Never imports torch. Invariant: a result does not depend on what else is in the call.
 """
 
@@ -97,9 +97,9 @@ class Canonical:
 def choose(rows: Rows, words: Words, counts: Ints, lsh: Lsh, threshold: float, most: int) -> Canonical:
     """Clusters distinct `words`, seen `counts` times each, and picks at most `most` that stand for most tokens.
 
-    Table after table, the words that nothing stands for yet are put into LSH buckets; the member nearest to a bucket's
-    centroid (weighted by counts) is canonical, and stands for those of its bucket within the cosine `threshold`. What
-    no table covers stands for itself. A look-up finds a word's prototype again, because they share that table's bucket.
+    Table after table, the words that nothing stands for yet are put into LSH buckets. The member nearest to a bucket's
+    centroid (weighted by counts) is canonical. It stands for those of its bucket within the cosine `threshold`. What no
+    table covers stands for itself. A look-up finds a word's prototype again, because they share that table's bucket.
     """
     left, canonical, covered = np.arange(len(words)), [], []
     signatures = lsh.signatures(rows, words)

@@ -1,8 +1,8 @@
 """RcLLM's semantic history pool: token prototypes with K and V of every layer, shared by all users.
 
-One read-only file in safetensors' layout that every node opens by memory map; `rcllm.prototypes.build` makes it.
-Knows nothing of engines. Invariant: what comes from it is approximate, lives for one request, and is never published:
-the KV of a token is that of a prototype in *its* context, right in layer 0 at best. Prototypes are made of users'
+The pool is one read-only file in safetensors' layout, made by `rcllm.prototypes.build`, that every node opens by memory
+map. Knows nothing of engines. Invariant: what comes from it is approximate, lives for one request, and is never
+published. The KV of a token is that of a prototype in *its* context, right in layer 0 at best. Prototypes are made of users'
 texts: to erase a user, build the pool again without that user (`rcllm pool build --exclude-users`).
 Source: RcLLM (arXiv 2605.07443, §III-B, its M2).
 """
@@ -211,7 +211,7 @@ def is_pool(path: Path) -> bool:
 
 
 def _read(path: Path) -> tuple[PrototypeHeader, dict[str, torch.Tensor]]:
-    """Maps every tensor; reads none."""
+    """Maps every tensor of the file into memory and reads none of them. Raises ConfigError, ModelError."""
     if not path.is_file():
         raise ConfigError(f"{path}: there is no semantic pool; make one with `rcllm pool build --out {path}`")
     try:

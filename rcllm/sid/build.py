@@ -82,7 +82,7 @@ def build_codes(
 
 
 def code_index_of(codes: Codes, item_ids: Sequence[ItemId]) -> CodeIndex:
-    """The same as a catalogue."""
+    """The codes as an index from which items can be recommended."""
     return CodeIndex.build(codes.codes, item_ids, codes.sizes)
 
 

@@ -91,7 +91,7 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def _encode(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[batch, len] -> [batch, d]"""
+        """Embeds token ids [batch, len], all of one length, as rows of length one [batch, d]."""
         w = self._weights
         x = w["embeddings.word_embeddings.weight"][token_ids]
         x = x + w["embeddings.position_embeddings.weight"][: token_ids.shape[1]]

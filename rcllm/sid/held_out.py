@@ -29,7 +29,7 @@ Answer = Callable[["Case"], Sequence[int]]  # the best TOP items for a case, bes
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One held-out user."""
+    """What one held-out user is asked: which item follows the history?"""
 
     history: tuple[int, ...]  # item numbers, oldest first
     target: int
@@ -37,7 +37,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Worth:
-    """Means over the held-out users."""
+    """How good one way of recommending is, as means over the held-out users."""
 
     recall: float  # share of the targets that are among the first ten
     ndcg: float  # NDCG@10

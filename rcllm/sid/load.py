@@ -37,10 +37,10 @@ def load_recommender(
 ) -> Recommender:
     """Loads the model that `config` names, with an empty cache.
 
-    `code_index`: None for a model of `rcllm sid train`, which carries its own and is asked with its own template; for
-    another model, `read_codes` of its index file, and `config.prompt.template` says how it is asked: {sid} is an
-    item's semantic ID. `items`: their texts, for templates that use them. `style`: how the model's vocabulary writes a
-    code. Raises ConfigError, ModelError, FetchError.
+    A model of `rcllm sid train` carries its codes and is asked with its own template: leave `code_index` at None. For
+    another model give what `read_codes` reads from its index file; `config.prompt.template` then says how the model is
+    asked, and {sid} in it is an item's semantic ID. `items` holds the items' texts, for templates that use them.
+    `style` is how the model's vocabulary writes a code. Raises ConfigError, ModelError, FetchError.
     """
     folder = pull(config.model.path)
     if code_index is None:

@@ -100,7 +100,7 @@ class CodeNetwork(nn.Module):
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[…, d] -> […, vocab]"""
+        """Scores all tokens: hidden states […, d] become logits […, vocab]."""
         return F.linear(hidden, self.embed_tokens.weight)
 
 

@@ -1,9 +1,9 @@
 """Residual k-means: vectors become sequences of codes, coarse to fine, no two items alike.
 
-Level 0 clusters the vectors, each further level what the level before left (the residual). Items that would share all
-of their codes are told apart in the last level: under every prefix, codes are dealt out so that the sum of squared
-distances is least (an assignment problem); a prefix that has more items than codes sends the ones farthest out to
-another one. Knows nothing of items or texts. Invariant: the result depends on vectors, settings and seed alone.
+Level 0 clusters the vectors; each further level clusters what the level before left (the residual). Items that would
+share all of their codes are told apart in the last level. Under every prefix, codes are dealt out so that the sum of
+squared distances is least: an assignment problem. A prefix with more items than codes sends the items that are farthest
+out to another prefix. Knows nothing of items or texts. Invariant: the result depends on vectors, settings and seed alone.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def enough_levels(num_items: int, size: int) -> int:
 def fitting_size(num_items: int, levels: int) -> int:
     """The smallest power of two, up to 256, that leaves three of four code sequences free.
 
-    With two levels that is about twice the square root of the number of items, with three about 1.6 times the cube
-    root, so that every first-level code is shared by many items: what a model learns of a code then helps all of them.
-    In a catalogue that is so small that a code would have less than four items, a third of the sequences is enough.
+    With two levels that is about twice the square root of the number of items, with three about 1.6 times its cube
+    root. So many items share a first-level code, and what a model learns of the code helps all of them. Where a code
+    would have less than four items, because the catalogue is small, a third of the sequences left free is enough.
     """
     size = next((2**bits for bits in range(1, 8) if 2 ** (bits * levels) >= 4 * num_items), _LARGEST)
     while size > 2 and num_items < _SHARED_BY * size and 2 * (size // 2) ** levels >= 3 * num_items:
@@ -225,7 +225,7 @@ def _residual(
 
 
 def _distances(vectors: FloatArray, centres: FloatArray) -> FloatArray:
-    """[vectors, centres], squared."""
+    """The squared distance of every vector to every centre, [vectors, centres]."""
     table = (centres**2).sum(axis=1) - 2 * vectors @ centres.T + (vectors**2).sum(axis=1)[:, None]
     return np.asarray(table, dtype=np.float32)
 

@@ -42,20 +42,20 @@ class Sequences:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, codes: IntArray) -> Sequences:
-        """`codes` [items, levels]"""
+        """Sequences of items whose codes are `codes` [items, levels]."""
         ids = vocabulary.token_ids(codes)
         return cls(vocabulary, np.concatenate([np.full((len(ids), 1), vocabulary.next, np.int32), ids], axis=1))
 
     def prompt(self, items: Sequence[int]) -> IntArray:
-        """What decoding continues: [1 + items · (levels + 1) + 1]"""
+        """The tokens that decoding continues with codes, [1 + items · (levels + 1) + 1]."""
         return np.append(self.sequence(items), np.int32(self.vocabulary.next))
 
     def sequence(self, items: Sequence[int]) -> IntArray:
-        """[1 + items · (levels + 1)]"""
+        """The tokens of a history, [1 + items · (levels + 1)]."""
         return np.concatenate([[np.int32(self.vocabulary.begin)], self.tokens[list(items)].ravel()])
 
     def pad(self, sequences: Sequence[IntArray]) -> IntArray:
-        """[batch, longest]"""
+        """The sequences as rows of one array [batch, longest], filled up with padding."""
         out = np.full((len(sequences), max(map(len, sequences))), self.vocabulary.pad, dtype=np.int32)
         for row, sequence in zip(out, sequences, strict=True):
             row[: len(sequence)] = sequence

@@ -1,8 +1,9 @@
 """Trains a decoder of semantic IDs: batches, loss, schedule, validation, checkpoints.
 
 Knows nothing of files other than its own folder. Invariant: a run that was killed and started again with the same
-settings ends with the same weights as one that was not, unless the clock (`minutes`) ends it: a checkpoint holds
-weights, optimiser and counters, dropout is drawn by the number of the step, and files are written whole or not at all.
+settings ends with the same weights as one that was not, unless the clock (`minutes`) ends it. A checkpoint holds
+weights, optimiser and counters; dropout is drawn by the number of the step; files are written whole or not at all. A
+checkpoint or model is written only while loss, gradients and weights are finite.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ class CodeTrainer:
         return max(epochs / self.config.epochs, self.state.seconds / 60 / self.config.minutes)
 
     def _schedule(self) -> float:
-        """Linear warm-up, then a cosine."""
+        """The share of the learning rate now: a linear warm-up, then a falling cosine."""
         warm = min(1.0, (self.state.steps + 1) / max(self.config.warm_up_steps, 1))
         return warm * max(_LOWEST_RATE, 0.5 * (1 + math.cos(math.pi * min(1.0, self._share()))))
 
@@ -258,7 +259,7 @@ class CodeTrainer:
         return total / count
 
     def record(self) -> dict[str, Any]:
-        """How the model was made."""
+        """Says how the model was made; it stands beside the model as training.json."""
         return {
             "template": "sid",
             "settings": as_json(self.config),
@@ -268,7 +269,7 @@ class CodeTrainer:
         }
 
     def save(self) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint, from which a killed run goes on. Raises DataError, ModelError."""
         self._checkpoint.save(asdict(self.state))
         self._saved_s = self.state.seconds
 

@@ -27,7 +27,7 @@ _SHOWN = 5  # missing tokens that an error names
 
 
 def sid_text(codes: Sequence[int], style: str = STYLE) -> str:
-    """How an item's codes are written."""
+    """An item's codes as the text that a prompt holds, such as `<a_12><b_3>`."""
     return "".join(token(level, code, style) for level, code in enumerate(codes))
 
 
@@ -72,7 +72,7 @@ class Vocabulary:
 
     @property
     def first_code(self) -> int:
-        """Ids of codes begin here."""
+        """The first token id that is a code; those before are control tokens."""
         return len(_FIRST)
 
     @property
@@ -107,7 +107,7 @@ class Vocabulary:
         return made
 
     def tokenizer_config(self) -> str:
-        """The content of tokenizer_config.json."""
+        """The content of tokenizer_config.json, from which transformers loads the tokenizer."""
         content = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": PAD,

@@ -77,7 +77,7 @@ class Network(nn.Module):
         return self._norm(x, self.weights.final_norm)
 
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """[n, d] -> [n, len(token_ids)]"""
+        """Scores the tokens that are asked for alone: hidden [n, d] becomes [n, len(token_ids)]."""
         return hidden @ self.weights.lm_head[token_ids].T
 
     def _attention(

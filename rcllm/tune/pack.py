@@ -1,7 +1,7 @@
 """Packs prompts into one training pass, so that whatever the same tokens see under the same mask is computed once.
 
-A user's prompts for several targets share the instruction and the beginning of the history; under the `blocks` mask,
-where an item sees the instruction alone, all users share all items, at any place.
+A user's prompts for several targets share the instruction and the beginning of the history. Under the `blocks` mask
+an item sees the instruction alone, so that all users share all items, at any place.
 Never imports torch. Invariant: a row sees exactly what the engine's full recompute under that mask would let it see.
 """
 
@@ -32,7 +32,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One training pass."""
+    """One training pass: tokens, positions, who sees whom, and where scores are read."""
 
     token_ids: IntArray  # [rows]
     positions: IntArray  # [rows]

@@ -1,8 +1,8 @@
 """The training loop: batches, loss, schedule, validation, checkpoints.
 
-Knows nothing of files other than its own folder. Invariant: a run that was killed and started again with the same
-settings makes the same steps as one that was not (a checkpoint holds adapter, optimiser and counters, and is written
-whole or not at all).
+Knows nothing of files other than its own folder. Invariant: a run that was killed and started again makes the same
+steps as one that was not, and goes on with the same settings, model, template and data alone. A checkpoint holds
+adapter, optimiser and counters. It is written whole or not at all, and only while all of them are finite.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TuneConfig:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One point of the curve."""
+    """What a validation found: one point of the learning curve."""
 
     losses: int  # prompts learnt from so far
     minutes: float
@@ -112,8 +112,13 @@ class Trainer:
         self.options = RankOptions(readout=config.readout)
         self.state = _State()
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
-        identity = as_json(config) | {"model": fingerprint or base, "data and template": self._seen()}
-        self._checkpoint = Checkpoint(folder, network, self.optimiser, identity, "settings, model, data or template")
+        asked = {
+            "template": prompter.template.fingerprint.hex()[:12],
+            "datasets": [source.dataset.name for source in sources],
+            "model": fingerprint or base,
+            "data": self._data_digest(),
+        }
+        self._checkpoint = Checkpoint(folder, network, self.optimiser, as_json(config) | asked)
         share = -(-config.validation_requests // len(sources))
         self._validation = [request for source in sources for request in source.validation(share)]
 
@@ -161,7 +166,7 @@ class Trainer:
         ]
 
     def score(self, requests: Sequence[RankRequest]) -> tuple[Packed, list[torch.Tensor]]:
-        """Differentiable scores of all requests in one pass."""
+        """Scores all requests in one pass, so that a loss can be differentiated."""
         prompts = [self._prompt(request) for request in requests]
         packed = pack(prompts, self.config.mask, self.prompter.contexts[self.options.layout])
         hidden = self.network(packed, np.concatenate(packed.read_rows))
@@ -225,13 +230,13 @@ class Trainer:
             "curve": [asdict(point) for point in self.state.curve],
         }
 
-    def _seen(self) -> str:
-        """A digest of what prompts are made from: the template, all items and who chose what."""
-        state = blake3(self.prompter.template.fingerprint)
+    def _data_digest(self) -> str:
+        """16 hex digits that change with any text of an item and with who chose what."""
+        state = blake3()
         for source in self.sources:
             rows = [(row.user_id, row.item_id) for row in source.dataset.interactions]
             items = [(item_id, list(item.fields.items())) for item_id, item in source.dataset.catalogue.items()]
-            state.update(json.dumps([source.dataset.name, rows, items]).encode())
+            state.update(json.dumps([rows, items]).encode())
         return state.hexdigest()[:16]
 
     def _restore(self) -> None:

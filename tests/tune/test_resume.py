@@ -88,7 +88,7 @@ def _more(data: Dataset) -> Dataset:
 
 @pytest.mark.parametrize("change", [_dearer, _more, lambda data: replace(data, name="other")])
 def test_other_data_do_not_go_on(begun: Path, change: Callable[[Dataset], Dataset]) -> None:
-    with pytest.raises(ConfigError, match="made with other settings, model, data or template: data and template"):
+    with pytest.raises(ConfigError, match=r"made with other settings: data(sets)? "):
         trainer(begun, change(log())).run()
 
 
@@ -101,11 +101,11 @@ def test_another_model_or_template_does_not_go_on(begun: Path, tmp_path: Path) -
     other = tiny_model("qwen3", tmp_path, seed=5, vocab_size=tiny.VOCAB, max_position_embeddings=2048)
     (twin / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     (twin / "config.json").write_bytes((other / "config.json").read_bytes())
-    with pytest.raises(ConfigError, match="made with other settings, model"):
+    with pytest.raises(ConfigError, match="made with other settings: model "):
         trainer(begun, model=twin).run()
     template = tmp_path / "other.toml"
     template.write_text(tiny.TEMPLATE.replace("Pick one.", "Pick two."), encoding="utf-8")
-    with pytest.raises(ConfigError, match="data and template"):
+    with pytest.raises(ConfigError, match="made with other settings: template "):
         _made(begun, log(), tiny.model_folder(), template).run()
 
 
