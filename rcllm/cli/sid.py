@@ -331,8 +331,10 @@ def _embeddings(catalogue: Catalogue, options: VectorOptions) -> FloatArray:
 def _read_embeddings(path: Path, num_items: int) -> FloatArray:
     try:
         table = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is not a .npy file of numbers: {error}") from error
+    if not isinstance(table, np.ndarray):
+        raise DataError(f"{path} is an archive of arrays; expected one array, as np.save writes it")
     if table.ndim != 2 or table.shape[0] != num_items or not np.issubdtype(table.dtype, np.floating):
         raise DataError(
             f"{path}: expected floats [{num_items} items, dimensions], in the order of the catalogue, got "

@@ -2,8 +2,8 @@
 
 The pool is one read-only file in safetensors' layout, made by `rcllm.prototypes.build`, that every node opens by memory
 map. Knows nothing of engines. Invariant: what comes from it is approximate, lives for one request, and is never
-published. The KV of a token is that of a prototype in *its* context, right in layer 0 at best. Prototypes are made of users'
-texts: to erase a user, build the pool again without that user (`rcllm pool build --exclude-users`).
+published. The KV of a token is that of a prototype in *its* context, right in layer 0 at best. Prototypes are made of
+users' texts: to erase a user, build the pool again without that user (`rcllm pool build --exclude-users`).
 Source: RcLLM (arXiv 2605.07443, §III-B, its M2).
 """
 

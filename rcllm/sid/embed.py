@@ -51,23 +51,25 @@ class SentenceEncoder:
         self.num_layers, self.num_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
         self.eps, self.max_tokens = float(config["layer_norm_eps"]), int(config["max_position_embeddings"])
         self._weights, self._tokenizer = weights, tokenizer
+        limit = (tokenizer.truncation or {}).get("max_length", self.max_tokens)
+        tokenizer.enable_truncation(min(limit, self.max_tokens))
 
     @classmethod
     def load(cls, folder: Path, max_tokens: int = 256) -> SentenceEncoder:
         """`max_tokens`: longer texts are cut. Raises ModelError."""
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
+                raise ModelError(f"{folder}: expected a BERT encoder with gelu, got {config.get('model_type')!r}")
             weights = {
                 name.removeprefix("bert."): t.float() for name, t in load_file(folder / "model.safetensors").items()
             }
-            tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            encoder = cls(config, weights, tokenizer)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            encoder = cls(config, weights, _read_tokenizer(folder / "tokenizer.json", max_tokens))
+            tried = encoder.encode(["a"])  # a weight that is missing or has another shape is found here
+        except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{folder} is not a folder with a sentence encoder: {error}") from error
-        if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
-            raise ModelError(f"{folder}: expected a BERT encoder with gelu, got {config.get('model_type')!r}")
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(min(max_tokens, encoder.max_tokens))
+        if not np.isfinite(tried).all():
+            raise ModelError(f"{folder}: its weights give vectors that are not numbers; fetch the model again")
         return encoder
 
     def encode(self, texts: Sequence[str], on_progress: Callable[[int], None] | None = None) -> FloatArray:
@@ -116,3 +118,14 @@ class SentenceEncoder:
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], self._weights[name + ".weight"], self._weights[name + ".bias"], self.eps)
+
+
+def _read_tokenizer(path: Path, max_tokens: int) -> tokenizers.Tokenizer:
+    """Raises ValueError."""
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path.name}: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_tokens)
+    return tokenizer

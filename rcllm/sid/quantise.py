@@ -3,7 +3,8 @@
 Level 0 clusters the vectors; each further level clusters what the level before left (the residual). Items that would
 share all of their codes are told apart in the last level. Under every prefix, codes are dealt out so that the sum of
 squared distances is least: an assignment problem. A prefix with more items than codes sends the items that are farthest
-out to another prefix. Knows nothing of items or texts. Invariant: the result depends on vectors, settings and seed alone.
+out to another prefix. Knows nothing of items or texts. Invariant: the result depends on vectors, settings and seed
+alone.
 """
 
 from __future__ import annotations

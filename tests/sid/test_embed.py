@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
@@ -70,3 +71,37 @@ def test_folders_that_hold_no_encoder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text.replace('"bert"', '"roberta"'), encoding="utf-8")
     with pytest.raises(ModelError, match="expected a BERT encoder with gelu, got 'roberta'"):
         SentenceEncoder.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "{"),
+        ("config.json", '{"model_type": "bert", "hidden_act": "gelu"}'),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "junk"),
+        ("model.safetensors", "junk"),
+    ],
+)
+def test_junk_is_named_before_anything_is_embedded(folder: Path, tmp_path: Path, name: str, content: str) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        SentenceEncoder.load(tmp_path)
+
+
+def test_weights_that_are_missing_of_another_shape_or_no_numbers(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    whole = load_file(folder / "model.safetensors")
+    name = next(name for name in whole if name.endswith("layer.1.output.dense.weight"))
+    for changed in (
+        {key: tensor for key, tensor in whole.items() if key != name},
+        whole | {name: torch.ones(3, 3)},
+        whole | {name: torch.full_like(whole[name], float("nan"))},
+    ):
+        save_file(changed, tmp_path / "model.safetensors")
+        with pytest.raises(ModelError, match=str(tmp_path)):
+            SentenceEncoder.load(tmp_path)
