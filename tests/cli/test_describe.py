@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 from rcllm.core.ranking import UserId
 from rcllm.data import split_of
+from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 FEW = ("--prototypes", "200", "--bits", "6")
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from tests.cli.conftest import Run, Shop, read_lines, write_lines
 from tokenizers import AddedToken
 
 from rcllm.codes.index import CodeIndex
@@ -18,6 +17,7 @@ from rcllm.core.ranking import ItemId
 from rcllm.sid.model_folder import save_model
 from rcllm.sid.network import CodeNetwork, NetworkConfig
 from rcllm.sid.vocabulary import Vocabulary
+from tests.cli.conftest import Run, Shop, read_lines, write_lines
 from tests.tiny_models import tiny_model
 
 SIZES = (5, 6, 4)

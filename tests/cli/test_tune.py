@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tests.cli.conftest import Run, Shop, read_lines
 
 FEW = ("--losses", "32", "--evaluate-every", "16", "--rank", "2", "--candidates", "4", "--history", "3")

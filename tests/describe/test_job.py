@@ -80,12 +80,12 @@ def test_a_job_that_is_killed_anywhere_ends_as_one_that_never_was(
     kills = 0
     homes = {
         "write": (FakeWriter, "write"),
-        "commit": (checkpoint.Checkpoint, "commit"),
+        "commit": (checkpoint.JobCheckpoint, "commit"),
         "pools": (FakeWriter, "save"),
-        "finish": (checkpoint.Checkpoint, "finish"),
+        "finish": (checkpoint.JobCheckpoint, "finish"),
         "rename": (checkpoint, "_write_table"),
         "sync": (durable, "_sync"),
-        "remove": (checkpoint.Checkpoint, "remove_work"),
+        "remove": (checkpoint.JobCheckpoint, "remove_work"),
         "removing": (checkpoint, "remove"),
     }
     home, name = homes[step]

@@ -361,7 +361,7 @@ def test_static_ranks_are_there_after_warming() -> None:
 
 
 def test_static_remembers_a_bounded_number_of_ranks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rankings, "_MOST_RANKINGS", 3)
+    monkeypatch.setattr(rankings, "_MAX_RANKINGS", 3)
     static = {"level": "corrected(.3,.3)", "selection": Selection("static")}
     for start in range(0, 20, 5):
         asked = tiny.request(tuple(range(start, start + 5)), (30,), **static)

@@ -17,14 +17,6 @@ from rcllm.model.attend.segments import Group
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
-# ---- compiled -------------------------------------------------------------------------------------------------------
-
-
-# ---- plain torch ----------------------------------------------------------------------------------------------------
-
-
-# ---- choice ---------------------------------------------------------------------------------------------------------
-
 TORCH_BACKENDS: dict[str, Callable[[ModelSpec, Rope, Sequence[Group]], Attend]] = {
     "gather": Gather,
     "segmented": Segmented,
