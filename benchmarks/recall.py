@@ -29,6 +29,7 @@ from rcllm.core.decoding import RecommendRequest
 from rcllm.core.ranking import Event, ItemId, RankRequest
 from rcllm.data import Dataset, Split, histories, split_of
 from rcllm.durable import renamed
+from rcllm.errors import answered
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
 from rcllm.sid.build import BuildConfig, build_codes, code_index_of, item_texts, split_histories
@@ -166,7 +167,7 @@ def generated(folder: Path, most: int) -> Rank:
             for i, case in enumerate(asked)
         ]
         start = time.perf_counter()
-        answers = recommender.recommend_batch(requests)
+        answers = answered(recommender.recommend_batch(requests))
         console.print(f"{len(requests)} requests in {time.perf_counter() - start:.1f} s")
         return [answer.items for answer in answers]
 

@@ -20,7 +20,8 @@ from functools import partial
 
 from benchmarks.harness import ROOT, console, dataset, options, percentile, run_parts, show, timed
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core.ranking import BlockKind, Level, RankOptions, RankRequest, UserId
+from rcllm.core.ranking import Level, RankOptions, RankRequest, UserId
+from rcllm.core.receipts import BlockKind
 from rcllm.data import Dataset, build_requests, named_items
 from rcllm.data.popularity import with_popularity
 from rcllm.engine.engine import Engine
@@ -95,7 +96,7 @@ def engine_with_pool(data: Dataset, template: str, adapter: str, users: int, see
         )
     pool = PrototypePool.open(path, engine.decoder, engine.prompter.namespace)
     parts = engine.config, engine.decoder, engine.prompter, engine.pool, engine.model_id
-    return Engine(*parts, semantic_pool=pool), built
+    return Engine(*parts, prototypes=pool), built
 
 
 def size(engine: Engine, built: BuildReport, requests: list[RankRequest]) -> dict[str, float]:
@@ -104,7 +105,7 @@ def size(engine: Engine, built: BuildReport, requests: list[RankRequest]) -> dic
     prompts = [engine.prompter.build(request) for request in requests]
     tokens = [sum(len(b) for b in prompt.blocks if b.kind is BlockKind.HISTORY) for prompt in prompts]
     per_user = statistics.mean(tokens) * engine.decoder.spec.kv_bytes_per_token(engine.pool.dtype.itemsize)
-    pool = engine.semantic_pool
+    pool = engine.prototypes
     assert pool is not None
     took = [timed(pool.borrow, prompt)[0] for prompt in prompts]
     found = {

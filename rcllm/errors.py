@@ -9,11 +9,19 @@
     │   └── UnsupportedModelError    the architecture, or a variant of it, is not implemented
     ├── RequestError             one request is wrong; the engine and other requests go on
     │   ├── UnknownItemError         a candidate or event names an item the catalogue lacks
-    │   └── PromptTooLongError       the prompt exceeds the model's context
+    │   ├── PromptTooLongError       the prompt exceeds the model's context
+    │   └── CancelledError           the request was withdrawn before it was answered
     └── CapacityError            the request is fine but does not fit the memory budget
 
 Messages say what was expected, what came, and what to do. `assert` is for our own mistakes.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+Response = TypeVar("Response")
 
 
 class RcllmError(Exception):
@@ -56,5 +64,19 @@ class PromptTooLongError(RequestError):
     """The rendered prompt needs more positions than the model has."""
 
 
+class CancelledError(RequestError):
+    """A request was withdrawn before it was answered."""
+
+
 class CapacityError(RcllmError):
     """The KV that one request needs at once is larger than the cache budget."""
+
+
+def answered(outcomes: Iterable[Response | RcllmError]) -> list[Response]:
+    """The responses of a batch, for callers that need them all. Raises the first error, where there is one."""
+    responses = []
+    for outcome in outcomes:
+        if isinstance(outcome, RcllmError):
+            raise outcome
+        responses.append(outcome)
+    return responses

@@ -19,7 +19,7 @@ from rcllm.cli.tables import facts_table, item_title
 from rcllm.codes.sid_files import STYLE, read_codes
 from rcllm.config import Config, PromptConfig
 from rcllm.core.decoding import RecommendRequest, RecommendResponse
-from rcllm.engine.recommend import Recommender
+from rcllm.engine.jobs.recommend import Recommender
 from rcllm.errors import CapacityError, ConfigError, RequestError
 from rcllm.sid.load import load_recommender
 from rcllm.wire.lines import (
@@ -186,7 +186,7 @@ def _show(response: RecommendResponse, recommender: Recommender) -> None:
         "KV read": f"{receipt.kv_bytes_read / 1e6:,.1f} MB; once per beam: {receipt.kv_bytes_naive / 1e6:,.1f} MB",
         "stages, ms": ", ".join(f"{name} {ms:,.1f}" for name, ms in receipt.stage_ms.items()),
     }
-    screen.print(facts_table("Receipt", facts | ({"notes": "\n".join(receipt.notes)} if receipt.notes else {})))
+    screen.print(facts_table("RankReceipt", facts | ({"notes": "\n".join(receipt.notes)} if receipt.notes else {})))
 
 
 def _items_table(response: RecommendResponse, recommender: Recommender) -> Table:

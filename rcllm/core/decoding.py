@@ -6,11 +6,11 @@ Frozen and without tensors, like those of `core.py`; this module never imports t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rcllm.core.ranking import Event, HistoryMode, ItemId, Level, TokenIds, UserId
+from rcllm.core.receipts import BeamRule, GenerateReceipt, RecommendReceipt
 from rcllm.errors import ConfigError
 
 
@@ -26,8 +26,6 @@ class OpenRequest:
 
 
 # ---- recommending from the whole catalogue ---------------------------------------------------------------------------
-
-BeamRule = Literal["renormalise", "mask"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,41 +43,6 @@ class RecommendRequest:
     # allowed, or among the whole vocabulary (mask), as the model gave it
     rule: BeamRule = "renormalise"
     level: Level | None = None  # reuse of the prompt; None: exact
-
-
-@dataclass(frozen=True, slots=True)
-class BeamStep:
-    """What one level of a beam search did."""
-
-    num_parents: int  # prefixes that were extended
-    num_children: int  # valid extensions: only these were ever scored
-    num_kept: int
-    num_dead: int  # extensions that the catalogue has, but below which no item is allowed
-    num_skipped: int  # children that early termination left unsorted
-
-
-@dataclass(frozen=True, slots=True)
-class RecommendReceipt:
-    """What a recommendation says about itself."""
-
-    level: str
-    rule: BeamRule
-    beam: int
-    epoch: int  # version of the catalogue that this request saw
-    node: str
-    model: str  # first 12 hex digits of the model fingerprint
-    backend: str
-    num_tokens: int  # of the prompt
-    num_fresh: int  # of them, computed in this request's forward
-    num_reused: int
-    num_computed: int  # tokens of missing blocks that were computed for its batch and published
-    kv_bytes_read: int  # by attention of the steps: the prompt once a step, and each beam's own
-    kv_bytes_naive: int  # the same where every beam reads the prompt for itself
-    kv_bytes_copied: int  # of the prompt, where it lay in scraps and was joined first
-    steps: tuple[BeamStep, ...]  # one per level
-    stage_ms: Mapping[str, float]  # wall time of each stage, of the whole batch
-    batch_size: int
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,38 +124,6 @@ class GenerateRequest:
     def opening(self) -> OpenRequest:
         """The prompt that is answered."""
         return OpenRequest(self.request_id, self.history, self.user_id, self.level, self.history_mode)
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """Where relaxed verification took a token that greedy decoding would not have taken at that place."""
-
-    position: int  # in the answer
-    token_id: int
-    argmax_id: int
-    probability: float  # of the token, by the model
-    argmax_probability: float
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateReceipt:
-    """What an answer says about itself."""
-
-    level: str
-    history: str
-    speculation: str
-    node: str
-    model: str  # first 12 hex digits of the model fingerprint
-    num_tokens: int  # of the prompt
-    num_fresh: int  # of them, computed in this request's forward
-    num_reused: int
-    passes: int  # of decoding; the prompt's own, which gives the first token, not among them
-    drafted: int  # tokens that passes verified
-    accepted: int  # of them, those that are part of the answer
-    accepted_length_mean: float  # tokens decided per pass, the pass's own token included; 0 without passes
-    divergences: tuple[Divergence, ...]
-    stage_ms: Mapping[str, float]  # wall time of each stage while this request was in the batch, of the whole batch
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

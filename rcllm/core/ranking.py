@@ -2,7 +2,7 @@
 
 Frozen, without behaviour beyond parsing and small derived sizes, and without tensors: this module never
 imports torch. A stage is a function from one of these to the next:
-RankRequest → Prompt → Plan → (tensors, in the computing plane) → RankResponse with its Receipt.
+RankRequest → Prompt → Plan → (tensors, in the computing plane) → RankResponse with its RankReceipt.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Literal, NewType
 
 import numpy as np
 import numpy.typing as npt
 
+from rcllm.core.receipts import BlockKind, RankReceipt
 from rcllm.errors import ConfigError
 
 ContentKey = NewType("ContentKey", bytes)  # 32 bytes, blake3; see prompt/blocks.py for what is hashed
@@ -34,7 +34,6 @@ Mask = Literal["causal", "blocks"]
 HistoryMode = Literal["chain", "shared", "semantic"]
 Policy = Literal["rcllm", "k_difference", "first", "question", "static", "two_pass", "tail", "random"]
 Reduction = Literal["question", "mean", "sum"]
-Source = Literal["fresh", "computed", "device", "host", "semantic"]  # where the KV of a block came from
 
 # ---- what users bring -----------------------------------------------------------------------------------------------
 
@@ -164,14 +163,6 @@ class RankOptions:
 # ---- a prompt, decided but not computed -----------------------------------------------------------------------------
 
 
-class BlockKind(StrEnum):
-    INSTRUCTION = "instruction"
-    HISTORY = "history"
-    ITEM = "item"
-    QUESTION = "question"
-    LABEL = "label"  # labels, delimiters and volatile fields: always fresh
-
-
 @dataclass(frozen=True, slots=True)
 class Block:
     """A run of tokens at its place in one prompt.
@@ -290,50 +281,12 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockReceipt:
-    kind: BlockKind
-    owner: str | None
-    slot: int | None
-    source: Source
-    num_fresh: int
-    num_reused: int
-    key: str | None  # first 12 hex digits of the content key
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What a response says about itself."""
-
-    level: str
-    readout: str
-    layout: str
-    label_place: str
-    context: str  # canonical context of the reused blocks
-    history: str
-    bias: str
-    backend: str  # how attention read the segments
-    node: str
-    model: str  # first 12 hex digits of the model fingerprint
-    num_tokens: int
-    num_fresh: int  # computed in this request's forward
-    num_reused: int
-    num_computed: int  # tokens of missing blocks that were computed for it (or for its batch) and published
-    kv_bytes_read: int  # cached KV that attention read
-    kv_bytes_copied: int  # published KV that the whole batch copied or converted before reading; 0 when read in place
-    stage_ms: Mapping[str, float]  # wall time of each stage; of the whole batch where requests are batched
-    batch_size: int
-    blocks: tuple[BlockReceipt, ...]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class RankResponse:
     request_id: str
     candidates: tuple[ItemId, ...]  # as asked
     scores: tuple[float, ...]  # one per candidate, in the order asked; higher is better
     order: tuple[int, ...]  # candidate indices, best first; ties by candidate order
-    receipt: Receipt = field(repr=False)
+    receipt: RankReceipt = field(repr=False)
 
     @property
     def ranking(self) -> tuple[ItemId, ...]:

@@ -103,7 +103,7 @@ def identity(config: Config, prompter: Prompter, model_id: str, semantic_pool: P
     )
 
 
-def open_semantic_pool(config: Config, decoder: Decoder, prompter: Prompter) -> PrototypePool | None:
+def open_prototypes(config: Config, decoder: Decoder, prompter: Prompter) -> PrototypePool | None:
     """The pool that the configuration names, if any. Raises ConfigError, ModelError."""
     if not config.cache.semantic_pool:
         return None

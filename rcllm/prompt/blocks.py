@@ -17,7 +17,6 @@ from rcllm.config import context_samples
 from rcllm.core.decoding import OpenRequest
 from rcllm.core.ranking import (
     Block,
-    BlockKind,
     BoolArray,
     ContentKey,
     Event,
@@ -32,6 +31,7 @@ from rcllm.core.ranking import (
     Readout,
     TokenIds,
 )
+from rcllm.core.receipts import BlockKind
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
 from rcllm.prompt.keys import Context, content_key, token_bytes
 from rcllm.prompt.labels import choices, label_names

@@ -21,7 +21,8 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from rcllm.config import from_mapping
-from rcllm.core.ranking import BlockKind, BoolArray, Borrowed, ContentKey, Matches, Prompt, TokenIds
+from rcllm.core.ranking import BoolArray, Borrowed, ContentKey, Matches, Prompt, TokenIds
+from rcllm.core.receipts import BlockKind
 from rcllm.durable import renamed
 from rcllm.errors import ConfigError, ModelError
 from rcllm.model.decoder import Decoder

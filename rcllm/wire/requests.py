@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from rcllm.config import from_mapping
-from rcllm.core.decoding import BeamRule, RecommendRequest
+from rcllm.core.decoding import RecommendRequest
 from rcllm.core.ranking import Event, ItemId, Level, RankOptions, RankRequest, Selection, UserId
+from rcllm.core.receipts import BeamRule
 from rcllm.data.files import Fields
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
 from rcllm.data.text import as_text, did_you_mean, shown

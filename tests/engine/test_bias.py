@@ -54,4 +54,4 @@ def test_priors_are_kept_apart_by_what_they_depend_on(engine: Engine) -> None:
         tiny.request(3, bias="content_free", label_place="before"),
     ):
         engine.rank(request)
-    assert len(engine._bias._priors) == 5
+    assert len(engine._rank._bias._priors) == 5

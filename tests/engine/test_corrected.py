@@ -15,7 +15,8 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from rcllm.core.ranking import BlockKind, ItemId, Level, Policy, RankRequest, RankResponse, Reduction, Selection, UserId
+from rcllm.core.ranking import ItemId, Level, Policy, RankRequest, RankResponse, Reduction, Selection, UserId
+from rcllm.core.receipts import BlockKind
 from rcllm.engine import rankings
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError
@@ -338,7 +339,7 @@ def test_the_bytes_that_a_request_read(engine: Engine) -> None:
 def test_static_ranks_a_block_once_and_forgets_it_with_its_owner(engine: Engine) -> None:
     asked = tiny.request((0, 1), (30, "my own words"), level="corrected(.3,.3)", selection=Selection("static"))
     engine.rank(asked)
-    known = engine._corrector.rankings
+    known = engine._prefill.corrector.rankings
     assert len(known) == 4
     assert engine.rank(asked).receipt.notes == (), "nothing was ranked the second time"
     engine.erase_user(UserId("u1"))
@@ -366,9 +367,9 @@ def test_static_remembers_a_bounded_number_of_ranks(engine: Engine, monkeypatch:
     for start in range(0, 20, 5):
         asked = tiny.request(tuple(range(start, start + 5)), (30,), **static)
         engine.rank(asked)
-        assert len(engine._corrector.rankings) == 6, "those that a request needs, at least"
+        assert len(engine._prefill.corrector.rankings) == 6, "those that a request needs, at least"
     engine.rank(tiny.request((0,), (), **static))
-    assert len(engine._corrector.rankings) == 3
+    assert len(engine._prefill.corrector.rankings) == 3
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

@@ -6,12 +6,24 @@ import itertools
 
 import pytest
 
-from rcllm.core.ranking import BlockKind
+from rcllm.core.receipts import BlockKind
 from rcllm.engine.engine import Engine
 from rcllm.store.memory import MemoryStore
 from tests.engine import tiny
 
-STAGES = {"prompt", "wait", "plan", "materialise", "select", "assemble", "forward", "readout", "publish", "total"}
+STAGES = {
+    "prompt",
+    "lookup",
+    "wait",
+    "plan",
+    "materialise",
+    "select",
+    "assemble",
+    "forward",
+    "readout",
+    "publish",
+    "total",
+}
 
 
 @pytest.mark.parametrize("level", ["full", "exact", "linked(3)", "tail(0.3)", "blocks"])

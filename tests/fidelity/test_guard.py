@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse, Receipt
+from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
+from rcllm.core.receipts import RankReceipt
 from rcllm.errors import CapacityError, ConfigError
 from rcllm.fidelity.guard import Guard, append_to
 from rcllm.fidelity.monitor import GuardEvent, GuardPolicy
@@ -60,13 +61,13 @@ class Ranker:
         return [str(request.options.level) for _, request in self.passes if request.options]
 
 
-def receipt(level: str) -> Receipt:
+def receipt(level: str) -> RankReceipt:
     names = dict.fromkeys(("readout", "layout", "label_place", "context", "history", "bias", "backend"), "")
     names |= dict.fromkeys(("node", "model"), "")
     numbers = dict.fromkeys(("num_tokens", "num_fresh", "num_reused", "num_computed"), 1)
     numbers |= dict.fromkeys(("kv_bytes_read", "kv_bytes_copied", "batch_size"), 1)
     values: dict[str, Any] = {**names, **numbers}
-    return Receipt(level=level, stage_ms={}, blocks=(), **values)
+    return RankReceipt(level=level, stage_ms={}, blocks=(), **values)
 
 
 def make(ranker: Ranker, policy: GuardPolicy = POLICY, **options: Any) -> GuardCore:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rcllm.core.ranking import Block, BlockKind, ContentKey, Event, Item, ItemId, Layout, Prompt, RankRequest, Readout
+from rcllm.core.ranking import Block, ContentKey, Event, Item, ItemId, Layout, Prompt, RankRequest, Readout
+from rcllm.core.receipts import BlockKind
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
 from rcllm.prompt.blocks import EMPTY_TEXT, Prompter
 from rcllm.prompt.keys import content_key
