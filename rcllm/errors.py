@@ -12,6 +12,8 @@
     │   └── PromptTooLongError       the prompt exceeds the model's context
     └── CapacityError            the request is fine but does not fit the memory budget
 
+Beside it one warning, TextWarning: the engine works, but a model is asked with other text than it should be.
+
 Messages say what was expected, what came, and what to do. `assert` is for our own mistakes.
 """
 
@@ -58,3 +60,7 @@ class PromptTooLongError(RequestError):
 
 class CapacityError(RcllmError):
     """The KV that one request needs at once is larger than the cache budget."""
+
+
+class TextWarning(UserWarning):
+    """Items lack what the template shows, or a ranker is asked otherwise than it was tuned; receipts say so as well."""

@@ -66,6 +66,7 @@ def warm_command(
             "Warming (dry run: the cache ends with this process)",
             _facts(engine, len(items), whole)
             | {
+                "texts": engine.prompter.text_counts(inputs.catalogue).told(engine.prompter.template) or "all whole",
                 "computed now": f"{done.done_blocks:,} of {done.total_blocks:,} blocks of {len(chosen):,} items in "
                 f"{seconds:.1f} s, {done.computed_tokens / max(seconds, 1e-9):,.0f} tokens/s, "
                 f"{done.pool_bytes / 1e6:,.1f} MB" + (" (full)" if done.full else ""),

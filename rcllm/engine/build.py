@@ -17,12 +17,13 @@ from blake3 import blake3
 from rcllm.cache.pool import Pool
 from rcllm.config import MIB, Config
 from rcllm.core.ranking import Item, ItemId, RankRequest
+from rcllm.engine.fit import fit
 from rcllm.errors import ConfigError, ModelError
 from rcllm.model.adapter import adapter_fingerprint, adapter_mask, load_adapter, merge
 from rcllm.model.decoder import Decoder
 from rcllm.model.weights import fingerprint, load_model
 from rcllm.prompt.blocks import Prompter
-from rcllm.prompt.template import Template, chat_format
+from rcllm.prompt.template import chat_format
 from rcllm.prompt.tokenizer import Tokenizer
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.schedule.admission import Identity
@@ -62,14 +63,19 @@ def make_prompter(
     catalogue: Mapping[ItemId, Item],
     samples: Sequence[RankRequest],
 ) -> Prompter:
-    """`model`: the model's fingerprint, part of every content key. Raises ConfigError, ModelError."""
+    """`model`: the model's fingerprint, part of every content key. Raises ConfigError, DataError, ModelError.
+
+    Warns of a catalogue or configuration that the template or the adapter does not fit.
+    """
+    fitted = fit(catalogue, config)
+    fitted.warn()
     tokenizer = Tokenizer.load(folder, config.prompt.item_tokens)
     if tokenizer.vocab_size > decoder.spec.vocab_size:
         raise ModelError(
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {decoder.spec.vocab_size}; "
             "they do not belong together"
         )
-    template = Template.load(config.prompt.template)
+    template = fitted.template
     chat = config.prompt.chat if config.prompt.chat != "auto" else tokenizer.chat_format
     dtypes = f"{config.model.dtype} {config.cache.kv_dtype}"
     namespace = b"".join((model, tokenizer.fingerprint, template.fingerprint, chat.encode(), dtypes.encode()))
@@ -77,12 +83,14 @@ def make_prompter(
         template,
         chat_format(chat),
         tokenizer,
-        catalogue,
+        fitted.catalogue,
         namespace,
         decoder.max_positions,
         config.prompt.max_candidates,
         config.prompt.context,
         samples,
+        fitted.learnt,
+        fitted.notes,
     )
 
 

@@ -14,7 +14,6 @@ from benchmarks.harness import SHARED
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core.ranking import Level, RankOptions
 from rcllm.data import build_requests, load_dataset
-from rcllm.data.popularity import with_popularity
 from rcllm.engine.engine import Engine
 from rcllm.fidelity.measures import chance_ndcg, ndcg, order
 from rcllm.model.adapter import adapter_mask
@@ -36,7 +35,7 @@ def test_an_adapter_has_its_record_and_fits_its_template(folder: Path) -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data sets")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_an_adapter_ranks_held_out_users_better_than_popularity(folder: Path) -> None:
-    data = with_popularity(load_dataset("common", SHARED / "amazon_scientific"))
+    data = load_dataset("common", SHARED / "amazon_scientific")
     template = json.loads((folder / "rcllm.json").read_text(encoding="utf-8"))["template"]
     config = Config(ModelConfig(adapter=str(folder)), PromptConfig(template), CacheConfig(pool_mb=1000))
     engine = Engine.build(data.catalogue, config)
