@@ -6,6 +6,7 @@ unique, iteration follows the order of the file, and no field is empty.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -93,6 +94,12 @@ class Catalogue(Mapping[ItemId, Item]):
 
     def __repr__(self) -> str:
         return f"Catalogue({len(self):,} items)"
+
+
+def field_shares(catalogue: Mapping[ItemId, Item], names: Sequence[str]) -> dict[str, float]:
+    """Of the items, how many have each field; there must be at least one item."""
+    counts = Counter(name for item in catalogue.values() for name in names if item.fields.get(name))
+    return {name: counts[name] / len(catalogue) for name in names}
 
 
 def read_items(

@@ -96,14 +96,13 @@ def make_prompter(
 
 def identity(config: Config, prompter: Prompter, model_id: str, semantic_pool: PrototypePool | None) -> Identity:
     """What a calibration of the engine made of these holds for. `config`: resolved."""
-    chat = blake3(repr(prompter.chat).encode()).digest()
     tokenizer, template = prompter.tokenizer.fingerprint, prompter.template.fingerprint
     assert config.model.mask != "auto", "mask is resolved by declared_mask"
     return Identity(
         model_id,
         tokenizer.hex()[:12],
         template.hex()[:12],
-        chat.hex()[:12],
+        prompter.chat.fingerprint,
         config.model.dtype,
         config.cache.kv_dtype,
         config.model.mask,

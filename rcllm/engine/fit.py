@@ -7,19 +7,19 @@ with other text than it learnt from is told of: to whoever builds the engine, an
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rcllm.config import Config
 from rcllm.core.ranking import Item, ItemId, RankOptions
+from rcllm.data.catalogue import field_shares
 from rcllm.data.popularity import FIELD, with_made_fields
 from rcllm.errors import DataError, TextWarning
 from rcllm.model.adapter import adapter_record
 from rcllm.prompt.draft import listed
 from rcllm.prompt.learnt import Learnt
-from rcllm.prompt.template import Template
+from rcllm.prompt.template import Template, chat_format
 
 _NAMED = 8  # fields that a message lists
 
@@ -47,10 +47,11 @@ class Fitted:
 def fit(catalogue: Mapping[ItemId, Item], config: Config) -> Fitted:
     """Raises DataError where no item shows any text, ConfigError and ModelError for files that cannot be used."""
     template, learnt = Template.of(config.prompt), _learnt(config.model.adapter)
-    notes = [*learnt.text_differences(template, config.prompt.chat, config.prompt.context)]
+    chat = None if config.prompt.chat == "auto" else chat_format(config.prompt.chat)
+    notes = [*learnt.text_differences(template, chat, config.prompt.context)]
     if catalogue:  # an empty one may be filled later
         catalogue = with_made_fields(catalogue, template.shown)
-        shares = _shares(catalogue, template.shown)
+        shares = field_shares(catalogue, template.shown)
         notes += _textless(catalogue, template, shares) + _unlike(learnt, shares)
     return Fitted(catalogue, template, learnt, tuple(notes))
 
@@ -58,12 +59,6 @@ def fit(catalogue: Mapping[ItemId, Item], config: Config) -> Fitted:
 def _learnt(adapter: str) -> Learnt:
     record = adapter_record(Path(adapter)) if adapter else {}
     return Learnt.of(record, adapter)
-
-
-def _shares(catalogue: Mapping[ItemId, Item], names: Sequence[str]) -> dict[str, float]:
-    """Of the items, how many have each field."""
-    counts = Counter(name for item in catalogue.values() for name in names if item.fields.get(name))
-    return {name: counts[name] / len(catalogue) for name in names}
 
 
 def _textless(catalogue: Mapping[ItemId, Item], template: Template, shares: Mapping[str, float]) -> list[str]:

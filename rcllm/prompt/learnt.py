@@ -12,7 +12,7 @@ from typing import Any
 
 from rcllm.core.ranking import RankOptions
 from rcllm.errors import ModelError
-from rcllm.prompt.template import Template
+from rcllm.prompt.template import ChatFormat, Template
 
 _COMMON = 0.5  # a field that at least this share of the items of every training set had is missed where it lacks
 _TEXTS = ("template", "template_fingerprint", "readout", "layout", "label_place", "chat", "context", "mask")
@@ -28,7 +28,7 @@ class Learnt:
     readout: str = ""
     layout: str = ""
     label_place: str = ""
-    chat: str = ""  # the chat format
+    chat: str = ""  # fingerprint of the chat format
     context: str = ""  # the canonical context of items and events, which a `blocks` model saw
     mask: str = ""
     limits: Mapping[str, int] = field(default_factory=dict)  # in tokens, by name in the template
@@ -47,11 +47,11 @@ class Learnt:
             raise ModelError(f"{where}: expected 'fields' to hold shares by data set and field, got {shares!r}")
         return cls(**texts, limits=limits, fields=shares)
 
-    def text_differences(self, template: Template, chat: str, context: str) -> tuple[str, ...]:
-        """How a prompt differs, whatever is asked in it. `chat`: «auto» is not compared."""
+    def text_differences(self, template: Template, chat: ChatFormat | None, context: str) -> tuple[str, ...]:
+        """How a prompt differs, whatever is asked in it. `chat`: None where the tokenizer decides."""
         told = [*self._template_differences(template)]
-        if self.chat and chat not in ("auto", self.chat):
-            told.append(f"the adapter was tuned in chat format {self.chat}, this is {chat}")
+        if self.chat and chat is not None and chat.fingerprint != self.chat:
+            told.append("the adapter was tuned in another chat format than the one that prompt.chat names")
         if self.mask == "blocks" and self.context and context != self.context:
             told.append(f"the adapter was tuned with canonical context {self.context}, this is {context}")
         return tuple(told)

@@ -47,6 +47,11 @@ class ChatFormat:
     user: str
     assistant: str
 
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits that change with any of its texts."""
+        return blake3(repr(self).encode()).hexdigest()[:12]
+
 
 @dataclass(frozen=True, slots=True)
 class Template:

@@ -201,12 +201,19 @@ class Trainer:
             save_adapter(self.folder / _BEST, self.network.adapter(), self.base, self.record())
 
     def record(self) -> dict[str, Any]:
-        """How the adapter was made."""
+        """How the adapter was made; what `Learnt` reads of it is held against what the ranker is asked later."""
+        template = self.prompter.template
         return {
             "mask": self.config.mask,
-            "template": self.prompter.template.name,
-            "template_fingerprint": self.prompter.template.fingerprint.hex(),
+            "template": template.name,
+            "template_fingerprint": template.text_fingerprint.hex(),
+            "limits": dict(template.limits),
+            "fields": {source.dataset.name: source.field_shares(template.shown) for source in self.sources},
+            "chat": self.prompter.chat.fingerprint,
+            "context": self.prompter.context_name,
             "readout": self.config.readout,
+            "layout": self.options.layout,
+            "label_place": self.options.label_place,
             "started_from": self.started_from,
             "datasets": [source.dataset.name for source in self.sources],
             "settings": as_json(self.config),
