@@ -214,7 +214,8 @@ class Prompter:
         """How the request differs from what the ranker learnt, and what of it no prompt shows."""
         notes = [*self.notes, *self.learnt.option_differences(options)]
         if strangers := sorted(request.volatile.keys() - set(request.candidates)):
-            notes.append(f"volatile texts of {len(strangers):,} items that are no candidates: {listed(strangers)}")
+            told = f"{len(strangers):,} of {len(request.volatile):,} volatile texts belong to no candidate"
+            notes.append(f"{told}: {listed(strangers)}")
         shown = self.template.shown_fresh if options.readout != "likelihood" else ()
         given = {name for texts in request.volatile.values() for name in texts}
         if unshown := sorted(given - set(shown)):

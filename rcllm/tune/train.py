@@ -105,7 +105,8 @@ class Trainer:
         self.options = RankOptions(readout=config.readout)
         self.state = _State()
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
-        self._checkpoint = Checkpoint(folder, network, self.optimiser, as_json(config))
+        asked = {"template": prompter.template.fingerprint.hex()[:12], "datasets": [s.dataset.name for s in sources]}
+        self._checkpoint = Checkpoint(folder, network, self.optimiser, as_json(config) | asked)
         share = -(-config.validation_requests // len(sources))
         self._validation = [request for source in sources for request in source.validation(share)]
 

@@ -157,7 +157,8 @@ def train_tokenizer() -> BackendTokenizer:
 def config(family: str = NATIVE, **sections: Any) -> Config:
     """A configuration for `build`; `kv_dtype`, `context`, `mask`, … override fields of the sections they belong to."""
     model = {key: sections.pop(key) for key in ("mask", "attention", "max_positions") if key in sections}
-    prompt = {key: sections.pop(key) for key in ("context", "max_candidates", "template") if key in sections}
+    names = ("context", "max_candidates", "max_item_tokens", "template")
+    prompt = {key: sections.pop(key) for key in names if key in sections}
     cache = {"kv_dtype": "fp32", "pool_mb": 64, **sections}
     return Config(
         ModelConfig(path=str(model_folder(family)), device="cpu", **model),
