@@ -63,7 +63,7 @@ def _learnt(adapter: str) -> Learnt:
 
 def _textless(catalogue: Mapping[ItemId, Item], template: Template, shares: Mapping[str, float]) -> list[str]:
     """Raises DataError where no candidate would have a text; in open prompts, events may be in users' own words."""
-    if any(shares.values()):
+    if any(shares.values()) or not shares:
         return []
     there = list(dict.fromkeys(name for item in catalogue.values() for name in item.fields))
     way_out = f"name the column that holds one with --field {template.shown[0]}={_likely(there)}, or " if there else ""

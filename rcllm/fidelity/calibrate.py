@@ -143,7 +143,8 @@ class _Search:
         self.engine, self.trial, self.space, self.target, self.kept = engine, trial, space, target, kept
         self.engines = {context: with_context(engine, context, trial.samples) for context in space.contexts}
         self.requests: list[RankRequest] = []
-        self.notes = _text_notes(engine, trial.requests, space)
+        self.text_notes = _text_notes(engine, trial.requests, space)
+        self.notes: list[str] = []  # what was left out
         self._on_progress = on_progress
 
     def run(self) -> Calibration:
@@ -265,7 +266,7 @@ class _Search:
             rungs=tuple(measured),
             target=self.target,
             recommended=self._recommended(measured, records),
-            notes=tuple(self.notes),
+            notes=(*self.text_notes, *self.notes),
         )
 
     def _recommended(self, measured: Sequence[Rung], records: Records) -> Configuration | None:

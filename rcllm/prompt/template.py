@@ -190,6 +190,11 @@ def _checked(source: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_ranking(source: str, values: dict[str, Any]) -> None:
     _check_read_from(source, values)
+    for key in ("item", "likelihood_item"):
+        if not _names(tuple(values[key])):
+            raise ConfigError(
+                f"template {source}: {key} shows no {{field}}, so that all candidates would read the same"
+            )
     if len(values["label_before"]) != 2 or len(values["label_after"]) != 2:
         raise ConfigError(
             f"template {source}: label_before and label_after are [what precedes the label, what follows it]"
