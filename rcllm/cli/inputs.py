@@ -23,6 +23,7 @@ from rcllm.prompt.template import Template
 from rcllm.schedule.admission import AdmissionFactory, Open
 from rcllm.wire.lines import Failure, read_lines
 
+_COUNTED = 10_000  # items whose texts are looked at before a run; tokenising them takes seconds
 _Section = TypeVar("_Section")
 
 
@@ -115,7 +116,7 @@ def make_engine(
     with busy(f"loading {config.model.path}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", TextWarning)  # said above
         engine = Engine.build(inputs.catalogue, config, samples, admission)
-    if told := engine.prompter.text_counts(named_items(like)).told(engine.prompter.template):
+    if told := engine.prompter.text_counts(named_items(like)[:_COUNTED]).told(engine.prompter.template):
         say(told, "dim")
     return engine
 

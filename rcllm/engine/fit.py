@@ -48,7 +48,7 @@ def fit(catalogue: Mapping[ItemId, Item], config: Config) -> Fitted:
     """Raises DataError where no item shows any text, ConfigError and ModelError for files that cannot be used."""
     template, learnt = Template.of(config.prompt), _learnt(config.model.adapter)
     chat = None if config.prompt.chat == "auto" else chat_format(config.prompt.chat)
-    notes = [*learnt.text_differences(template, chat, config.prompt.context)]
+    notes = [*learnt.text_differences(template, chat, config.prompt.context, config.model.mask)]
     if catalogue:  # an empty one may be filled later
         catalogue = with_made_fields(catalogue, template.shown)
         shares = field_shares(catalogue, template.shown)

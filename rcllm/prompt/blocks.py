@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import get_args
 
@@ -64,28 +65,22 @@ class Prompter:
         """
         self.template, self.chat, self.tokenizer, self.catalogue = template, chat, tokenizer, catalogue
         self.namespace, self.max_positions, self.max_candidates = namespace, max_positions, max_candidates
-        self.context_name, self.learnt, self.notes = context, learnt, tuple(notes)
+        self.learnt, self.notes = learnt, tuple(notes)
         self.texts = Texts(template, tokenizer)
         self.instructions = {layout: self._instruction(layout) for layout in get_args(Layout)}
-        self.contexts = {layout: self._fixed_contexts(layout) for layout in get_args(Layout)}
-        if count := context_samples(context):
-            self.contexts = {layout: self._sampled_contexts(layout, samples, count) for layout in get_args(Layout)}
+        self._choose_context(context, samples)
 
     def in_context(self, context: str, samples: Sequence[RankRequest]) -> Prompter:
         """The same prompts, whose blocks are computed in another canonical context. Raises ConfigError."""
-        return Prompter(
-            self.template,
-            self.chat,
-            self.tokenizer,
-            self.catalogue,
-            self.namespace,
-            self.max_positions,
-            self.max_candidates,
-            context,
-            samples,
-            self.learnt,
-            self.notes,
-        )
+        other = copy(self)
+        other._choose_context(context, samples)
+        return other
+
+    def _choose_context(self, context: str, samples: Sequence[RankRequest]) -> None:
+        self.context_name = context
+        self.contexts = {layout: self._fixed_contexts(layout) for layout in get_args(Layout)}
+        if count := context_samples(context):
+            self.contexts = {layout: self._sampled_contexts(layout, samples, count) for layout in get_args(Layout)}
 
     def _instruction(self, layout: Layout) -> TokenIds:
         """The shared first block: begin-of-sequence, system text, instruction, and the first section's head."""
@@ -120,11 +115,9 @@ class Prompter:
         """The text of an event: an item of the catalogue, or a user's own words. Raises RequestError."""
         if (event.item_id is None) == (event.text is None):
             raise RequestError(f"an event has either an item_id or a text, got {event}")
-        return (
-            self.texts.own_words(event.text or "")
-            if event.item_id is None
-            else self.texts.event(self.item(event.item_id))
-        )
+        if event.item_id is not None:
+            return self.texts.event(self.item(event.item_id))
+        return self.texts.own_words(event.text or "")
 
     def text_counts(self, item_ids: Iterable[ItemId]) -> TextCounts:
         """What befalls the texts of those items that the catalogue has."""

@@ -39,7 +39,7 @@ class Notes:
     def told(self, totals: Mapping[str, int]) -> tuple[str, ...]:
         """«2 of 20 candidates cut to 96 tokens: a, b»."""
         return tuple(
-            f"{len(names):,} of {totals[of]:,} {of} {what}: {listed(names)}"
+            f"{len(names):,} of {totals[of]:,} {of} {what}: {listed(list(dict.fromkeys(names)))}"
             for (of, what), names in self._befell.items()
         )
 

@@ -47,11 +47,15 @@ class Learnt:
             raise ModelError(f"{where}: expected 'fields' to hold shares by data set and field, got {shares!r}")
         return cls(**texts, limits=limits, fields=shares)
 
-    def text_differences(self, template: Template, chat: ChatFormat | None, context: str) -> tuple[str, ...]:
+    def text_differences(
+        self, template: Template, chat: ChatFormat | None, context: str, mask: str = "auto"
+    ) -> tuple[str, ...]:
         """How a prompt differs, whatever is asked in it. `chat`: None where the tokenizer decides."""
         told = [*self._template_differences(template)]
         if self.chat and chat is not None and chat.fingerprint != self.chat:
             told.append("the adapter was tuned in another chat format than the one that prompt.chat names")
+        if self.mask and mask not in ("auto", self.mask):
+            told.append(f"the adapter was tuned under mask {self.mask}, model.mask is {mask}")
         if self.mask == "blocks" and self.context and context != self.context:
             told.append(f"the adapter was tuned with canonical context {self.context}, this is {context}")
         return tuple(told)

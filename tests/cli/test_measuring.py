@@ -32,6 +32,7 @@ def test_warm_tells_what_a_catalogue_needs(run: Run, shop: Shop) -> None:
     assert re.search(r"fits +yes", shown.stdout)
     assert re.search(r"time for all +about 0:00:\d\d", shown.stdout)
     assert re.search(r"texts +all whole", shown.stdout)
+    assert re.search(r"fields +title 100%, brand \d+%, categories \d+%, description \d+%", shown.stdout)
     cut = run("warm", *shop.on_items, "--limit", "5", "--max-item-tokens", "2")
     assert re.search(r"texts +of 40 items: 40 cut to 2 tokens as candidates", cut.stdout)
 

@@ -50,6 +50,9 @@ def test_limits_chat_and_context_are_told_of() -> None:
     assert told == "the adapter was tuned with items cut at 18 tokens, here at 96 (max_item_tokens)"
     assert "chat format" in differences(chat="plain")[0]
     assert differences(context="bos") == ("the adapter was tuned with canonical context instruction, this is bos",)
+    told = LEARNT.text_differences(TITLES, None, "instruction", "causal")
+    assert told == ("the adapter was tuned under mask blocks, model.mask is causal",)
+    assert LEARNT.text_differences(TITLES, None, "instruction", "blocks") == ()
     causal = Learnt.of({**RECORD, "mask": "causal"}, "here")
     assert causal.text_differences(TITLES, None, "bos") == (), "under the causal mask a context is a way to reuse"
 
