@@ -111,11 +111,12 @@ def make_engine(
     """
     samples = context_requests(config.prompt.context, inputs, like)
     options = [request.options or config.rank for request in like] if asked is None else asked
-    for remark in fit(inputs.catalogue, config).remarks(options):
+    fitted = fit(inputs.catalogue, config)
+    for remark in fitted.remarks(options):
         say(f"warning: {remark}")
     with busy(f"loading {config.model.path}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", TextWarning)  # said above
-        engine = Engine.build(inputs.catalogue, config, samples, admission)
+        engine = Engine.build(fitted.catalogue, config, samples, admission)
     if told := engine.prompter.text_counts(named_items(like)[:_COUNTED]).told(engine.prompter.template):
         say(told, "dim")
     return engine
