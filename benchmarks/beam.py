@@ -243,7 +243,7 @@ def smollm2_part(chosen: Options, folder: Path, tally: Tally) -> dict[str, float
     rng, requests = np.random.default_rng(chosen.seed), []
     for beam in (WARM_UP_BEAM, *[128] * (chosen.requests or 4)):
         request = ask(rng, code_index, 1000, beam=beam)
-        lengths = np.cumsum([len(engine.prompter.event_ids(event)[0]) for event in request.history])
+        lengths = np.cumsum([len(engine.prompter.event(event).ids) for event in request.history])
         requests.append(replace(request, history=request.history[: int((lengths < 990).sum())]))
     found = against_peer(recommender, peer, requests, tally, "SmolLM2-135M")
     return {f"throughput_ratio_vs_hf_beam128_p1000_smollm2{key}": value for key, value in found.items()}

@@ -23,7 +23,6 @@ from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core.ranking import Level, RankOptions, RankRequest, UserId
 from rcllm.core.receipts import BlockKind
 from rcllm.data import Dataset, build_requests, named_items
-from rcllm.data.popularity import with_popularity
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
@@ -73,7 +72,7 @@ def untuned(data: Dataset, sizes: Sizes, seed: int) -> dict[str, float]:
 
 
 def causal(data: Dataset, sizes: Sizes, seed: int) -> dict[str, float]:
-    engine, _ = engine_with_pool(with_popularity(data), "titles", str(ADAPTER), sizes.users, seed)
+    engine, _ = engine_with_pool(data, "titles", str(ADAPTER), sizes.users, seed)
     requests = build_requests(data, sizes.quality, 20, 8, "uniform", "test", seed, 2, min_history=2)
     found = measured(engine, requests, RankOptions(readout="pointwise"), "Tuned (causal), pointwise")
     return {f"{name}_causal": value for name, value in found.items() if not name.startswith("ttft_")}

@@ -50,6 +50,9 @@ class PromptConfig:
     chat: Literal["auto", "plain", "chatml", "llama3", "mistral"] = "auto"  # auto: by the tokenizer
     context: str = "instruction"  # canonical context of items and shared events; one of CONTEXTS
     max_candidates: int = 500
+    max_item_tokens: int = 0  # longer texts are cut, and noted; 0: as the template says, as for the next two
+    max_event_tokens: int = 0
+    max_volatile_tokens: int = 0
     # regular expression of tokens that items may be written with though the tokenizer counts them as control tokens,
     # such as semantic IDs: "<[a-f]_\\d+>"
     item_tokens: str = ""

@@ -13,6 +13,8 @@
     │   └── CancelledError           the request was withdrawn before it was answered
     └── CapacityError            the request is fine but does not fit the memory budget
 
+Beside it one warning, TextWarning: the engine works, but a model is asked with other text than it should be.
+
 Messages say what was expected, what came, and what to do. `assert` is for our own mistakes.
 """
 
@@ -80,3 +82,7 @@ def answered(outcomes: Iterable[Response | RcllmError]) -> list[Response]:
             raise outcome
         responses.append(outcome)
     return responses
+
+
+class TextWarning(UserWarning):
+    """Items lack what the template shows, or a ranker is asked otherwise than it was tuned; receipts say so as well."""

@@ -15,6 +15,7 @@ from rcllm.cli.options import EngineOptions, ItemOptions, spread
 from rcllm.cli.screen import busy, console, warm_with_progress
 from rcllm.cli.tables import facts_table
 from rcllm.core.ranking import Item
+from rcllm.data.catalogue import field_shares
 from rcllm.engine.engine import Engine
 from rcllm.model.pull import KNOWN, pull
 
@@ -66,6 +67,8 @@ def warm_command(
             "Warming (dry run: the cache ends with this process)",
             _facts(engine, len(items), whole)
             | {
+                "texts": engine.prompter.text_counts(inputs.catalogue).told(engine.prompter.template) or "all whole",
+                "fields": _fields(engine),
                 "computed now": f"{done.done_blocks:,} of {done.total_blocks:,} blocks of {len(chosen):,} items in "
                 f"{seconds:.1f} s, {done.computed_tokens / max(seconds, 1e-9):,.0f} tokens/s, "
                 f"{done.pool_bytes / 1e6:,.1f} MB" + (" (full)" if done.full else ""),
@@ -109,6 +112,12 @@ def _facts(engine: Engine, num_items: int, whole: _Size) -> dict[str, str]:
         "budget": f"{budget / 1e6:,.1f} MB for cached KV",
         "fits": fits,
     }
+
+
+def _fields(engine: Engine) -> str:
+    """How many items have each field that the template shows."""
+    shares = field_shares(engine.prompter.catalogue, engine.prompter.template.shown)
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
 
 
 def _estimate(seconds: float, tokens_done: float, tokens: int) -> str:

@@ -125,7 +125,7 @@ def calibrate_command(
     samples = context_requests(max(names, key=context_samples), inputs, asked)
     dataset = inputs.dataset.name if inputs.dataset is not None and requests is None else str(requests)
     trial = Trial(asked, samples, dataset, seed, timed)
-    engine = make_engine(config, inputs, asked)
+    engine = make_engine(config, inputs, asked, asked=[setting.options for setting in space.settings()])
     with RecordFile(out.with_name(f"{out.name}.records.jsonl")) as kept, _bars() as show:
         found = calibrate(engine, trial, space, target, kept, show)
     found.save(out)

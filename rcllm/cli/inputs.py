@@ -5,6 +5,7 @@ Knows nothing of commands. Invariant: what a user gave wrongly is said before th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
@@ -13,15 +14,16 @@ from typing import Any, TypeVar
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
 from rcllm.cli.screen import busy, say
 from rcllm.config import Config, check_options, context_samples, from_mapping
-from rcllm.core.ranking import RankRequest
-from rcllm.data import Catalogue, Dataset, ReadReport, build_requests, load_dataset
-from rcllm.data.popularity import with_popularity
+from rcllm.core.ranking import RankOptions, RankRequest
+from rcllm.data import Catalogue, Dataset, ReadReport, build_requests, load_dataset, named_items
 from rcllm.engine.engine import Engine
-from rcllm.errors import ConfigError, DataError
+from rcllm.engine.fit import fit
+from rcllm.errors import ConfigError, DataError, TextWarning
 from rcllm.prompt.template import Template
 from rcllm.schedule.admission import AdmissionFactory, Open
 from rcllm.wire.lines import Failure, read_lines
 
+_COUNTED = 10_000  # items whose texts are looked at before a run; tokenising them takes seconds
 _Section = TypeVar("_Section")
 
 
@@ -38,11 +40,14 @@ def load_inputs(options: ItemOptions) -> Inputs:
     dataset = None
     with busy("reading items"):
         if options.dataset is not None:
-            dataset = with_popularity(load_dataset(options.format, options.dataset))
+            dataset = load_dataset(options.format, options.dataset)
             _tell(dataset.reports)
         if options.items is not None:
-            catalogue, report = Catalogue.read(options.items, options.id_field, options.volatile or ())
+            names = _names(options.field or ())
+            catalogue, report = Catalogue.read(options.items, options.id_field, options.volatile or (), names=names)
             _tell([report])
+            if dataset is not None:
+                catalogue = catalogue.knowing(dataset.interactions)
         else:
             assert dataset is not None
             catalogue = dataset.catalogue
@@ -69,7 +74,14 @@ def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) ->
     config = replace(
         config,
         model=_override(config.model, path=engine.model, adapter=engine.adapter, threads=engine.threads),
-        prompt=_override(config.prompt, template=engine.template, context=engine.context),
+        prompt=_override(
+            config.prompt,
+            template=engine.template,
+            context=engine.context,
+            max_item_tokens=engine.max_item_tokens,
+            max_event_tokens=engine.max_event_tokens,
+            max_volatile_tokens=engine.max_volatile_tokens,
+        ),
         cache=_override(config.cache, memory_mb=engine.memory_mb, kv_dtype=engine.kv_dtype),
     )
     if ranking is not None:
@@ -80,17 +92,34 @@ def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) ->
             config = replace(config, cache=cache, rank=replace(config.rank, history="semantic"))
     check_options(config.rank)
     context_samples(config.prompt.context)
-    Template.load(config.prompt.template)
+    Template.of(config.prompt)
     return config
 
 
 def make_engine(
-    config: Config, inputs: Inputs, like: Sequence[RankRequest] = (), admission: AdmissionFactory = Open.of
+    config: Config,
+    inputs: Inputs,
+    like: Sequence[RankRequest] = (),
+    admission: AdmissionFactory = Open.of,
+    *,
+    asked: Sequence[RankOptions] | None = None,
 ) -> Engine:
-    """Loads the model. `like`: requests whose shape the sampled canonical contexts take."""
+    """Loads the model, and says what it will be asked otherwise than it should be, and which texts are cut.
+
+    `like`: the requests to come; sampled canonical contexts take their shape. `asked`: their options, where they do not
+    say so themselves.
+    """
     samples = context_requests(config.prompt.context, inputs, like)
-    with busy(f"loading {config.model.path}"):
-        return Engine.build(inputs.catalogue, config, samples, admission)
+    options = [request.options or config.rank for request in like] if asked is None else asked
+    fitted = fit(inputs.catalogue, config)
+    for remark in fitted.remarks(options):
+        say(f"warning: {remark}")
+    with busy(f"loading {config.model.path}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", TextWarning)  # said above
+        engine = Engine.build(fitted.catalogue, config, samples, admission)
+    if told := engine.prompter.text_counts(named_items(like)[:_COUNTED]).told(engine.prompter.template):
+        say(told, "dim")
+    return engine
 
 
 def context_requests(context: str, inputs: Inputs, like: Sequence[RankRequest]) -> Sequence[RankRequest]:
@@ -114,6 +143,14 @@ def _override(section: _Section, **options: str | int | None) -> _Section:
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     parsed = from_mapping(type(section), given, "option")
     return replace(section, **{name: getattr(parsed, name) for name in given})  # type: ignore[type-var]
+
+
+def _names(given: Sequence[str]) -> dict[str, str]:
+    """«title=Book-Title», a field and its column. Raises ConfigError."""
+    pairs = [text.partition("=") for text in given]
+    if bad := [text for text, (name, _, column) in zip(given, pairs, strict=True) if not name or not column]:
+        raise ConfigError(f"--field {bad[0]}: expected NAME=COLUMN, such as title=Book-Title")
+    return {name: column for name, _, column in pairs}
 
 
 def _tell(reports: Sequence[ReadReport]) -> None:

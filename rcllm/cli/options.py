@@ -63,6 +63,20 @@ class EngineOptions:
             rich_help_panel=_ENGINE,
         ),
     ] = None
+    max_item_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cut candidates' texts here; default: as the template says.", rich_help_panel=_ENGINE),
+    ] = None
+    max_event_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cut events' texts here; default: as the template says.", rich_help_panel=_ENGINE),
+    ] = None
+    max_volatile_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Cut candidates' volatile texts here; default: as the template says.", rich_help_panel=_ENGINE
+        ),
+    ] = None
     memory_mb: Annotated[
         int | None,
         typer.Option(min=1, help="Memory of the whole process; default 60 % of the machine.", rich_help_panel=_ENGINE),
@@ -105,6 +119,14 @@ class ItemOptions:
     id_field: Annotated[
         str, typer.Option(metavar="NAME", help="Column of --items that holds the id.", rich_help_panel=_ITEMS)
     ] = "item_id"
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COLUMN",
+            help="What a template calls NAME stands in this column of --items: title=Book-Title. May repeat.",
+            rich_help_panel=_ITEMS,
+        ),
+    ] = None
     volatile: Annotated[
         list[str] | None,
         typer.Option(

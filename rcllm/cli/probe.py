@@ -55,7 +55,7 @@ def position_command(
     config = make_config(engine_options, ranking)
     inputs = load_inputs(item_options)
     asked = load_requests(requests, inputs, count, candidates, history, seed)
-    engine = make_engine(config, inputs, asked)
+    engine = make_engine(config, inputs, asked, asked=[config.rank])
     warm_with_progress(engine, named_items(asked))
     with progress() as bar:
         task = bar.add_task("ranking under other orders", total=len(asked))

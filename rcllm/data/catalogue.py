@@ -6,21 +6,26 @@ unique, iteration follows the order of the file, and no field is empty.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar, overload
 
-from rcllm.core.ranking import Item, ItemId
+from rcllm.core.ranking import Interaction, Item, ItemId
 from rcllm.data.files import Fields, Table
 from rcllm.data.rows import BadRowError, ReadReport, RowReader, required_id
 from rcllm.data.text import as_text, did_you_mean
 from rcllm.errors import DataError, UnknownItemError
 
 _Default = TypeVar("_Default")
+_NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 class Catalogue(Mapping[ItemId, Item]):
     """Items by id. Looking up an unknown id raises UnknownItemError with the nearest ids."""
+
+    interactions: Sequence[Interaction] = ()  # with these items, where they are known
 
     def __init__(self, items: Iterable[Item]) -> None:
         self._items: dict[ItemId, Item] = {}
@@ -36,11 +41,31 @@ class Catalogue(Mapping[ItemId, Item]):
         id_field: str = "item_id",
         volatile_fields: Collection[str] = (),
         *,
+        names: Mapping[str, str] = _NO_NAMES,
         strict: bool = False,
         table: Table | None = None,
     ) -> tuple[Catalogue, ReadReport]:
-        """Reads JSONL, JSON, CSV (`table` for other layouts) or parquet: an item per row, other columns its fields."""
-        return read_items(path, generic_item(id_field, volatile_fields), strict=strict, table=table)
+        """Reads JSONL, JSON, CSV (`table` for other layouts) or parquet: an item per row, other columns its fields.
+
+        `names`: a field's column, where the column has another name, such as {"title": "Book-Title"}. Raises DataError
+        for a file that cannot be read, and for columns of `names` and `volatile_fields` that no row has.
+        """
+        parse = generic_item(id_field, volatile_fields, names)
+        seen: set[str] = set()
+
+        def parse_seeing(fields: Fields) -> Item:
+            seen.update(fields)
+            return parse(fields)
+
+        catalogue, report = read_items(path, parse_seeing, strict=strict, table=table)
+        _check_columns(path, [*names.values(), *(set(volatile_fields) - names.keys())], seen)
+        return catalogue, report
+
+    def knowing(self, interactions: Sequence[Interaction]) -> Catalogue:
+        """The same items, of which fields can be made that need interactions (`data/popularity.py`)."""
+        catalogue = Catalogue(())
+        catalogue._items, catalogue.interactions = self._items, interactions
+        return catalogue
 
     def __getitem__(self, item_id: ItemId) -> Item:
         try:
@@ -71,6 +96,12 @@ class Catalogue(Mapping[ItemId, Item]):
         return f"Catalogue({len(self):,} items)"
 
 
+def field_shares(catalogue: Mapping[ItemId, Item], names: Sequence[str]) -> dict[str, float]:
+    """Of the items, how many have each field; there must be at least one item."""
+    counts = Counter(name for item in catalogue.values() for name in names if item.fields.get(name))
+    return {name: counts[name] / len(catalogue) for name in names}
+
+
 def read_items(
     path: str | Path,
     parse: Callable[[Fields], Item],
@@ -98,12 +129,26 @@ def read_items(
     return catalogue, reader.report
 
 
-def generic_item(id_field: str = "item_id", volatile_fields: Collection[str] = ()) -> Callable[[Fields], Item]:
-    """A parser for rows in which every column but the id is a field under its own name."""
+def _check_columns(path: str | Path, asked: Iterable[str], seen: Collection[str]) -> None:
+    """Raises DataError for a column that was asked for by name and that no row has."""
+    for name in asked:
+        if name not in seen:
+            raise DataError(
+                f"{path}: no row has a column {name!r}, which was asked for by name; there are "
+                f"{', '.join(sorted(seen))}.{did_you_mean(name, seen)}"
+            )
+
+
+def generic_item(
+    id_field: str = "item_id", volatile_fields: Collection[str] = (), names: Mapping[str, str] = _NO_NAMES
+) -> Callable[[Fields], Item]:
+    """A parser for rows in which every column but the id is a field, under the name that `names` gives or its own."""
+    renamed = set(names.values())
 
     def parse(fields: Fields) -> Item:
         item_id = required_id(fields, id_field)
-        texts = {name: as_text(value) for name, value in fields.items() if name != id_field}
+        texts = {name: as_text(value) for name, value in fields.items() if name != id_field and name not in renamed}
+        texts |= {name: as_text(fields[column]) for name, column in names.items() if column in fields}
         return make_item(item_id, texts, volatile_fields)
 
     return parse

@@ -28,6 +28,10 @@ class Dataset:
     interactions: tuple[Interaction, ...]  # in the order of the files
     reports: tuple[ReadReport, ...] = ()  # one per file
 
+    def __post_init__(self) -> None:
+        """The catalogue knows its interactions, so that what a template shows of them can be made (`popularity`)."""
+        object.__setattr__(self, "catalogue", self.catalogue.knowing(self.interactions))
+
     def __str__(self) -> str:
         return "\n".join(
             [f"{self.name}: {len(self.catalogue):,} items, {len(self.interactions):,} interactions"]

@@ -6,7 +6,7 @@ so that the process as a whole stays within it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from blake3 import blake3
 
 from rcllm.cache.pool import Pool
 from rcllm.config import MIB, Config
-from rcllm.core.ranking import Item, ItemId, RankRequest
+from rcllm.core.ranking import RankRequest
+from rcllm.engine.fit import Fitted
 from rcllm.errors import ConfigError, ModelError
 from rcllm.model.adapter import adapter_fingerprint, adapter_mask, load_adapter, merge
 from rcllm.model.decoder import Decoder
 from rcllm.model.weights import fingerprint, load_model
 from rcllm.prompt.blocks import Prompter
-from rcllm.prompt.template import Template, chat_format
+from rcllm.prompt.template import chat_format
 from rcllm.prompt.tokenizer import Tokenizer
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.schedule.admission import Identity
@@ -59,7 +60,7 @@ def make_prompter(
     folder: Path,
     model: bytes,
     decoder: Decoder,
-    catalogue: Mapping[ItemId, Item],
+    fitted: Fitted,
     samples: Sequence[RankRequest],
 ) -> Prompter:
     """`model`: the model's fingerprint, part of every content key. Raises ConfigError, ModelError."""
@@ -69,7 +70,7 @@ def make_prompter(
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {decoder.spec.vocab_size}; "
             "they do not belong together"
         )
-    template = Template.load(config.prompt.template)
+    template = fitted.template
     chat = config.prompt.chat if config.prompt.chat != "auto" else tokenizer.chat_format
     dtypes = f"{config.model.dtype} {config.cache.kv_dtype}"
     namespace = b"".join((model, tokenizer.fingerprint, template.fingerprint, chat.encode(), dtypes.encode()))
@@ -77,25 +78,26 @@ def make_prompter(
         template,
         chat_format(chat),
         tokenizer,
-        catalogue,
+        fitted.catalogue,
         namespace,
         decoder.max_positions,
         config.prompt.max_candidates,
         config.prompt.context,
         samples,
+        fitted.learnt,
+        fitted.notes,
     )
 
 
 def identity(config: Config, prompter: Prompter, model_id: str, semantic_pool: PrototypePool | None) -> Identity:
     """What a calibration of the engine made of these holds for. `config`: resolved."""
-    chat = blake3(repr(prompter.chat).encode()).digest()
     tokenizer, template = prompter.tokenizer.fingerprint, prompter.template.fingerprint
     assert config.model.mask != "auto", "mask is resolved by declared_mask"
     return Identity(
         model_id,
         tokenizer.hex()[:12],
         template.hex()[:12],
-        chat.hex()[:12],
+        prompter.chat.fingerprint,
         config.model.dtype,
         config.cache.kv_dtype,
         config.model.mask,

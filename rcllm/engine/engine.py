@@ -35,6 +35,7 @@ from rcllm.engine.build import (
     open_prototypes,
 )
 from rcllm.engine.correct import Selected
+from rcllm.engine.fit import fit
 from rcllm.engine.job import Answer, Entered, Job, Opening, Ticket
 from rcllm.engine.jobs.rank import Rank
 from rcllm.engine.prefill import Prefill, whole_prompts
@@ -106,16 +107,19 @@ class Engine:
 
         `samples`: real requests for the canonical contexts `typical` and `mean(n)`. `admission`: told what the engine
         is, makes what decides which reuse levels may be used; by default, all. Fetches the model when it is not
-        there. Raises ConfigError, ModelError, FetchError.
+        there. Warns of a catalogue or configuration that template or adapter do not fit. Raises ConfigError, DataError,
+        ModelError, FetchError.
         """
         memory = psutil.virtual_memory().total
         config = declared_mask(resolve(config or Config(), Hardware(torch.cuda.is_available(), memory)))
         if config.model.threads:
             torch.set_num_threads(config.model.threads)
+        fitted = fit(catalogue, config)
+        fitted.warn()
         folder = pull(config.model.path)
         model = model_fingerprint(config, folder)
         decoder = load_decoder(config, folder)
-        prompter = make_prompter(config, folder, model, decoder, catalogue, samples)
+        prompter = make_prompter(config, folder, model, decoder, fitted, samples)
         model_id = model.hex()[:12]
         prototypes = open_prototypes(config, decoder, prompter)
         admitting = admission(identity(config, prompter, model_id, prototypes), prompter.context_name)

@@ -23,7 +23,6 @@ from rcllm.errors import answered
 from rcllm.fidelity.records import Configuration, Record, RecordFile, request_fingerprint
 from rcllm.model.ceilings import describe_hardware
 from rcllm.model.spec import ModelSpec
-from rcllm.prompt.blocks import Prompter
 from rcllm.reuse.select import RULES
 
 BATCH = 8
@@ -94,10 +93,7 @@ def evaluate_timed(
 
 def with_context(engine: Engine, context: str, samples: Sequence[RankRequest]) -> Engine:
     """The same model and pool (keys tell contexts apart) with another canonical context. Raises ConfigError."""
-    p = engine.prompter
-    prompter = Prompter(
-        p.template, p.chat, p.tokenizer, p.catalogue, p.namespace, p.max_positions, p.max_candidates, context, samples
-    )
+    prompter = engine.prompter.in_context(context, samples)
     config = replace(engine.config, prompt=replace(engine.config.prompt, context=context))
     parts = (engine.decoder, prompter, engine.pool, engine.model_id)
     return Engine(config, *parts, prototypes=engine.prototypes)

@@ -117,12 +117,15 @@ def load_adapter(folder: Path, spec: ModelSpec) -> Adapter:
 
 def adapter_mask(folder: Path) -> Mask:
     """The mask that the adapter was tuned under, as its record says; `causal` for adapters from elsewhere."""
-    if not (folder / _RECORD).exists():
-        return "causal"
-    mask: Mask = _read_json(folder / _RECORD).get("mask", "causal")
+    mask: Mask = adapter_record(folder).get("mask", "causal")
     if mask not in get_args(Mask):
         raise ModelError(f"{folder / _RECORD}: expected mask causal or blocks, got {mask!r}")
     return mask
+
+
+def adapter_record(folder: Path) -> dict[str, Any]:
+    """What `rcllm tune` wrote of how the adapter was made; empty for adapters from elsewhere. Raises ModelError."""
+    return _read_json(folder / _RECORD) if (folder / _RECORD).exists() else {}
 
 
 def adapter_fingerprint(folder: Path) -> bytes:

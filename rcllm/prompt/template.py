@@ -9,14 +9,14 @@ from __future__ import annotations
 import string
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from rcllm.config import nearest
+from rcllm.config import PromptConfig, nearest
 from rcllm.errors import ConfigError
 
 Parts = tuple[str, ...]  # rendered one after another; a part whose fields are not all there is left out
@@ -33,7 +33,8 @@ _RANKING: Parts = (  # what templates for open prompts leave out
     "likelihood_item",
     "max_item_tokens",
 )
-_ECHO = ("pointwise_echo", "max_echo_tokens")  # left out by most templates
+_OPTIONAL = ("open", "pointwise_echo", "max_echo_tokens", "max_volatile_tokens")  # left out by most templates
+LIMITS = ("max_item_tokens", "max_event_tokens", "max_volatile_tokens")  # that a configuration may set
 _RENDERED = ("event", "item", "volatile", "likelihood_item", "pointwise_echo")  # these hold placeholders
 _FOLDER = resources.files("rcllm.prompt") / "templates"
 
@@ -45,6 +46,11 @@ class ChatFormat:
     system: str
     user: str
     assistant: str
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits that change with any of its texts."""
+        return blake3(repr(self).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,17 @@ class Template:
     likelihood_head: str = ""
     likelihood_item: Parts = ()
     max_item_tokens: int = 1
-    fingerprint: bytes = b""  # 32 bytes
+    max_volatile_tokens: int = 32  # of one candidate: fresh in every request; a price and a stock take 20
+    fingerprint: bytes = b""  # 32 bytes, of all that is above
+    text_fingerprint: bytes = b""  # 32 bytes, of the file alone, whatever limits were set over it
+
+    @classmethod
+    def of(cls, config: PromptConfig) -> Template:
+        """The template that a configuration names, with the limits that it sets. Raises ConfigError."""
+        given = {name: getattr(config, name) for name in LIMITS}
+        if negative := [f"{name} = {value}" for name, value in given.items() if value < 0]:
+            raise ConfigError(f"prompt.{negative[0]}: expected a number of tokens, or 0 for what the template says")
+        return cls.load(config.template).limited(given)
 
     @classmethod
     def load(cls, name_or_path: str) -> Template:
@@ -91,7 +107,31 @@ class Template:
             values = tomllib.loads(text)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"template {name_or_path}: {error}") from error
-        return cls(**_checked(name_or_path, values), fingerprint=blake3(text.encode()).digest())
+        digest = blake3(text.encode()).digest()
+        return cls(**_checked(name_or_path, values), fingerprint=digest, text_fingerprint=digest)
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """After how many tokens texts are cut, by name."""
+        return {name: getattr(self, name) for name in LIMITS}
+
+    def limited(self, limits: Mapping[str, int]) -> Template:
+        """The template with other limits; 0 keeps its own."""
+        changed = {name: value for name, value in limits.items() if value and value != getattr(self, name)}
+        if not changed:
+            return self
+        fingerprint = blake3(self.fingerprint + repr(sorted(changed.items())).encode()).digest()
+        return replace(self, **changed, fingerprint=fingerprint)  # type: ignore[arg-type]
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Names of the fields that the text of an item is made of."""
+        return _names(self.event if self.open else self.item)
+
+    @property
+    def shown_fresh(self) -> tuple[str, ...]:
+        """Names of the volatile fields that stand after an item."""
+        return _names(self.volatile)
 
 
 def bundled() -> tuple[str, ...]:
@@ -114,17 +154,21 @@ def render(parts: Parts, values: Mapping[str, str]) -> str:
     return "".join(part.format_map(values) for part in parts if all(values.get(name) for name in placeholders(part)))
 
 
+def _names(parts: Parts) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for part in parts for name in placeholders(part)))
+
+
 def placeholders(part: str) -> tuple[str, ...]:
     return tuple(name for _, name, _, _ in string.Formatter().parse(part) if name)
 
 
 def _checked(source: str, values: dict[str, Any]) -> dict[str, Any]:
-    expected = {f.name: f.type for f in fields(Template) if f.name != "fingerprint"}
+    expected = {f.name: f.type for f in fields(Template) if not f.name.endswith("fingerprint")}
     for key in values:
         if key not in expected:
             raise ConfigError(f"template {source}: unknown key {key!r}; {nearest(key, expected)}")
     is_open = values.get("open", False)
-    optional = {"open", *_ECHO, *(_RANKING if is_open else ())}
+    optional = {*_OPTIONAL, *(_RANKING if is_open else ())}
     if missing := sorted(expected.keys() - values.keys() - optional):
         raise ConfigError(f"template {source}: missing {', '.join(missing)}")
     for key, kind in expected.items():
@@ -146,6 +190,11 @@ def _checked(source: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_ranking(source: str, values: dict[str, Any]) -> None:
     _check_read_from(source, values)
+    for key in ("item", "likelihood_item"):
+        if not _names(tuple(values[key])):
+            raise ConfigError(
+                f"template {source}: {key} shows no {{field}}, so that all candidates would read the same"
+            )
     if len(values["label_before"]) != 2 or len(values["label_after"]) != 2:
         raise ConfigError(
             f"template {source}: label_before and label_after are [what precedes the label, what follows it]"

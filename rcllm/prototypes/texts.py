@@ -64,7 +64,7 @@ def read_users_file(path: Path) -> frozenset[UserId]:
 
 def token_runs(prompter: Prompter, texts: Iterable[Sequence[Event]], member_context: MemberContext) -> list[TokenIds]:
     """What stands after the instruction: each whole history, or each of its events."""
-    written = ([prompter.event_ids(event)[0] for event in history] for history in texts)
+    written = ([prompter.event(event).ids for event in history] for history in texts)
     if member_context == "instruction":
         return list(chain.from_iterable(written))
     return [tuple(chain.from_iterable(events)) for events in written]

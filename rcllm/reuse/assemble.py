@@ -36,7 +36,7 @@ def assemble(
 ) -> Assembled:
     """One pass for a batch of planned prompts; `kv` holds every block that their plans read.
 
-    `going_on`: per prompt, whether decoding continues it, so that the KV of its fresh rows is kept as well; empty: none.
+    `going_on`: per prompt, whether decoding continues it, so that the KV of its fresh rows is kept too; empty: none.
     """
     tokens: list[int] = []
     positions: list[IntArray] = []

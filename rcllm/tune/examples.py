@@ -14,6 +14,7 @@ import numpy as np
 
 from rcllm.core.ranking import Event, Interaction, Item, ItemId, RankRequest, UserId
 from rcllm.data import Catalogue, Dataset, histories, split_of
+from rcllm.data.catalogue import field_shares
 from rcllm.data.negatives import SAMPLERS, NegativePool, Negatives, Wanted, draw_negatives
 from rcllm.data.popularity import with_popularity
 from rcllm.errors import ConfigError, DataError
@@ -124,6 +125,10 @@ class TrainingSet:
             ItemId(self.prefix + item_id): Item(ItemId(self.prefix + item_id), item.fields, item.volatile)
             for item_id, item in self.dataset.catalogue.items()
         }
+
+    def field_shares(self, names: Sequence[str]) -> dict[str, float]:
+        """Of the items, how many have each field, to three digits: what the ranker came to expect."""
+        return {name: round(share, 3) for name, share in field_shares(self.dataset.catalogue, names).items()}
 
     def _name(self, number: int) -> ItemId:
         return ItemId(self.prefix + self.pool.item_ids[number])

@@ -57,7 +57,7 @@ def make_trainer(
     chat = tokenizer.chat_format if prompt.chat == "auto" else prompt.chat
     positions = min(spec.max_positions, resolved.max_positions, _MAX_POSITIONS)
     prompter = Prompter(
-        Template.load(prompt.template),
+        Template.of(prompt),
         chat_format(chat),
         tokenizer,
         joined_catalogue(sources),

@@ -105,7 +105,8 @@ class Trainer:
         self.options = RankOptions(readout=config.readout)
         self.state = _State()
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
-        self._checkpoint = Checkpoint(folder, network, self.optimiser, as_json(config))
+        asked = {"template": prompter.template.fingerprint.hex()[:12], "datasets": [s.dataset.name for s in sources]}
+        self._checkpoint = Checkpoint(folder, network, self.optimiser, as_json(config) | asked)
         share = -(-config.validation_requests // len(sources))
         self._validation = [request for source in sources for request in source.validation(share)]
 
@@ -201,12 +202,19 @@ class Trainer:
             save_adapter(self.folder / _BEST, self.network.adapter(), self.base, self.record())
 
     def record(self) -> dict[str, Any]:
-        """How the adapter was made."""
+        """How the adapter was made; what `Learnt` reads of it is held against what the ranker is asked later."""
+        template = self.prompter.template
         return {
             "mask": self.config.mask,
-            "template": self.prompter.template.name,
-            "template_fingerprint": self.prompter.template.fingerprint.hex(),
+            "template": template.name,
+            "template_fingerprint": template.text_fingerprint.hex(),
+            "limits": dict(template.limits),
+            "fields": {source.dataset.name: source.field_shares(template.shown) for source in self.sources},
+            "chat": self.prompter.chat.fingerprint,
+            "context": self.prompter.context_name,
             "readout": self.config.readout,
+            "layout": self.options.layout,
+            "label_place": self.options.label_place,
             "started_from": self.started_from,
             "datasets": [source.dataset.name for source in self.sources],
             "settings": as_json(self.config),

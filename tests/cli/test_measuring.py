@@ -31,6 +31,10 @@ def test_warm_tells_what_a_catalogue_needs(run: Run, shop: Shop) -> None:
     assert "10 of 10 blocks of 5 items" in shown.stdout
     assert re.search(r"fits +yes", shown.stdout)
     assert re.search(r"time for all +about 0:00:\d\d", shown.stdout)
+    assert re.search(r"texts +all whole", shown.stdout)
+    assert re.search(r"fields +title 100%, brand \d+%, categories \d+%, description \d+%", shown.stdout)
+    cut = run("warm", *shop.on_items, "--limit", "5", "--max-item-tokens", "2")
+    assert re.search(r"texts +of 40 items: 40 cut to 2 tokens as candidates", cut.stdout)
 
 
 def test_warm_tells_that_a_catalogue_does_not_fit(run: Run, shop: Shop, tmp_path: Path) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rcllm.core.ranking import Item, ItemId
-from rcllm.data import Catalogue, Table
+from rcllm.core.ranking import Interaction, Item, ItemId, UserId
+from rcllm.data import Catalogue, Dataset, Table
 from rcllm.errors import DataError, UnknownItemError
 
 ROWS = [
@@ -98,3 +100,31 @@ def test_a_constructed_catalogue_refuses_an_item_twice() -> None:
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected items, got an empty file"):
         Catalogue.read(write_jsonl(tmp_path / "items.jsonl"))
+
+
+def test_fields_from_columns_of_other_names(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "items.jsonl",
+        {"item_id": "a", "Book-Title": "Orlando", "title": "a novel", "Cost": 7.5},
+        {"item_id": "b", "title": "only its own"},
+    )
+    catalogue, _ = Catalogue.read(path, "item_id", ("price",), names={"title": "Book-Title", "price": "Cost"})
+    assert catalogue[ItemId("a")] == Item(ItemId("a"), {"title": "Orlando"}, {"price": "7.5"})
+    assert catalogue[ItemId("b")] == Item(ItemId("b"), {"title": "only its own"})
+
+
+@pytest.mark.parametrize("given", [{"names": {"title": "Titel"}}, {"volatile_fields": ("Titel",)}])
+def test_a_column_that_was_asked_for_by_name_must_be_there(tmp_path: Path, given: dict[str, Any]) -> None:
+    """A regression: a misspelt volatile field was cached with the others, silently."""
+    path = write_jsonl(tmp_path / "items.jsonl", {"item_id": "a", "Title": "Orlando"})
+    with pytest.raises(DataError, match=r"no row has a column 'Titel'.*Did you mean 'Title'"):
+        Catalogue.read(path, **given)
+
+
+def test_a_data_sets_catalogue_knows_its_interactions() -> None:
+    rows = (Interaction(UserId("u"), ItemId("a"), 0.0),)
+    data = Dataset("shop", items := Catalogue([Item(ItemId("a"), {"title": "x"})]), rows)
+    assert data.catalogue.interactions is rows
+    assert data.catalogue == items
+    assert items.interactions == (), "the one that was given is left alone"
+    assert replace(data, interactions=()).catalogue.interactions == ()

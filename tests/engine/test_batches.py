@@ -156,9 +156,11 @@ def test_labels_belong_to_slots_so_other_labels_are_another_question(engine: Eng
 
 def test_a_slot_under_parallel_hides_its_place_from_its_item(engine: Engine) -> None:
     """exact: what stands between a label and the history does not depend on the slot; only the label tells."""
-    blocks = engine.prompter.build(tiny.request((3, 3, 3), parallel=True)).blocks
+    orders = ((3, 4, 5), (5, 3, 4), (4, 5, 3))
+    blocks = [b for order in orders for b in engine.prompter.build(tiny.request(order, parallel=True)).blocks]
     items = [b for b in blocks if b.kind == "item"]
-    assert len({(b.base, b.token_ids, b.key) for b in items}) == 1
+    assert len(items) == 9
+    assert len({(b.owner, b.base, b.token_ids, b.key) for b in items}) == 3
 
 
 @pytest.mark.parametrize("host", [False, True])

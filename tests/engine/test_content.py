@@ -100,7 +100,7 @@ def keys_of_chain(engine: Engine, request: RankRequest) -> list[ContentKey | Non
 
 def test_names_of_users_cannot_be_chosen_to_meet_anothers_key(engine: Engine) -> None:
     """A regression: names were joined to token ids by a zero byte, and the empty name was the name of nobody."""
-    ids = engine.prompter.event_ids(tiny.request(1, ("abc",)).history[0])[0]
+    ids = engine.prompter.event(tiny.request(1, ("abc",)).history[0]).ids
     forged = "u1\0" + np.asarray(ids[:1], "<i4").tobytes()[:-1].decode("latin-1")
     a = engine.prompter
     shared = {b.key for b in a.build(tiny.request(1, (30,), user="")).blocks}

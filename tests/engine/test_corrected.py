@@ -132,7 +132,7 @@ def served() -> Engine:
     window=st.sampled_from([0, 0, 1, 5, 1000]),
     check_layer=st.integers(0, 1),
     shares=st.tuples(st.floats(0, 1), st.floats(0, 1)),
-    candidates=st.lists(st.integers(0, 58), min_size=1, max_size=4).map(tuple),
+    candidates=st.lists(st.integers(0, 58), min_size=1, max_size=4, unique=True).map(tuple),
     events=st.lists(st.one_of(st.integers(0, 58), st.sampled_from(["my words", "no more"])), max_size=4).map(tuple),
 )
 def test_any_selection_computes_what_the_dense_twin_computes(
