@@ -14,7 +14,7 @@ from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
 from rcllm.cli.screen import busy, say
 from rcllm.config import Config, check_options, context_samples, from_mapping
 from rcllm.core.ranking import RankRequest
-from rcllm.data import Catalogue, Dataset, ReadReport, build_requests, load_dataset
+from rcllm.data import Catalogue, Dataset, InteractionColumns, ReadReport, Table, build_requests, load_dataset
 from rcllm.data.popularity import with_popularity
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError
@@ -38,11 +38,13 @@ def load_inputs(options: ItemOptions) -> Inputs:
     dataset = None
     with busy("reading items"):
         if options.dataset is not None:
-            dataset = with_popularity(load_dataset(options.format, options.dataset))
-            _tell(dataset.reports)
+            dataset = with_popularity(load_dataset(options.format, options.dataset, columns=_columns(options)))
+            tell_read(dataset.reports, dataset.notes)
         if options.items is not None:
-            catalogue, report = Catalogue.read(options.items, options.id_field, options.volatile or ())
-            _tell([report])
+            catalogue, report = Catalogue.read(
+                options.items, options.id_field, options.volatile or (), table=_table(options)
+            )
+            tell_read([report])
         else:
             assert dataset is not None
             catalogue = dataset.catalogue
@@ -116,7 +118,22 @@ def _override(section: _Section, **options: str | int | None) -> _Section:
     return replace(section, **{name: getattr(parsed, name) for name in given})  # type: ignore[type-var]
 
 
-def _tell(reports: Sequence[ReadReport]) -> None:
+def _columns(options: ItemOptions) -> InteractionColumns:
+    return InteractionColumns(options.user_field, options.item_field, options.time_field)
+
+
+def _table(options: ItemOptions) -> Table | None:
+    """The layout of --items, as far as it is said; None where nothing is. Raises ConfigError."""
+    if options.delimiter is None and options.encoding is None:
+        return None
+    tab = options.delimiter in ("\\t", "tab")
+    return Table("\t" if tab else options.delimiter, encoding=options.encoding)
+
+
+def tell_read(reports: Sequence[ReadReport], notes: Sequence[str] = ()) -> None:
+    """Says what was guessed of a folder, and what of its files was guessed or could not be used."""
+    for note in notes:
+        say(f"note: {note}", "dim")
     for report in reports:
-        if report.rows_skipped:
-            say(f"warning: {report}")
+        if report.has_news:
+            say(f"{'warning' if report.rows_skipped else 'note'}: {report}")

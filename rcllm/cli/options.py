@@ -103,8 +103,47 @@ class ItemOptions:
         ),
     ] = "auto"
     id_field: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of --items that holds the id.", rich_help_panel=_ITEMS)
-    ] = "item_id"
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column of --items that holds the id; default item_id, or another usual name.",
+            rich_help_panel=_ITEMS,
+        ),
+    ] = None
+    user_field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column of the data set with the user, where its format has no fixed names; default a usual name.",
+            rich_help_panel=_ITEMS,
+        ),
+    ] = None
+    item_field: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of the data set with the item, likewise.", rich_help_panel=_ITEMS),
+    ] = None
+    time_field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column of the data set with the time, likewise; '' where the order of rows stands for time.",
+            rich_help_panel=_ITEMS,
+        ),
+    ] = None
+    delimiter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIGN", help="What separates the cells of --items; default: by its rows.", rich_help_panel=_ITEMS
+        ),
+    ] = None
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Encoding of --items (utf-8, latin-1, …); default: by its text.",
+            rich_help_panel=_ITEMS,
+        ),
+    ] = None
     volatile: Annotated[
         list[str] | None,
         typer.Option(

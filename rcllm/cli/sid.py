@@ -13,13 +13,13 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from rcllm.cli.inputs import tell_read
 from rcllm.cli.options import spread
 from rcllm.cli.screen import busy, console, progress, say
 from rcllm.cli.tables import facts_table
 from rcllm.codes.sid_files import read_codes, write_codes
 from rcllm.core.ranking import Interaction, ItemId
-from rcllm.data import Catalogue, ReadReport, load_dataset
-from rcllm.data.interactions import InteractionColumns, generic_interactions, parse_user, read_log
+from rcllm.data import Catalogue, ReadReport, load_dataset, read_interactions
 from rcllm.errors import ConfigError, DataError
 from rcllm.sid.build import BuildConfig, build_codes, code_index_of, item_texts, split_histories
 from rcllm.sid.collaborative import FloatArray
@@ -64,8 +64,13 @@ class SourceOptions:
         str, typer.Option(metavar="NAME", help="Format of the data set; auto tells it.", rich_help_panel=_DATA)
     ] = "auto"
     id_field: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of --items that holds the id.", rich_help_panel=_DATA)
-    ] = "item_id"
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column of --items that holds the id; default item_id, or another usual name.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,16 +268,9 @@ def _read(source: SourceOptions) -> tuple[Catalogue, Sequence[Interaction]]:
             catalogue = data.catalogue
         rows: Sequence[Interaction] = data.interactions if data else ()
         if source.interactions is not None:
-            one_each = generic_interactions(InteractionColumns())
-            rows, report = read_log(
-                source.interactions,
-                lambda fields: parse_user(fields) if "items" in fields else one_each(fields),
-                items=catalogue,
-            )
+            rows, report = read_interactions(source.interactions, items=catalogue)
             reports.append(report)
-    for each in reports:
-        if each.rows_skipped:
-            say(f"warning: {each}")
+    tell_read(reports, data.notes if data else ())
     return catalogue, rows
 
 

@@ -7,13 +7,15 @@ unique, iteration follows the order of the file, and no field is empty.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, overload
 
 from rcllm.core.ranking import Item, ItemId
-from rcllm.data.files import Fields, Table
+from rcllm.data.columns import id_column
+from rcllm.data.raw import Fields, Notes, Table
 from rcllm.data.rows import BadRowError, ReadReport, RowReader, required_id
-from rcllm.data.text import as_text, did_you_mean
+from rcllm.data.text import as_text, as_whole_numbers, did_you_mean, listed, shown
 from rcllm.errors import DataError, UnknownItemError
 
 _Default = TypeVar("_Default")
@@ -33,21 +35,33 @@ class Catalogue(Mapping[ItemId, Item]):
     def read(
         cls,
         path: str | Path,
-        id_field: str = "item_id",
+        id_field: str | None = None,
         volatile_fields: Collection[str] = (),
         *,
         strict: bool = False,
         table: Table | None = None,
     ) -> tuple[Catalogue, ReadReport]:
-        """Reads JSONL, JSON, CSV (`table` for other layouts) or parquet: an item per row, other columns its fields."""
-        return read_items(path, generic_item(id_field, volatile_fields), strict=strict, table=table)
+        """Reads JSONL, JSON, delimited text (`table` says how, where it is not to be guessed) or parquet.
+
+        A row is an item, and its columns other than the id are its fields. `id_field`: None tries the usual names. A
+        volatile field that no row has is noted with the nearest name; where `strict`, it raises DataError.
+        """
+        notes = Notes()
+        rows = ItemRows(id_field, volatile_fields, notes)
+        catalogue, report = read_items(path, rows, strict=strict, table=table, notes=notes)
+        if not (absent := rows.absent()):
+            return catalogue, report
+        if strict:
+            raise DataError(f"{path}: {absent}")
+        return catalogue, replace(report, notes=(*report.notes, absent))
 
     def __getitem__(self, item_id: ItemId) -> Item:
         try:
             return self._items[item_id]
         except KeyError:
             raise UnknownItemError(
-                f"the catalogue of {len(self):,} items has no item {item_id!r}.{did_you_mean(item_id, self._items)}"
+                f"the catalogue of {len(self):,} items has no item {shown(item_id)}."
+                f"{did_you_mean(item_id, self._items)}"
             ) from None
 
     def __len__(self) -> int:
@@ -78,35 +92,59 @@ def read_items(
     known: Container[ItemId] = (),
     strict: bool = False,
     table: Table | None = None,
+    notes: Notes | None = None,
 ) -> tuple[Catalogue, ReadReport]:
     """Reads one item per row as `parse` understands it. An id that came before, or is `known` from another file, is a
-    malformed row: the first one stays.
+    malformed row: the first one stays. `notes`: those of `parse`.
     """
     seen: set[ItemId] = set()
 
     def parse_new(fields: Fields) -> Item:
         item = parse(fields)
         if item.item_id in seen or item.item_id in known:
-            raise BadRowError(f"expected a new item id, got {item.item_id!r} again")
+            raise BadRowError(f"expected a new item id, got {shown(item.item_id)} again")
         seen.add(item.item_id)
         return item
 
-    reader = RowReader(path, strict=strict, table=table)
+    notes = Notes() if notes is None else notes
+    reader = RowReader(path, strict=strict, table=table, notes=notes)
     catalogue = Catalogue(reader.parsed(parse_new))
+    if plain := as_whole_numbers(catalogue):
+        notes.say("every id is a whole number written as a float (1.0), and was read as the number (1)")
+        catalogue = Catalogue(replace(item, item_id=ItemId(plain[item_id])) for item_id, item in catalogue.items())
     if not catalogue:
         raise DataError(f"{path}: expected items, got an empty file; check that it was written or downloaded whole")
     return catalogue, reader.report
 
 
-def generic_item(id_field: str = "item_id", volatile_fields: Collection[str] = ()) -> Callable[[Fields], Item]:
+class ItemRows:
     """A parser for rows in which every column but the id is a field under its own name."""
 
-    def parse(fields: Fields) -> Item:
-        item_id = required_id(fields, id_field)
-        texts = {name: as_text(value) for name, value in fields.items() if name != id_field}
-        return make_item(item_id, texts, volatile_fields)
+    def __init__(self, id_field: str | None, volatile_fields: Collection[str], notes: Notes) -> None:
+        self._id_field = id_field
+        self._volatile = frozenset(volatile_fields)
+        self._notes = notes
+        self._absent = dict.fromkeys(volatile_fields)  # those that no row had so far
+        self._names: dict[str, None] = {}  # the columns of the first row
 
-    return parse
+    def __call__(self, fields: Fields) -> Item:
+        id_field = id_column(self._id_field, fields, self._notes)
+        item_id = required_id(fields, id_field)
+        self._id_field = id_field  # the first good row settles it
+        self._names = self._names or dict.fromkeys(fields)
+        for name in [name for name in self._absent if name in fields]:
+            del self._absent[name]
+        texts = {name: as_text(value) for name, value in fields.items() if name != id_field}
+        return make_item(item_id, texts, self._volatile)
+
+    def absent(self) -> str | None:
+        """What to say of volatile fields that no row had."""
+        if not self._absent:
+            return None
+        hint = did_you_mean(next(iter(self._absent)), self._names)
+        return (
+            f"expected the volatile fields {listed(self._absent)}, which no row has, among {listed(self._names)}.{hint}"
+        )
 
 
 def make_item(item_id: str, texts: Mapping[str, str], volatile_fields: Collection[str] = ()) -> Item:
