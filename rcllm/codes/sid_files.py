@@ -83,7 +83,9 @@ def _check_codes(path: Path, item_id: ItemId, codes: Codes, num_levels: int) -> 
         expected = f"{num_levels} codes as the first item has" if len(codes) != num_levels else "2 to 6 codes"
         raise DataError(f"{path}, item {shown(item_id)}: expected {expected}, got {len(codes)}: {codes[:MAX_LEVELS]}")
     if min(codes) < 0 or max(codes) > _MAX_CODE:
-        raise DataError(f"{path}, item {shown(item_id)}: expected codes from 0 to {_MAX_CODE}, got {codes}; correct them")
+        raise DataError(
+            f"{path}, item {shown(item_id)}: expected codes from 0 to {_MAX_CODE}, got {codes}; correct them"
+        )
 
 
 def write_codes(path: Path, code_index: CodeIndex, layout: str = "") -> None:

@@ -173,7 +173,8 @@ def _event(value: object) -> Event:
 
 
 def _id(name: str, value: object) -> str:
-    if (text := as_id(value)) is None:
+    text = value if isinstance(value, str) else as_id(value)
+    if not text:
         raise RequestError(f"expected an id (a text or a whole number) in {name!r}, got {shown(value)}")
     return text
 

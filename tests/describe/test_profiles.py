@@ -92,4 +92,4 @@ def test_items_are_written_as_the_template_says(tmp_path: Path) -> None:
     )
     assert lamp == Profile(1, "1", (Event(text="Lamp\nred, old"),))
     assert isinstance(nothing, Reject)
-    assert "got only price" in nothing.reason
+    assert "got only 'price'" in nothing.reason
