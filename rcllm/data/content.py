@@ -109,6 +109,4 @@ def _raise_missing(path: Path) -> None:
     if path.is_dir():
         raise DataError(f"{path}: expected a file, got a folder; name a file in it, or give the folder as a data set")
     beside = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
-    raise DataError(
-        f"{path}: no such file; check the path and download the data first.{did_you_mean(path.name, beside)}"
-    )
+    raise DataError(f"{path}: no such file; check the path.{did_you_mean(path.name, beside)}")
