@@ -54,6 +54,14 @@ class FileOf(Generic[_Parse]):
                 return sorted(found, key=lambda path: (_part(path), path.name))
         return []
 
+    def unread(self, folder: Path) -> list[str]:
+        """Names of files that would do as well, and are not read because others come first."""
+        read = self.files(folder)
+        others = (path for pattern in self.patterns for path in sorted(folder.glob(pattern)) if path not in read)
+        return [
+            path.name for path in dict.fromkeys(others) if not (self.but_not and path.name.startswith(self.but_not))
+        ]
+
 
 def _part(path: Path) -> int:
     words = path.name.lower().split(".")
@@ -68,7 +76,8 @@ def assemble(folder: Path, items: ItemSource, interactions: InteractionSource, *
     """Reads items, then interactions, of which those that name an unknown item are malformed rows."""
     catalogue, item_reports = _read_catalogue(required_files(folder, items), items, strict)
     rows, reports = _read_interactions(folder, interactions, catalogue, strict)
-    return Dataset(folder.name, catalogue, tuple(rows), (*item_reports, *reports))
+    notes = _unread(folder, items, interactions)
+    return Dataset(folder.name, catalogue, tuple(rows), (*item_reports, *reports), notes)
 
 
 def assemble_textless(folder: Path, items: ItemSource, interactions: InteractionSource, *, strict: bool) -> Dataset:
@@ -77,7 +86,16 @@ def assemble_textless(folder: Path, items: ItemSource, interactions: Interaction
         return assemble(folder, items, interactions, strict=strict)
     rows, reports = _read_interactions(folder, interactions, None, strict)
     catalogue = Catalogue(Item(item_id, {}) for item_id in dict.fromkeys(row.item_id for row in rows))
-    return Dataset(folder.name, catalogue, tuple(rows), tuple(reports))
+    return Dataset(folder.name, catalogue, tuple(rows), tuple(reports), _unread(folder, interactions))
+
+
+def _unread(folder: Path, *sources: ItemSource | InteractionSource) -> tuple[str, ...]:
+    """What to say of files that were passed over for others of the same kind."""
+    return tuple(
+        f"{listed(unread)} stayed unread, because {source.files(folder)[0].name} is there too"
+        for source in sources
+        if (unread := source.unread(folder))
+    )
 
 
 def required_files(folder: Path, source: ItemSource | InteractionSource) -> list[Path]:

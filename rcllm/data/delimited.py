@@ -22,7 +22,7 @@ MAX_CELL = 2**26  # characters; without a bound, an open quotation mark would ta
 _MAX_CELL_LINES = 10_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would take twice the time to make
 class _Line:
     number: int
     text: str
@@ -40,7 +40,7 @@ def delimited_rows(path: Path, table: Table, note: Callable[[str], None]) -> Ite
     csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL))  # one limit for the whole process, so only ever raised
     table = guessed(path, table, note)
     header = table.header
-    for record in _quoted_cells(path, table) if table.quoted else _plain_cells(path, table):
+    for record in _quoted_cells(path, table, note) if table.quoted else _plain_cells(path, table):
         if header is None:
             header = _header(path, record)
         elif isinstance(record, Problem):
@@ -64,8 +64,8 @@ def _header(path: Path, record: _Cells | Problem) -> tuple[str, ...]:
 
 
 def _lines(path: Path, encoding: str) -> Iterator[_Line]:
+    plain = "utf-8" if is_wide(encoding) else encoding
     for number, raw in enumerate(raw_lines(path, encoding), 1):
-        plain = "utf-8" if is_wide(encoding) else encoding
         try:
             yield _Line(number, raw.decode(plain))
         except UnicodeDecodeError as error:
@@ -103,7 +103,7 @@ class _Replayed:
         self._again.extendleft(reversed(self.record[1:]))
 
 
-def _quoted_cells(path: Path, table: Table) -> Iterator[_Cells | Problem]:
+def _quoted_cells(path: Path, table: Table, note: Callable[[str], None]) -> Iterator[_Cells | Problem]:
     lines = _Replayed(_lines(path, table.encoding or "utf-8"))
     reader = csv.reader(lines, delimiter=table.delimiter or ",", strict=True, escapechar=table.escape)
     while True:
@@ -120,4 +120,13 @@ def _quoted_cells(path: Path, table: Table) -> Iterator[_Cells | Problem]:
         if fault := next((line.fault for line in lines.record if line.fault), None):
             yield Problem(lines.record[0].number, fault)
         elif cells:
+            if len(lines.record) > 1 and _look_like_rows(lines.record, str(table.delimiter), len(cells)):
+                note(
+                    "a quoted cell runs over lines that look like rows of their own, and they were read as one; if "
+                    "they are rows, double the quotation marks (in Python Table(quoted=False) takes them as they are)"
+                )
             yield _Cells(lines.record[0].number, cells)
+
+
+def _look_like_rows(lines: list[_Line], delimiter: str, num_cells: int) -> bool:
+    return num_cells > 1 and all(line.text.count(delimiter) == num_cells - 1 for line in lines)

@@ -137,13 +137,15 @@ def load_dataset(
         known = ", ".join(FORMATS)
         raise ConfigError(f"expected a data format (auto, {known}), got {name!r}.{did_you_mean(name, FORMATS)}")
     if columns is None or columns == InteractionColumns():
-        return replace(FORMATS[chosen](path, strict=strict), notes=notes)
+        dataset = FORMATS[chosen](path, strict=strict)
+        return replace(dataset, notes=notes + dataset.notes)
     if chosen not in _FREE:
         raise ConfigError(
             f"{path}: the columns of {chosen} are fixed; leave out --user-field, --item-field and --time-field "
             f"(columns in Python), or name a format whose columns are free: {', '.join(_FREE)}"
         )
-    return replace(_FREE[chosen](path, strict=strict, columns=columns), notes=notes)
+    dataset = _FREE[chosen](path, strict=strict, columns=columns)
+    return replace(dataset, notes=notes + dataset.notes)
 
 
 def detect_format(folder: str | Path) -> str:

@@ -28,7 +28,7 @@ def as_text(value: object) -> str:
         case None:
             return ""
         case str():
-            return value.strip()
+            return well_formed(value).strip()
         case bool():
             return "true" if value else "false"
         case float():
@@ -42,6 +42,15 @@ def as_text(value: object) -> str:
         case Sequence():
             return ", ".join(text for inner in value if (text := as_text(inner)))
     return str(value)
+
+
+def well_formed(text: str) -> str:
+    """The text without halves of letters beyond the first plane, which JSON can hold and no encoding can write."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def as_seconds(value: object) -> float | None:
@@ -76,8 +85,10 @@ def as_id(value: object) -> str | None:
         case bool():
             return None
         case str():
-            text = value.strip()
+            text = well_formed(value).strip()
             return text if 0 < len(text) <= _MAX_ID else None
+        case bytes():
+            return as_id(value.decode("utf-8", errors="replace"))
         case int():
             return str(value)
         case Decimal() if value.is_finite() and value == value.to_integral_value():
@@ -95,9 +106,13 @@ def other_spelling(item_id: str) -> str:
 
 def as_whole_numbers(ids: Iterable[str]) -> dict[str, str] | None:
     """What each id is without its `.0`, if every one has it, as pandas writes whole numbers; None otherwise."""
-    found = {each: _FLOAT_ID.fullmatch(each) for each in ids}
-    plain = {each: match[1] for each, match in found.items() if match is not None}
-    return plain if plain and len(plain) == len(found) else None
+    plain: dict[str, str] = {}
+    for each in ids:
+        if each not in plain:
+            if (found := _FLOAT_ID.fullmatch(each)) is None:
+                return None
+            plain[each] = found[1]
+    return plain or None
 
 
 def shown(value: object) -> str:

@@ -44,9 +44,14 @@ class Reject:
 Parse = Callable[[int, Fields], Profile]  # raises BadRowError
 
 
-def read_profiles(path: Path, parse: Parse, after: int = 0) -> Iterator[Profile | Reject]:
-    """The rows of `path` beyond row `after`. Raises DataError where the file cannot be read on."""
-    for row in iter_rows(path):
+def read_profiles(
+    path: Path, parse: Parse, after: int = 0, note: Callable[[str], None] = lambda remark: None
+) -> Iterator[Profile | Reject]:
+    """The rows of `path` beyond row `after`. Raises DataError where the file cannot be read on.
+
+    `note` is told, in words, what was guessed of the layout.
+    """
+    for row in iter_rows(path, note=note):
         if row.line > after:
             yield _profile(row, parse)
 
@@ -105,11 +110,11 @@ def _event(value: object, by_id: bool) -> Event:
         case {"item_id": item_id, **rest} if not rest and (text := as_id(item_id)) is not None:
             return Event(item_id=ItemId(text))
         case {"text": str(text), **rest} if not rest and text.strip():
-            return Event(text=text.strip())
+            return Event(text=as_text(text))
         case str() | int() | float() if by_id and (text := as_id(given)) is not None:
             return Event(item_id=ItemId(text))
         case str() if not by_id and given.strip():
-            return Event(text=given.strip())
+            return Event(text=as_text(given))
     ids = "an item id" if by_id else "a text (item ids need a catalogue)"
     raise BadRowError(f'expected each event to be {ids}, {{"item_id": …}} or {{"text": …}}, got {shown(value)}')
 

@@ -20,7 +20,7 @@ from rcllm.core.ranking import Event, ItemId, Level, RankOptions, RankRequest, S
 from rcllm.data.columns import HISTORY_NAMES
 from rcllm.data.raw import Fields
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
-from rcllm.data.text import as_id, as_text, did_you_mean, shown
+from rcllm.data.text import as_id, as_text, did_you_mean, shown, well_formed
 from rcllm.durable import renamed
 from rcllm.errors import RcllmError, RequestError
 
@@ -165,7 +165,7 @@ def _event(value: object) -> Event:
         case {"item_id": item_id, **rest} if not rest:
             return Event(item_id=ItemId(_id("history", item_id)))
         case {"text": str(text), **rest} if not rest and text:
-            return Event(text=text)
+            return Event(text=well_formed(text))
         case str() | int() | float():
             return Event(item_id=ItemId(_id("history", value)))
     wanted = 'an item id, {"item_id": …} or {"text": …}'
@@ -173,7 +173,7 @@ def _event(value: object) -> Event:
 
 
 def _id(name: str, value: object) -> str:
-    text = value if isinstance(value, str) else as_id(value)
+    text = well_formed(value) if isinstance(value, str) else as_id(value)
     if not text:
         raise RequestError(f"expected an id (a text or a whole number) in {name!r}, got {shown(value)}")
     return text

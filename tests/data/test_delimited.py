@@ -127,3 +127,14 @@ def test_many_columns_are_not_all_listed(tmp_path: Path) -> None:
     path.write_text(",".join(["item_id", *(f"c{n}" for n in range(16))]) + "\na,1\nb" + ",1" * 16 + "\n")
     _, report = Catalogue.read(path)
     assert "expected 17 columns ('item_id', 'c0', 'c1', 'c2', 'c3', 'c4', 'c5', 'c6' and 9 more)" in str(report)
+
+
+def test_rows_that_a_quoted_cell_may_have_taken_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('item_id,title,kind\na,"So it,x\nb,goes",x\nc,C,x\n')
+    found, notes, _ = titles(path)
+    assert found == ["So it,x\nb,goes", "C"]
+    assert "lines that look like rows of their own" in notes[0]
+    assert titles(path, Table(",", quoted=False))[0] == ['"So it', 'goes"', "C"]
+    path.write_text('item_id,title,kind\na,"So it\ngoes, on",x\nc,C,x\n')
+    assert titles(path)[1] == ()

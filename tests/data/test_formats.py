@@ -395,3 +395,14 @@ def test_a_style_sheet_is_no_price(tmp_path: Path, price: str, kept: bool) -> No
     dataset = load_dataset("amazon_2018", tmp_path)
     assert (dataset.catalogue[ItemId("1")].volatile == {"price": price}) is kept
     assert (dataset.reports[0].notes == ()) is kept
+
+
+def test_files_that_are_passed_over_are_named(tmp_path: Path) -> None:
+    write(tmp_path, "items.jsonl", '{"item_id": "1"}')
+    write(tmp_path, "items.csv", "item_id", "2")
+    write(tmp_path, "users.jsonl", '{"user_id": "u", "history": ["1"]}')
+    write(tmp_path, "inter.jsonl", '{"user_id": "u", "item_id": "1"}')
+    assert load_dataset("common", tmp_path).notes == (
+        "'items.csv' stayed unread, because items.jsonl is there too",
+        "'inter.jsonl' stayed unread, because users.jsonl is there too",
+    )

@@ -7,6 +7,7 @@ import gzip
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ import pytest
 from rcllm.data import BadRowError, ReadReport, RowReader, Table
 from rcllm.data.files import Fields
 from rcllm.data.rows import required_id, required_number, required_time
-from rcllm.data.text import as_seconds, as_text
+from rcllm.data.text import as_id, as_seconds, as_text, did_you_mean, listed
 from rcllm.errors import ConfigError, DataError
 
 ROWS: list[dict[str, object]] = [{"id": "a", "note": 'says "hi", twice'}, {"id": "b", "note": "žluťoučký\nkůň"}]
@@ -273,3 +274,40 @@ def test_what_is_not_a_number_is_refused(value: object) -> None:
         required_number({"n": value}, "n")
     with pytest.raises(BadRowError, match="expected a time"):
         required_time({"n": value}, "n")
+
+
+def test_half_letters_become_a_mark_that_can_be_written() -> None:
+    assert as_text("a\ud83d b") == "a\ufffd b"
+    assert as_text("\ud83d\ude00") == "😀"
+    assert as_id("u\ud83d") == "u\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (" a ", "a"),
+        (7, "7"),
+        (7.0, "7"),
+        (Decimal("7.00"), "7"),
+        (b"x", "x"),
+        (7.5, None),
+        (2.0**53, None),
+        (float("nan"), None),
+        (True, None),
+        (None, None),
+        ("", None),
+        ("x" * 20_000, None),
+        (["a"], None),
+    ],
+)
+def test_what_is_an_id(value: object, wanted: str | None) -> None:
+    assert as_id(value) == wanted
+
+
+def test_lists_that_are_cut_say_how_many_more() -> None:
+    assert listed("abc") == "'a', 'b', 'c'"
+    assert listed(map(str, range(11)), 2) == "'0', '1' and 9 more"
+
+
+def test_a_huge_name_has_no_near_ones() -> None:
+    assert did_you_mean("x" * 5_000_000, ["x" * 4_999_999, "y"]) == ""
