@@ -16,6 +16,30 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 _ENGINE, _ITEMS, _RANKING, _FIDELITY = "Model and cache", "Items", "How to rank", "How far reuse may go"
+_COLUMNS = "Columns of histories"
+
+
+# Which column of users' histories holds what; for all commands that read them.
+UserField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column with the user, where the format of the histories has no fixed names; default a usual name.",
+        rich_help_panel=_COLUMNS,
+    ),
+]
+ItemField = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Column of the histories with the item, likewise.", rich_help_panel=_COLUMNS),
+]
+TimeField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column of the histories with the time, likewise; '' where the order of rows stands for time.",
+        rich_help_panel=_COLUMNS,
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,26 +134,9 @@ class ItemOptions:
             rich_help_panel=_ITEMS,
         ),
     ] = None
-    user_field: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Column of the data set with the user, where its format has no fixed names; default a usual name.",
-            rich_help_panel=_ITEMS,
-        ),
-    ] = None
-    item_field: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Column of the data set with the item, likewise.", rich_help_panel=_ITEMS),
-    ] = None
-    time_field: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Column of the data set with the time, likewise; '' where the order of rows stands for time.",
-            rich_help_panel=_ITEMS,
-        ),
-    ] = None
+    user_field: UserField = None
+    item_field: ItemField = None
+    time_field: TimeField = None
     delimiter: Annotated[
         str | None,
         typer.Option(

@@ -14,12 +14,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from rcllm.cli.inputs import tell_read
-from rcllm.cli.options import spread
+from rcllm.cli.options import ItemField, TimeField, UserField, spread
 from rcllm.cli.screen import busy, console, progress, say
 from rcllm.cli.tables import facts_table
 from rcllm.codes.sid_files import read_codes, write_codes
 from rcllm.core.ranking import Interaction, ItemId
-from rcllm.data import Catalogue, ReadReport, load_dataset, read_interactions
+from rcllm.data import Catalogue, InteractionColumns, ReadReport, load_dataset, read_interactions
 from rcllm.errors import ConfigError, DataError
 from rcllm.sid.build import BuildConfig, build_codes, code_index_of, item_texts, split_histories
 from rcllm.sid.collaborative import FloatArray
@@ -51,7 +51,7 @@ class SourceOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Rows of user_id, item_id and timestamp, or of user_id and items, oldest first. Of them, training "
+            help="Rows of user_id, item_id and timestamp, or of user_id and history, oldest first. Of them, training "
             "users alone are learnt from.",
             rich_help_panel=_DATA,
         ),
@@ -71,6 +71,13 @@ class SourceOptions:
             rich_help_panel=_DATA,
         ),
     ] = None
+    user_field: UserField = None
+    item_field: ItemField = None
+    time_field: TimeField = None
+
+    @property
+    def columns(self) -> InteractionColumns:
+        return InteractionColumns(self.user_field, self.item_field, self.time_field)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +265,8 @@ def _read(source: SourceOptions) -> tuple[Catalogue, Sequence[Interaction]]:
     if source.items is None and source.dataset is None:
         raise ConfigError("there are no items: give --items FILE (a catalogue) or --dataset FOLDER")
     with busy("reading items"):
-        data = None if source.dataset is None else load_dataset(source.format, source.dataset)
+        columns = None if source.interactions is not None else source.columns  # they are those of what holds the log
+        data = None if source.dataset is None else load_dataset(source.format, source.dataset, columns=columns)
         reports: list[ReadReport] = list(data.reports) if data else []
         if source.items is not None:
             catalogue, report = Catalogue.read(source.items, source.id_field)
@@ -268,7 +276,7 @@ def _read(source: SourceOptions) -> tuple[Catalogue, Sequence[Interaction]]:
             catalogue = data.catalogue
         rows: Sequence[Interaction] = data.interactions if data else ()
         if source.interactions is not None:
-            rows, report = read_interactions(source.interactions, items=catalogue)
+            rows, report = read_interactions(source.interactions, source.columns, items=catalogue)
             reports.append(report)
     tell_read(reports, data.notes if data else ())
     return catalogue, rows

@@ -164,7 +164,8 @@ def _detected(folder: Path) -> dict[str, Path]:
         there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         raise DataError(
             f"{folder}: expected a folder with one of {looked_for}, got {listed(there) or 'no folder or no files'}; "
-            "check the path, or name the format"
+            "check the path, name the format, or call the files items and interactions, with one of "
+            f"{', '.join(_SUFFIXES)} after it"
         )
     return found
 

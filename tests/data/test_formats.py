@@ -287,7 +287,7 @@ def test_a_folder_without_the_files_says_what_is_missing(tmp_path: Path, name: s
         load_dataset(name, tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"expected a file named .*, got an empty folder"):
         load_dataset(name, tmp_path)
-    with pytest.raises(DataError, match="name the format"):
+    with pytest.raises(DataError, match="name the format, or call the files items and interactions"):
         load_dataset("auto", tmp_path)
 
 
