@@ -35,6 +35,7 @@ def load_inputs(options: ItemOptions) -> Inputs:
     """Reads the catalogue and, where there is one, the data set; tells of rows that could not be used."""
     if options.items is None and options.dataset is None:
         raise ConfigError("there are no items: give --items FILE (a catalogue) or --dataset FOLDER")
+    _check_used(options)
     dataset = None
     with busy("reading items"):
         if options.dataset is not None:
@@ -116,6 +117,19 @@ def _override(section: _Section, **options: str | int | None) -> _Section:
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     parsed = from_mapping(type(section), given, "option")
     return replace(section, **{name: getattr(parsed, name) for name in given})  # type: ignore[type-var]
+
+
+def _check_used(options: ItemOptions) -> None:
+    """Options that describe a file which is not there would be ignored. Raises ConfigError."""
+    if options.items is None and (options.delimiter is not None or options.encoding is not None):
+        raise ConfigError(
+            "--delimiter and --encoding say how --items is laid out: give --items FILE, or leave them out"
+        )
+    if options.dataset is None and _columns(options) != InteractionColumns():
+        raise ConfigError(
+            "--user-field, --item-field and --time-field name columns of --dataset: give --dataset FOLDER, or leave "
+            "them out (--id-field names the id of --items)"
+        )
 
 
 def _columns(options: ItemOptions) -> InteractionColumns:

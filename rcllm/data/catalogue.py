@@ -142,9 +142,7 @@ class ItemRows:
         if not self._absent:
             return None
         hint = did_you_mean(next(iter(self._absent)), self._names)
-        return (
-            f"expected the volatile fields {listed(self._absent)}, which no row has, among {listed(self._names)}.{hint}"
-        )
+        return f"no row has the volatile fields {listed(self._absent)}; the columns are {listed(self._names)}.{hint}"
 
 
 def make_item(item_id: str, texts: Mapping[str, str], volatile_fields: Collection[str] = ()) -> Item:

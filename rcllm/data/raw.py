@@ -77,9 +77,9 @@ class Notes:
         """One more row of which `what` is true."""
         self._counts[what] += 1
 
-    def take(self) -> tuple[str, ...]:
-        """All that was noted since the last time."""
-        noted = (*self._remarks, *(f"{what} (rows: {times:,})" for what, times in self._counts.items()))
+    def all(self) -> tuple[str, ...]:
+        return (*self._remarks, *(f"{what} (rows: {times:,})" for what, times in self._counts.items()))
+
+    def clear(self) -> None:
         self._remarks.clear()
         self._counts.clear()
-        return noted

@@ -69,14 +69,14 @@ class RowReader:
         self._num_skipped = 0
         self._problems: list[Problem] = []
         self._notes = Notes() if notes is None else notes
-        self._noted: tuple[str, ...] = ()
 
     def parsed(self, parse: Callable[[Fields], _Value]) -> Iterator[_Value]:
         """Streams `parse(row)` for each row that it accepts; starts the account afresh.
 
         Raises DataError for a file that cannot be read or has no usable row, and, where strict, for the first bad row.
         """
-        self._num_read, self._num_skipped, self._problems, self._noted = 0, 0, [], ()
+        self._num_read, self._num_skipped, self._problems = 0, 0, []
+        self._notes.clear()
         for row in iter_rows(self._path, self._table, self._notes.say):
             if isinstance(row, Problem):
                 self._skip(row)
@@ -97,8 +97,7 @@ class RowReader:
 
     @property
     def report(self) -> ReadReport:
-        self._noted += self._notes.take()
-        return ReadReport(self._path, self._num_read, self._num_skipped, tuple(self._problems), self._noted)
+        return ReadReport(self._path, self._num_read, self._num_skipped, tuple(self._problems), self._notes.all())
 
     def _skip(self, problem: Problem) -> None:
         if self._strict:

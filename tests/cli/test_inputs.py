@@ -48,6 +48,15 @@ def test_columns_of_a_data_set_are_named(tmp_path: Path, capsys: pytest.CaptureF
     assert "the folder was read as recbole, because of x.inter" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options",
+    [ItemOptions(dataset=Path(), encoding="latin-1"), ItemOptions(items=Path("x.csv"), user_field="who")],
+)
+def test_options_about_what_is_not_given_are_refused(options: ItemOptions) -> None:
+    with pytest.raises(ConfigError, match="or leave them out"):
+        load_inputs(options)
+
+
 def test_a_misspelt_volatile_field_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "items.jsonl"
     path.write_text('{"item_id": "a", "price": 3}\n')

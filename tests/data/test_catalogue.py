@@ -106,7 +106,7 @@ def test_a_volatile_field_that_no_row_has_is_told_with_the_nearest_name(tmp_path
     _, report = Catalogue.read(path, volatile_fields=("prise", "stock"))
     assert report.has_news
     assert report.notes == (
-        "expected the volatile fields 'prise', which no row has, among 'item_id', 'price'. Did you mean 'price'?",
+        "no row has the volatile fields 'prise'; the columns are 'item_id', 'price'. Did you mean 'price'?",
     )
     with pytest.raises(DataError, match="Did you mean 'price'"):
         Catalogue.read(path, volatile_fields=("prise",), strict=True)
