@@ -6,7 +6,7 @@ it, the row is refused with the option that does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rcllm.data.raw import Fields, Notes
@@ -17,31 +17,13 @@ HISTORY_NAMES = ("history", "items")  # of the column with a user's list of item
 _MAX_NAME = 200  # characters of a name that are compared
 NO_CLOCK = ""  # as the name of the time column: the order of the rows stands for time
 
-# Compared in lower case and without signs, so that User-ID, userId and user_id are one. The first of each is sure; of
-# the others there must be one alone.
-_USERS = ("userid", "user", "uid", "sessionid", "customerid", "visitorid", "reviewerid", "memberid", "profileid")
-_ITEMS = [
-    "itemid",
-    "item",
-    "iid",
-    "asin",
-    "parentasin",
-    "isbn",
-    "productid",
-    "movieid",
-    "bookid",
-    "artistid",
-    "trackid",
-    "songid",
-    "videoid",
-    "newsid",
-    "articleid",
-    "businessid",
-    "animeid",
-    "gameid",
-    "sku",
-]
-_TIMES = ("timestamp", "time", "datetime", "date", "unixreviewtime", "eventtime", "createdat", "ts")
+# Other names that published data sets use, in lower case and without signs: userid stands for User-ID and userId too.
+_USERS = "userid user uid sessionid customerid visitorid reviewerid memberid profileid"
+_ITEMS = (
+    "itemid item iid asin parentasin isbn productid movieid bookid artistid trackid songid videoid newsid articleid "
+    "businessid animeid gameid sku"
+)
+_TIMES = "timestamp time datetime date unixreviewtime eventtime createdat ts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +41,16 @@ class InteractionColumns:
 @dataclass(frozen=True, slots=True)
 class _Sought:
     what: str  # in words
-    names: Sequence[str]  # the usual ones, simplified
+    usual: str  # the name that wins over all others
+    others: frozenset[str]  # simplified; of these, a file may have one alone
     option: str  # of the command line
     python: str
 
 
-_USER = _Sought("the user", _USERS, "--user-field", "InteractionColumns(user_id=…)")
-_ITEM = _Sought("the item", _ITEMS, "--item-field", "InteractionColumns(item_id=…)")
-_TIME = _Sought("the time", _TIMES, "--time-field", "InteractionColumns(timestamp=…)")
-_KEY = _Sought("the item's id", (*_ITEMS, "id"), "--id-field", "id_field=…")
+_USER = _Sought("the user", "user_id", frozenset(_USERS.split()), "--user-field", "InteractionColumns(user_id=…)")
+_ITEM = _Sought("the item", "item_id", frozenset(_ITEMS.split()), "--item-field", "InteractionColumns(item_id=…)")
+_TIME = _Sought("the time", "timestamp", frozenset(_TIMES.split()), "--time-field", "InteractionColumns(timestamp=…)")
+_KEY = _Sought("the item's id", "item_id", _ITEM.others | {"id"}, "--id-field", "id_field=…")
 
 
 def user_column(given: str | None, fields: Iterable[str], notes: Notes) -> str:
@@ -82,7 +65,7 @@ def item_column(given: str | None, fields: Iterable[str], notes: Notes) -> str:
 
 def has_item(given: str | None, fields: Fields) -> bool:
     """Whether the row has a column for one item."""
-    return given in fields if given is not None else any(_simple(name) in _ITEMS for name in fields)
+    return given in fields if given is not None else any(_simple(name) in _ITEM.others for name in fields)
 
 
 def id_column(given: str | None, fields: Iterable[str], notes: Notes) -> str:
@@ -117,8 +100,8 @@ def _required(sought: _Sought, given: str | None, fields: Iterable[str], notes: 
         return found
     if given is not None and given in names:
         return given
-    expected = f"a field {given!r}" if given is not None else f"a field with {sought.what} (such as {_usual(sought)})"
-    hint = did_you_mean(_usual(sought) if given is None else given, names)
+    expected = f"a field {given!r}" if given is not None else f"a field with {sought.what} (such as {sought.usual})"
+    hint = did_you_mean(sought.usual if given is None else given, names)
     raise BadRowError(
         f"expected {expected}, got only {listed(names) or 'an empty row'}; name the right one ({sought.option}, in "
         f"Python {sought.python}).{hint}"
@@ -127,22 +110,20 @@ def _required(sought: _Sought, given: str | None, fields: Iterable[str], notes: 
 
 def _chosen(sought: _Sought, fields: Iterable[str], notes: Notes) -> str | None:
     """The column with a usual name; None where there is none. Raises BadRowError where several could be meant."""
-    by_name = {_simple(name): name for name in fields}
-    found = [by_name[name] for name in sought.names if name in by_name]
-    if not found:
-        return None
-    if _simple(found[0]) != sought.names[0] and len(found) > 1:
+    names = list(fields)
+    if sought.usual in names:
+        return sought.usual
+    same = [name for name in names if _simple(name) == _simple(sought.usual)]
+    found = same or [name for name in names if _simple(name) in sought.others]
+    if len(found) > 1:
         raise BadRowError(
             f"expected one field with {sought.what}, got {listed(found)}; say which ({sought.option}, in Python "
             f"{sought.python})"
         )
-    if found[0] != _usual(sought):
-        notes.say(f"{sought.what} was taken from the column {found[0]!r} ({sought.option} names another)")
+    if not found:
+        return None
+    notes.say(f"{sought.what} was taken from the column {found[0]!r} ({sought.option} names another)")
     return found[0]
-
-
-def _usual(sought: _Sought) -> str:
-    return {"userid": "user_id", "itemid": "item_id"}.get(sought.names[0], sought.names[0])
 
 
 def _simple(name: str) -> str:

@@ -6,8 +6,8 @@ was guessed of a folder is in the notes of the data set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -113,8 +113,8 @@ _MARKS = (
 def _first_fields(path: Path) -> Fields:
     """The first of the first rows that can be read; none where the file cannot."""
     try:
-        rows: Iterator[object] = iter_rows(path)
-        return next((row.fields for row, _ in zip(rows, range(100), strict=False) if isinstance(row, Row)), {})
+        first = islice(iter_rows(path), 100)
+        return next((row.fields for row in first if isinstance(row, Row)), {})
     except DataError:
         return {}
 

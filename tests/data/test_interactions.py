@@ -191,3 +191,10 @@ def test_versions_are_no_floats(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("user_id,item_id,timestamp\nu,1.0,1\nu,1.1,2\n")
     assert [each.item_id for each in read_interactions(path)[0]] == ["1.0", "1.1"]
+
+
+def test_one_name_in_two_spellings_is_a_choice_too(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("userId,USER-ID,item_id,timestamp\nu,v,b,1\n")
+    with pytest.raises(DataError, match="expected one field with the user, got 'userId', 'USER-ID'; say which"):
+        read_interactions(path)
