@@ -160,7 +160,7 @@ def describe_command(
     parse = _parse(options, template, inputs)
     read = partial(read_profiles, rows, parse)
     with busy("reading rows"):
-        counted = survey(read(0))
+        counted = survey(read(0, note=lambda remark: say(f"note: {rows}: {remark}")))
         settings = {
             "input": digest(rows),
             "catalogue": _catalogue_digest(item_options),

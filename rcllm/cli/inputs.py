@@ -15,7 +15,16 @@ from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
 from rcllm.cli.screen import busy, say
 from rcllm.config import Config, check_options, context_samples, from_mapping
 from rcllm.core.ranking import RankOptions, RankRequest
-from rcllm.data import Catalogue, Dataset, ReadReport, build_requests, load_dataset, named_items
+from rcllm.data import (
+    Catalogue,
+    Dataset,
+    InteractionColumns,
+    ReadReport,
+    Table,
+    build_requests,
+    load_dataset,
+    named_items,
+)
 from rcllm.engine.engine import Engine
 from rcllm.engine.fit import fit
 from rcllm.errors import ConfigError, DataError, TextWarning
@@ -37,15 +46,18 @@ def load_inputs(options: ItemOptions) -> Inputs:
     """Reads the catalogue and, where there is one, the data set; tells of rows that could not be used."""
     if options.items is None and options.dataset is None:
         raise ConfigError("there are no items: give --items FILE (a catalogue) or --dataset FOLDER")
+    _check_used(options)
     dataset = None
     with busy("reading items"):
         if options.dataset is not None:
-            dataset = load_dataset(options.format, options.dataset)
-            _tell(dataset.reports)
+            dataset = load_dataset(options.format, options.dataset, columns=_columns(options))
+            tell_read(dataset.reports, dataset.notes)
         if options.items is not None:
-            names = _names(options.field or ())
-            catalogue, report = Catalogue.read(options.items, options.id_field, options.volatile or (), names=names)
-            _tell([report])
+            names, volatile = _names(options.field or ()), options.volatile or ()
+            catalogue, report = Catalogue.read(
+                options.items, options.id_field, volatile, names=names, table=_table(options)
+            )
+            tell_read([report])
             if dataset is not None:
                 catalogue = catalogue.knowing(dataset.interactions)
         else:
@@ -153,7 +165,35 @@ def _names(given: Sequence[str]) -> dict[str, str]:
     return {name: column for name, _, column in pairs}
 
 
-def _tell(reports: Sequence[ReadReport]) -> None:
+def _check_used(options: ItemOptions) -> None:
+    """Options that describe a file which is not there would be ignored. Raises ConfigError."""
+    if options.items is None and (options.delimiter is not None or options.encoding is not None):
+        raise ConfigError(
+            "--delimiter and --encoding say how --items is laid out: give --items FILE, or leave them out"
+        )
+    if options.dataset is None and _columns(options) != InteractionColumns():
+        raise ConfigError(
+            "--user-field, --item-field and --time-field name columns of --dataset: give --dataset FOLDER, or leave "
+            "them out (--id-field names the id of --items)"
+        )
+
+
+def _columns(options: ItemOptions) -> InteractionColumns:
+    return InteractionColumns(options.user_field, options.item_field, options.time_field)
+
+
+def _table(options: ItemOptions) -> Table | None:
+    """The layout of --items, as far as it is said; None where nothing is. Raises ConfigError."""
+    if options.delimiter is None and options.encoding is None:
+        return None
+    tab = options.delimiter in ("\\t", "tab")
+    return Table("\t" if tab else options.delimiter, encoding=options.encoding)
+
+
+def tell_read(reports: Sequence[ReadReport], notes: Sequence[str] = ()) -> None:
+    """Says what was guessed of a folder, and what of its files was guessed or could not be used."""
+    for note in notes:
+        say(f"note: {note}", "dim")
     for report in reports:
-        if report.rows_skipped:
-            say(f"warning: {report}")
+        if report.has_news:
+            say(f"{'warning' if report.rows_skipped else 'note'}: {report}")

@@ -16,6 +16,30 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 _ENGINE, _ITEMS, _RANKING, _FIDELITY = "Model and cache", "Items", "How to rank", "How far reuse may go"
+_COLUMNS = "Columns of histories"
+
+
+# Which column of users' histories holds what; for all commands that read them.
+UserField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column with the user, where the format of the histories has no fixed names; default a usual name.",
+        rich_help_panel=_COLUMNS,
+    ),
+]
+ItemField = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Column of the histories with the item, likewise.", rich_help_panel=_COLUMNS),
+]
+TimeField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column of the histories with the time, likewise; '' where the order of rows stands for time.",
+        rich_help_panel=_COLUMNS,
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +140,36 @@ class ItemOptions:
             metavar="NAME", help="Format of the data set; auto tells it by its files.", rich_help_panel=_ITEMS
         ),
     ] = "auto"
-    id_field: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of --items that holds the id.", rich_help_panel=_ITEMS)
-    ] = "item_id"
     field: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=COLUMN",
             help="What a template calls NAME stands in this column of --items: title=Book-Title. May repeat.",
+            rich_help_panel=_ITEMS,
+        ),
+    ] = None
+    id_field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column of --items that holds the id; default item_id, or another usual name.",
+            rich_help_panel=_ITEMS,
+        ),
+    ] = None
+    user_field: UserField = None
+    item_field: ItemField = None
+    time_field: TimeField = None
+    delimiter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIGN", help="What separates the cells of --items; default: by its rows.", rich_help_panel=_ITEMS
+        ),
+    ] = None
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Encoding of --items (utf-8, latin-1, …); default: by its text.",
             rich_help_panel=_ITEMS,
         ),
     ] = None

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, TaskID
 
-from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
+from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine, tell_read
 from rcllm.cli.options import EngineOptions, ItemOptions, spread
 from rcllm.cli.screen import busy, console, progress, say
 from rcllm.cli.tables import facts_table
@@ -18,7 +18,14 @@ from rcllm.core.ranking import UserId
 from rcllm.data import Catalogue
 from rcllm.errors import ConfigError
 from rcllm.prototypes.build import BuildProgress, BuildReport, PrototypeBuilder, PrototypeConfig, check_config
-from rcllm.prototypes.texts import History, dataset_histories, file_histories, read_users_file, token_runs
+from rcllm.prototypes.texts import (
+    History,
+    dataset_histories,
+    file_histories,
+    read_users_file,
+    tell_absent,
+    token_runs,
+)
 
 _FROM, _HOW = "From what", "Which prototypes"
 _DEFAULT = PrototypeConfig()
@@ -131,13 +138,15 @@ def _histories(items: ItemOptions, options: TextOptions) -> tuple[Inputs, str, l
     if options.texts is not None:
         inputs = load_inputs(items) if items.items or items.dataset else Inputs(Catalogue(()))
         histories, report = file_histories(options.texts, options.history, excluded)
-        if report is not None and report.rows_skipped:
-            say(f"warning: {report}")
+        if report is not None:
+            tell_read([report])
         source = f"texts of {options.texts.name}"
     else:
         inputs = load_inputs(items)
         if inputs.dataset is None:
             raise ConfigError("there are no texts: give --dataset FOLDER (users' histories) or --texts FILE")
+        if absent := tell_absent(excluded, {row.user_id for row in inputs.dataset.interactions}):
+            say(f"warning: {absent}")
         histories = dataset_histories(inputs.dataset, options.history, excluded, reviews=options.reviews)
         source = f"{'reviews' if options.reviews else 'items'} of training users of {inputs.dataset.name}"
     return inputs, source, histories[: options.limit]

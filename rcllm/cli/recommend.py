@@ -14,11 +14,13 @@ from rich.text import Text
 from rcllm.cli.answering import raise_first, write_answers
 from rcllm.cli.inputs import Inputs, load_inputs, make_config
 from rcllm.cli.options import EngineOptions, ItemOptions, spread
-from rcllm.cli.screen import busy, console
+from rcllm.cli.screen import busy, console, say
 from rcllm.cli.tables import facts_table, item_title
 from rcllm.codes.sid_files import STYLE, read_codes
 from rcllm.config import Config, PromptConfig
 from rcllm.core.decoding import RecommendRequest, RecommendResponse
+from rcllm.core.ranking import ItemId
+from rcllm.data.ids import tell_unknown
 from rcllm.engine.jobs.recommend import Recommender
 from rcllm.errors import CapacityError, ConfigError, RequestError
 from rcllm.sid.load import load_recommender
@@ -109,6 +111,7 @@ def recommend_command(
         lines = [without_history(line) if isinstance(line, RecommendLine) else line for line in lines]
     inputs = load_inputs(item_options) if item_options.items or item_options.dataset else None
     recommender = _recommender(engine_options, inputs, codes, style)
+    _tell_unknown(defaults, recommender, allow, deny)
     answers = _answers(recommender, lines, batch)
     write_answers(
         _first_shown(answers, recommender) if explain else answers,
@@ -119,6 +122,17 @@ def recommend_command(
         out=out,
         strict=strict,
     )
+
+
+def _tell_unknown(defaults: RecommendRequest, recommender: Recommender, allow: Path | None, deny: Path | None) -> None:
+    """Warns of ids in the lists that no item has: a misspelt one in --deny would be recommended after all."""
+    for path, ids in ((allow, defaults.allow), (deny, defaults.deny)):
+        if path is not None and (unknown := tell_unknown(str(path), ids or (), _known_ids(recommender))):
+            say(f"warning: {unknown}")
+
+
+def _known_ids(recommender: Recommender) -> frozenset[ItemId]:
+    return frozenset(recommender.codes.epoch().item_ids)
 
 
 def _first_shown(

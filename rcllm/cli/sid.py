@@ -13,13 +13,13 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from rcllm.cli.options import spread
+from rcllm.cli.inputs import tell_read
+from rcllm.cli.options import ItemField, TimeField, UserField, spread
 from rcllm.cli.screen import busy, console, progress, say
 from rcllm.cli.tables import facts_table
 from rcllm.codes.sid_files import read_codes, write_codes
 from rcllm.core.ranking import Interaction, ItemId
-from rcllm.data import Catalogue, ReadReport, load_dataset
-from rcllm.data.interactions import InteractionColumns, generic_interactions, parse_user, read_log
+from rcllm.data import Catalogue, InteractionColumns, ReadReport, load_dataset, read_interactions
 from rcllm.errors import ConfigError, DataError
 from rcllm.sid.build import BuildConfig, build_codes, code_index_of, item_texts, split_histories
 from rcllm.sid.collaborative import FloatArray
@@ -51,7 +51,7 @@ class SourceOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Rows of user_id, item_id and timestamp, or of user_id and items, oldest first. Of them, training "
+            help="Rows of user_id, item_id and timestamp, or of user_id and history, oldest first. Of them, training "
             "users alone are learnt from.",
             rich_help_panel=_DATA,
         ),
@@ -64,8 +64,20 @@ class SourceOptions:
         str, typer.Option(metavar="NAME", help="Format of the data set; auto tells it.", rich_help_panel=_DATA)
     ] = "auto"
     id_field: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of --items that holds the id.", rich_help_panel=_DATA)
-    ] = "item_id"
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column of --items that holds the id; default item_id, or another usual name.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    user_field: UserField = None
+    item_field: ItemField = None
+    time_field: TimeField = None
+
+    @property
+    def columns(self) -> InteractionColumns:
+        return InteractionColumns(self.user_field, self.item_field, self.time_field)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +265,8 @@ def _read(source: SourceOptions) -> tuple[Catalogue, Sequence[Interaction]]:
     if source.items is None and source.dataset is None:
         raise ConfigError("there are no items: give --items FILE (a catalogue) or --dataset FOLDER")
     with busy("reading items"):
-        data = None if source.dataset is None else load_dataset(source.format, source.dataset)
+        columns = None if source.interactions is not None else source.columns  # they are those of what holds the log
+        data = None if source.dataset is None else load_dataset(source.format, source.dataset, columns=columns)
         reports: list[ReadReport] = list(data.reports) if data else []
         if source.items is not None:
             catalogue, report = Catalogue.read(source.items, source.id_field)
@@ -263,16 +276,9 @@ def _read(source: SourceOptions) -> tuple[Catalogue, Sequence[Interaction]]:
             catalogue = data.catalogue
         rows: Sequence[Interaction] = data.interactions if data else ()
         if source.interactions is not None:
-            one_each = generic_interactions(InteractionColumns())
-            rows, report = read_log(
-                source.interactions,
-                lambda fields: parse_user(fields) if "items" in fields else one_each(fields),
-                items=catalogue,
-            )
+            rows, report = read_interactions(source.interactions, source.columns, items=catalogue)
             reports.append(report)
-    for each in reports:
-        if each.rows_skipped:
-            say(f"warning: {each}")
+    tell_read(reports, data.notes if data else ())
     return catalogue, rows
 
 

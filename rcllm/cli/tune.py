@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from rcllm.cli.inputs import tell_read
 from rcllm.cli.screen import busy, console, progress, say
 from rcllm.cli.tables import facts_table
 from rcllm.config import ModelConfig, PromptConfig, from_mapping
@@ -113,6 +114,8 @@ def tune_command(
     config = replace(config, examples=examples, minutes=math.inf if minutes is None else minutes)
     with busy("reading data and model"):
         datasets = [load_dataset(format, folder) for folder in dataset]
+        for each in datasets:
+            tell_read(each.reports, each.notes)
         prompt = PromptConfig(template=template or TEMPLATES[config.mask])
         trainer = make_trainer(ModelConfig(path=model), prompt, datasets, config, out, start)
     with progress("loss", "validation") as bar:

@@ -17,7 +17,9 @@ from pathlib import Path
 from rcllm.core.decoding import RecommendRequest, RecommendResponse
 from rcllm.core.ranking import ItemId, RankOptions, RankRequest, RankResponse
 from rcllm.data import Problem
-from rcllm.data.files import Row, iter_rows
+from rcllm.data.files import iter_rows
+from rcllm.data.ids import read_ids
+from rcllm.data.raw import Row
 from rcllm.durable import renamed
 from rcllm.errors import DataError, RcllmError
 from rcllm.wire.requests import DEFAULTS, parse_recommend_request, parse_request
@@ -164,12 +166,8 @@ def without_history(line: RecommendLine) -> RecommendLine:
 
 
 def read_item_ids(path: Path) -> tuple[ItemId, ...]:
-    """An item id per line. Raises DataError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a text file with an item id per line: {error}") from error
-    return tuple(ItemId(line.strip()) for line in lines if line.strip())
+    """An item id per line, see `read_ids`. Raises DataError."""
+    return tuple(map(ItemId, read_ids(path)))
 
 
 def recommendation_to_json(response: RecommendResponse, *, receipts: bool = False) -> Mapping[str, object]:

@@ -18,9 +18,10 @@ from rcllm.config import from_mapping
 from rcllm.core.decoding import RecommendRequest
 from rcllm.core.ranking import Event, ItemId, Level, RankOptions, RankRequest, Selection, UserId
 from rcllm.core.receipts import BeamRule
-from rcllm.data.files import Fields
+from rcllm.data.columns import HISTORY_NAMES
+from rcllm.data.raw import Fields
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
-from rcllm.data.text import as_text, did_you_mean, shown
+from rcllm.data.text import as_id, as_text, did_you_mean, shown, well_formed
 from rcllm.durable import renamed
 from rcllm.errors import RcllmError, RequestError
 
@@ -53,9 +54,10 @@ def write_requests(path: str | Path, requests: Iterable[RankRequest]) -> None:
 def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS) -> RankRequest:
     """The request that a JSON object describes; raises RequestError or ConfigError.
 
-    `request_id` and `candidates` are needed. An event of `history` is an item id, `{"item_id": …}` or `{"text": …}`;
-    `options` holds fields of RankOptions, `volatile` texts by item id and name.
+    `request_id` and `candidates` are needed. An event of `history` (or `items`) is an item id, `{"item_id": …}` or
+    `{"text": …}`; `options` holds fields of RankOptions, `volatile` texts by item id and name.
     """
+    value = _with_history(value)
     _refuse_unknown("request", value, [field.name for field in fields_of(RankRequest)])
     candidates = _ids("candidates", value.get("candidates"))
     if not candidates:
@@ -82,6 +84,7 @@ def parse_recommend_request(value: Mapping[str, object], defaults: RecommendRequ
     `request_id` is needed. `history` as in `parse_request`; `allow` and `deny` are lists of item ids; what is denied by
     `defaults` stays so.
     """
+    value = _with_history(value)
     _refuse_unknown("request", value, [field.name for field in fields_of(RecommendRequest)])
     chosen: dict[str, Any] = {name: _count(name, value[name]) for name in ("n", "beam") if name in value}
     if "allow" in value:
@@ -98,6 +101,15 @@ def parse_recommend_request(value: Mapping[str, object], defaults: RecommendRequ
         deny=defaults.deny + _ids("deny", value.get("deny")),
         **chosen,
     )
+
+
+def _with_history(value: Mapping[str, object]) -> Mapping[str, object]:
+    """The object with the user's list under its first name. Raises RequestError where it stands under two."""
+    usual, *others = HISTORY_NAMES
+    given = [name for name in others if name in value]
+    if given and usual in value:
+        raise RequestError(f"expected the user's list under one name, got both {usual!r} and {given[0]!r}")
+    return {usual if name in others else name: each for name, each in value.items()} if given else value
 
 
 def parse_options(value: Mapping[str, object], defaults: RankOptions = DEFAULTS) -> RankOptions:
@@ -154,17 +166,18 @@ def _event(value: object) -> Event:
         case {"item_id": item_id, **rest} if not rest:
             return Event(item_id=ItemId(_id("history", item_id)))
         case {"text": str(text), **rest} if not rest and text:
-            return Event(text=text)
-        case str() | int():
+            return Event(text=well_formed(text))
+        case str() | int() | float():
             return Event(item_id=ItemId(_id("history", value)))
     wanted = 'an item id, {"item_id": …} or {"text": …}'
     raise RequestError(f"expected each event in 'history' to be {wanted}, got {json.dumps(value)[:80]}")
 
 
 def _id(name: str, value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+    text = well_formed(value) if isinstance(value, str) else as_id(value)
+    if not text:
         raise RequestError(f"expected an id (a text or a whole number) in {name!r}, got {shown(value)}")
-    return str(value)
+    return text
 
 
 def _ids(name: str, value: object) -> tuple[ItemId, ...]:

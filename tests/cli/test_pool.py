@@ -57,11 +57,12 @@ def test_users_can_be_left_out(run: Run, shop: Shop, tmp_path: Path) -> None:
     texts = write_lines(
         tmp_path / "reviews.jsonl", [{"user_id": user, "text": text} for user, text in (("a", "lamp"), ("b", "chair"))]
     )
-    (tmp_path / "gone").write_text("a\n", encoding="utf-8")
+    (tmp_path / "gone").write_bytes(b"\xef\xbb\xbfa\r\nz\r\n")
     words = ("--model", shop.model, "--memory-mb", "6000", "--texts", texts, "--exclude-users", tmp_path / "gone")
     shown = run("pool", "build", *words, *FEW, "--out", tmp_path / "pool")
     assert shown.exit_code == 0, shown.stderr
     assert "1 texts" in shown.stdout
+    assert "1 of 2 ids of the users to leave out is not in the data: 'z'" in shown.stderr
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,20 @@ def test_files_of_items_hold_for_every_request(run: Run, decoder: Decoder, tmp_p
     assert [sorted(answer["items"]) for answer in answers] == [["i3", "i5"], ["i3"], ["i8"], ["i3", "i5"]]
 
 
+def test_lists_that_windows_editors_saved_hold_and_unknown_ids_are_told(
+    run: Run, decoder: Decoder, tmp_path: Path
+) -> None:
+    (tmp_path / "deny.txt").write_bytes(b"\xef\xbb\xbfi3\r\ni4\r\n")
+    shown = run(*decoder.words, "--n", 100, "--deny", tmp_path / "deny.txt")
+    assert shown.exit_code == 0, shown.stderr
+    assert not any({"i3", "i4"} & set(answer["items"]) for answer in read_lines(shown.stdout))
+    assert "not in the catalogue" not in shown.stderr
+    (tmp_path / "allow.txt").write_text("i3\nZ1\nZ2\n", encoding="utf-8")
+    shown = run(*decoder.words, "--allow", tmp_path / "allow.txt")
+    assert "2 of 3 ids of" in shown.stderr
+    assert "allow.txt are not in the catalogue: 'Z1', 'Z2'" in shown.stderr
+
+
 def test_unseen_leaves_out_each_users_own_history(run: Run, decoder: Decoder) -> None:
     answers = read_lines(run(*decoder.words, "--n", 100, "--unseen").stdout)
     for i, answer in enumerate(answers):
@@ -127,7 +141,7 @@ def test_what_is_missing_is_said(run: Run, decoder: Decoder, shop: Shop, tmp_pat
     for words, said, code in (
         (("recommend", *requests), "rcllm sid train", 2),
         (("recommend", "--model", shop.model, *requests), "holds no catalogue", 1),
-        ((*decoder.words, "--deny", tmp_path / "none.txt"), "an item id per line", 1),
+        ((*decoder.words, "--deny", tmp_path / "none.txt"), "none.txt: no such file", 1),
         ((*decoder.words, "--codes", tmp_path / "codes.json"), "--template", 2),
     ):
         shown = run(*words)

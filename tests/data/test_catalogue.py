@@ -128,3 +128,43 @@ def test_a_data_sets_catalogue_knows_its_interactions() -> None:
     assert data.catalogue == items
     assert items.interactions == (), "the one that was given is left alone"
     assert replace(data, interactions=()).catalogue.interactions == ()
+
+
+def test_a_volatile_field_that_no_row_has_is_told_with_the_nearest_name(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "items.jsonl", {"item_id": "a", "price": 1}, {"item_id": "b", "stock": 2})
+    assert Catalogue.read(path, volatile_fields=("price", "stock"))[1].notes == ()
+    with pytest.raises(DataError, match=r"no row has a column 'prise'.* 'item_id', 'price'\. Did you mean 'price'"):
+        Catalogue.read(path, volatile_fields=("prise", "stock"))
+
+
+def test_the_usual_names_of_an_id_are_tried_and_told(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "items.jsonl", {"asin": "a", "title": "A"})
+    catalogue, report = Catalogue.read(path)
+    assert list(catalogue.values()) == [Item(ItemId("a"), {"title": "A"})]
+    assert report.notes == ("the item's id was taken from the column 'asin' (--id-field names another)",)
+    assert Catalogue.read(path, "asin")[1].notes == ()
+    path = write_jsonl(tmp_path / "items.jsonl", {"asin": "a", "sku": "b"})
+    with pytest.raises(DataError, match=r"expected one field with the item's id, got 'asin', 'sku'; say which \(--id"):
+        Catalogue.read(path)
+
+
+def test_ids_that_pandas_made_floats_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,title\n10.0,A\n11.0,B\n")
+    catalogue, report = Catalogue.read(path)
+    assert list(catalogue) == ["10", "11"]
+    assert "every id is a whole number written as a float" in report.notes[0]
+    path.write_text("item_id,title\n10.0,A\n10.1,B\n")
+    assert list(Catalogue.read(path)[0]) == ["10.0", "10.1"]
+
+
+def test_one_huge_value_costs_no_more_than_reading_it(tmp_path: Path) -> None:
+    huge = "word " * 1_000_000
+    path = write_jsonl(tmp_path / "items.jsonl", {"item_id": "a", "title": huge}, {"item_id": huge}, {huge: "b"})
+    catalogue, report = Catalogue.read(path)
+    assert list(catalogue) == ["a"]
+    assert report.rows_skipped == 2
+    assert len(str(report)) < 2_000
+    with pytest.raises(UnknownItemError) as told:
+        catalogue[ItemId(huge)]
+    assert len(str(told.value)) < 200

@@ -10,9 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rcllm.core.decoding import RecommendRequest
 from rcllm.core.ranking import Event, ItemId, Level, RankOptions, RankRequest, Selection, UserId
 from rcllm.errors import ConfigError, DataError, RequestError
-from rcllm.wire.requests import parse_options, parse_request, read_requests, request_to_json, write_requests
+from rcllm.wire.requests import (
+    parse_options,
+    parse_recommend_request,
+    parse_request,
+    read_requests,
+    request_to_json,
+    write_requests,
+)
 
 names = st.text(min_size=1, max_size=8)
 ids = names.map(ItemId)
@@ -171,3 +179,22 @@ def test_a_selection_is_read_over_the_defaults() -> None:
 def test_a_wrong_selection_is_refused(selection: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="option selection"):
         parse_request({"request_id": "r", "candidates": ["a"], "options": {"selection": selection}})
+
+
+@pytest.mark.parametrize("name", ["history", "items"])
+def test_a_users_list_goes_by_either_name(name: str) -> None:
+    history = (Event(ItemId("a")), Event(ItemId("7")))
+    assert parse_request({"request_id": "r", "candidates": ["b", 10.0], name: ["a", 7.0]}).history == history
+    asked = parse_recommend_request({"request_id": "r", name: ["a", 7]}, RecommendRequest(""))
+    assert asked.history == history
+
+
+def test_a_list_under_two_names_is_refused() -> None:
+    with pytest.raises(RequestError, match="under one name, got both 'history' and 'items'"):
+        parse_request({"request_id": "r", "candidates": ["b"], "history": ["a"], "items": ["b"]})
+
+
+def test_half_letters_cannot_reach_a_tokenizer() -> None:
+    request = parse_request({"request_id": "r\ud83d", "candidates": ["b"], "history": [{"text": "hm \ud83d"}]})
+    assert request.request_id == "r\ufffd"
+    assert request.history == (Event(text="hm \ufffd"),)
