@@ -39,6 +39,7 @@ SMOLLM2: dict[str, Any] = {  # as published, by transformers 4
 QWEN3: dict[str, Any] = SMOLLM2 | {
     "architectures": ["Qwen3ForCausalLM"],
     "head_dim": 128,
+    "vocab_size": 151_936,
     "eos_token_id": [151645, 151643],
     "bos_token_id": None,
     "use_sliding_window": False,
