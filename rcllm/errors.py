@@ -12,6 +12,8 @@
     │   └── PromptTooLongError       the prompt exceeds the model's context
     └── CapacityError            the request is fine but does not fit the memory budget
 
+Beside it one warning, ModelWarning: everything fits and is used, but may not have been made for each other.
+
 Messages say what was expected, what came, and what to do. `assert` is for our own mistakes.
 """
 
@@ -58,3 +60,7 @@ class PromptTooLongError(RequestError):
 
 class CapacityError(RcllmError):
     """The KV that one request needs at once is larger than the cache budget."""
+
+
+class ModelWarning(UserWarning):
+    """The parts of a model fit, but their names say that they belong to different ones."""

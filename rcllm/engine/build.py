@@ -6,20 +6,24 @@ so that the process as a whole stays within it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import psutil
 import torch
 from blake3 import blake3
 
 from rcllm.cache.pool import Pool
-from rcllm.config import MIB, Config
+from rcllm.config import MIB, Config, PromptConfig
 from rcllm.core.ranking import Item, ItemId, RankRequest
-from rcllm.errors import ConfigError, ModelError
+from rcllm.errors import ConfigError, ModelError, ModelWarning
 from rcllm.model.adapter import adapter_fingerprint, adapter_mask, load_adapter, merge
+from rcllm.model.adapter_config import base_difference, load_config
 from rcllm.model.decoder import Decoder
+from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import fingerprint, load_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import Template, chat_format
@@ -47,11 +51,41 @@ def model_fingerprint(config: Config, folder: Path) -> bytes:
 
 
 def load_decoder(config: Config, folder: Path) -> Decoder:
-    """Apart, so that the matrices as loaded are gone when memory is counted: the decoder packs its own."""
+    """Apart, so that the matrices as loaded are gone when memory is counted: the decoder packs its own.
+
+    Warns where the adapter names another base model. Raises ModelError.
+    """
+    adapter = Path(config.model.adapter) if config.model.adapter else None
+    if adapter and (different := base_difference(load_config(adapter), config.model.path, folder)):
+        warnings.warn(different, ModelWarning, stacklevel=3)  # at the line that calls Engine.build
     spec, weights = load_model(folder, DTYPES[config.model.dtype], config.model.device)
-    if config.model.adapter:
-        weights = merge(weights, load_adapter(Path(config.model.adapter), spec))
+    if adapter:
+        weights = merge(weights, load_adapter(adapter, spec))
     return Decoder(spec, weights, config.model.attention, config.model.max_positions)
+
+
+def load_tokenizer(prompt: PromptConfig, folder: Path, spec: ModelSpec) -> Tokenizer:
+    """The tokenizer in `folder`, held against the model. Raises ModelError."""
+    tokenizer = Tokenizer.load(folder, prompt.item_tokens)
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise ModelError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model {spec.vocab_size:,}; they do not "
+            "belong together"
+        )
+    return tokenizer
+
+
+def chosen_chat(prompt: PromptConfig, folder: Path, tokenizer: Tokenizer) -> str:
+    """The name of the chat format: as configured, else as the model says. Raises ConfigError."""
+    if prompt.chat != "auto":
+        return prompt.chat
+    if tokenizer.chat_format is None:
+        known = [name for name in get_args(get_type_hints(PromptConfig)["chat"]) if name != "auto"]
+        raise ConfigError(
+            f"the chat template of {folder} (chat_template.jinja or tokenizer_config.json) is none that rcllm writes: "
+            f"set prompt.chat to the nearest of {', '.join(known)} (plain: no marks around turns)"
+        )
+    return tokenizer.chat_format
 
 
 def make_prompter(
@@ -63,14 +97,9 @@ def make_prompter(
     samples: Sequence[RankRequest],
 ) -> Prompter:
     """`model`: the model's fingerprint, part of every content key. Raises ConfigError, ModelError."""
-    tokenizer = Tokenizer.load(folder, config.prompt.item_tokens)
-    if tokenizer.vocab_size > decoder.spec.vocab_size:
-        raise ModelError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {decoder.spec.vocab_size}; "
-            "they do not belong together"
-        )
+    tokenizer = load_tokenizer(config.prompt, folder, decoder.spec)
     template = Template.load(config.prompt.template)
-    chat = config.prompt.chat if config.prompt.chat != "auto" else tokenizer.chat_format
+    chat = chosen_chat(config.prompt, folder, tokenizer)
     dtypes = f"{config.model.dtype} {config.cache.kv_dtype}"
     namespace = b"".join((model, tokenizer.fingerprint, template.fingerprint, chat.encode(), dtypes.encode()))
     return Prompter(

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from rcllm.core.ranking import Mask
 from rcllm.durable import renamed, write
 from rcllm.errors import ModelError
+from rcllm.json_files import read_json
 from rcllm.model.adapter_config import CONFIG, LoraConfig, load_config
-from rcllm.model.files import read_json
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, Weights, check_finite
 

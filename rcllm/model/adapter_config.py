@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rcllm.errors import ModelError
-from rcllm.model.files import read_json
+from rcllm.json_files import read_json
 
 CONFIG = "adapter_config.json"
 
@@ -98,6 +98,29 @@ def load_config(folder: Path) -> LoraConfig:
         raise ModelError(
             f"{path}: expected numbers r and lora_alpha, and patterns of them, as peft writes them ({error!r})"
         ) from error
+
+
+def base_difference(config: LoraConfig, model: str, folder: Path) -> str:
+    """One sentence where an adapter names another base model than `model` in `folder`; empty where it does not.
+
+    Only names can be compared, so owners, places, quantised copies and punctuation do not count.
+    """
+    wanted = _plain(config.base)
+    came_from = str(read_json(folder / "config.json").get("_name_or_path") or "")
+    here = [plain for name in (model, str(folder.resolve()), came_from) if (plain := _plain(name))]
+    if not wanted or any(name in wanted or wanted in name for name in here):
+        return ""
+    return (
+        f"the adapter was trained for {config.base}, and is merged into {model}: their shapes fit, their names differ. "
+        "If they are different models, the answers mean nothing"
+    )
+
+
+def _plain(name: str) -> str:
+    """What distinguishes a model in its name or path: `/models/Qwen3_0.6B/` → `qwen3-0-6b`."""
+    parts = [part for part in re.split(r"[/\\]", name) if part]
+    snapshot = next((part for part in parts if part.startswith("models--")), None)  # the hub's cache
+    return re.sub(r"[^a-z0-9]+", "-", (snapshot or (parts or [""])[-1]).lower()).strip("-")
 
 
 def _check(path: Path, config: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from rcllm.errors import ConfigError, ModelError, UnsupportedModelError
 from rcllm.model.frequencies import inverse_frequencies
 from rcllm.model.spec import ModelSpec, RopeSpec
-from rcllm.model.weights import expected_shapes
+from rcllm.model.weights import check_finite, expected_shapes
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -240,6 +240,7 @@ def _write_tensor(
     values = _dequantised(tensor)
     if tuple(values.shape) != shape:
         raise ModelError(f"{source.path}: {gguf_name} is {tuple(values.shape)}, expected {shape}")
+    check_finite(values, f"{source.path}: {gguf_name}")
     if source.arch == "llama" and ("q_proj" in name or "k_proj" in name):
         values = _unpermuted(values, spec.num_heads if "q_proj" in name else spec.num_kv_heads)
     out.write(values.to(_dtype(tensor)).contiguous().view(torch.uint8).numpy().data)

@@ -19,7 +19,7 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from rcllm.errors import ModelError, UnsupportedModelError
-from rcllm.model.files import read_json, read_json_if_there
+from rcllm.json_files import read_json, read_json_if_there
 from rcllm.model.spec import ModelSpec
 
 _IGNORED = "rotary_emb.inv_freq"  # a buffer that old exports wrote; it follows from the config

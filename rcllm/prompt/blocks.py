@@ -34,7 +34,7 @@ from rcllm.core.ranking import (
 )
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
 from rcllm.prompt.keys import Context, content_key, token_bytes
-from rcllm.prompt.labels import choices, label_names
+from rcllm.prompt.labels import check_told_apart, choices, label_names
 from rcllm.prompt.template import ChatFormat, Template, render
 from rcllm.prompt.tokenizer import Tokenizer
 
@@ -69,7 +69,7 @@ class Prompter:
         """The shared first block: begin-of-sequence, system text, instruction, and the first section's head."""
         t, chat = self.template, self.chat
         head = t.history_head if layout == "history_first" else t.items_head
-        return self.tokenizer.bos_ids + self.tokenizer.encode_control(
+        return self.tokenizer.bos_ids + self.tokenizer.encode_opening(
             chat.system + t.system + chat.user + t.instruction + head
         )
 
@@ -208,6 +208,7 @@ class Prompter:
         if options.layout == "history_first":
             draft.add(BlockKind.LABEL, encode(t.items_head))
         names = [encode(name) for name in label_names(len(items))]
+        check_told_apart(label_names(len(items)), names, self.tokenizer.unknown_id)
         before, after = (
             encode(part) for part in (t.label_before if options.label_place == "before" else t.label_after)
         )
@@ -238,12 +239,7 @@ class Prompter:
     def _ask_each(self, draft: _Draft, items: Sequence[Item]) -> None:
         t, encode = self.template, self.tokenizer.encode_control
         draft.add(BlockKind.LABEL, encode(t.items_head + "\n"))
-        answers = tuple(encode(answer)[0] for answer in t.pointwise_answers)
-        if answers[0] in answers[1:]:
-            raise ConfigError(
-                f"template {t.name!r}: with this tokenizer the first of pointwise_answers {t.pointwise_answers} begins "
-                "with the same token as another, so that no score could tell them apart; choose other words"
-            )
+        answers = self._answer_tokens()
         question = self.question_ids("pointwise")
         draft.isolate_slots()
         for slot, item in enumerate(items):
@@ -252,6 +248,18 @@ class Prompter:
             echo = self.tokenizer.encode(render(t.pointwise_echo, item.fields))[: t.max_echo_tokens]
             asked = draft.add(BlockKind.QUESTION, echo + question)
             draft.reads.append(Read(asked, len(echo + question) - 1, answers, slot))
+
+    def _answer_tokens(self) -> TokenIds:
+        """The first token of each of pointwise_answers. Raises ConfigError where no score could tell them apart."""
+        t = self.template
+        begun = [self.tokenizer.encode_control(answer)[:1] for answer in t.pointwise_answers]
+        if not all(begun) or begun[0] in begun[1:] or begun[0] == (self.tokenizer.unknown_id,):
+            raise ConfigError(
+                f"template {t.name!r}: with this tokenizer the first of pointwise_answers {t.pointwise_answers} begins "
+                "with the same token as another, or with none that it knows, so that no score could tell them apart; "
+                "choose other words"
+            )
+        return tuple(ids[0] for ids in begun)
 
     def _continue_each(self, draft: _Draft, items: Sequence[Item]) -> None:
         t = self.template

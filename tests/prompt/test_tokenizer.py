@@ -133,7 +133,7 @@ def test_begin_of_sequence(config: dict[str, Any], processed: bool, bos_ids: tup
         (CHATML, {}, "chatml"),
         (("<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>"), {}, "llama3"),
         (("<s>", "</s>", "[INST]", "[/INST]"), {}, "mistral"),
-        (("<s>", "</s>"), {"chat_template": "{{ '[INST] ' + message['content'] }}"}, "mistral"),
+        (("<s>", "</s>"), {"chat_template": "{{ '[INST] ' + message['content'] + ' [/INST]' }}"}, "mistral"),
         (("<s>", "</s>"), {"chat_template": None}, "plain"),
     ],
 )
@@ -157,7 +157,7 @@ def test_threads_share_a_tokenizer(chatml: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "is missing"), ("{}", "is not a tokenizer"), ("not json", "is not a tokenizer")]
+    ("content", "message"), [(None, "is missing"), ("{}", "is not a tokenizer"), ("not json", "cannot be read as JSON")]
 )
 def test_a_broken_file_is_named(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:

@@ -1,7 +1,7 @@
-"""JSON files of a model's or adapter's folder, read with one set of messages.
+"""JSON files of a folder of a model, tokenizer or adapter, read with one set of messages.
 
-Knows nothing of what they say and never imports torch. Invariant: whatever is in the file, the answer is a JSON object
-or a ModelError that names the file.
+Knows nothing of what they say. Invariant: whatever is in the file, the answer is a JSON object or a ModelError that
+names the file.
 """
 
 from __future__ import annotations
