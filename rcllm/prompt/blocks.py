@@ -68,7 +68,7 @@ class Prompter:
     def _instruction(self, layout: Layout) -> TokenIds:
         """The shared first block: begin-of-sequence, system text, instruction, and the first section's head."""
         t, chat = self.template, self.chat
-        head = t.history_head if layout == "history_first" else t.items_head
+        head = t.history_head if layout == "history_first" else _on_a_line(t.items_head)
         return self.tokenizer.bos_ids + self.tokenizer.encode_opening(
             chat.system + t.system + chat.user + t.instruction + head
         )
@@ -206,7 +206,8 @@ class Prompter:
     def _list_candidates(self, draft: _Draft, items: Sequence[Item], options: RankOptions) -> None:
         t, encode = self.template, self.tokenizer.encode_control
         if options.layout == "history_first":
-            draft.add(BlockKind.LABEL, encode(t.items_head))
+            before_item = options.label_place == "before"  # such labels bring their own line break
+            draft.add(BlockKind.LABEL, encode(t.items_head if before_item else _on_a_line(t.items_head)))
         names = [encode(name) for name in label_names(len(items))]
         check_told_apart(label_names(len(items)), names, self.tokenizer.unknown_id)
         before, after = (
@@ -288,6 +289,11 @@ class Prompter:
                 f"request {request.request_id!r} has {len(request.candidates)} candidates, the limit is "
                 f"{self.max_candidates} (prompt.max_candidates)"
             )
+
+
+def _on_a_line(heading: str) -> str:
+    """A heading that no item's text is glued to."""
+    return heading if heading[-1:].isspace() else heading + "\n"
 
 
 def _before_middle(prompt: Prompt, kind: BlockKind) -> TokenIds:
