@@ -116,7 +116,7 @@ class ModelSpec:
         """
         try:
             return cls._read(config, generation or {})
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
             raise ModelError(f"config.json has a value of the wrong kind ({error}); fetch it again") from error
 
     @classmethod
