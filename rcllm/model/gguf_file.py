@@ -43,6 +43,26 @@ _TENSORS = {  # GGUF → Hugging Face, without `model.`; those of a layer follow
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_UNDERSTOOD = {  # keys of an architecture that are read here, or that say what the tensors say as well
+    "attention.causal",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "expert_used_count",  # without experts
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",  # how the scale came about
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "vocab_size",
+}
 _ROPE_FACTORS = "rope_freqs.weight"  # how llama.cpp stores Llama 3.1's RoPE; becomes a field of the config
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
@@ -159,6 +179,11 @@ def _refuse_variants(source: _Gguf) -> None:
     for key in ("expert_count", "attention.sliding_window"):
         if value := source.get(key):
             raise UnsupportedModelError(f"GGUF with {key} = {value} is not supported; supported are dense, full models")
+    if not source.get("attention.causal", True):
+        raise UnsupportedModelError(f"{source.path} is an encoder (attention.causal is false), not a language model")
+    for key, value in source.meta.items():
+        if key.startswith(f"{source.arch}.") and key.removeprefix(f"{source.arch}.") not in _UNDERSTOOD and value:
+            raise UnsupportedModelError(f"GGUF with {key} = {value} is not supported: it may change what is computed")
     whole = source.get("attention.key_length", source.get("rope.dimension_count"))
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         if source.get(key, whole) != whole:

@@ -349,6 +349,13 @@ def test_a_hub_model_is_fetched_once(home: Path, tmp_path: Path, monkeypatch: py
     load_model(folder)
 
 
+def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_model("llama", tmp_path)
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is a file; expected a \.gguf file, or the folder"):
+        pull(f"{folder.name}/model.safetensors")
+
+
 def test_a_hub_that_fails_leaves_no_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull_module, "_hub_package", lambda: FakeHub(ConnectionError("no route to host")))
     with pytest.raises(FetchError, match=r"could not fetch owner/model .*no route to host"):
