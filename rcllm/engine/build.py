@@ -27,7 +27,7 @@ from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import fingerprint, load_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import Template, chat_format
-from rcllm.prompt.tokenizer import Tokenizer
+from rcllm.prompt.tokenizer import Tokenizer, end_token
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.schedule.admission import Identity
 from rcllm.store.memory import MemoryStore
@@ -61,6 +61,10 @@ def load_decoder(config: Config, folder: Path) -> Decoder:
     spec, weights = load_model(folder, DTYPES[config.model.dtype], config.model.device)
     if adapter:
         weights = merge(weights, load_adapter(adapter, spec))
+    if (end := end_token(folder)) is not None and end < spec.vocab_size:
+        spec = replace(
+            spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, end)))
+        )  # fine-tunes may name theirs only there
     return Decoder(spec, weights, config.model.attention, config.model.max_positions)
 
 

@@ -26,7 +26,7 @@ from rcllm.prompt.remembered import Remembered
 from rcllm.prompt.template import told_format
 
 _CACHED_BYTES = 64 << 20  # an item's text and ids are ~3 KB
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ROLES = ("bos_token", "eos_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,7 @@ class Tokenizer:
         """
         path = folder / "tokenizer.json"
         described = read_json(path, "a model with a fast tokenizer, as `save_pretrained` writes it")
-        config = read_json_if_there(folder / "special_tokens_map.json")
-        config |= read_json_if_there(folder / "tokenizer_config.json")
+        config = _configured(folder)
         try:
             described = _with_special_tokens(described, config)
             control = [token for token in _control_tokens(described) if not re.fullmatch(item_tokens, token)]
@@ -138,6 +137,25 @@ class Tokenizer:
             for token in self._plain.encode(part, add_special_tokens=False).ids
             if token not in self._control_ids
         )
+
+
+def end_token(folder: Path) -> int | None:
+    """The id of the end token that tokenizer_config.json names, if any. Raises ModelError."""
+    config = _configured(folder)
+    end = _text(config.get("eos_token"))
+    if not end or not (folder / "tokenizer.json").exists():
+        return None
+    described = read_json(folder / "tokenizer.json")
+    try:
+        return _vocabulary({"added_tokens": [], **described}).get(end)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / 'tokenizer.json'} is not a tokenizer that can be read ({error!r})") from error
+
+
+def _configured(folder: Path) -> dict[str, Any]:
+    """What special tokens are, and what is done with them; the newer file goes before the older."""
+    files = (read_json_if_there(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json"))
+    return {key: value for content in files for key, value in content.items()}
 
 
 def _backends(described: Mapping[str, Any], control: Sequence[str]) -> _Backends:

@@ -45,6 +45,13 @@ def test_the_models_own_chat_template_counts_more_than_its_vocabulary(folder: Pa
     assert Engine.build(tiny.catalogue(), configured(folder)).prompter.chat.system == "[INST] "
 
 
+def test_the_tokenizers_end_token_ends_texts_too(folder: Path) -> None:
+    """As in models tuned for a chat format, whose config.json still names the end of a document."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    assert Engine.build(tiny.catalogue(), configured(folder)).decoder.spec.eos_ids == (5, 2)
+
+
 def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
     words = models.WordLevel({"[UNK]": 0, "hello": tiny.VOCAB}, unk_token="[UNK]")
     BackendTokenizer(words).save(str(folder / "tokenizer.json"))
