@@ -61,10 +61,9 @@ def load_decoder(config: Config, folder: Path) -> Decoder:
     spec, weights = load_model(folder, DTYPES[config.model.dtype], config.model.device)
     if adapter:
         weights = merge(weights, load_adapter(adapter, spec))
-    if (end := end_token(folder)) is not None and end < spec.vocab_size:
-        spec = replace(
-            spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, end)))
-        )  # fine-tunes may name theirs only there
+    end = end_token(folder)
+    if end is not None and end < spec.vocab_size:  # fine-tunes may name theirs there alone
+        spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, end))))
     return Decoder(spec, weights, config.model.attention, config.model.max_positions)
 
 

@@ -36,6 +36,7 @@ _NAMES = {
 }
 MODULES = tuple(_NAMES)
 _PREFIX = "base_model.model.model."
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TENSORS, _RECORD = "adapter_model.safetensors", "rcllm.json"
 
 
@@ -96,13 +97,14 @@ def load_adapter(folder: Path, spec: ModelSpec) -> Adapter:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / _TENSORS} is not a whole safetensors file ({error}); fetch it again") from error
     for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise ModelError(f"{folder / _TENSORS}: {name} is {tensor.dtype}; expected fp32, fp16 or bf16")
         check_finite(tensor, f"{folder / _TENSORS}: {name}")
     layers = {}
     for layer in range(spec.num_layers):
         for module, name in _NAMES.items():
-            if (
-                low_rank := _take(tensors, f"layers.{layer}.{name}", config, module_shape(spec, module), folder)
-            ) is not None:
+            low_rank = _take(tensors, f"layers.{layer}.{name}", config, module_shape(spec, module), folder)
+            if low_rank is not None:
                 layers[layer, module] = low_rank
     if tensors or not layers:
         raise ModelError(f"{folder}: the model has no place for {', '.join(sorted(tensors)[:4]) or 'an empty adapter'}")

@@ -31,6 +31,7 @@ _UNDERSTOOD = {  # keys of a config.json that is read here, or whose value chang
     "attn_implementation",
     "head_dim",
     "hidden_act",
+    "is_causal",
     "layer_types",
     "max_position_embeddings",
     "max_window_layers",
@@ -52,7 +53,6 @@ _UNDERSTOOD = {  # keys of a config.json that is read here, or whose value chang
     "tie_word_embeddings",
     "use_sliding_window",
 }
-_CAUSAL = ("is_causal", True)
 _COMPUTES = re.compile(  # words by which a key speaks of the computation; other keys are remarks, and there are many
     "attn|attention|rope|rotary|scal|multipl|softcap|norm|bias|window|expert|causal|bidirectional|alibi|clip|residual"
     "|embedding|position|cross|encoder"
@@ -218,8 +218,10 @@ def _refuse_variants(config: Mapping[str, Any], family: str) -> None:
             "config.json says that the model brings its own code (auto_map), which is not run. If it computes what "
             f"transformers' own {family} does, take auto_map out of config.json"
         )
+    if not config.get("is_causal", True):
+        raise UnsupportedModelError("is_causal is false: the model is an encoder; supported are causal language models")
     for key, value in config.items():
-        if key not in _UNDERSTOOD and _COMPUTES.search(key) and not _is_off(value) and not (key, value) == _CAUSAL:
+        if key not in _UNDERSTOOD and _COMPUTES.search(key) and not _is_off(value):
             raise UnsupportedModelError(
                 f"config.json: {key} = {value!r} is not understood, and by its name it may change what the model "
                 "computes; take it out if it does not"

@@ -34,8 +34,8 @@ def check_told_apart(names: Sequence[str], token_ids: Sequence[TokenIds], unknow
     for name, ids in zip(names, token_ids, strict=True):
         if (other := seen.get(ids, begins.get(ids))) is not None:
             raise ConfigError(
-                f"the model's tokenizer writes the label {other!r} as it writes or begins {name!r}, so no score could "
-                "tell candidates apart; use another model, or the read-out likelihood"
+                f"the model's tokenizer writes the labels {other!r} and {name!r} alike, or one as the beginning of the "
+                "other, so no score could tell candidates apart; use another model, or the read-out likelihood"
             )
         seen[ids] = name
 

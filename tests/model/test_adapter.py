@@ -225,6 +225,13 @@ def test_values_that_are_no_numbers_are_named(saved: Path, value: float) -> None
         load_adapter(saved, load_model(tiny.model_folder())[0])
 
 
+def test_tensors_of_another_type_are_named(saved: Path) -> None:
+    path = saved / "adapter_model.safetensors"
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ModelError, match="expected fp32, fp16 or bf16"):
+        load_adapter(saved, load_model(tiny.model_folder())[0])
+
+
 def test_an_adapter_that_overflows_the_dtype_of_its_model_is_named(saved: Path) -> None:
     change(saved, lora_alpha=1e9)
     spec, weights = load_model(tiny.model_folder(), torch.float16)
