@@ -105,7 +105,12 @@ def convert_gguf(path: Path, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as scratch:
         partial = Path(scratch) / "model"
         partial.mkdir()
-        _write_tokenizer(source, config, partial)
+        try:
+            _write_tokenizer(source, config, partial)
+        except ModelError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exception for what it cannot use
+            raise ModelError(f"{path} has no whole tokenizer ({error!r}); fetch it again") from error
         _write_weights(source, spec, partial / "model.safetensors")
         _write_json(partial / "config.json", config)
         try:

@@ -81,9 +81,10 @@ def check_finite(tensor: torch.Tensor, name: str) -> None:
     """Raises ModelError where a weight is NaN or infinite: no score of such a model means anything."""
     if tensor.numel() and not all(math.isfinite(end) for end in tensor.aminmax()):
         count = int((~torch.isfinite(tensor)).sum())
+        larger = " Or use bf16 or fp32, which hold larger numbers than fp16." if tensor.dtype == torch.float16 else ""
         raise ModelError(
-            f"{name} holds {count:,} values that are not finite numbers (NaN or infinity): fetch or train it again, or "
-            "use a wider dtype than fp16 if the values are whole there"
+            f"{name}: {count:,} of {tensor.numel():,} values are NaN or infinite. "
+            f"Fetch it again, or train it anew.{larger}"
         )
 
 

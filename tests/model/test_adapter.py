@@ -221,7 +221,9 @@ def test_values_that_are_no_numbers_are_named(saved: Path, value: float) -> None
     name = next(name for name in tensors if "layers.1.mlp.up_proj.lora_B" in name)
     tensors[name][3, 1] = value
     save_file(tensors, path)
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.lora_B\.weight holds 1 values that are not finite"):
+    with pytest.raises(
+        ModelError, match=r"layers\.1\.mlp\.up_proj\.lora_B\.weight: 1 of [0-9,]+ values are NaN or infinite"
+    ):
         load_adapter(saved, load_model(tiny.model_folder())[0])
 
 
@@ -236,7 +238,7 @@ def test_an_adapter_that_overflows_the_dtype_of_its_model_is_named(saved: Path) 
     change(saved, lora_alpha=1e9)
     spec, weights = load_model(tiny.model_folder(), torch.float16)
     with pytest.raises(
-        ModelError, match=r"layers\.0\.self_attn\.q_proj with the adapter added .*wider dtype than fp16"
+        ModelError, match=r"layers\.0\.self_attn\.q_proj with the adapter added.*larger numbers than fp16"
     ):
         merge(weights, load_adapter(saved, spec))
 
