@@ -47,7 +47,9 @@ class ModelConfig:
 @dataclass(frozen=True, slots=True)
 class PromptConfig:
     template: str = "shopping"  # a bundled name or a .toml file
-    chat: Literal["auto", "plain", "chatml", "llama3", "mistral"] = "auto"  # auto: by the tokenizer
+    chat: Literal["auto", "plain", "chatml", "llama3", "mistral", "llama2", "zephyr"] = (
+        "auto"  # auto: as the model says
+    )
     context: str = "instruction"  # canonical context of items and shared events; one of CONTEXTS
     max_candidates: int = 500
     max_item_tokens: int = 0  # longer texts are cut, and noted; 0: as the template says, as for the next two

@@ -13,7 +13,8 @@
     │   └── CancelledError           the request was withdrawn before it was answered
     └── CapacityError            the request is fine but does not fit the memory budget
 
-Beside it one warning, TextWarning: the engine works, but a model is asked with other text than it should be.
+Beside it two warnings: TextWarning, a model is asked with other text than it should be; ModelWarning, what fits and is
+used may not have been made for each other.
 
 Messages say what was expected, what came, and what to do. `assert` is for our own mistakes.
 """
@@ -86,3 +87,7 @@ def answered(outcomes: Iterable[Response | RcllmError]) -> list[Response]:
 
 class TextWarning(UserWarning):
     """Items lack what the template shows, or a ranker is asked otherwise than it was tuned; receipts say so as well."""
+
+
+class ModelWarning(UserWarning):
+    """The parts of a model fit, but their names say that they belong to different ones."""

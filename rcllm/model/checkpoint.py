@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from rcllm.durable import renamed, writing
-from rcllm.errors import ConfigError
+from rcllm.errors import ConfigError, ModelError
 
 CHECKPOINT = "checkpoint.pt"
+_PARTS = ("settings", "network", "optimiser", "state")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +43,41 @@ class Checkpoint:
             torch.save(content, file)
 
     def restore(self) -> dict[str, Any] | None:
-        """The state that was saved; None where nothing was. Raises ConfigError where it has other settings."""
+        """The state that was saved; None where nothing was.
+
+        Raises ConfigError where it has other settings, ModelError where it is not whole.
+        """
         path = self.folder / CHECKPOINT
         if not path.exists():
             return None
-        content = torch.load(path, weights_only=True)
+        content = _read(path)
         if changes := _changes(content["settings"], self.settings):
             raise ConfigError(
                 f"{path} was made with other {self.told}: {', '.join(changes)}; use another folder, or delete this one "
                 "to begin anew"
             )
-        self.network.load_state_dict(content["network"])
-        self.optimiser.load_state_dict(content["optimiser"])
+        try:
+            self.network.load_state_dict(content["network"])
+            self.optimiser.load_state_dict(content["optimiser"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _not_whole(path, error) from error
         state: dict[str, Any] = content["state"]
         return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, weights_only=True)
+    except Exception as error:  # the reader raises whatever it stumbles over in junk
+        raise _not_whole(path, error) from error
+    if not isinstance(content, dict) or any(not isinstance(content.get(key), dict) for key in _PARTS):
+        raise _not_whole(path, f"expected {', '.join(_PARTS)}")
+    return content
+
+
+def _not_whole(path: Path, why: object) -> ModelError:
+    first = str(why).partition("\n")[0]
+    return ModelError(f"{path} is not a checkpoint of this training ({first}); delete it to begin anew")
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,8 @@ from copy import copy
 from dataclasses import replace
 from typing import get_args
 
+from blake3 import blake3
+
 from rcllm.config import context_samples
 from rcllm.core.decoding import OpenRequest
 from rcllm.core.ranking import (
@@ -33,13 +35,14 @@ from rcllm.core.receipts import BlockKind
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
 from rcllm.prompt.draft import Draft, listed
 from rcllm.prompt.keys import Context, content_key
-from rcllm.prompt.labels import choices, label_names
+from rcllm.prompt.labels import check_told_apart, choices, label_names
 from rcllm.prompt.learnt import Learnt
 from rcllm.prompt.template import ChatFormat, Template
 from rcllm.prompt.texts import EMPTY_TEXT, TextCounts, Texts, Written
 from rcllm.prompt.tokenizer import Tokenizer
 
 _NOTHING_LEARNT = Learnt()
+_JOINING = b"2"  # how headings, labels and texts are joined; raised where that changes
 
 
 class Prompter:
@@ -82,11 +85,16 @@ class Prompter:
         if count := context_samples(context):
             self.contexts = {layout: self._sampled_contexts(layout, samples, count) for layout in get_args(Layout)}
 
+    @property
+    def text_fingerprint(self) -> bytes:
+        """Changes with the template, and with how its parts are joined: what figures of answers depend on."""
+        return blake3(self.template.fingerprint + _JOINING).digest()
+
     def _instruction(self, layout: Layout) -> TokenIds:
         """The shared first block: begin-of-sequence, system text, instruction, and the first section's head."""
         t, chat = self.template, self.chat
-        head = t.history_head if layout == "history_first" else t.items_head
-        return self.tokenizer.bos_ids + self.tokenizer.encode_control(
+        head = t.history_head if layout == "history_first" else _on_a_line(t.items_head)
+        return self.tokenizer.bos_ids + self.tokenizer.encode_opening(
             chat.system + t.system + chat.user + t.instruction + head
         )
 
@@ -226,8 +234,10 @@ class Prompter:
     def _list_candidates(self, draft: Draft, items: Sequence[Item], options: RankOptions) -> None:
         t, encode = self.template, self.tokenizer.encode_control
         if options.layout == "history_first":
-            draft.add(BlockKind.LABEL, encode(t.items_head))
+            before_item = options.label_place == "before"  # such labels bring their own line break
+            draft.add(BlockKind.LABEL, encode(t.items_head if before_item else _on_a_line(t.items_head)))
         names = [encode(name) for name in label_names(len(items))]
+        check_told_apart(label_names(len(items)), names, self.tokenizer.unknown_id)
         before, after = (
             encode(part) for part in (t.label_before if options.label_place == "before" else t.label_after)
         )
@@ -282,12 +292,7 @@ class Prompter:
     def _ask_each(self, draft: Draft, items: Sequence[Item]) -> None:
         t, encode = self.template, self.tokenizer.encode_control
         draft.add(BlockKind.LABEL, encode(t.items_head + "\n"))
-        answers = tuple(encode(answer)[0] for answer in t.pointwise_answers)
-        if answers[0] in answers[1:]:
-            raise ConfigError(
-                f"template {t.name!r}: with this tokenizer the first of pointwise_answers {t.pointwise_answers} begins "
-                "with the same token as another, so that no score could tell them apart; choose other words"
-            )
+        answers = self._answer_tokens()
         question = self.question_ids("pointwise")
         draft.isolate_slots()
         for slot, item in enumerate(items):
@@ -296,6 +301,18 @@ class Prompter:
             echo = self.texts.echo(item)
             asked = draft.add(BlockKind.QUESTION, echo + question)
             draft.reads.append(Read(asked, len(echo + question) - 1, answers, slot))
+
+    def _answer_tokens(self) -> TokenIds:
+        """The first token of each of pointwise_answers. Raises ConfigError where no score could tell them apart."""
+        t = self.template
+        begun = [self.tokenizer.encode_control(answer)[:1] for answer in t.pointwise_answers]
+        if not all(begun) or begun[0] in begun[1:] or begun[0] == (self.tokenizer.unknown_id,):
+            raise ConfigError(
+                f"template {t.name!r}: with this tokenizer the first of pointwise_answers {t.pointwise_answers} begins "
+                "with the same token as another, or with none that it knows, so that no score could tell them apart; "
+                "choose other words"
+            )
+        return tuple(ids[0] for ids in begun)
 
     def _continue_each(self, draft: Draft, items: Sequence[Item]) -> None:
         head = draft.add(BlockKind.QUESTION, self.question_ids("likelihood"))
@@ -339,6 +356,11 @@ def _note(draft: Draft, of: str, written: Written, name: str) -> None:
         draft.notes.add(of, f"cut to {len(written.ids)} tokens", name)
     if written.empty:
         draft.notes.add(of, f"without a text that the template shows, so that they read {EMPTY_TEXT!r}", name)
+
+
+def _on_a_line(heading: str) -> str:
+    """A heading that no item's text is glued to."""
+    return heading if heading[-1:].isspace() else heading + "\n"
 
 
 def _before_middle(prompt: Prompt, kind: BlockKind) -> TokenIds:

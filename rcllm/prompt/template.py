@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import string
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -143,10 +143,31 @@ def bundled() -> tuple[str, ...]:
 
 def chat_format(name: str) -> ChatFormat:
     """One of the formats of `chat_formats.toml`. Raises ConfigError."""
-    formats = tomllib.loads((resources.files("rcllm.prompt") / "chat_formats.toml").read_text(encoding="utf-8"))
+    formats = _chat_formats()
     if name not in formats:
         raise ConfigError(f"no chat format {name!r}; {nearest(name, formats)}")
-    return ChatFormat(**formats[name])
+    return ChatFormat(**{turn.name: formats[name][turn.name] for turn in fields(ChatFormat)})
+
+
+def told_format(template: str | None, token_id: Callable[[str], int | None]) -> str | None:
+    """The name of the format that a model's own chat template writes; None where that is none that we know.
+
+    A model without a chat template is told by its vocabulary (`token_id`: of a token, if it is one), else `plain`.
+    """
+    formats = {name: each for name, each in _chat_formats().items() if each["marks"]}
+    if template is None:
+        known = (name for name, each in formats.items() if all(token_id(mark) is not None for mark in each["marks"]))
+        return next(known, "plain")
+    fitting = [
+        name
+        for name, each in formats.items()
+        if all(mark in template for mark in each["marks"]) and not any(mark in template for mark in each["foreign"])
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _chat_formats() -> dict[str, dict[str, Any]]:
+    return tomllib.loads((resources.files("rcllm.prompt") / "chat_formats.toml").read_text(encoding="utf-8"))
 
 
 def render(parts: Parts, values: Mapping[str, str]) -> str:

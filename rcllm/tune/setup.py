@@ -10,11 +10,11 @@ import torch
 from rcllm.config import Config, Hardware, ModelConfig, PromptConfig, resolve
 from rcllm.core.ranking import Mask
 from rcllm.data import Dataset
+from rcllm.engine.build import chosen_chat, load_tokenizer
 from rcllm.model.pull import pull
 from rcllm.model.weights import load_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import Template, chat_format
-from rcllm.prompt.tokenizer import Tokenizer
 from rcllm.tune.examples import ExampleConfig, TrainingSet, joined_catalogue
 from rcllm.tune.network import Network
 from rcllm.tune.train import Trainer, TuneConfig, check_config, warm_start
@@ -53,8 +53,8 @@ def make_trainer(
     sources = [TrainingSet(dataset, config.examples) for dataset in datasets]
     files = pull(model.path)
     spec, weights = load_model(files, torch.float32, resolved.device)
-    tokenizer = Tokenizer.load(files)
-    chat = tokenizer.chat_format if prompt.chat == "auto" else prompt.chat
+    tokenizer = load_tokenizer(prompt, files, spec)
+    chat = chosen_chat(prompt, files, tokenizer)
     positions = min(spec.max_positions, resolved.max_positions, _MAX_POSITIONS)
     prompter = Prompter(
         Template.of(prompt),

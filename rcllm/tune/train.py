@@ -242,9 +242,11 @@ class Trainer:
 def warm_start(network: Network, folder: Path) -> None:
     """Begins at an adapter that exists, instead of at the model. Raises ModelError, ConfigError."""
     adapter = load_adapter(folder, network.spec)
-    if (adapter.rank, adapter.alpha) != (network.rank, network.alpha):
+    found = {(low_rank.down.shape[0], low_rank.scale) for low_rank in adapter.layers.values()}
+    if found != {(network.rank, network.alpha / network.rank)}:
+        several = ", or scales of another kind" if len(found) > 1 or adapter.rank == network.rank else ""
         raise ConfigError(
-            f"{folder} has rank {adapter.rank} and alpha {adapter.alpha:g}, expected {network.rank} and "
+            f"{folder} has rank {adapter.rank} and alpha {adapter.alpha:g}{several}, expected {network.rank} and "
             f"{network.alpha:g}: give the same to start from it"
         )
     network.load_adapter(adapter)

@@ -180,7 +180,7 @@ def test_rounding_is_no_divergence(kv_dtype: str) -> None:
     """exact: in layer 0 the same text differs by rounding alone, and the choice is the question's."""
     engine = tiny.fresh(kv_dtype=kv_dtype)
     asked = [
-        tiny.request(level="corrected(.3,.3)", selection=Selection(policy, divergence=0.9))
+        tiny.request(level="corrected(.3,.3)", selection=Selection(policy, divergence=0.5))
         for policy in ("rcllm", "question")
     ]
     fresh = [[b.num_fresh for b in engine.rank(request).receipt.blocks] for request in asked]

@@ -42,7 +42,7 @@ def adapter(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     prompt = PromptConfig(template=str(template))
     trainer = make_trainer(ModelConfig(path=str(tiny.model_folder()), device="cpu"), prompt, [shop()], TUNING, folder)
-    save_adapter(folder, trainer.network.adapter(), "tiny", trainer.record())
+    save_adapter(folder, trainer.network.adapter(), tiny.model_folder().name, trainer.record())
     return folder
 
 

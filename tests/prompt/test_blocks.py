@@ -58,11 +58,20 @@ def test_a_prompt_reads_as_the_template_says() -> None:
     assert "".join(texts(made, prompt)) == (
         "<|im_start|>system\nYou rank things.<|im_end|>\n<|im_start|>user\nPick one."
         "\nBought:\n- old chair 🪑 30"
-        "\nOffers:"
+        "\nOffers:\n"
         "blue kettle 1 | brand 1 | home, garden (A)\n"
         "blue crème brûlée 5 | brand 5 | home, garden | price: 5.99 (B)\n"
         "\nWhich one?<|im_end|>\n<|im_start|>assistant\nAnswer: ("
     )
+
+
+@all_shapes
+def test_no_item_is_glued_to_a_heading(shape: dict[str, Any]) -> None:
+    made = prompter()
+    said = "".join(texts(made, made.build(tiny.request((1, 5), (30,), **shape))))
+    for heading in ("\nBought:", "\nOffers:", "\nNext:\n- "):
+        after = said.partition(heading)[2]
+        assert not after or after[0] == "\n" or heading.endswith(" ")
 
 
 @all_shapes
