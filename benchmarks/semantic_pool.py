@@ -27,7 +27,8 @@ from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
 from rcllm.fidelity.measures import agreement, ndcg
-from rcllm.prototypes.build import BuildReport, PrototypeBuilder, PrototypeConfig
+from rcllm.prototypes.build import BuildReport, PrototypeBuilder
+from rcllm.prototypes.config import PrototypeConfig
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.prototypes.texts import dataset_histories, token_runs
 

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from rcllm.engine.generate import Generator
     from rcllm.engine.recommend import Recommender
     from rcllm.errors import RcllmError
-    from rcllm.fidelity.calibration import Calibrated, Calibration, Target
+    from rcllm.fidelity.calibration import Calibrated, Calibration
     from rcllm.fidelity.guard import Guard
     from rcllm.fidelity.monitor import GuardPolicy
+    from rcllm.fidelity.target import Target
 
 _HOMES = {
     "rcllm.config": ("CacheConfig", "Config", "ModelConfig", "PromptConfig"),
@@ -48,7 +49,8 @@ _HOMES = {
     "rcllm.engine.generate": ("Generator",),
     "rcllm.engine.recommend": ("Recommender",),
     "rcllm.errors": ("RcllmError",),
-    "rcllm.fidelity.calibration": ("Calibrated", "Calibration", "Target"),
+    "rcllm.fidelity.calibration": ("Calibrated", "Calibration"),
+    "rcllm.fidelity.target": ("Target",),
     "rcllm.fidelity.guard": ("Guard",),
     "rcllm.fidelity.monitor": ("GuardPolicy",),
 }

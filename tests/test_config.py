@@ -19,7 +19,6 @@ from rcllm.config import (
     as_json,
     check_options,
     context_samples,
-    from_mapping,
     nearest,
     resolve,
 )
@@ -66,15 +65,18 @@ def test_a_file_is_read_section_by_section(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[cahce]", "unknown key 'cahce'; did you mean 'cache'"),
-        ("[cache]\nmemory_gb = 3", "cache: unknown key 'memory_gb'; did you mean 'memory_mb'"),
-        ("[cache]\nmemory_mb = '3'", "cache: memory_mb must be int, got '3'"),
-        ("[cache]\nmemory_mb = true", "cache: memory_mb must be int, got True"),
-        ("[rank]\nparallel = 1", "rank: parallel must be bool, got 1"),
-        ("[rank]\nreadout = 'labels'", "rank: readout must be one of label, pointwise, likelihood, got 'labels'"),
-        ("[rank]\nlevel = 'fast'", "unknown reuse level 'fast'"),
-        ("[rank]\nlevel = 3", "rank: level must be a text"),
-        ("[rank.selection]\npolicy = 'best'", "rank: selection: policy must be one of rcllm, .*, got 'best'"),
-        ("[rank.selection]\nlambda = 0.5", "rank: selection: unknown key 'lambda'; known: check_layer, divergence"),
+        ("[cache]\nmemory_gb = 3", "unknown key 'memory_gb' in cache; did you mean 'memory_mb'"),
+        ("[cache]\nmemory_mb = '3'", "cache.memory_mb must be a whole number, got '3'"),
+        ("[cache]\nmemory_mb = true", "cache.memory_mb must be a whole number, got true"),
+        ("[rank]\nparallel = 1", "rank.parallel must be true or false, got 1"),
+        (
+            "[rank]\nreadout = 'labels'",
+            "rank.readout must be one of label, pointwise, likelihood, got 'labels'; did you mean 'label'",
+        ),
+        ("[rank]\nlevel = 'fast'", "rank.level: unknown reuse level 'fast'"),
+        ("[rank]\nlevel = 3", "rank.level: expected a text, got 3"),
+        ("[rank.selection]\npolicy = 'best'", "rank.selection.policy must be one of rcllm, .*, got 'best'"),
+        ("[rank.selection]\nlambda = 0.5", "unknown key 'lambda' in rank.selection; known: check_layer, divergence"),
         ("model = 3", "model must be a section, got 3"),
         ("[model", r"rcllm\.toml"),
     ],
@@ -104,8 +106,9 @@ def test_resolving_fits_the_hardware(hardware: Hardware, device: str, dtype: str
     config = resolve(Config(), hardware)
     assert (config.model.device, config.model.dtype, config.cache.kv_dtype) == (device, dtype, kv_dtype)
     assert config.cache.memory_mb == 600
-    # what is left to choose: the backend (per pass), the mask (by the adapter), the chat format (by the tokenizer)
-    assert autos(config) == ["attention", "mask", "chat"]
+    # what is left to choose: the backend (per pass), the mask (by the adapter), the chat format (by the tokenizer), and
+    # the name of the reuse level (by the calibration)
+    assert autos(config) == ["attention", "mask", "chat", "name"]
     assert resolve(config, hardware) == config
 
 
@@ -136,8 +139,11 @@ def test_what_cannot_work_is_refused(config: Config, message: str) -> None:
     [
         ({"bias": "content_free", "readout": "likelihood"}, "corrects label letters; read-out 'likelihood' has none"),
         ({"layout": "items_first", "readout": "likelihood"}, "needs layout history_first"),
-        ({"readout": "labels"}, "unknown readout 'labels'; did you mean 'label'"),
-        ({"history": "none"}, "unknown history 'none'; known: chain, semantic, shared"),
+        (
+            {"readout": "labels"},
+            "readout must be one of label, pointwise, likelihood, got 'labels'; did you mean 'label'",
+        ),
+        ({"history": "none"}, "history must be one of chain, shared, semantic, got 'none'"),
         ({"level": "blocks"}, r"level must be a Level, got 'blocks'; read one with Level\.parse"),
     ],
 )
@@ -162,7 +168,3 @@ def test_what_json_has_no_word_for_becomes_none() -> None:
 def test_the_nearest_name_or_all_of_them() -> None:
     assert nearest("blokcs", ["blocks", "exact"]) == "did you mean 'blocks'?"
     assert nearest("zzz", ["b", "a"]) == "known: a, b"
-
-
-def test_a_mapping_gives_defaults_where_it_is_silent() -> None:
-    assert from_mapping(CacheConfig, {}, "here") == CacheConfig()

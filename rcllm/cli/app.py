@@ -12,19 +12,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rcllm.cli.bench import bench
-from rcllm.cli.cache import pull_command, warm_command
-from rcllm.cli.calibrate import calibrate_command
-from rcllm.cli.demo import demo_command
-from rcllm.cli.describe import describe_command
-from rcllm.cli.doctor import doctor_command
-from rcllm.cli.pool import pool
-from rcllm.cli.probe import probe
-from rcllm.cli.rank import explain_command, rank_command
-from rcllm.cli.recommend import recommend_command
+from rcllm.cli.commands import describe, learn, rank, recommend, sid, start
+from rcllm.cli.options import Declared
 from rcllm.cli.screen import console, say
-from rcllm.cli.sid import sid
-from rcllm.cli.tune import tune_command
 from rcllm.errors import ConfigError, RcllmError
 
 
@@ -48,20 +38,38 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     add_completion=False,
 )
-app.command("demo", rich_help_panel="Start here")(demo_command)
-app.command("doctor", rich_help_panel="Start here")(doctor_command)
-app.command("pull", rich_help_panel="Work")(pull_command)
-app.command("warm", rich_help_panel="Work")(warm_command)
-app.command("rank", rich_help_panel="Work")(rank_command)
-app.command("explain", rich_help_panel="Work")(explain_command)
-app.command("recommend", rich_help_panel="Work")(recommend_command)
-app.command("calibrate", rich_help_panel="Work")(calibrate_command)
-app.command("tune", rich_help_panel="Work")(tune_command)
-app.command("describe", rich_help_panel="Work")(describe_command)
-app.add_typer(bench, name="bench", rich_help_panel="Work")
-app.add_typer(pool, name="pool", rich_help_panel="Work")
-app.add_typer(probe, name="probe", rich_help_panel="Work")
-app.add_typer(sid, name="sid", rich_help_panel="Work")
+for name, command in {"demo": start.demo, "doctor": start.doctor}.items():
+    app.command(name, rich_help_panel="Start here")(command)
+for name, command in {
+    "pull": start.pull,
+    "warm": start.warm,
+    "rank": rank.rank,
+    "explain": rank.explain,
+    "recommend": recommend.recommend,
+    "calibrate": learn.calibrate,
+    "tune": learn.tune,
+    "describe": describe.describe,
+}.items():
+    app.command(name, rich_help_panel="Work")(command)
+
+
+def _add(name: str, about: str, commands: dict[str, Declared]) -> None:
+    """A command that has commands of its own."""
+    group = typer.Typer(no_args_is_help=True, help=about)
+    for inner, command in commands.items():
+        group.command(inner)(command)
+    group.callback()(lambda: None)  # so that a single command keeps its name
+    app.add_typer(group, name=name, rich_help_panel="Work")
+
+
+_add("bench", "Measure your own model, catalogue and requests.", {"ttft": rank.ttft})
+_add("pool", "The semantic history pool: token prototypes shared by all users.", {"build": learn.pool_build})
+_add("probe", "Look for what a ranking should not depend on.", {"position": rank.position})
+_add(
+    "sid",
+    "Semantic IDs: codes of items, and a decoder that generates them.",
+    {"build": sid.build, "train": sid.train},
+)
 
 
 def _show_version(wanted: bool) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from rcllm.cli.inputs import load_inputs, load_requests, make_config, make_engine
-from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions, spread
+from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
 from rcllm.cli.screen import console, progress, warm_with_progress
 from rcllm.cli.tables import facts_table, number
 from rcllm.data import named_items
@@ -22,36 +21,20 @@ from rcllm.wire.lines import STDIO, writer
 _SHOWN_SLOTS = 20
 _BAR_WIDTH = 20  # characters for the largest mean
 
-probe = typer.Typer(no_args_is_help=True, help="Look for what a ranking should not depend on.")
 
-
-@probe.command("position")
-@spread
 def position_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
     ranking: RankingOptions,
-    requests: Annotated[
-        str | None, typer.Option("--in", metavar="FILE", help="Requests as JSON lines; else made from --dataset.")
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many requests.")] = 50,
-    candidates: Annotated[int, typer.Option(min=2, help="Candidates per request made from --dataset.")] = 20,
-    history: Annotated[int, typer.Option(min=0, help="Events per request made from --dataset.")] = 10,
-    permutations: Annotated[int, typer.Option(min=1, help="Other orders of the candidates per request.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Draws orders, users and candidates.")] = 0,
-    out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the JSON line here, not to stdout.")] = None,
+    requests: str | None,
+    count: int,
+    candidates: int,
+    history: int,
+    permutations: int,
+    seed: int,
+    out: str | None,
 ) -> None:
-    """How much of a score is the candidate, and how much its place in the list.
-
-    Ranks every request again under other orders of its candidates. Their KV is reused, so that an order costs its fresh
-    tokens only. **share of order** is what order does to an item's score, within / (within + between) variance: 0 is a
-    ranker that does not care, 1 one that looks at nothing else. Means by slot tell which places gain. Read-outs
-    pointwise and likelihood score each candidate apart and come out at 0; for label, letters have a bias of their own.
-    --level, --readout, --layout and --label-place hold for all requests, whatever options they name. The last line of
-    stdout holds all figures as JSON.
-
-    Example: `rcllm probe position --items items.jsonl --in requests.jsonl --permutations 8`
-    """
+    """Measures what the order of the candidates does."""
     config = make_config(engine_options, ranking)
     inputs = load_inputs(item_options)
     asked = load_requests(requests, inputs, count, candidates, history, seed)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Annotated
-
-import typer
 
 from rcllm.cli.answering import raise_first, write_answers
-from rcllm.cli.calibrated import admission_from, auto_config, check_level
-from rcllm.cli.inputs import Inputs, load_inputs, make_engine
-from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, spread
+from rcllm.cli.calibrated import admission_from, check_level
+from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
+from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions
 from rcllm.cli.screen import console, say, warm_with_progress
 from rcllm.cli.tables import blocks_table, receipt_table, scores_table
 from rcllm.core.ranking import RankOptions, RankRequest, RankResponse
@@ -19,7 +16,6 @@ from rcllm.data import named_items
 from rcllm.engine.engine import Engine
 from rcllm.errors import CapacityError, ConfigError, RequestError, UncalibratedError
 from rcllm.wire.lines import (
-    STDIO,
     Failure,
     RequestLine,
     one_line,
@@ -29,35 +25,21 @@ from rcllm.wire.lines import (
 
 _REUSES_NOTHING = ("full", "exact")  # levels that read no canonical blocks
 
-Warm = Annotated[
-    bool,
-    typer.Option("--warm/--no-warm", help="Compute the blocks that the requests name first, outside the times."),
-]
 
-
-@spread
 def rank_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
     ranking: RankingOptions,
     fidelity: FidelityOptions,
-    requests: Annotated[str, typer.Option("--in", metavar="FILE|-", help="Requests as JSON lines; - is stdin.")],
-    out: Annotated[str, typer.Option(metavar="FILE|-", help="Where answers go, as JSON lines; - is stdout.")] = STDIO,
-    batch: Annotated[int, typer.Option(min=1, help="Requests that are computed together.")] = 1,
-    warm: Warm = True,
-    receipts: Annotated[bool, typer.Option("--receipts", help="Add the whole receipt to each answer.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row or request.")] = False,
+    requests: str,
+    out: str,
+    batch: int,
+    warm: bool,
+    receipts: bool,
+    strict: bool,
 ) -> None:
-    """Rank the candidates of every request in a file.
-
-    A request: `{"request_id": "r1", "candidates": ["a", "b"], "history": ["c", {"text": "my own words"}]}`. One that
-    names `options` keeps those; the options here hold for what it leaves out. One that fails becomes a line with its
-    error, the others go on, and the command ends with 1. `ms` is the wall time of the answer's batch. Without --level,
-    reuse goes as far as `rcllm calibrate` found that it may, and no further than exact where nothing was calibrated.
-
-    Example: `rcllm rank --items items.jsonl --in requests.jsonl --out answers.jsonl --readout likelihood`
-    """
-    config = auto_config(engine_options, ranking)
+    """Ranks a file of requests."""
+    config = make_config(engine_options, ranking)
     lines = read_lines(requests, config.rank)
     if strict:
         raise_first(lines, requests)
@@ -78,25 +60,17 @@ def rank_command(
     )
 
 
-@spread
 def explain_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
     ranking: RankingOptions,
     fidelity: FidelityOptions,
-    request: Annotated[
-        str, typer.Option(metavar="FILE[:N]", help="Requests as JSON lines; N is the line, else the first request.")
-    ],
-    warm: Warm = True,
-    top: Annotated[int, typer.Option(min=1, help="How many candidates to show.")] = 20,
+    request: str,
+    warm: bool,
+    top: int,
 ) -> None:
-    """Rank one request and show where every token came from, and why.
-
-    With --no-warm the cache is empty, as in a process that has just started: blocks are then `computed`.
-
-    Example: `rcllm explain --items items.jsonl --request requests.jsonl:3 --level "linked(4)" --allow-uncalibrated`
-    """
-    config = auto_config(engine_options, ranking)
+    """Shows one answer, block by block."""
+    config = make_config(engine_options, ranking)
     asked = one_line(request, config.rank)
     inputs = load_inputs(item_options)
     engine = make_engine(config, inputs, [asked], admission_from(fidelity))

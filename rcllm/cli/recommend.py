@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
 from rcllm.cli.answering import raise_first, write_answers
+from rcllm.cli.commands.recommend import SearchOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config
-from rcllm.cli.options import EngineOptions, ItemOptions, spread
+from rcllm.cli.options import EngineOptions, ItemOptions
 from rcllm.cli.screen import busy, console
 from rcllm.cli.tables import facts_table, item_title
-from rcllm.codes.sid_files import STYLE, read_codes
+from rcllm.codes.sid_files import read_codes
 from rcllm.config import Config, PromptConfig
 from rcllm.core.decoding import RecommendRequest, RecommendResponse
 from rcllm.engine.recommend import Recommender
 from rcllm.errors import CapacityError, ConfigError, RequestError
 from rcllm.sid.load import load_recommender
 from rcllm.wire.lines import (
-    STDIO,
     Failure,
     RecommendLine,
     read_item_ids,
@@ -32,73 +30,28 @@ from rcllm.wire.lines import (
     without_history,
 )
 
-_HOW = "What to recommend"
 
-
-@spread
 def recommend_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
-    requests: Annotated[str, typer.Option("--in", metavar="FILE|-", help="Requests as JSON lines; - is stdin.")],
-    out: Annotated[str, typer.Option(metavar="FILE|-", help="Where answers go, as JSON lines; - is stdout.")] = STDIO,
-    n: Annotated[int, typer.Option("--n", min=1, help="Items per answer.", rich_help_panel=_HOW)] = 10,
-    beam: Annotated[
-        int,
-        typer.Option(min=1, help="Prefixes that are kept at each level; wider finds more.", rich_help_panel=_HOW),
-    ] = 64,
-    rule: Annotated[
-        Literal["renormalise", "mask"],
-        typer.Option(
-            help="Probability of a code: among the valid codes (renormalise) or the whole vocabulary (mask).",
-            rich_help_panel=_HOW,
-        ),
-    ] = "renormalise",
-    allow: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Only these items: an id per line.", rich_help_panel=_HOW),
-    ] = None,
-    deny: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="None of these items: an id per line.", rich_help_panel=_HOW),
-    ] = None,
-    unseen: Annotated[
-        bool, typer.Option("--unseen", help="None of the items in the user's history.", rich_help_panel=_HOW)
-    ] = False,
-    codes: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Semantic IDs of items (.parquet, or an index.json as of LC-Rec), for a model that was not made by "
-            "`rcllm sid train`. Needs --template.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    style: Annotated[
-        str,
-        typer.Option(metavar="TEXT", help="How the model's vocabulary writes a code.", rich_help_panel=_HOW),
-    ] = STYLE,
-    batch: Annotated[int, typer.Option(min=1, help="Requests that are taken at once.")] = 16,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Add the receipt to each answer, and show the first answer as a table.")
-    ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row or request.")] = False,
+    requests: str,
+    search: SearchOptions,
+    out: str,
+    allow: Path | None,
+    deny: Path | None,
+    unseen: bool,
+    codes: Path | None,
+    style: str,
+    batch: int,
+    explain: bool,
+    strict: bool,
 ) -> None:
-    """Recommend items of the whole catalogue, with a model that generates semantic IDs.
-
-    A request: `{"request_id": "r1", "history": ["a", "b"]}`; it may bring its own `n`, `beam`, `rule`, `allow` and
-    `deny` (which adds to --deny). An answer holds only items that exist and are allowed; fewer than n where fewer are.
-    A request that fails becomes a line with its error, the others go on, and the command ends with 1.
-
-    --model is a folder that `rcllm sid train` made; its catalogue is inside. Example:
-
-    `rcllm recommend --model decoder --in requests.jsonl --out answers.jsonl --n 10 --beam 128 --unseen
-    --deny sold-out.txt`
-    """
+    """Answers a file of requests."""
     defaults = RecommendRequest(
         "",
-        n=n,
-        beam=beam,
-        rule=rule,
+        n=search.n,
+        beam=search.beam,
+        rule=search.rule,
         allow=read_item_ids(allow) if allow else None,
         deny=read_item_ids(deny) if deny else (),
     )

@@ -8,14 +8,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rcllm.core.ranking import ItemId
-from rcllm.engine.engine import Engine
-from rcllm.engine.warming import WarmProgress
+if TYPE_CHECKING:
+    from rcllm.core.ranking import ItemId
+    from rcllm.engine.engine import Engine
+    from rcllm.engine.warming import WarmProgress
 
 _PIPE_WIDTH = 160  # tables are not folded to 80 columns where no terminal asks for it
 

@@ -20,13 +20,13 @@ import numpy as np
 
 from rcllm.codes.index import MAX_LEVELS, MIN_LEVELS, CodeIndex
 from rcllm.codes.updates import Update
+from rcllm.core.decoding import STYLE as STYLE
 from rcllm.core.ranking import ItemId
 from rcllm.data.files import Fields, Problem, iter_rows
 from rcllm.data.text import as_text
 from rcllm.durable import renamed
 from rcllm.errors import ConfigError, DataError
 
-STYLE = "<{level}_{code}>"  # of LC-Rec and MiniOneRec; level 0 is a
 _TOKEN = re.compile(r"<(?:\w+_)?([a-z])_(\d+)>")  # OpenOneRec puts an s_ before the level
 _CODES_NAMES = ("codes", "sid", "semantic_id")  # columns that hold all codes of an item
 _LEVEL_NAMES = ("level_{}", "code_{}", "sid_{}")  # columns that hold one

@@ -13,10 +13,10 @@ from typing import Literal, get_args
 import numpy as np
 from blake3 import blake3
 
-from rcllm.core.ranking import Event, Interaction, ItemId, RankRequest, UserId
+from rcllm.core.ranking import Event, Interaction, ItemId, Negatives, RankRequest, UserId
 from rcllm.data.dataset import Dataset
 from rcllm.data.interactions import histories
-from rcllm.data.negatives import SAMPLERS, NegativePool, Negatives, Wanted, draw_negatives
+from rcllm.data.negatives import SAMPLERS, NegativePool, Wanted, draw_negatives
 from rcllm.data.text import did_you_mean
 from rcllm.errors import ConfigError, DataError
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rcllm.core.ranking import Event, ItemId
 from rcllm.data.files import Fields, Problem, Row, iter_rows
@@ -17,7 +16,6 @@ from rcllm.data.rows import BadRowError, required_id
 from rcllm.data.text import as_text, shown
 from rcllm.prompt.template import Parts, render
 
-Kind = Literal["user", "item"]
 _HISTORY = ("history", "items")  # names of the column with a user's events
 
 

@@ -16,6 +16,7 @@ from rcllm.drafts.pool_drafter import DraftOptions, PoolDrafter
 from rcllm.drafts.suffix_pool import DraftPoolLimits, Sharing, SuffixPool
 from rcllm.durable import write
 from rcllm.errors import ConfigError, DataError
+from rcllm.fields import parse, read_object
 
 VERSION = 1
 _MANIFEST = "manifest.json"
@@ -127,13 +128,13 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises DataError where files are missing or not whole."""
     path = folder / _MANIFEST
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        manifest = parse(Manifest, read_object(path.read_bytes(), "", DataError), error=DataError)
         sizes = {name: (folder / name).stat().st_size for name in manifest.files}
     except FileNotFoundError as error:
         raise DataError(
             f"{error.filename} is missing: {folder} is no whole folder of draft pools. Remove it and learn them again"
         ) from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, DataError) as error:
         raise DataError(f"{path} cannot be read ({error}); remove the folder and learn the pools again") from error
     if manifest.version != VERSION:
         raise ConfigError(f"{folder} has format {manifest.version}, expected {VERSION}; learn the pools again")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,9 +17,9 @@ from typing import IO, Any
 
 from blake3 import blake3
 
-from rcllm.config import from_mapping
 from rcllm.core.ranking import Event, Item, ItemId, Level, RankOptions, RankRequest, Selection
 from rcllm.errors import DataError
+from rcllm.fields import parse, read_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Configuration:
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Configuration:
         """Raises ConfigError for options that are not there."""
-        return cls(str(value["context"]), from_mapping(RankOptions, value["options"], where))
+        return parse(cls, value, where)
 
     @property
     def level_name(self) -> str:
@@ -163,13 +164,20 @@ class RecordFile:
             if not line.endswith(b"\n"):
                 break
             try:
-                value = json.loads(line)
-                key = value.pop("key")
-                self._records[key] = Record(**value | {"scores": tuple(value["scores"])})
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                value = read_object(line, "", DataError)
+                key = str(value.pop("key"))
+                self._records[key] = parse(Record, value, error=DataError, readers={float: _read_number})
+            except (KeyError, DataError) as error:
                 raise DataError(
-                    f"{self.path}, line {number}: expected a record of `rcllm calibrate`, got {line[:60]!r}; "
+                    f"{self.path}, line {number}: expected a record of `rcllm calibrate`, got {line[:60]!r} ({error}); "
                     "give another file, or remove this one"
                 ) from error
             whole += len(line)
         file.truncate(whole)
+
+
+def _read_number(value: Any) -> float:
+    """A score may be minus infinity: a candidate that the model rules out."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise DataError(f"expected a number, got {value!r}")
+    return float(value)

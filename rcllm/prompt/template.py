@@ -9,15 +9,17 @@ from __future__ import annotations
 import string
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from annotated_types import Ge
 from blake3 import blake3
 
 from rcllm.config import nearest
 from rcllm.errors import ConfigError
+from rcllm.fields import parse
 
 Parts = tuple[str, ...]  # rendered one after another; a part whose fields are not all there is left out
 _RANKING: Parts = (  # what templates for open prompts leave out
@@ -33,7 +35,6 @@ _RANKING: Parts = (  # what templates for open prompts leave out
     "likelihood_item",
     "max_item_tokens",
 )
-_ECHO = ("pointwise_echo", "max_echo_tokens")  # left out by most templates
 _RENDERED = ("event", "item", "volatile", "likelihood_item", "pointwise_echo")  # these hold placeholders
 _FOLDER = resources.files("rcllm.prompt") / "templates"
 
@@ -62,7 +63,7 @@ class Template:
     event: Parts
     event_text: str  # for events in the user's own words: {text}
     question: str
-    max_event_tokens: int
+    max_event_tokens: Annotated[int, Ge(1)]
     open: bool = False
     items_head: str = ""
     item: Parts = ()
@@ -73,10 +74,10 @@ class Template:
     pointwise_question: str = ""
     pointwise_answers: Parts = ()  # the first counts for the item, the others against it
     pointwise_echo: Parts = ()  # of the candidate, before its question: fresh tokens that see item and history
-    max_echo_tokens: int = 10
+    max_echo_tokens: Annotated[int, Ge(1)] = 10
     likelihood_head: str = ""
     likelihood_item: Parts = ()
-    max_item_tokens: int = 1
+    max_item_tokens: Annotated[int, Ge(1)] = 1
     fingerprint: bytes = b""  # 32 bytes
 
     @classmethod
@@ -91,7 +92,14 @@ class Template:
             values = tomllib.loads(text)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"template {name_or_path}: {error}") from error
-        return cls(**_checked(name_or_path, values), fingerprint=blake3(text.encode()).digest())
+        if "fingerprint" in values:
+            raise ConfigError(f"template {name_or_path}: fingerprint is made of the file, not written in it")
+        needed = [field.name for field in fields(cls) if field.default is MISSING]
+        if missing := sorted({*needed, *(() if values.get("open") else _RANKING)} - values.keys()):
+            raise ConfigError(f"template {name_or_path}: missing {', '.join(missing)}")
+        template = parse(cls, values, f"template {name_or_path}")
+        _check(name_or_path, template)
+        return replace(template, fingerprint=blake3(text.encode()).digest())
 
 
 def bundled() -> tuple[str, ...]:
@@ -118,59 +126,40 @@ def placeholders(part: str) -> tuple[str, ...]:
     return tuple(name for _, name, _, _ in string.Formatter().parse(part) if name)
 
 
-def _checked(source: str, values: dict[str, Any]) -> dict[str, Any]:
-    expected = {f.name: f.type for f in fields(Template) if f.name != "fingerprint"}
-    for key in values:
-        if key not in expected:
-            raise ConfigError(f"template {source}: unknown key {key!r}; {nearest(key, expected)}")
-    is_open = values.get("open", False)
-    optional = {"open", *_ECHO, *(_RANKING if is_open else ())}
-    if missing := sorted(expected.keys() - values.keys() - optional):
-        raise ConfigError(f"template {source}: missing {', '.join(missing)}")
-    for key, kind in expected.items():
-        if key not in values:
-            continue
-        wanted = {"str": str, "int": int, "bool": bool, "Parts": list}[str(kind)]
-        if type(values[key]) is not wanted:
-            raise ConfigError(f"template {source}: {key} must be {wanted.__name__}, got {values[key]!r}")
-        if wanted is list:
-            _check_parts(f"template {source}: {key}", values[key], rendered=key in _RENDERED)
-        if wanted is int and key != "version" and values[key] < 1:
-            raise ConfigError(f"template {source}: {key} must be at least 1, got {values[key]}")
-    if "{text}" not in values["event_text"]:
-        raise ConfigError(f"template {source}: event_text must hold {{text}}, got {values['event_text']!r}")
-    if not is_open:
-        _check_ranking(source, values)
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+def _check(source: str, template: Template) -> None:
+    """How the fields go together; what each may hold is checked before."""
+    if not template.open:
+        _check_ranking(source, template)
+    for name in _RENDERED:
+        _check_parts(f"template {source}: {name}", getattr(template, name))
+    if "{text}" not in template.event_text:
+        raise ConfigError(f"template {source}: event_text must hold {{text}}, got {template.event_text!r}")
 
 
-def _check_ranking(source: str, values: dict[str, Any]) -> None:
-    _check_read_from(source, values)
-    if len(values["label_before"]) != 2 or len(values["label_after"]) != 2:
+def _check_ranking(source: str, template: Template) -> None:
+    _check_read_from(source, template)
+    if len(template.label_before) != 2 or len(template.label_after) != 2:
         raise ConfigError(
             f"template {source}: label_before and label_after are [what precedes the label, what follows it]"
         )
-    if len(values["pointwise_answers"]) < 2:
+    if len(template.pointwise_answers) < 2:
         raise ConfigError(f"template {source}: pointwise_answers needs an answer for the item and one against it")
-    if not all(values["pointwise_answers"]):
+    if not all(template.pointwise_answers):
         raise ConfigError(
             f"template {source}: an answer of pointwise_answers is empty; its first token is what is scored"
         )
 
 
-def _check_parts(where: str, parts: list[Any], *, rendered: bool) -> None:
+def _check_parts(where: str, parts: Parts) -> None:
     for part in parts:
-        if not isinstance(part, str):
-            raise ConfigError(f"{where} must be a list of texts, got {part!r}")
         try:
-            if rendered:
-                part.format_map(dict.fromkeys(placeholders(part), ""))
+            part.format_map(dict.fromkeys(placeholders(part), ""))
         except (ValueError, KeyError, IndexError, AttributeError) as error:
             raise ConfigError(f"{where}: {part!r} has a placeholder that is not a plain {{field}}: {error}") from error
 
 
-def _check_read_from(source: str, values: dict[str, Any]) -> None:
+def _check_read_from(source: str, template: Template) -> None:
     """What scores are read after must hold at least one token."""
-    for keys in (("question", "answer"), ("pointwise_question",), ("likelihood_head",)):
-        if not any(values[key] for key in keys):
-            raise ConfigError(f"template {source}: {' and '.join(keys)} must not be empty; scores are read at its end")
+    for names in (("question", "answer"), ("pointwise_question",), ("likelihood_head",)):
+        if not any(getattr(template, name) for name in names):
+            raise ConfigError(f"template {source}: {' and '.join(names)} must not be empty; scores are read at its end")

@@ -16,7 +16,7 @@ from rcllm.data.files import Fields
 from rcllm.data.text import as_text
 from rcllm.errors import ConfigError, DataError
 from rcllm.prompt.blocks import Prompter
-from rcllm.prototypes.lookup import MemberContext
+from rcllm.prototypes.config import MemberContext
 
 History = tuple[Event, ...]  # oldest first
 

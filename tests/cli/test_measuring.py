@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Run, Shop, write_lines
 
 from rcllm.cli.demo import QUICK_RUN
+from tests.cli.conftest import Run, Shop, write_lines
 
 
 def test_pull_a_folder_prints_it(run: Run, shop: Shop) -> None:

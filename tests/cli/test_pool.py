@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 from rcllm.core.ranking import UserId
 from rcllm.data import split_of
+from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 FEW = ("--prototypes", "200", "--bits", "6")
 
@@ -67,9 +67,9 @@ def test_users_can_be_left_out(run: Run, shop: Shop, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--threshold", "1.5"), "threshold must be a cosine"),
+        (("--threshold", "1.5"), "--threshold"),
         (("--member-context", "nothing"), "history, instruction"),
-        (("--fresh-pattern", "("), "is not one"),
+        (("--fresh-pattern", "("), "--fresh-pattern: '(' is no regular expression"),
     ],
 )
 def test_options_that_cannot_work(run: Run, shop: Shop, tmp_path: Path, words: tuple[str, str], message: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 GOOD: dict[str, Any] = {"request_id": "good", "history": ["i1"], "candidates": ["i3", "i4", "i5"]}

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from tests.cli.conftest import Run, Shop, read_lines, write_lines
 from tokenizers import AddedToken
 
 from rcllm.codes.index import CodeIndex
 from rcllm.codes.sid_files import write_codes
 from rcllm.core.ranking import ItemId
+from rcllm.sid.config import NetworkConfig
 from rcllm.sid.model_folder import save_model
-from rcllm.sid.network import CodeNetwork, NetworkConfig
+from rcllm.sid.network import CodeNetwork
 from rcllm.sid.vocabulary import Vocabulary
+from tests.cli.conftest import Run, Shop, read_lines, write_lines
 from tests.tiny_models import tiny_model
 
 SIZES = (5, 6, 4)

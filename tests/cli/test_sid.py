@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.cli.conftest import Run, Shop, write_lines
 
 from rcllm.sid.model_folder import load_codes
+from tests.cli.conftest import Run, Shop, write_lines
 
 NUM_ITEMS = 40
 SMALL = ("--hidden-size", "32", "--layers", "1", "--epochs", "2", "--history", "4")

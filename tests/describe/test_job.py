@@ -16,7 +16,9 @@ from rcllm import durable
 from rcllm.core.decoding import Speculation
 from rcllm.core.ranking import Event, ItemId
 from rcllm.describe import checkpoint
-from rcllm.describe.job import Answer, DescribeOptions, Progress, Provenance, Report, check, describe, row_seed
+from rcllm.describe.job import Answer, Progress, Provenance, Report, describe, row_seed
+from rcllm.describe.options import DescribeOptions
+from rcllm.describe.options import check_options as check
 from rcllm.describe.profiles import Profile, Reject
 from rcllm.errors import ConfigError, DataError
 from tests.describe.fake_writer import FakeWriter

@@ -11,7 +11,8 @@ import pytest
 from rcllm.core.ranking import BlockKind, RankRequest, RankResponse
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError
-from rcllm.prototypes.build import PrototypeBuilder, PrototypeConfig
+from rcllm.prototypes.build import PrototypeBuilder
+from rcllm.prototypes.config import PrototypeConfig
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.prototypes.texts import token_runs
 from tests.conftest import assert_no_pins

@@ -16,10 +16,10 @@ from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError, ModelError
 from rcllm.model.checkpoint import CHECKPOINT
 from rcllm.model.weights import load_model
+from rcllm.sid.config import NetworkConfig, TrainConfig
 from rcllm.sid.load import load_recommender
 from rcllm.sid.model_folder import load_codes
-from rcllm.sid.network import NetworkConfig
-from rcllm.sid.train import CodeTrainer, TrainConfig
+from rcllm.sid.train import CodeTrainer
 from rcllm.sid.vocabulary import items_of_codes, sid_text
 from tests.sid.toys import HELD_OUT, IDS, NUM_ITEMS, QUICK, SIZES, TRAIN, toy_codes, toy_index
 
