@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NewType, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NewType, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from rcllm.errors import ConfigError, RcllmError
-from rcllm.fields import Rule, bare, metadata
+from rcllm.fields import Rule, bare, hints_of, metadata
 from rcllm.words import brief, nearest
 
 Reader = Callable[[Any], Any]
@@ -111,7 +111,7 @@ def _same_types(found: BaseModel, value: Any, name: Namer, above: tuple[str, ...
 @functools.cache
 def _model(kind: Any, readers: Readers) -> type[BaseModel]:
     """The pydantic model with the fields of a dataclass. Its defaults are never read: what was given is what counts."""
-    hints = get_type_hints(kind, include_extras=True)
+    hints = hints_of(kind)
     reading = dict(readers)
     shape: dict[str, Any] = {}
     for field in fields(kind):
@@ -254,7 +254,7 @@ def _at(hint: Any, key: Sequence[str | int]) -> Any:
     """The type at a place of a dataclass: its fields by name, through lists, objects and what may be null."""
     for part in key:
         if is_dataclass(hint):
-            hint = bare(get_type_hints(hint, include_extras=True)[str(part)])
+            hint = bare(hints_of(hint)[str(part)])
         else:  # [item], {name: item}
             hint = get_args(hint)[0 if isinstance(part, int) else -1]
         hint = (

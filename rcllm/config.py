@@ -12,13 +12,13 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 from annotated_types import Ge
 
 from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
-from rcllm.fields import Opt, Rule, bare, check, check_regex, parse
+from rcllm.fields import Opt, Rule, bare, check, check_regex, hints_of, parse
 from rcllm.words import nearest as nearest
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _leaves(kind: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The place of every value of the tree, and its type."""
-    for name, hint in get_type_hints(kind, include_extras=True).items():
+    for name, hint in hints_of(kind).items():
         inner = bare(hint)
         if is_dataclass(inner) and inner is not Level:
             yield from (((name, *key), leaf) for key, leaf in _leaves(inner))

@@ -8,6 +8,7 @@ does the checking, is imported with the first check.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -56,7 +57,13 @@ class Of:
 
     @property
     def annotation(self) -> Any:
-        return get_type_hints(self.owner, include_extras=True)[self.field]
+        return hints_of(self.owner)[self.field]
+
+
+@functools.cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The annotations of a dataclass, with what `Annotated` adds; read once, for reading takes time."""
+    return get_type_hints(kind, include_extras=True)
 
 
 def option_of(annotation: Any) -> Opt | None:

@@ -6,7 +6,6 @@ Knows nothing of what commands do. Invariant: an error that a user can do someth
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +15,7 @@ from rcllm.cli.commands import describe, learn, rank, recommend, sid, start
 from rcllm.cli.options import Declared
 from rcllm.cli.screen import console, say
 from rcllm.errors import ConfigError, RcllmError
+from rcllm.version import __version__
 
 
 class _Group(TyperGroup):
@@ -74,11 +74,7 @@ _add(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        try:
-            number = version("rcllm")
-        except PackageNotFoundError:  # run from a checkout that was not installed
-            number = "(not installed)"
-        console().print(f"rcllm {number}")
+        console().print(f"rcllm {__version__}")
         raise typer.Exit
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, make_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -22,7 +22,7 @@ from annotated_types import Ge, Interval, Le
 
 from rcllm.config import CacheConfig, ModelConfig, PromptConfig
 from rcllm.core.ranking import LabelPlace, Layout, Level, RankOptions, Readout
-from rcllm.fields import Key, Of, Opt, bare, metadata, option_of, parse
+from rcllm.fields import Of, Opt, bare, hints_of, metadata, option_of, parse
 from rcllm.late import look_up
 
 _ITEMS, _FIDELITY = "Items", "How far reuse may go"
@@ -125,18 +125,17 @@ def spread(work: str) -> Callable[[Declared], Declared]:
     """The command that a declaration describes; `work`, at `package.module:function`, does it."""
 
     def declare(declared: Declared) -> Declared:
-        groups = dict(_groups(declared))
+        groups, alone = _read(declared)
 
         @functools.wraps(declared)
         def run(**given: Any) -> None:
             filled = {name: group.fill(given) for name, group in groups.items()}
-            single = filled.pop("", None)
-            values = {} if single is None else {field.name: getattr(single, field.name) for field in fields(single)}
-            look_up(work)(**filled, **values)
+            single = alone.fill(given)
+            look_up(work)(**filled, **{slot.name: getattr(single, slot.name) for slot in alone.slots})
 
-        parameters = [parameter for group in groups.values() for parameter in group.parameters]
-        order = list(inspect.signature(declared).parameters)
-        parameters.sort(key=lambda parameter: _place(parameter.name, order, groups))
+        slots = {slot.name: slot for group in (alone, *groups.values()) for slot in group.slots}
+        order = [slot.name for name in get_parameters(declared) for slot in _slots_of(name, groups, alone)]
+        parameters = [_parameter(slots[name]) for name in order]
         del run.__dict__["__wrapped__"]  # Typer would read the signature of what is wrapped
         run.__dict__["__signature__"] = inspect.Signature(parameters)
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -147,88 +146,106 @@ def spread(work: str) -> Callable[[Declared], Declared]:
     return declare
 
 
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """What becomes one option: a field of a dataclass, or a parameter that stands alone."""
+
+    name: str
+    annotation: Any
+    default: Any = MISSING
+
+    @property
+    def shown_default(self) -> Any:
+        """The default as an option has it: None for what cannot be typed, such as no limit."""
+        default = None if self.default is MISSING else self.default
+        if hasattr(type(default), "parse"):
+            return str(default)
+        if isinstance(default, tuple):
+            return list(default) or None
+        return None if isinstance(default, float) and math.isinf(default) else default
+
+    @property
+    def typed(self) -> str:
+        """The name as a person types it."""
+        option = option_of(self.annotation)
+        return self.name.upper() if option is None else option.name or "--" + self.name.replace("_", "-")
+
+
 class _Group:
-    """The options of one dataclass."""
+    """Options that are checked together, and make one object."""
 
-    def __init__(self, kind: Any, without: tuple[str, ...] = ()) -> None:
-        self.kind = kind
-        hints = get_type_hints(kind, include_extras=True)
-        self.fields = [field for field in fields(kind) if field.name not in without and _is_option(hints[field.name])]
-        self._names = {field.name: _option_name(field.name, hints[field.name]) for field in self.fields}
-        self.parameters = [_parameter(field, hints[field.name]) for field in self.fields]
+    def __init__(self, slots: Sequence[_Slot], make: Callable[[], Any]) -> None:
+        """`make`: gives the dataclass, when there is something to check."""
+        self.slots = slots
+        self._make = make
 
-    def fill(self, given: dict[str, Any]) -> Any:
-        """The dataclass of what was given; takes that out of `given`. Raises ConfigError."""
-        values: dict[str, Any] = {}
-        for field in self.fields:
-            value = given[field.name]
-            if value is not None and value != _shown_default(field):
-                values[field.name] = value
-        return parse(self.kind, values, name=self._name)
+    @classmethod
+    @functools.cache  # most commands share the same groups
+    def of(cls, kind: Any, without: tuple[str, ...] = ()) -> _Group:
+        hints = hints_of(kind)
+        named = [field for field in fields(kind) if field.name not in without and option_of(hints[field.name])]
+        return cls([_Slot(field.name, hints[field.name], field.default) for field in named], lambda: kind)
 
-    def _name(self, key: Key) -> str:
-        name = self._names[str(key[0])]
-        return name if name.startswith("-") else name.upper()
+    def fill(self, given: Mapping[str, Any]) -> Any:
+        """The dataclass of what was given. Raises ConfigError."""
+        changed = {slot.name: given[slot.name] for slot in self.slots if _differs(given[slot.name], slot)}
+        typed = {slot.name: slot.typed for slot in self.slots}
+        return parse(self._make(), changed, name=lambda key: typed[str(key[0])])
 
 
-def _groups(declared: Declared) -> Iterator[tuple[str, _Group]]:
-    """By the name of the parameter; the values that stand alone form one more group, named ''."""
+def _differs(value: Any, slot: _Slot) -> bool:
+    return value is not None and value != slot.shown_default
+
+
+def _read(declared: Declared) -> tuple[dict[str, _Group], _Group]:
+    """The dataclasses of a declaration by parameter, and the values that stand alone."""
     hints = get_type_hints(declared, include_extras=True)
-    single: list[Any] = []
-    for name, parameter in inspect.signature(declared).parameters.items():
+    groups: dict[str, _Group] = {}
+    alone: list[_Slot] = []
+    for name, default in get_parameters(declared).items():
         kind = bare(hints[name])
         if is_dataclass(kind):
             hidden = next((extra.names for extra in metadata(hints[name]) if isinstance(extra, Without)), ())
-            yield name, _Group(kind, hidden)
-        elif parameter.default is inspect.Parameter.empty:
-            single.insert(0, (name, hints[name]))
+            groups[name] = _Group.of(kind, hidden)
         else:
-            single.append((name, hints[name], parameter.default))
-    if single:
-        yield "", _Group(make_dataclass("Single", single, frozen=True))
+            alone.append(_Slot(name, hints[name], default))
+    return groups, _Group(alone, lambda: _single(alone))
 
 
-def _place(name: str, order: list[str], groups: dict[str, _Group]) -> tuple[int, int]:
-    """Options in the order of the declaration."""
-    owner = next((key for key, group in groups.items() if key and name in [field.name for field in group.fields]), name)
-    inner = [field.name for field in groups[owner].fields].index(name) if owner != name or owner in groups else 0
-    return order.index(owner), inner
+def _single(slots: Sequence[_Slot]) -> Any:
+    """A dataclass of the values that stand alone, so that they are checked as all others are."""
+    needed = [(slot.name, slot.annotation) for slot in slots if slot.default is MISSING]
+    rest = [(slot.name, slot.annotation, slot.default) for slot in slots if slot.default is not MISSING]
+    return make_dataclass("Single", [*needed, *rest], frozen=True)
 
 
-def _is_option(annotation: Any) -> bool:
-    return option_of(annotation) is not None or _typer_info(annotation) is not None
+def get_parameters(declared: Declared) -> dict[str, Any]:
+    """The names of the parameters of a function, and their defaults."""
+    found = inspect.signature(declared).parameters
+    return {name: MISSING if each.default is inspect.Parameter.empty else each.default for name, each in found.items()}
 
 
-def _typer_info(annotation: Any) -> Any:
-    """What a declaration tells Typer itself: of arguments, which are no options."""
-    return next((extra for extra in metadata(annotation) if isinstance(extra, typer.models.ArgumentInfo)), None)
+def _slots_of(name: str, groups: Mapping[str, _Group], alone: _Group) -> Sequence[_Slot]:
+    return groups[name].slots if name in groups else [slot for slot in alone.slots if slot.name == name]
 
 
-def _option_name(name: str, annotation: Any) -> str:
-    option = option_of(annotation)
-    if option is None:
-        return name
-    return option.name or "--" + name.replace("_", "-")
-
-
-def _parameter(field: Field[Any], annotation: Any) -> inspect.Parameter:
+def _parameter(slot: _Slot) -> inspect.Parameter:
     """One option as Typer reads it."""
-    default = inspect.Parameter.empty if _is_needed(field) else _shown_default(field)
-    info = _typer_info(annotation) or _option(field.name, annotation, default)
-    kind = _plain(bare(annotation))
+    default = inspect.Parameter.empty if slot.default is MISSING else slot.shown_default
+    told = [extra for extra in metadata(slot.annotation) if isinstance(extra, typer.models.ArgumentInfo)]
+    kind = _plain(bare(slot.annotation))
     kind = kind | None if default is None else kind
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
-    )
+    annotation = Annotated[kind, told[0] if told else _option(slot)]
+    return inspect.Parameter(slot.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _option(name: str, annotation: Any, default: Any) -> Any:
-    option, kind = option_of(annotation), bare(annotation)
+def _option(slot: _Slot) -> Any:
+    option, kind = option_of(slot.annotation), bare(slot.annotation)
     assert option is not None
-    flag = _option_name(name, annotation)
-    if kind is bool and default is True:
+    flag = slot.typed
+    if kind is bool and slot.default is True:
         flag += f"/--no-{flag.removeprefix('--')}"
-    limits = _limits(annotation) if _plain(kind) in (int, float) else {}
+    limits = _limits(slot.annotation) if _plain(kind) in (int, float) else {}
     words = "|".join(get_args(kind)) if get_origin(kind) is Literal else None
     return typer.Option(
         flag, help=option.help or None, metavar=option.metavar or words, rich_help_panel=option.panel, **limits
@@ -241,20 +258,6 @@ def _limits(annotation: Any) -> dict[str, Any]:
     low: list[Any] = [limit.ge for limit in found if isinstance(limit, Ge | Interval) and limit.ge is not None]
     high: list[Any] = [limit.le for limit in found if isinstance(limit, Le | Interval) and limit.le is not None]
     return ({"min": max(low)} if low else {}) | ({"max": min(high)} if high else {})
-
-
-def _is_needed(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
-
-
-def _shown_default(field: Field[Any]) -> Any:
-    """A default as an option has it: None for what cannot be typed, such as no limit."""
-    default = None if field.default is MISSING else field.default
-    if hasattr(type(default), "parse"):
-        return str(default)
-    if isinstance(default, tuple):
-        return list(default) or None
-    return None if isinstance(default, float) and math.isinf(default) else default
 
 
 def _plain(kind: Any) -> Any:

@@ -117,7 +117,9 @@ def test_bad_requests_become_lines(run: Run, decoder: Decoder, tmp_path: Path) -
     answers = read_lines(shown.stdout)
     assert len(answers) == 5
     assert answers[0]["items"] == answers[4]["items"] != []
-    for answer, said in zip(answers[1:4], ("'nope' is not in the catalogue", "'n'", "'candidates'"), strict=True):
+    for answer, said in zip(
+        answers[1:4], ("'nope' is not in the catalogue", "n must be at least 1, got 0", "'candidates'"), strict=True
+    ):
         assert said in answer["error"]
     assert "3 of 5 requests failed" in shown.stderr
     assert run(*decoder.words[:-1], path, "--strict").exit_code == 1
