@@ -238,7 +238,8 @@ def _fault(kind: type[Any], fault: Any, name: Namer) -> str:
     limit = _EXPECTED.get(what)
     if limit is None:
         return f"{name(key)}: {fault['msg']}, got {got}"
-    return f"{name(key)} must be {limit.format(**fault.get('ctx', {}))}, got {got}"
+    bounds = {bound: brief(value) for bound, value in fault.get("ctx", {}).items()}
+    return f"{name(key)} must be {limit.format(**bounds)}, got {got}"
 
 
 def _known(kind: type[Any], key: Sequence[str | int]) -> list[str]:

@@ -67,17 +67,17 @@ def hints_of(kind: Any) -> dict[str, Any]:
 
 
 def option_of(annotation: Any) -> Opt | None:
-    """The words for the command line, where a field has some."""
-    return next((extra for extra in metadata(annotation) if isinstance(extra, Opt)), None)
+    """The words for the command line, where a field has some; its own before those of the field that is meant."""
+    return next((extra for extra in reversed(metadata(annotation)) if isinstance(extra, Opt)), None)
 
 
 def metadata(annotation: Any) -> tuple[Any, ...]:
-    """What stands behind the type in `Annotated`; that of the field that is meant where it says `Of`."""
+    """What stands behind the type in `Annotated`; after that of the field that is meant, where it says `Of`."""
     if get_origin(annotation) is not Annotated:
         return ()
     extras: tuple[Any, ...] = annotation.__metadata__
     meant = next((extra for extra in extras if isinstance(extra, Of)), None)
-    return (*extras, *metadata(meant.annotation)) if meant is not None else extras
+    return (*metadata(meant.annotation), *extras) if meant is not None else extras
 
 
 def bare(annotation: Any) -> Any:

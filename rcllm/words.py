@@ -24,6 +24,8 @@ def brief(value: object) -> str:
             return repr(value if len(value) <= _LONGEST else value[: _LONGEST - 1] + "…")
         case bool():
             return "true" if value else "false"
+        case float() if value.is_integer():
+            return f"{value:.0f}"
         case Mapping():
             return f"an object with {len(value)} fields"
         case list() | tuple():

@@ -1,7 +1,8 @@
 """The command line: `rcllm`. Registers the commands, and turns the product's errors into one line and an exit code.
 
 Knows nothing of what commands do. Invariant: an error that a user can do something about shows no traceback unless
-`--debug` asks for it; exit codes are 0, 1 (something failed) and 2 (an option or the configuration is wrong).
+`--debug` asks for it; exit codes are 0, 1 (something failed), 2 (an option or the configuration is wrong) and 130
+(interrupted).
 """
 
 from __future__ import annotations
@@ -12,23 +13,26 @@ import typer
 from typer.core import TyperGroup
 
 from rcllm.cli.commands import describe, learn, rank, recommend, sid, start
+from rcllm.cli.ending import ended_by
 from rcllm.cli.options import Declared
 from rcllm.cli.screen import console, say
-from rcllm.errors import ConfigError, RcllmError
+from rcllm.errors import RcllmError
 from rcllm.version import __version__
 
 
 class _Group(TyperGroup):
-    """Shows the product's errors as one line."""
+    """Shows what a user can do something about as one line; `--debug` shows where it came from as well."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except RcllmError as error:
+        except (RcllmError, OSError, MemoryError, KeyboardInterrupt) as error:
             if ctx.params.get("debug"):
                 raise
-            say(f"error: {error}", "bold red")
-            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+            ending = ended_by(error)
+            if ending.words:
+                say(ending.words, "bold red")
+            raise typer.Exit(ending.code) from error
 
 
 app = typer.Typer(

@@ -18,13 +18,14 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from annotated_types import Ge, Interval, Le
+from annotated_types import Ge
 
 from rcllm.config import CacheConfig, ModelConfig, PromptConfig
 from rcllm.core.ranking import LabelPlace, Layout, Level, RankOptions, Readout
 from rcllm.fields import Of, Opt, bare, hints_of, metadata, option_of, parse
 from rcllm.late import look_up
 
+_LARGE = 1 << 32  # limits beyond it tell a person nothing
 _ITEMS, _FIDELITY = "Items", "How far reuse may go"
 Declared = Callable[..., None]
 
@@ -245,19 +246,28 @@ def _option(slot: _Slot) -> Any:
     flag = slot.typed
     if kind is bool and slot.default is True:
         flag += f"/--no-{flag.removeprefix('--')}"
-    limits = _limits(slot.annotation) if _plain(kind) in (int, float) else {}
-    words = "|".join(get_args(kind)) if get_origin(kind) is Literal else None
-    return typer.Option(
-        flag, help=option.help or None, metavar=option.metavar or words, rich_help_panel=option.panel, **limits
-    )
+    metavar = option.metavar or _shown_kind(slot.annotation)
+    return typer.Option(flag, help=option.help or None, metavar=metavar, rich_help_panel=option.panel)
 
 
-def _limits(annotation: Any) -> dict[str, Any]:
-    """What --help shows of the limits; the narrowest where a group narrows those of the field that it means."""
-    found = metadata(annotation)
-    low: list[Any] = [limit.ge for limit in found if isinstance(limit, Ge | Interval) and limit.ge is not None]
-    high: list[Any] = [limit.le for limit in found if isinstance(limit, Le | Interval) and limit.le is not None]
-    return ({"min": max(low)} if low else {}) | ({"max": min(high)} if high else {})
+def _shown_kind(annotation: Any) -> str | None:
+    """What --help says of the values: the words, or a number and its limits. They are checked by `parse` alone."""
+    kind = bare(annotation)
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    letter = {int: "N", float: "X"}.get(_plain(kind))
+    return letter and " ".join([letter, *_limits(annotation)])
+
+
+def _limits(annotation: Any) -> list[str]:
+    """«≥ 1», «< 1»: the last ones said of each side, as a group may narrow those of the field that it means."""
+    found: dict[str, str] = {}
+    for extra in metadata(annotation):
+        for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
+            limit = getattr(extra, name, None)
+            if limit is not None and abs(limit) < _LARGE:
+                found[name[0]] = f"{sign} {limit}"
+    return [found[side] for side in "gl" if side in found]
 
 
 def _plain(kind: Any) -> Any:

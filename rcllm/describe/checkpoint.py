@@ -20,6 +20,7 @@ from typing import Any
 from rcllm.describe.profiles import Reject
 from rcllm.durable import remove, remove_torn, renamed, write, writing
 from rcllm.errors import ConfigError, DataError
+from rcllm.fields import parse, read_object
 
 Settings = Mapping[str, Any]  # JSON values: everything that the output depends on
 _META = b"rcllm.describe"
@@ -156,7 +157,7 @@ class JobCheckpoint:
             meta = _read_meta(self.out)
             self._check_same(meta.get("settings"), self.out)
             self.finished = True
-            self.done = Done(**meta["done"])
+            self.done = parse(Done, meta["done"], str(self.out), error=DataError)
             if not self.work.exists():
                 remove(self._aside)
                 return
@@ -164,7 +165,7 @@ class JobCheckpoint:
         self._take_lock()
         written = self.work / "settings.json"
         if written.exists():
-            self._check_same(json.loads(written.read_text(encoding="utf-8")), self.work)
+            self._check_same(read_object(written.read_bytes(), str(written), DataError), self.work)
         else:
             write(written, json.dumps(self.settings, indent=1).encode())
         remove_torn(self.work)
@@ -242,7 +243,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         noted = (pq.read_schema(path).metadata or {}).get(_META)
     except pa.ArrowInvalid:
         return {}
-    return dict(json.loads(noted)) if noted else {}
+    return read_object(noted, str(path), DataError) if noted else {}
 
 
 def _done_of(part: Path) -> Done:
@@ -250,7 +251,7 @@ def _done_of(part: Path) -> Done:
         raise DataError(
             f"{part}: expected a part of `rcllm describe`, got something else; remove its folder to begin anew"
         )
-    return Done(**meta["done"])
+    return parse(Done, meta["done"], str(part), error=DataError)
 
 
 def _join(parts: Sequence[Path], target: Path, meta: Mapping[str, Any], kind: str) -> None:

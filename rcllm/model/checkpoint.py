@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rcllm.durable import renamed, writing
-from rcllm.errors import ConfigError
+from rcllm.errors import ConfigError, DataError
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -42,20 +42,41 @@ class Checkpoint:
             torch.save(content, file)
 
     def restore(self) -> dict[str, Any] | None:
-        """The state that was saved; None where nothing was. Raises ConfigError where it has other settings."""
+        """The state that was saved; None where nothing was. Raises ConfigError for other settings, DataError."""
         path = self.folder / CHECKPOINT
         if not path.exists():
             return None
-        content = torch.load(path, weights_only=True)
+        content = _read(path)
         if changes := _changes(content["settings"], self.settings):
             raise ConfigError(
                 f"{path} was made with other {self.told}: {', '.join(changes)}; use another folder, or delete this one "
                 "to begin anew"
             )
-        self.network.load_state_dict(content["network"])
-        self.optimiser.load_state_dict(content["optimiser"])
+        try:
+            self.network.load_state_dict(content["network"])
+            self.optimiser.load_state_dict(content["optimiser"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise _no_checkpoint(path, error) from error
         state: dict[str, Any] = content["state"]
         return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Raises DataError for what is no whole checkpoint; the reader of zipped pickles raises many kinds."""
+    try:
+        content = torch.load(path, weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _no_checkpoint(path, error) from error
+    if not isinstance(content, dict) or not content.keys() >= {"settings", "network", "optimiser", "state"}:
+        raise _no_checkpoint(path, "it holds something else")
+    return content
+
+
+def _no_checkpoint(path: Path, why: object) -> DataError:
+    reason = next(iter(str(why).splitlines()), "")
+    return DataError(f"{path} is not a whole checkpoint of this training ({reason}); remove it to begin anew")
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

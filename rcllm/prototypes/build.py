@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from blake3 import blake3
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rcllm.core.ranking import BoolArray, Layout, TokenIds
@@ -183,7 +184,7 @@ class PrototypeBuilder:
         for text in texts:
             state.update(blake3(token_bytes(text)).digest())
         recipe, digest = self.work / "recipe", state.hexdigest()
-        if recipe.exists() and recipe.read_text(encoding="utf-8") != digest:
+        if recipe.exists() and recipe.read_bytes() != digest.encode():
             raise ConfigError(
                 f"{self.work} holds an unfinished build with other texts, options or model: repeat it as it was, or "
                 "remove the folder to begin anew"
@@ -238,8 +239,12 @@ class PrototypeBuilder:
         return self.decoder.forward(work).kept[0].contiguous()
 
     def _load(self, number: int) -> tuple[Ints, torch.Tensor, torch.Tensor]:
-        tensors = load_file(self._shard_path(number))
-        return tensors["prototype"].numpy(), tensors["weight"], tensors["kv"]
+        path = self._shard_path(number)
+        try:
+            tensors = load_file(path)
+            return tensors["prototype"].numpy(), tensors["weight"], tensors["kv"]
+        except (SafetensorError, KeyError) as error:
+            raise DataError(f"{path} is not a whole part of this build ({error}); remove it and build again") from error
 
 
 def coverage(matcher: Matcher, texts: Sequence[TokenIds]) -> Coverage:

@@ -203,7 +203,7 @@ def test_a_running_bias_is_left_alone(ranker: Ranker) -> None:
 
 
 def test_requests_without_options_take_the_defaults(ranker: Ranker) -> None:
-    core = make(ranker, defaults=RankOptions(readout="pointwise"))
+    core = make(ranker, defaults=RankOptions(level=Level("blocks"), readout="pointwise"))
     asked = replace(tiny.request(3), options=None)
     shadow = core.sample(asked, ranker.answer(asked))
     assert shadow is not None
@@ -213,7 +213,7 @@ def test_requests_without_options_take_the_defaults(ranker: Ranker) -> None:
 
 def test_nothing_to_lose_is_counted(ranker: Ranker) -> None:
     core = make(ranker)
-    asked = replace(tiny.request(1), options=RankOptions())
+    asked = replace(tiny.request(1), options=RankOptions(level=Level("blocks")))
     alone = replace(ranker.answer(asked), scores=(1.0,))
     core._rank = lambda request: alone
     shadow = core.sample(asked, alone)

@@ -159,9 +159,9 @@ def test_what_cannot_be_trained(tmp_path: Path) -> None:
     for config, message in (
         (replace(QUICK, network=NetworkConfig(head_dim=48)), "multiple of 32"),
         (replace(QUICK, network=NetworkConfig(num_heads=4, num_kv_heads=3)), "multiple of num_kv_heads"),
-        (replace(QUICK, epochs=0), "above 0"),
+        (replace(QUICK, epochs=0), "epochs must be at least 1, got 0"),
         (replace(QUICK, sequences=replace(QUICK.sequences, max_items=5000)), "lower it"),
-        (replace(QUICK, sequences=replace(QUICK.sequences, skip=1.0)), "skip from 0"),
+        (replace(QUICK, sequences=replace(QUICK.sequences, skip=1.0)), r"sequences\.skip must be below 1, got 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             _trainer(tmp_path, config)
