@@ -37,10 +37,10 @@ NUM_EVENTS = 12
 ADAPTER = ROOT / "adapters" / "smollm2-135m-causal"
 MODES: dict[str, RankOptions] = {  # "back": the user's chain is there from an earlier request
     "full": RankOptions(level=Level("full")),
-    "exact_new": RankOptions(history="chain"),
-    "exact_back": RankOptions(history="chain"),
-    "shared": RankOptions(history="shared"),
-    "semantic": RankOptions(history="semantic"),
+    "exact_new": RankOptions(level=Level("blocks"), history="chain"),
+    "exact_back": RankOptions(level=Level("blocks"), history="chain"),
+    "shared": RankOptions(level=Level("blocks"), history="shared"),
+    "semantic": RankOptions(level=Level("blocks"), history="semantic"),
     "semantic_corrected30": RankOptions(level=Level("corrected", 0.3, 0.3), history="semantic"),
 }
 

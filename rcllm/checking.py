@@ -25,8 +25,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from rcllm.annotated import Rule, bare, hints_of, metadata
 from rcllm.errors import ConfigError, RcllmError
-from rcllm.fields import Rule, bare, hints_of, metadata
 from rcllm.words import brief, nearest
 
 Reader = Callable[[Any], Any]
@@ -255,14 +255,10 @@ def _at(hint: Any, key: Sequence[str | int]) -> Any:
     """The type at a place of a dataclass: its fields by name, through lists, objects and what may be null."""
     for part in key:
         if is_dataclass(hint):
-            hint = bare(hints_of(hint)[str(part)])
+            owner: Any = hint
+            hint = bare(hints_of(owner)[str(part)])
         else:  # [item], {name: item}
             hint = get_args(hint)[0 if isinstance(part, int) else -1]
-        hint = (
-            next((inner for inner in get_args(hint) if inner is not types.NoneType), hint) if _optional(hint) else hint
-        )
+        if get_origin(hint) in (Union, types.UnionType):
+            hint = next(inner for inner in get_args(hint) if inner is not types.NoneType)
     return hint
-
-
-def _optional(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 from annotated_types import Ge
 
+from rcllm.annotated import Opt, Rule, bare, check_regex, hints_of
 from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
-from rcllm.fields import Opt, Rule, bare, check, check_regex, hints_of, parse
+from rcllm.fields import check, parse
 from rcllm.words import nearest as nearest
 
 if TYPE_CHECKING:

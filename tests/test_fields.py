@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 import pytest
 from annotated_types import Ge, Interval
 
+from rcllm.annotated import Of, Opt, Rule, option_of
 from rcllm.core.decoding import GenerateOptions, Speculation
 from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError, DataError
-from rcllm.fields import Of, Opt, Rule, check, given, option_of, parse, read_object
+from rcllm.fields import check, given, parse, read_object
 
 
 def _even(value: int) -> None:
@@ -95,7 +96,7 @@ def _nothing(value: str) -> None:
     ("value", "message"),
     [
         (GenerateOptions(temperature=math.nan), "temperature must be a finite number, got nan"),
-        (GenerateOptions(top_p=0.0), "top_p must be above 0, got 0.0"),
+        (GenerateOptions(top_p=0.0), "top_p must be above 0, got 0"),
         (GenerateOptions(stop="end"), "stop must be a list, got 'end'"),  # type: ignore[arg-type]
         (GenerateOptions(stop=["end"]), r"stop must be a tuple, got \['end'\]"),  # type: ignore[arg-type]
         (RankOptions(level="blocks"), r"level must be a Level, got 'blocks'; read one with Level\.parse"),  # type: ignore[arg-type]
@@ -124,7 +125,7 @@ def test_an_option_of_another_dataclass_has_its_words_and_limits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[1]", "got a list of 1"), ("{", "it is not JSON"), ("[" * 100_000, "")]
+    ("text", "message"), [("[1]", "got a list of 1"), ("{", "it is not JSON"), ("[" * 100_000, "it is not JSON")]
 )
 def test_what_is_no_json_object(text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):

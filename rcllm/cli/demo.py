@@ -19,7 +19,7 @@ from rcllm.cli.inputs import Inputs, make_engine
 from rcllm.cli.screen import busy, console, warm_with_progress
 from rcllm.cli.tables import item_title, levels_table, scores_table
 from rcllm.config import Config, PromptConfig
-from rcllm.core.ranking import Level, RankRequest
+from rcllm.core.ranking import Level, RankOptions, RankRequest
 from rcllm.data import build_requests, fetch_movielens, named_items
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
@@ -56,7 +56,8 @@ def demo_command(
 
 
 def run_demo(shape: DemoShape, seed: int, screen: Console) -> None:
-    config = Config(prompt=PromptConfig(template="movies", context="typical"))
+    reusing = RankOptions(level=Level("blocks"))  # the default would be exact: nothing was calibrated here
+    config = Config(prompt=PromptConfig(template="movies", context="typical"), rank=reusing)
     machine = describe_hardware()
     _line(screen, "Machine", f"{machine.cpu}, {machine.num_threads} threads, torch {machine.torch_version}")
     with busy("fetching the model and MovieLens-100K"):

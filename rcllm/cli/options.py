@@ -20,9 +20,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from annotated_types import Ge
 
+from rcllm.annotated import Of, Opt, bare, hints_of, metadata, option_of
 from rcllm.config import CacheConfig, ModelConfig, PromptConfig
 from rcllm.core.ranking import LabelPlace, Layout, Level, RankOptions, Readout
-from rcllm.fields import Of, Opt, bare, hints_of, metadata, option_of, parse
+from rcllm.fields import parse
 from rcllm.late import look_up
 
 _LARGE = 1 << 32  # limits beyond it tell a person nothing
@@ -205,7 +206,7 @@ def _read(declared: Declared) -> tuple[dict[str, _Group], _Group]:
     alone: list[_Slot] = []
     for name, default in get_parameters(declared).items():
         kind = bare(hints[name])
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             hidden = next((extra.names for extra in metadata(hints[name]) if isinstance(extra, Without)), ())
             groups[name] = _Group.of(kind, hidden)
         else:
@@ -236,7 +237,7 @@ def _parameter(slot: _Slot) -> inspect.Parameter:
     told = [extra for extra in metadata(slot.annotation) if isinstance(extra, typer.models.ArgumentInfo)]
     kind = _plain(bare(slot.annotation))
     kind = kind | None if default is None else kind
-    annotation = Annotated[kind, told[0] if told else _option(slot)]
+    annotation = Annotated[kind, told[0] if told else _option(slot)]  # type: ignore[valid-type]  # made at run time
     return inspect.Parameter(slot.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval, MinLen
 
+from rcllm.annotated import Opt
 from rcllm.core.ranking import Event, HistoryMode, ItemId, Level, TokenIds, UserId
 from rcllm.errors import ConfigError
-from rcllm.fields import Opt
 from rcllm.fields import check as check_fields
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType
 
 from annotated_types import Ge, Interval, MinLen
 
+from rcllm.annotated import Opt
 from rcllm.errors import ConfigError
-from rcllm.fields import Opt
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, MinLen
 
+from rcllm.annotated import Of, Opt
 from rcllm.core.decoding import GenerateOptions, Speculation
 from rcllm.core.decoding import check as check_generation
-from rcllm.fields import Of, Opt, check
+from rcllm.fields import check
 
 Kind = Literal["user", "item"]
 STRICT = Speculation("strict")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Interval
 
-from rcllm.fields import Opt, check
+from rcllm.annotated import Opt
+from rcllm.fields import check
 
 if TYPE_CHECKING:
     from rcllm.fidelity.summary import Summary

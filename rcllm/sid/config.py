@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Interval, MultipleOf
 
+from rcllm.annotated import Opt
 from rcllm.errors import ConfigError
-from rcllm.fields import Opt, check
+from rcllm.fields import check
 
 _CODES, _LEARN, _SIZE = "Which codes", "How to learn", "How large"
 _RMS_EPS = 1e-6

@@ -11,9 +11,10 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
+from rcllm.annotated import Opt
 from rcllm.core.ranking import Mask, Negatives, Readout
 from rcllm.errors import ConfigError
-from rcllm.fields import Opt, check
+from rcllm.fields import check
 
 _LEARN, _DATA = "What to learn", "From what"
 

@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 import pytest
 import typer
 
+from rcllm.annotated import bare
 from rcllm.cli.app import app
-from rcllm.fields import bare
 from rcllm.late import look_up
 
 HEAVY = ("rcllm.checking", "torch", "numpy", "scipy", "transformers", "tokenizers", "pyarrow", "psutil", "blake3")

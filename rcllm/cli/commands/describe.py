@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import typer
 from annotated_types import Ge, Interval
 
+from rcllm.annotated import Opt
 from rcllm.cli.options import EngineOptions, ItemOptions, spread
 from rcllm.describe.options import DescribeOptions
-from rcllm.fields import Opt
 
 _SPECULATION, _JOB = "Speculation", "The job"
 

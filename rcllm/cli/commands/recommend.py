@@ -8,9 +8,9 @@ from typing import Annotated
 
 from annotated_types import Ge
 
+from rcllm.annotated import Of, Opt
 from rcllm.cli.options import EngineOptions, ItemOptions, spread
 from rcllm.core.decoding import STYLE, BeamRule, RecommendRequest
-from rcllm.fields import Of, Opt
 
 _HOW = "What to recommend"
 

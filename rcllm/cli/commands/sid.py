@@ -8,8 +8,8 @@ from typing import Annotated
 
 from annotated_types import Ge
 
+from rcllm.annotated import Of, Opt
 from rcllm.cli.options import Without, spread
-from rcllm.fields import Of, Opt
 from rcllm.sid.config import BuildConfig, CodeConfig, NetworkConfig, SequenceConfig, TrainConfig
 
 _DATA, _CODES = "From what", "Which codes"

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 from annotated_types import Ge
 
+from rcllm.annotated import Opt
 from rcllm.cli.options import EngineOptions, ItemOptions, spread
 from rcllm.config import ModelConfig
-from rcllm.fields import Opt
 
 
 @spread("rcllm.cli.demo:demo_command")
