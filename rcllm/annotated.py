@@ -1,7 +1,7 @@
 """The words in which a dataclass says what its fields may hold: once, in their annotations.
 
-`Annotated[int, Ge(1), Opt("Rank of the adapter.")]` says the kind, the limits (of `annotated_types`) and the words for the
-command line. `rcllm.fields` checks values against them. Imports nothing that takes time.
+`Annotated[int, Ge(1), Opt("Rank of the adapter.")]` says the kind, the limits (of `annotated_types`) and the words of
+the command line. `rcllm.fields` checks values against them. Imports nothing that takes time.
 """
 
 from __future__ import annotations

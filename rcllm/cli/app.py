@@ -14,8 +14,8 @@ from typer.core import TyperGroup
 
 from rcllm.cli.commands import describe, learn, rank, recommend, sid, start
 from rcllm.cli.ending import ended_by
-from rcllm.cli.options import Declared
 from rcllm.cli.screen import console, say
+from rcllm.cli.spread import Declared
 from rcllm.errors import RcllmError
 from rcllm.version import __version__
 

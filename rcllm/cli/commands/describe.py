@@ -10,7 +10,8 @@ import typer
 from annotated_types import Ge, Interval
 
 from rcllm.annotated import Opt
-from rcllm.cli.options import EngineOptions, ItemOptions, spread
+from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.cli.spread import spread
 from rcllm.describe.options import DescribeOptions
 
 _SPECULATION, _JOB = "Speculation", "The job"

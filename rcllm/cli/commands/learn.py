@@ -9,7 +9,8 @@ from typing import Annotated, get_args
 from annotated_types import Ge
 
 from rcllm.annotated import Of, Opt
-from rcllm.cli.options import EngineOptions, ItemOptions, Without, spread
+from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.cli.spread import Without, spread
 from rcllm.config import ModelConfig
 from rcllm.core.ranking import LabelPlace, Layout, Negatives, Policy, Readout
 from rcllm.fidelity.target import LEVELS, Target

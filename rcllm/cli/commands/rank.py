@@ -7,7 +7,8 @@ from typing import Annotated
 from annotated_types import Ge
 
 from rcllm.annotated import Opt
-from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, spread
+from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions
+from rcllm.cli.spread import spread
 
 Warm = Annotated[bool, Opt("Compute the blocks that the requests name first, outside the times.")]
 

@@ -9,7 +9,8 @@ from typing import Annotated
 from annotated_types import Ge
 
 from rcllm.annotated import Of, Opt
-from rcllm.cli.options import EngineOptions, ItemOptions, spread
+from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.cli.spread import spread
 from rcllm.core.decoding import STYLE, BeamRule, RecommendRequest
 
 _HOW = "What to recommend"

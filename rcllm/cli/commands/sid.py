@@ -9,7 +9,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from rcllm.annotated import Of, Opt
-from rcllm.cli.options import Without, spread
+from rcllm.cli.spread import Without, spread
 from rcllm.sid.config import BuildConfig, CodeConfig, NetworkConfig, SequenceConfig, TrainConfig
 
 _DATA, _CODES = "From what", "Which codes"

@@ -8,7 +8,8 @@ import typer
 from annotated_types import Ge
 
 from rcllm.annotated import Opt
-from rcllm.cli.options import EngineOptions, ItemOptions, spread
+from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.cli.spread import spread
 from rcllm.config import ModelConfig
 
 
