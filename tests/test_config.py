@@ -20,10 +20,12 @@ from rcllm.config import (
     check_options,
     context_samples,
     nearest,
+    num_usable_cores,
     resolve,
 )
 from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
+from rcllm.schedule.admission import Open
 
 SMALL = Hardware(has_cuda=False, memory_bytes=1000 * MIB)
 LARGE = Hardware(has_cuda=True, memory_bytes=1000 * MIB)
@@ -168,3 +170,53 @@ def test_what_json_has_no_word_for_becomes_none() -> None:
 def test_the_nearest_name_or_all_of_them() -> None:
     assert nearest("blokcs", ["blocks", "exact"]) == "did you mean 'blocks'?"
     assert nearest("zzz", ["b", "a"]) == "known: a, b"
+
+
+def test_variables_lie_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rcllm.toml"
+    path.write_text("[cache]\nmemory_mb = 100\npool_mb = 50\n[rank]\nparallel = true\n", encoding="utf-8")
+    environ = {
+        "RCLLM_CACHE_MEMORY_MB": "200",
+        "RCLLM_MODEL_PATH": "7",
+        "RCLLM_RANK_LEVEL": "tail(0.2)",
+        "RCLLM_RANK_PARALLEL": "false",
+        "RCLLM_RANK_SELECTION_WINDOW": "4",
+        "RCLLM_HOME": "read elsewhere",
+        "HOME": "not ours",
+    }
+    config = Config.load(path, environ)
+    assert config.cache == CacheConfig(memory_mb=200, pool_mb=50)
+    assert config.model.path == "7"
+    assert config.rank == RankOptions(level=Level("tail", 0.2), selection=Selection(window=4))
+    assert Config.load() == Config()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("RCLLM_CACHE_MEMORY", "1", "unknown variable RCLLM_CACHE_MEMORY; did you mean 'RCLLM_CACHE_MEMORY_MB'"),
+        ("RCLLM_CACHE_MEMORY_MB", "1.5", "RCLLM_CACHE_MEMORY_MB must be a whole number, got 1.5"),
+        ("RCLLM_RANK_PARALLEL", "yes", "RCLLM_RANK_PARALLEL must be true or false, got 'yes'"),
+        ("RCLLM_RANK_SELECTION_DIVERGENCE", "nan", "RCLLM_RANK_SELECTION_DIVERGENCE must be a finite number, got nan"),
+        ("RCLLM_PROMPT_CONTEXT", "mean", "RCLLM_PROMPT_CONTEXT: unknown canonical context 'mean'"),
+    ],
+)
+def test_a_wrong_variable_is_named(variable: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^environment: {message}"):
+        Config.load(None, {variable: value})
+
+
+def test_more_threads_than_cores_are_refused_wherever_they_are_asked_for(tmp_path: Path) -> None:
+    cores = num_usable_cores()
+    expected = rf"threads: expected at most {cores}, the cores that this process may use, got {cores + 1}"
+    with pytest.raises(ConfigError, match=rf"rcllm\.toml: model\.{expected}"):
+        load(tmp_path, f"[model]\nthreads = {cores + 1}")
+    with pytest.raises(ConfigError, match=rf"^model\.{expected}"):
+        resolve(Config(ModelConfig(threads=cores + 1)), SMALL)
+    assert resolve(Config(ModelConfig(threads=cores)), SMALL).model.threads == cores
+
+
+def test_the_default_level_is_exact_until_a_calibration_says_otherwise() -> None:
+    assert RankOptions().level == Level("auto")
+    assert Open("causal").admit(RankOptions()).options.level == Level("exact")
+    assert Open("blocks").admit(RankOptions()).options.level == Level("blocks")
