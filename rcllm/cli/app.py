@@ -1,7 +1,8 @@
 """The command line: `rcllm`. Registers the commands, and turns the product's errors into one line and an exit code.
 
 Knows nothing of what commands do. Invariant: an error that a user can do something about shows no traceback unless
-`--debug` asks for it; exit codes are 0, 1 (something failed) and 2 (an option or the configuration is wrong).
+`--debug` asks for it; exit codes are 0, 1 (something failed), 2 (an option or the configuration is wrong) and
+130 (interrupted).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rcllm.cli.pool import pool
 from rcllm.cli.probe import probe
 from rcllm.cli.rank import explain_command, rank_command
 from rcllm.cli.recommend import recommend_command
-from rcllm.cli.screen import console, say
+from rcllm.cli.screen import INTERRUPTED, console, say
 from rcllm.cli.sid import sid
 from rcllm.cli.tune import tune_command
 from rcllm.errors import ConfigError, RcllmError
@@ -39,6 +40,9 @@ class _Group(TyperGroup):
                 raise
             say(f"error: {error}", "bold red")
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+        except KeyboardInterrupt:
+            say("interrupted", "bold red")
+            raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer.Typer(

@@ -11,7 +11,8 @@ from rich.progress import Progress, TaskID
 
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, ItemOptions, spread
-from rcllm.cli.screen import busy, console, progress, say
+from rcllm.cli.outputs import check_file
+from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
 from rcllm.config import from_mapping
 from rcllm.core.ranking import UserId
@@ -102,6 +103,7 @@ def build_command(
     `rcllm pool build --texts reviews.jsonl --prototypes 20000 --out history.pool`
     """
     config = make_config(engine_options)
+    check_file(out, config, engine_options, item_options, texts)
     inputs, source, histories = _histories(item_options, texts)
     chosen = _pool_config(prototypes)
     engine = make_engine(config, inputs)
@@ -119,7 +121,7 @@ def build_command(
     )
     with busy("writing histories as prompts do"):
         runs = token_runs(engine.prompter, histories, chosen.member_context)
-    with progress() as bar:
+    with interruptible(GOES_ON), progress() as bar:
         task = bar.add_task("computing shards of texts", total=None)
         report = builder.run(runs, source, lambda now: _show(bar, task, now))
     console().print(facts_table("Semantic history pool", _facts(report, out)))

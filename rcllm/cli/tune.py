@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from rcllm.cli.screen import busy, console, progress, say
+from rcllm.cli.outputs import check_folder
+from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
 from rcllm.config import ModelConfig, PromptConfig, from_mapping
 from rcllm.data import load_dataset
@@ -111,16 +112,18 @@ def tune_command(
     examples = replace(examples_for(config.mask), **{name: value for name, value in shape.items() if value is not None})  # type: ignore[arg-type]
     examples = replace(examples, borrowed=min(examples.borrowed, examples.num_candidates - 2))
     config = replace(config, examples=examples, minutes=math.inf if minutes is None else minutes)
+    for folder in (out, out / "best"):
+        check_folder(folder, dataset, model, template, start)
     with busy("reading data and model"):
         datasets = [load_dataset(format, folder) for folder in dataset]
         prompt = PromptConfig(template=template or TEMPLATES[config.mask])
         trainer = make_trainer(ModelConfig(path=model), prompt, datasets, config, out, start)
-    with progress("loss", "validation") as bar:
-        task = bar.add_task("tuning", total=1000, loss="", validation="")
+    with interruptible(GOES_ON), progress("loss", "validation") as bar:
+        task = bar.add_task("tuning, percent", total=100, loss="", validation="")
         told: list[Evaluation] = []
 
         def show(now: TuneProgress) -> None:
-            bar.update(task, completed=int(now.share * 1000), loss=f"loss {now.loss:.3f}", validation=_told(now.last))
+            bar.update(task, completed=int(now.share * 100), loss=f"loss {now.loss:.3f}", validation=_told(now.last))
             if now.last is not None and now.last not in told:
                 told.append(now.last)
                 say(f"{now.last.losses:,} losses: {_told(now.last)}, {now.losses_per_s:.2f} losses/s", "dim")

@@ -144,9 +144,9 @@ def _hash(seed: int, user_id: UserId) -> int:
 
 def named_items(requests: Iterable[RankRequest]) -> list[ItemId]:
     """Every item that the requests name, as a candidate or an event, once."""
-    named = [
+    named = (
         item_id
         for request in requests
         for item_id in (*request.candidates, *(e.item_id for e in request.history if e.item_id is not None))
-    ]
+    )
     return list(dict.fromkeys(named))

@@ -26,6 +26,11 @@ _META = b"rcllm.describe"
 _DICTIONARY = ("model", "template", "speculation", "rcllm_version")  # columns of few different values
 
 
+def rejects_file(out: Path) -> Path:
+    """The rows that could not be described."""
+    return out.with_name(out.stem + ".rejects.jsonl")
+
+
 @dataclass(frozen=True, slots=True)
 class Described:
     """One row of the output."""
@@ -72,7 +77,7 @@ class JobCheckpoint:
         self.out = out
         self.settings = json.loads(json.dumps(dict(settings)))  # as it comes back from the file
         self.work = out.with_name(out.name + ".work")
-        self.rejects_path = out.with_name(out.stem + ".rejects.jsonl")
+        self.rejects_path = rejects_file(out)
         self.done = Done()
         self.finished = False  # an earlier run wrote the output of these very settings
         self._lock: int | None = None
