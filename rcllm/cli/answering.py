@@ -102,7 +102,7 @@ def _written(
     request_id = line.request.request_id
     try:
         if not isinstance(answer, RcllmError):
-            return line, {"request_id": request_id, LINE: line.number} | to_json(answer)
+            return line, {"request_id": request_id, LINE: line.number, **to_json(answer)}
     except RcllmError as error:
         answer = error
     failure = Failure(line.number, request_id, str(answer))

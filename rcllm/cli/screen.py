@@ -106,7 +106,7 @@ def progress(*details: str) -> Iterator[Progress]:
         if _is_live(screen):
             yield bar
         else:
-            with _told_again(lambda: [_line(task, details) for task in bar.tasks if not task.finished]):
+            with _told_again(lambda: [_line(task, details) for task in bar.tasks if task.remaining != 0]):
                 yield bar
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 GOOD: dict[str, Any] = {"request_id": "good", "history": ["i1"], "candidates": ["i3", "i4", "i5"]}
@@ -86,6 +88,24 @@ def test_strict_stops_and_keeps_what_was_answered(run: Run, shop: Shop, tmp_path
     good, failed = read_lines(out.read_text(encoding="utf-8"))
     assert good["ranking"]
     assert "nope" in failed["error"]
+
+
+def test_scores_that_are_not_numbers_are_a_failure(run: Run, shop: Shop, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in shop.model.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("down_proj.weight"))
+    weights[name][0, 0] = torch.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    for level in ("full", "blocks"):
+        words = ("--items", shop.items, "--in", shop.requests, "--level", level, "--allow-uncalibrated")
+        shown = run("rank", "--model", model, "--memory-mb", 6000, *words)
+        assert shown.exit_code == 1
+        for answer in read_lines(shown.stdout):
+            assert "ranking" not in answer
+            assert "the model gave scores that are not numbers" in answer["error"]
 
 
 def test_an_empty_file_is_an_error(run: Run, shop: Shop, tmp_path: Path) -> None:
