@@ -7,6 +7,7 @@ Knows nothing of what commands do. Invariant: an error that a user can do someth
 
 from __future__ import annotations
 
+import errno
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -40,6 +41,11 @@ class _Group(TyperGroup):
                 raise
             say(f"error: {error}", "bold red")
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+        except OSError as error:  # a place that cannot be read or written, and that no command has a better word for
+            if ctx.params.get("debug") or error.errno == errno.EPIPE:
+                raise
+            say(f"error: {error}", "bold red")
+            raise typer.Exit(1) from error
         except KeyboardInterrupt:
             say("interrupted", "bold red")
             raise typer.Exit(INTERRUPTED) from None

@@ -146,9 +146,9 @@ class _Answerer:
     def __init__(self, recommender: Recommender, defaults: RecommendRequest, *, explain: bool) -> None:
         self._recommender, self._defaults, self._explain = recommender, defaults, explain
         self._ids = recommender.catalogue.epoch().item_ids
-        self._notes = [*self._lacking("--allow", defaults.allow or ()), *self._lacking("--deny", defaults.deny)]
+        self._allow, self._deny = self._lacking("--allow", defaults.allow), self._lacking("--deny", defaults.deny)
         self._num_lacking = 0  # requests whose own lists name such items
-        for note in self._notes:
+        for note in (*self._allow, *self._deny):
             say(f"warning: {note}")
 
     def answer(self, requests: Sequence[RecommendRequest]) -> list[RecommendResponse | RcllmError]:
@@ -161,26 +161,25 @@ class _Answerer:
     def conclude(self) -> None:
         if self._num_lacking:
             say(
-                f"warning: {self._num_lacking:,} requests name items in allow or deny that are not in the catalogue; "
-                "the notes of their answers say how many"
+                "warning: allow or deny names items that are not in the catalogue in "
+                f"{self._num_lacking:,} of the requests; the notes of their answers say how many"
             )
 
     def _told(self, request: RecommendRequest, response: RecommendResponse) -> RecommendResponse:
-        own = () if request.allow is self._defaults.allow else request.allow or ()
-        more = [
-            *self._lacking("allow", own),
-            *self._lacking("deny", request.deny[len(self._defaults.deny) :]),
-        ]
-        self._num_lacking += bool(more)
-        notes = (*response.receipt.notes, *self._notes, *more)
+        replaced = request.allow is not self._defaults.allow
+        allow = self._lacking("allow", request.allow) if replaced else []
+        deny = self._lacking("deny", request.deny[len(self._defaults.deny) :])
+        self._num_lacking += bool(allow or deny)
+        notes = (*response.receipt.notes, *(allow if replaced else self._allow), *self._deny, *deny)
         response = replace(response, receipt=replace(response.receipt, notes=notes))
         if self._explain:
             _show(response, self._recommender)
             self._explain = False
         return response
 
-    def _lacking(self, name: str, item_ids: Sequence[ItemId]) -> list[str]:
+    def _lacking(self, name: str, item_ids: Sequence[ItemId] | None) -> list[str]:
         """One note where some of these are no items, or none."""
+        item_ids = item_ids or ()
         lacking = [each for each, number in zip(item_ids, self._ids.find(item_ids), strict=True) if number is None]
         if not lacking:
             return []

@@ -20,6 +20,7 @@ from typing import Any
 from rcllm.describe.profiles import Reject
 from rcllm.durable import remove, remove_torn, renamed, write, writing
 from rcllm.errors import ConfigError, DataError
+from rcllm.plain_json import to_json
 
 Settings = Mapping[str, Any]  # JSON values: everything that the output depends on
 _META = b"rcllm.describe"
@@ -123,7 +124,7 @@ class JobCheckpoint:
         )
         number = self.done.num_parts
         with writing(self.work):
-            lines = "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in rejects)
+            lines = "".join(to_json(asdict(each)) + "\n" for each in rejects)
             write(self._file("rejects", ".jsonl"), lines.encode())
             self._save_pools(save, number + 1)
             path = self._file("part", ".parquet")
@@ -171,7 +172,7 @@ class JobCheckpoint:
         if written.exists():
             self._check_same(json.loads(written.read_text(encoding="utf-8")), self.work)
         else:
-            write(written, json.dumps(self.settings, indent=1).encode())
+            write(written, to_json(self.settings, indent=1).encode())
         remove_torn(self.work)
         self.done = sum((_done_of(part) for part in self._parts()), Done())
 

@@ -16,6 +16,7 @@ from rcllm.drafts.pool_drafter import DraftOptions, PoolDrafter
 from rcllm.drafts.suffix_pool import DraftPoolLimits, Sharing, SuffixPool
 from rcllm.durable import write
 from rcllm.errors import ConfigError, DataError
+from rcllm.plain_json import to_json
 
 VERSION = 1
 _MANIFEST = "manifest.json"
@@ -112,7 +113,7 @@ class DraftPools:
             "generation": generation,
             "files": sizes,
         }
-        write(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        write(folder / _MANIFEST, to_json(manifest, indent=1).encode())
         for path in folder.glob("*.g*.*"):
             if path.name not in sizes:
                 path.unlink()

@@ -20,6 +20,7 @@ from rcllm.errors import ConfigError, DataError, UncalibratedError
 from rcllm.fidelity.intervals import Interval
 from rcllm.fidelity.records import Configuration
 from rcllm.fidelity.summary import Summary, Timing
+from rcllm.plain_json import to_json
 from rcllm.schedule.admission import Admitted, Identity, exactly, is_exact
 
 VERSION = 1
@@ -100,7 +101,7 @@ class Calibration:
         value["rungs"] = [rung.configuration.to_json() | summary_to_json(rung.summary) for rung in self.rungs]
         value["recommended"] = self.recommended.to_json() if self.recommended else None
         try:
-            write(path, json.dumps(value, indent=1, allow_nan=False).encode())
+            write(path, to_json(value, indent=1).encode())
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error}") from error
 

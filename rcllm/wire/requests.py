@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -20,8 +20,9 @@ from rcllm.core.ranking import Event, ItemId, Level, RankOptions, RankRequest, S
 from rcllm.data.files import Fields
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
 from rcllm.data.text import as_text, did_you_mean, shown
-from rcllm.durable import renamed
+from rcllm.durable import renamed, writing
 from rcllm.errors import RcllmError, RequestError
+from rcllm.plain_json import to_json
 
 DEFAULTS = RankOptions()
 _OPTION_TYPES = get_type_hints(RankOptions)
@@ -42,11 +43,12 @@ def read_requests(path: str | Path, strict: bool = False) -> tuple[list[RankRequ
 
 
 def write_requests(path: str | Path, requests: Iterable[RankRequest]) -> None:
-    """Writes JSON lines, gzipped where the name ends in .gz; the file is whole or not there."""
+    """Writes JSON lines, gzipped where the name ends in .gz; the file is whole or not there. Raises DataError."""
     target = Path(path)
-    with renamed(target) as partial, gzip.open(partial, "wb") if target.suffix == ".gz" else partial.open("wb") as file:
-        for request in requests:
-            file.write(json.dumps(request_to_json(request), ensure_ascii=False).encode("utf-8") + b"\n")
+    with writing(target), renamed(target) as partial:
+        with gzip.open(partial, "wb") if target.suffix == ".gz" else partial.open("wb") as file:
+            for request in requests:
+                file.write(to_json(request_to_json(request)).encode("utf-8") + b"\n")
 
 
 def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS) -> RankRequest:
@@ -59,6 +61,7 @@ def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS)
     candidates = _ids("candidates", value.get("candidates"))
     if not candidates:
         raise RequestError("expected one or more item ids in 'candidates', got none")
+    _refuse_twice(candidates)
     volatile = {
         ItemId(item_id): {name: as_text(text) for name, text in _object("volatile", texts).items()}
         for item_id, texts in _object("volatile", value.get("volatile")).items()
@@ -168,6 +171,16 @@ def _id(name: str, value: object) -> str:
 
 def _ids(name: str, value: object) -> tuple[ItemId, ...]:
     return tuple(ItemId(_id(name, each)) for each in _list(name, value))
+
+
+def _refuse_twice(candidates: Sequence[ItemId]) -> None:
+    """One candidate in two places would have two scores and two ranks."""
+    places: dict[ItemId, int] = {}
+    for place, item_id in enumerate(candidates, 1):
+        if (first := places.setdefault(item_id, place)) != place:
+            raise RequestError(
+                f"candidate {item_id!r} is there twice, at places {first} and {place}: name each candidate once"
+            )
 
 
 def _count(name: str, value: object) -> int:

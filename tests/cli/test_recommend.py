@@ -115,19 +115,15 @@ def test_ids_that_no_item_has_are_told_of(run: Run, decoder: Decoder, tmp_path: 
     lists = ("--allow", tmp_path / "allow.txt", "--deny", tmp_path / "deny.txt")
     shown = run(*decoder.words[:-1], requests, *lists)
     assert shown.exit_code == 0, shown.stderr
-    of_run = [
-        "--allow: all 2 ids are not in the catalogue, such as 'nope'",
-        "--deny: 1 of 2 ids are not in the catalogue, such as 'gone'",
-    ]
-    own = [
-        "allow: 1 of 2 ids are not in the catalogue, such as 'i99'",
-        "deny: 2 of 3 ids are not in the catalogue, such as 'i77'",
-    ]
+    allow = "--allow: all 2 ids are not in the catalogue, such as 'nope'"
+    deny = "--deny: 1 of 2 ids are not in the catalogue, such as 'gone'"
+    own_allow = "allow: 1 of 2 ids are not in the catalogue, such as 'i99'"
+    own_deny = "deny: 2 of 3 ids are not in the catalogue, such as 'i77'"
     first, second = read_lines(shown.stdout)
     assert first["items"] == []
-    assert first["notes"] == of_run
-    assert second["notes"] == [*of_run, *own]
-    for told in (*of_run, "1 requests name items in allow or deny that are not in the catalogue"):
+    assert first["notes"] == [allow, deny]
+    assert second["notes"] == [own_allow, deny, own_deny], "its own allow replaces that of the run"
+    for told in (allow, deny, "allow or deny names items that are not in the catalogue in 1 of the requests"):
         assert shown.stderr.count(f"warning: {told}") == 1
     assert "notes" not in read_lines(run(*decoder.words).stdout)[0]
 

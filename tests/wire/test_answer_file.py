@@ -33,7 +33,9 @@ def lines(out: Path) -> list[dict[str, object]]:
 
 
 @given(st.data())
-def test_a_file_cut_anywhere_keeps_its_whole_lines(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_a_file_cut_anywhere_keeps_its_whole_lines(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     out = tmp_path_factory.mktemp("cut") / "answers.jsonl"
     run(out, *(answer(n) for n in range(1, 5)), end=False)
     whole = out.read_bytes()
