@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from rcllm.plain_json import to_json
 
 
 class Stopwatch:
@@ -76,7 +77,7 @@ class Trace:
             }
             for span in self.spans
         ]
-        path.write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+        path.write_text(to_json({"traceEvents": events}), encoding="utf-8")
 
 
 WAITING = "wait"  # the stage in which a batch waits for its turn on the device

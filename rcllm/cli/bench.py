@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from rcllm.cli.inputs import load_inputs, load_requests, make_config, make_engine
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
+from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import console, progress, say, warm_with_progress
 from rcllm.cli.tables import levels_table
 from rcllm.core.ranking import Level, RankOptions, RankRequest
@@ -14,7 +15,7 @@ from rcllm.data import named_items
 from rcllm.engine.engine import Engine
 from rcllm.fidelity.compare import LevelRow, compare_levels
 from rcllm.model.ceilings import describe_hardware
-from rcllm.wire.lines import writer
+from rcllm.wire.lines import write_figures
 
 _SCATTERED = 1.8  # P90 over P50; requests of one shape stay within 1.1 on a quiet machine
 
@@ -34,6 +35,7 @@ def ttft_command(
     """Measures every level on the requests."""
     chosen = [Level.parse(level) for level in levels.split()]
     config = make_config(engine_options, ranking)
+    check_file(out, requests, config, engine_options, item_options)
     inputs = load_inputs(item_options)
     asked = load_requests(requests, inputs, count, candidates, history, seed)
     engine = make_engine(config, inputs, asked)
@@ -43,8 +45,7 @@ def ttft_command(
     console().print(levels_table(f"{len(asked)} requests, one at a time, warm cache", rows, num_candidates))
     if out is not None:
         figures = {"hardware": asdict(describe_hardware()), "seed": seed, "rows": [asdict(row) for row in rows]}
-        with writer(out) as write:
-            write(figures)
+        write_figures(out, figures)
 
 
 def measure(

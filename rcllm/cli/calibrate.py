@@ -17,7 +17,8 @@ from rich.text import Text
 from rcllm.cli.calibrated import FILE
 from rcllm.cli.inputs import Inputs, context_requests, load_inputs, load_requests, make_config, make_engine
 from rcllm.cli.options import EngineOptions, ItemOptions
-from rcllm.cli.screen import console, progress, say
+from rcllm.cli.outputs import check_file
+from rcllm.cli.screen import GOES_ON, console, interruptible, progress, say
 from rcllm.cli.tables import NOTHING
 from rcllm.config import PromptConfig, context_samples, nearest
 from rcllm.core.ranking import LabelPlace, Layout, Level, Policy, RankOptions, Readout, Selection
@@ -51,6 +52,9 @@ def calibrate_command(
 ) -> None:
     """Searches, saves and reports."""
     config = make_config(engine_options)
+    records = out.with_name(f"{out.name}.records.jsonl")
+    for path in (out, records, out.with_suffix(".html"), out.with_suffix(".png")):
+        check_file(path, requests, config, engine_options, item_options, beside=records)
     inputs = load_inputs(item_options)
     names = _words(contexts) if contexts else _contexts(engine_options.context, inputs)
     space = Space(
@@ -68,7 +72,7 @@ def calibrate_command(
     dataset = inputs.dataset.name if inputs.dataset is not None and requests is None else str(requests)
     trial = Trial(asked, samples, dataset, seed, timed)
     engine = make_engine(config, inputs, asked)
-    with RecordFile(out.with_name(f"{out.name}.records.jsonl")) as kept, _bars() as show:
+    with interruptible(GOES_ON), RecordFile(records) as kept, _bars() as show:
         found = calibrate(engine, trial, space, target, kept, show)
     found.save(out)
     _report(found, out)

@@ -11,16 +11,17 @@ from pathlib import Path
 from rcllm.cli.commands.describe import JobOptions, SpeculationOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, ItemOptions
-from rcllm.cli.screen import busy, console, progress, say
+from rcllm.cli.outputs import check_file
+from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
 from rcllm.core.decoding import Speculation
 from rcllm.data import Catalogue
+from rcllm.describe.checkpoint import rejects_file
 from rcllm.describe.estimate import Estimate, cost_per_million, estimate, hours_per_million
 from rcllm.describe.job import Progress, Report, describe
 from rcllm.describe.options import DescribeOptions, Kind, check_options
 from rcllm.describe.profiles import Parse, Profile, items, read_profiles, survey, users
 from rcllm.describe.writer import GeneratorWriter, make_router, provenance_of
-from rcllm.durable import check_writable
 from rcllm.errors import ConfigError
 from rcllm.fetch import digest
 from rcllm.prompt.template import Template
@@ -47,7 +48,8 @@ def describe_command(
             f"describe_{options.kind}"
         )
     if not job.dry_run:
-        check_writable(out)
+        for path in (out, rejects_file(out)):  # a file of something else is refused when the job begins
+            check_file(path, rows, config, engine_options, item_options, beside=out)
     inputs = _catalogue(options.kind, item_options)
     parse = _parse(options, template, inputs)
     read = partial(read_profiles, rows, parse)
@@ -71,7 +73,7 @@ def describe_command(
         console().print(facts_table("A dry run: nothing was written", _estimate_facts(found, job.price_per_hour)))
         return
     total = counted.num_profiles if options.limit is None else min(options.limit, counted.num_profiles)
-    with _bar(options.kind, total) as show:
+    with interruptible(GOES_ON), _bar(options.kind, total) as show:
         report = describe(
             read,
             writer,

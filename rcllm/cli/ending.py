@@ -9,6 +9,7 @@ import os
 import sys
 from dataclasses import dataclass
 
+from rcllm.cli.screen import INTERRUPTED
 from rcllm.errors import ConfigError
 
 _KEPT = "what was finished before is kept where the command keeps it: run it again with the same options to go on"
@@ -26,7 +27,7 @@ def ended_by(error: BaseException) -> Ending:
         case ConfigError():
             return Ending(f"error: {error}", 2)
         case KeyboardInterrupt():
-            return Ending(f"interrupted; {_KEPT}", 130)
+            return Ending(f"interrupted; {_KEPT}", INTERRUPTED)
         case MemoryError():
             return Ending(
                 "error: there is not enough memory. Give the cache less (--memory-mb), or take fewer at once (--batch)",

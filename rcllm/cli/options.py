@@ -18,6 +18,9 @@ from rcllm.core.ranking import LabelPlace, Layout, Level, RankOptions, Readout
 _ITEMS, _FIDELITY = "Items", "How far reuse may go"
 
 
+Restart = Annotated[bool, Opt("Begin --out anew, whatever it holds; else a file of the same job goes on.")]
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """Which model, template and memory; over those of the configuration file."""

@@ -10,7 +10,8 @@ from rich.progress import Progress, TaskID
 from rcllm.cli.commands.learn import MemberOptions, TextOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, ItemOptions
-from rcllm.cli.screen import busy, console, progress, say
+from rcllm.cli.outputs import check_file
+from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
 from rcllm.core.ranking import UserId
 from rcllm.data import Catalogue
@@ -30,6 +31,7 @@ def build_command(
 ) -> None:
     """Builds the pool and says what it holds."""
     config = make_config(engine_options)
+    check_file(out, config, engine_options, item_options, texts)
     inputs, source, histories = _histories(item_options, texts)
     engine = make_engine(config, inputs)
     suits: MemberContext = "instruction" if engine.config.model.mask == "blocks" else "history"
@@ -46,7 +48,7 @@ def build_command(
     )
     with busy("writing histories as prompts do"):
         runs = token_runs(engine.prompter, histories, chosen.member_context)
-    with progress() as bar:
+    with interruptible(GOES_ON), progress() as bar:
         task = bar.add_task("computing shards of texts", total=None)
         report = builder.run(runs, source, lambda now: _show(bar, task, now))
     console().print(facts_table("Semantic history pool", _facts(report, out)))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from rcllm.cli.inputs import load_inputs, load_requests, make_config, make_engine
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
+from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import console, progress, warm_with_progress
 from rcllm.cli.tables import facts_table, number
 from rcllm.data import named_items
 from rcllm.fidelity.position import PositionBias, SlotMean, position_bias
-from rcllm.wire.lines import STDIO, writer
+from rcllm.wire.lines import STDIO, write_figures
 
 _SHOWN_SLOTS = 20
 _BAR_WIDTH = 20  # characters for the largest mean
@@ -36,6 +36,7 @@ def position_command(
 ) -> None:
     """Measures what the order of the candidates does."""
     config = make_config(engine_options, ranking)
+    check_file(out, requests, config, engine_options, item_options)
     inputs = load_inputs(item_options)
     asked = load_requests(requests, inputs, count, candidates, history, seed)
     engine = make_engine(config, inputs, asked)
@@ -47,8 +48,7 @@ def position_command(
         )
     console().print(_summary(found))
     console().print(_slots_table(found.slots))
-    with writer(out or STDIO) as write:
-        write(_json_ready({"name": "position", "seed": seed, **asdict(found)}))
+    write_figures(out or STDIO, {"name": "position", "seed": seed, **asdict(found)})
 
 
 def _summary(found: PositionBias) -> Table:
@@ -83,12 +83,3 @@ def _slots_table(slots: Sequence[SlotMean]) -> Table:
         sides = (bar, "") if slot.mean < 0 else ("", bar)
         table.add_row(str(slot.slot + 1), f"{slot.mean:+.3f}", interval, *sides)
     return table
-
-
-def _json_ready(value: Any) -> Any:
-    """NaN is not JSON: null."""
-    if isinstance(value, Mapping):
-        return {name: _json_ready(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

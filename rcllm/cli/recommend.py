@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
-from rcllm.cli.answering import raise_first, write_answers
+from rcllm.cli.answering import Work, loaded_settings, one_each, settings_of, write_answers
 from rcllm.cli.commands.recommend import SearchOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config
 from rcllm.cli.options import EngineOptions, ItemOptions
-from rcllm.cli.screen import busy, console
+from rcllm.cli.outputs import check_file
+from rcllm.cli.screen import busy, console, interruptible, say
 from rcllm.cli.tables import facts_table, item_title
 from rcllm.codes.sid_files import read_codes
 from rcllm.config import Config, PromptConfig
 from rcllm.core.decoding import RecommendRequest, RecommendResponse
+from rcllm.core.ranking import ItemId
+from rcllm.data.files import Fields
 from rcllm.engine.recommend import Recommender
-from rcllm.errors import CapacityError, ConfigError, RequestError
+from rcllm.errors import ConfigError, RcllmError
 from rcllm.sid.load import load_recommender
-from rcllm.wire.lines import (
-    Failure,
-    RecommendLine,
-    read_item_ids,
-    read_recommend_lines,
-    recommendation_to_json,
-    without_history,
-)
+from rcllm.wire.answer_file import check_same_job, job_path, opened_answers
+from rcllm.wire.lines import opened_requests, read_item_ids, recommendation_to_json, without_history
+from rcllm.wire.requests import parse_recommend_request
 
 
 def recommend_command(
@@ -45,8 +44,11 @@ def recommend_command(
     batch: int,
     explain: bool,
     strict: bool,
+    restart: bool,
 ) -> None:
-    """Answers a file of requests."""
+    """Answers a file of requests, and goes on where an earlier run ended."""
+    config = _config(engine_options, codes)
+    check_file(out, requests, config, engine_options, item_options, codes, allow, deny, beside=job_path(Path(out)))
     defaults = RecommendRequest(
         "",
         n=search.n,
@@ -55,39 +57,83 @@ def recommend_command(
         allow=read_item_ids(allow) if allow else None,
         deny=read_item_ids(deny) if deny else (),
     )
-    lines = read_recommend_lines(requests, defaults)
-    if strict:
-        raise_first(lines, requests)
-    if unseen:
-        lines = [without_history(line) if isinstance(line, RecommendLine) else line for line in lines]
-    inputs = load_inputs(item_options) if item_options.items or item_options.dataset else None
-    recommender = _recommender(engine_options, inputs, codes, style)
-    answers = _answers(recommender, lines, batch)
-    write_answers(
-        _first_shown(answers, recommender) if explain else answers,
-        len(lines),
-        partial(recommendation_to_json, receipts=explain),
-        doing="recommending",
-        source=requests,
-        out=out,
-        strict=strict,
-    )
+    with opened_requests(requests, partial(_parse, defaults=defaults, unseen=unseen)) as asked:
+        total = asked.count(strict=strict)
+        inputs = load_inputs(item_options) if item_options.items or item_options.dataset else None
+        given = {**asdict(search), "allow": allow, "deny": deny, "unseen": unseen, "explain": explain}
+        items = inputs.catalogue if inputs else None
+        settings = settings_of("recommend", config, asked, items=items, codes=codes, style=style, **given)
+        if not restart:
+            check_same_job(out, settings)
+        recommender = _recommender(config, inputs, codes, style)
+        answerer = _Answerer(recommender, defaults, explain=explain)
+        settings |= loaded_settings(recommender.engine)
+        with opened_answers(out, settings, restart=restart) as answers, interruptible(answers):
+            to_json = partial(recommendation_to_json, receipts=explain)
+            work = Work("recommending", asked, total, answerer.answer, to_json, batch, strict)
+            write_answers(work, answers, answerer.conclude)
 
 
-def _first_shown(
-    answers: Iterable[RecommendResponse | Failure], recommender: Recommender
-) -> Iterator[RecommendResponse | Failure]:
-    """The same answers; shows the first recommendation."""
-    shown = False
-    for answer in answers:
-        if not shown and not isinstance(answer, Failure):
-            _show(answer, recommender)
-            shown = True
-        yield answer
+def _parse(fields: Fields, defaults: RecommendRequest, unseen: bool) -> RecommendRequest:
+    request = parse_recommend_request(fields, defaults)
+    return without_history(request) if unseen else request
 
 
-def _recommender(options: EngineOptions, inputs: Inputs | None, codes: Path | None, style: str) -> Recommender:
-    config = _config(options, codes)
+class _Answerer:
+    """Answers batches, with a note where a list names items that the catalogue lacks; shows the first answer if asked.
+
+    Ids that no item has are passed over, since items come and go, so that a mistake in a list must be told of.
+    """
+
+    def __init__(self, recommender: Recommender, defaults: RecommendRequest, *, explain: bool) -> None:
+        self._recommender, self._defaults, self._explain = recommender, defaults, explain
+        self._ids = recommender.catalogue.epoch().item_ids
+        self._allow, self._deny = self._lacking("--allow", defaults.allow), self._lacking("--deny", defaults.deny)
+        self._num_lacking = 0  # requests whose own lists name such items
+        for note in (*self._allow, *self._deny):
+            say(f"warning: {note}")
+
+    def answer(self, requests: Sequence[RecommendRequest]) -> list[RecommendResponse | RcllmError]:
+        found = one_each(self._recommender.recommend_batch, requests)
+        return [
+            answer if isinstance(answer, RcllmError) else self._told(request, answer)
+            for request, answer in zip(requests, found, strict=True)
+        ]
+
+    def conclude(self) -> None:
+        if self._num_lacking:
+            say(
+                "warning: allow or deny names items that are not in the catalogue in "
+                f"{self._num_lacking:,} of the requests; the notes of their answers say how many"
+            )
+
+    def _told(self, request: RecommendRequest, response: RecommendResponse) -> RecommendResponse:
+        replaced = request.allow is not self._defaults.allow
+        allow = self._lacking("allow", request.allow) if replaced else []
+        deny = self._lacking("deny", request.deny[len(self._defaults.deny) :])
+        self._num_lacking += bool(allow or deny)
+        notes = (*response.receipt.notes, *(allow if replaced else self._allow), *self._deny, *deny)
+        response = replace(response, receipt=replace(response.receipt, notes=notes))
+        if self._explain:
+            _show(response, self._recommender)
+            self._explain = False
+        return response
+
+    def _lacking(self, name: str, item_ids: Sequence[ItemId] | None) -> list[str]:
+        """One note where some of these are no items, or none."""
+        item_ids = item_ids or ()
+        lacking = [each for each, number in zip(item_ids, self._ids.find(item_ids), strict=True) if number is None]
+        if not lacking:
+            return []
+        count = (
+            f"{len(lacking):,} of {len(item_ids):,} ids"
+            if len(lacking) < len(item_ids)
+            else f"all {len(lacking):,} ids"
+        )
+        return [f"{name}: {count} are not in the catalogue, such as {lacking[0]!r}"]
+
+
+def _recommender(config: Config, inputs: Inputs | None, codes: Path | None, style: str) -> Recommender:
     code_index = read_codes(codes) if codes else None
     with busy(f"loading {config.model.path}"):
         return load_recommender(config, code_index, inputs.catalogue if inputs else None, style=style)
@@ -103,27 +149,6 @@ def _config(options: EngineOptions, codes: Path | None) -> Config:
     if codes is not None and config.prompt.template == PromptConfig().template:
         raise ConfigError("--codes is for a model with prompts of its own: give --template FILE, which writes them")
     return config
-
-
-def _answers(
-    recommender: Recommender, lines: Sequence[RecommendLine | Failure], size: int
-) -> Iterator[RecommendResponse | Failure]:
-    """One answer per line, in order."""
-    for start in range(0, len(lines), size):
-        some = lines[start : start + size]
-        good = [line for line in some if not isinstance(line, Failure)]
-        answers = iter(_recommend(recommender, good) if good else [])
-        yield from (line if isinstance(line, Failure) else next(answers) for line in some)
-
-
-def _recommend(recommender: Recommender, batch: Sequence[RecommendLine]) -> list[RecommendResponse | Failure]:
-    """Answers a batch; where it is refused for one request, that one fails and the others are answered alone."""
-    try:
-        return list(recommender.recommend_batch([line.request for line in batch]))
-    except (RequestError, ConfigError, CapacityError) as error:
-        if len(batch) == 1:
-            return [Failure(batch[0].number, batch[0].request.request_id, str(error))]
-        return [answer for line in batch for answer in _recommend(recommender, [line])]
 
 
 def _show(response: RecommendResponse, recommender: Recommender) -> None:

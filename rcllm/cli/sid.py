@@ -12,7 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from rcllm.cli.commands.sid import LevelOptions, SourceOptions, VectorOptions
-from rcllm.cli.screen import busy, console, progress, say
+from rcllm.cli.outputs import check_file, check_folder
+from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
 from rcllm.codes.sid_files import read_codes, write_codes
 from rcllm.core.ranking import Interaction, ItemId
@@ -39,6 +40,7 @@ def build_command(
     """Writes the codes and says what they are like."""
     if out.suffix not in (".parquet", ".json"):
         raise ConfigError(f"expected --out to be named .parquet or .json, got {out.name}")
+    check_file(out, source, vectors)
     catalogue, rows = _read(source)
     shape = replace(shape, levels=level.levels or enough_levels(len(catalogue), shape.size))
     shape.check(len(catalogue))
@@ -73,6 +75,7 @@ def train_command(
     config.check()
     if source.interactions is None and source.dataset is None:
         raise ConfigError("there is nothing to learn from: give --interactions FILE or --dataset FOLDER")
+    check_folder(out, source, codes)
     with busy("reading codes"):
         code_index = read_codes(codes)
     numbers = {item_id: number for number, item_id in enumerate(code_index.item_ids)}
@@ -81,13 +84,13 @@ def train_command(
         say(f"warning: {len(strangers):,} of {len(catalogue):,} items have no codes, such as {strangers[0]!r}")
     train, validation = (split_histories(rows, numbers, split) for split in ("train", "validation"))
     trainer = CodeTrainer(code_index, train, validation, config, out)
-    with progress("epoch", "loss", "validation") as bar:
-        task = bar.add_task("training", total=1000, epoch="", loss="", validation="")
+    with interruptible(GOES_ON), progress("epoch", "loss", "validation") as bar:
+        task = bar.add_task("training, percent", total=100, epoch="", loss="", validation="")
         told: list[CodeEvaluation] = []
 
         def show(now: TrainProgress) -> None:
             loss, epoch = f"loss {now.loss:.3f}", f"epoch {now.epoch}"
-            bar.update(task, completed=int(now.share * 1000), epoch=epoch, loss=loss, validation=_told(now.last))
+            bar.update(task, completed=int(now.share * 100), epoch=epoch, loss=loss, validation=_told(now.last))
             if now.last is not None and now.last not in told:
                 told.append(now.last)
                 say(f"epoch {now.last.epoch}: {_told(now.last)}, {now.tokens_per_s:,.0f} tokens/s", "dim")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rcllm.cli.commands.learn import ShapeOptions
-from rcllm.cli.screen import busy, console, progress, say
+from rcllm.cli.outputs import check_folder
+from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
 from rcllm.config import ModelConfig, PromptConfig
 from rcllm.data import load_dataset
@@ -28,18 +29,19 @@ def tune_command(
     format: str,
 ) -> None:
     """Trains, and says what became better."""
-    examples = _examples(config, shape)
-    config = replace(config, alpha=2.0 * config.rank, examples=examples)
+    config = replace(config, alpha=2.0 * config.rank, examples=_examples(config, shape))
+    for folder in (out, out / "best"):
+        check_folder(folder, dataset, model, template, start)
     with busy("reading data and model"):
         datasets = [load_dataset(format, folder) for folder in dataset]
         prompt = PromptConfig(template=template or TEMPLATES[config.mask])
         trainer = make_trainer(ModelConfig(path=model), prompt, datasets, config, out, start)
-    with progress("loss", "validation") as bar:
-        task = bar.add_task("tuning", total=1000, loss="", validation="")
+    with interruptible(GOES_ON), progress("loss", "validation") as bar:
+        task = bar.add_task("tuning, percent", total=100, loss="", validation="")
         told: list[Evaluation] = []
 
         def show(now: TuneProgress) -> None:
-            bar.update(task, completed=int(now.share * 1000), loss=f"loss {now.loss:.3f}", validation=_told(now.last))
+            bar.update(task, completed=int(now.share * 100), loss=f"loss {now.loss:.3f}", validation=_told(now.last))
             if now.last is not None and now.last not in told:
                 told.append(now.last)
                 say(f"{now.last.losses:,} losses: {_told(now.last)}, {now.losses_per_s:.2f} losses/s", "dim")

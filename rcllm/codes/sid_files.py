@@ -26,6 +26,7 @@ from rcllm.data.files import Fields, Problem, iter_rows
 from rcllm.data.text import as_text
 from rcllm.durable import renamed
 from rcllm.errors import ConfigError, DataError
+from rcllm.plain_json import to_json
 
 _TOKEN = re.compile(r"<(?:\w+_)?([a-z])_(\d+)>")  # OpenOneRec puts an s_ before the level
 _CODES_NAMES = ("codes", "sid", "semantic_id")  # columns that hold all codes of an item
@@ -198,7 +199,7 @@ def _write_flashrec(path: Path, code_index: CodeIndex) -> None:
 
 
 def _dump(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    path.write_text(to_json(content), encoding="utf-8")
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

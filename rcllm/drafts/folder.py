@@ -6,7 +6,6 @@ reader sees one saved state or another, never a mixture; a folder without a whol
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from rcllm.drafts.suffix_pool import DraftPoolLimits, Sharing, SuffixPool
 from rcllm.durable import write
 from rcllm.errors import ConfigError, DataError
 from rcllm.fields import parse, read_object
+from rcllm.plain_json import to_json
 
 VERSION = 1
 _MANIFEST = "manifest.json"
@@ -113,7 +113,7 @@ class DraftPools:
             "generation": generation,
             "files": sizes,
         }
-        write(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        write(folder / _MANIFEST, to_json(manifest, indent=1).encode())
         for path in folder.glob("*.g*.*"):
             if path.name not in sizes:
                 path.unlink()

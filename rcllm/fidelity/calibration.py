@@ -6,7 +6,6 @@ another model, template, option or context, never passes.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,6 +21,7 @@ from rcllm.fidelity.records import Configuration
 from rcllm.fidelity.summary import Summary
 from rcllm.fidelity.target import Cost, Target
 from rcllm.fields import parse, read_object
+from rcllm.plain_json import to_json
 from rcllm.schedule.admission import Admitted, Identity, exactly, is_exact
 
 VERSION = 1
@@ -75,7 +75,7 @@ class Calibration:
         value["rungs"] = [rung.configuration.to_json() | summary_to_json(rung.summary) for rung in self.rungs]
         value["recommended"] = self.recommended.to_json() if self.recommended else None
         try:
-            write(path, json.dumps(value, indent=1, allow_nan=False).encode())
+            write(path, to_json(value, indent=1).encode())
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error}") from error
 

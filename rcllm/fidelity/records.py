@@ -18,8 +18,9 @@ from typing import IO, Any
 from blake3 import blake3
 
 from rcllm.core.ranking import Event, Item, ItemId, Level, RankOptions, RankRequest, Selection
-from rcllm.errors import DataError
+from rcllm.errors import DataError, ModelError
 from rcllm.fields import parse, read_object
+from rcllm.plain_json import to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +153,10 @@ class RecordFile:
         return self._records[key]
 
     def add(self, key: str, record: Record) -> None:
+        line = _line(key, record)
         self._records[key] = record
         if self._file is not None:
-            self._file.write(json.dumps({"key": key} | asdict(record)).encode("utf-8") + b"\n")
+            self._file.write(line)
             self._file.flush()
 
     def _read(self, file: IO[bytes]) -> None:
@@ -181,3 +183,12 @@ def _read_number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         raise DataError(f"expected a number, got {value!r}")
     return float(value)
+
+
+def _line(key: str, record: Record) -> bytes:
+    """Raises ModelError for scores that are not numbers: no measure means anything for them."""
+    try:
+        return to_json({"key": key} | asdict(record)).encode() + b"\n"
+    except ValueError as error:
+        wrong = "the model gave scores that are not numbers; its weights or their data type are broken"
+        raise ModelError(wrong) from error

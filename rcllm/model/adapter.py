@@ -22,6 +22,7 @@ from rcllm.durable import renamed, write
 from rcllm.errors import ModelError
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, Weights
+from rcllm.plain_json import to_json, without_nan
 
 _NAMES = {
     "q": "self_attn.q_proj",
@@ -80,7 +81,7 @@ def save_adapter(folder: Path, adapter: Adapter, base: str, record: Mapping[str,
         "inference_mode": True,
     }
     for name, value in ((_CONFIG, config), (_RECORD, record)):
-        write(folder / name, (json.dumps(value, indent=1) + "\n").encode())
+        write(folder / name, (to_json(without_nan(value), indent=1) + "\n").encode())
     with renamed(folder / _TENSORS) as partial:
         save_file(tensors, partial)
 

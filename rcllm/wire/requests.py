@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -19,9 +19,10 @@ from rcllm.core.ranking import Event, ItemId, RankOptions, RankRequest, UserId
 from rcllm.data.files import Fields
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
 from rcllm.data.text import as_text
-from rcllm.durable import renamed
+from rcllm.durable import renamed, writing
 from rcllm.errors import RcllmError, RequestError
 from rcllm.fields import parse
+from rcllm.plain_json import to_json
 from rcllm.words import brief
 
 DEFAULTS = RankOptions()
@@ -42,11 +43,12 @@ def read_requests(path: str | Path, strict: bool = False) -> tuple[list[RankRequ
 
 
 def write_requests(path: str | Path, requests: Iterable[RankRequest]) -> None:
-    """Writes JSON lines, gzipped where the name ends in .gz; the file is whole or not there."""
+    """Writes JSON lines, gzipped where the name ends in .gz; the file is whole or not there. Raises DataError."""
     target = Path(path)
-    with renamed(target) as partial, gzip.open(partial, "wb") if target.suffix == ".gz" else partial.open("wb") as file:
-        for request in requests:
-            file.write(json.dumps(request_to_json(request), ensure_ascii=False).encode("utf-8") + b"\n")
+    with writing(target), renamed(target) as partial:
+        with gzip.open(partial, "wb") if target.suffix == ".gz" else partial.open("wb") as file:
+            for request in requests:
+                file.write(to_json(request_to_json(request)).encode("utf-8") + b"\n")
 
 
 def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS) -> RankRequest:
@@ -57,7 +59,9 @@ def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS)
     """
     given = _without_nulls(value)
     start = RankRequest("", (), options=defaults if "options" in given else None)
-    return _read(RankRequest, given, start)
+    request = _read(RankRequest, given, start)
+    _refuse_twice(request.candidates)
+    return request
 
 
 def parse_recommend_request(value: Mapping[str, object], defaults: RecommendRequest) -> RecommendRequest:
@@ -119,6 +123,16 @@ def _read_id(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise RequestError(f"expected an id (a text or a whole number), got {brief(value)}")
     return str(value)
+
+
+def _refuse_twice(candidates: Sequence[ItemId]) -> None:
+    """One candidate in two places would have two scores and two ranks."""
+    places: dict[ItemId, int] = {}
+    for place, item_id in enumerate(candidates, 1):
+        if (first := places.setdefault(item_id, place)) != place:
+            raise RequestError(
+                f"candidate {item_id!r} is there twice, at places {first} and {place}: name each candidate once"
+            )
 
 
 def _read_texts(value: object) -> dict[str, str]:

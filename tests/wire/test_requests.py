@@ -37,7 +37,7 @@ texts = names.map(str.strip).filter(bool)
 requests = st.builds(
     RankRequest,
     request_id=names,
-    candidates=st.lists(ids, min_size=1, max_size=5).map(tuple),
+    candidates=st.lists(ids, min_size=1, max_size=5, unique=True).map(tuple),
     history=st.lists(st.one_of(st.builds(Event, item_id=ids), st.builds(Event, text=names)), max_size=4).map(tuple),
     user_id=st.none() | names.map(UserId),
     volatile=st.dictionaries(ids, st.dictionaries(names, texts, max_size=2), max_size=2),
@@ -182,3 +182,8 @@ def test_a_selection_is_read_over_the_defaults() -> None:
 def test_a_wrong_selection_is_refused(selection: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         parse_request({"request_id": "r", "candidates": ["a"], "options": {"selection": selection}})
+
+
+def test_a_candidate_in_two_places_is_refused() -> None:
+    with pytest.raises(RequestError, match="'b' is there twice, at places 2 and 4"):
+        parse_request({"request_id": "r", "candidates": ["a", "b", "c", "b"]})

@@ -7,7 +7,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from rcllm.annotated import Opt
-from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions
+from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, Restart
 from rcllm.cli.spread import spread
 
 Warm = Annotated[bool, Opt("Compute the blocks that the requests name first, outside the times.")]
@@ -25,13 +25,20 @@ def rank(
     warm: Warm = True,
     receipts: Annotated[bool, Opt("Add the whole receipt to each answer.")] = False,
     strict: Annotated[bool, Opt("Stop at the first bad row or request.")] = False,
+    restart: Restart = False,
 ) -> None:
     """Rank the candidates of every request in a file.
 
     A request: `{"request_id": "r1", "candidates": ["a", "b"], "history": ["c", {"text": "my own words"}]}`. One that
     names `options` keeps those; the options here hold for what it leaves out. One that fails becomes a line with its
-    error, the others go on, and the command ends with 1. `ms` is the wall time of the answer's batch. Without --level,
-    reuse goes as far as `rcllm calibrate` found that it may, and no further than exact where nothing was calibrated.
+    error, and the others go on. `line` is the request's line in the file, `ms` the wall time of the answer's batch.
+    Without --level, reuse goes as far as `rcllm calibrate` found that it may, and no further than exact where nothing
+    was calibrated.
+
+    Answers are written as they come. After an interruption, a kill or a full disk, the same command goes on after what
+    --out holds, and tries again what failed; OUT.job.json beside it tells whether it is the same command.
+
+    Ends with 0 when all requests were answered, 1 when one failed, 2 when an option is wrong, 130 when interrupted.
 
     Example: `rcllm rank --items items.jsonl --in requests.jsonl --out answers.jsonl --readout likelihood`
     """

@@ -9,7 +9,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from rcllm.annotated import Of, Opt
-from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.cli.options import EngineOptions, ItemOptions, Restart
 from rcllm.cli.spread import spread
 from rcllm.core.decoding import STYLE, BeamRule, RecommendRequest
 
@@ -48,12 +48,18 @@ def recommend(
     batch: Annotated[int, Ge(1), Opt("Requests that are taken at once.")] = 16,
     explain: Annotated[bool, Opt("Add the receipt to each answer, and show the first answer as a table.")] = False,
     strict: Annotated[bool, Opt("Stop at the first bad row or request.")] = False,
+    restart: Restart = False,
 ) -> None:
     """Recommend items of the whole catalogue, with a model that generates semantic IDs.
 
     A request: `{"request_id": "r1", "history": ["a", "b"]}`; it may bring its own `n`, `beam`, `rule`, `allow` and
     `deny` (which adds to --deny). An answer holds only items that exist and are allowed; fewer than n where fewer are.
-    A request that fails becomes a line with its error, the others go on, and the command ends with 1.
+    A request that fails becomes a line with its error, and the others go on.
+
+    Answers are written as they come. After an interruption, a kill or a full disk, the same command goes on after what
+    --out holds, and tries again what failed; OUT.job.json beside it tells whether it is the same command.
+
+    Ends with 0 when all requests were answered, 1 when one failed, 2 when an option is wrong, 130 when interrupted.
 
     --model is a folder that `rcllm sid train` made; its catalogue is inside. Example:
 
