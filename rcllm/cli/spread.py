@@ -141,6 +141,7 @@ def _slots_of(name: str, groups: Mapping[str, _OptionGroup], alone: _OptionGroup
     return groups[name].slots if name in groups else [slot for slot in alone.slots if slot.name == name]
 
 
+@functools.cache  # most commands share the same options
 def _parameter(slot: _Slot) -> inspect.Parameter:
     """One option as Typer reads it."""
     default = inspect.Parameter.empty if slot.default is MISSING else slot.shown_default
