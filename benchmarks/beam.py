@@ -37,9 +37,10 @@ from rcllm.engine.jobs.recommend import Recommender
 from rcllm.model.attend.choose import prepare
 from rcllm.model.attend.contract import Attend, Attended
 from rcllm.model.pull import pull
+from rcllm.sid.config import NetworkConfig
 from rcllm.sid.load import load_recommender
 from rcllm.sid.model_folder import save_model
-from rcllm.sid.network import CodeNetwork, NetworkConfig
+from rcllm.sid.network import CodeNetwork
 from rcllm.sid.vocabulary import Vocabulary
 
 QUESTION = "Requests/s, latency and KV traffic of wide constrained beam search, against Hugging Face generate"

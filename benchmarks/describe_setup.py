@@ -19,8 +19,8 @@ from rcllm.config import CacheConfig, Config, PromptConfig
 from rcllm.core.decoding import Speculation
 from rcllm.core.ranking import Event, ItemId, UserId
 from rcllm.data import Dataset, histories
-from rcllm.describe.job import DescribeOptions
-from rcllm.describe.profiles import Kind, Profile
+from rcllm.describe.options import DescribeOptions, Kind
+from rcllm.describe.profiles import Profile
 from rcllm.describe.writer import GeneratorWriter, to_route
 from rcllm.drafts.folder import DraftPools
 from rcllm.drafts.groups import Router

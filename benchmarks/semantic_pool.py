@@ -27,7 +27,8 @@ from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
 from rcllm.fidelity.measures import agreement, ndcg
-from rcllm.prototypes.build import BuildReport, PrototypeBuilder, PrototypeConfig
+from rcllm.prototypes.build import BuildReport, PrototypeBuilder
+from rcllm.prototypes.config import PrototypeConfig
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.prototypes.texts import dataset_histories, token_runs
 
@@ -36,10 +37,10 @@ NUM_EVENTS = 12
 ADAPTER = ROOT / "adapters" / "smollm2-135m-causal"
 MODES: dict[str, RankOptions] = {  # "back": the user's chain is there from an earlier request
     "full": RankOptions(level=Level("full")),
-    "exact_new": RankOptions(history="chain"),
-    "exact_back": RankOptions(history="chain"),
-    "shared": RankOptions(history="shared"),
-    "semantic": RankOptions(history="semantic"),
+    "exact_new": RankOptions(level=Level("blocks"), history="chain"),
+    "exact_back": RankOptions(level=Level("blocks"), history="chain"),
+    "shared": RankOptions(level=Level("blocks"), history="shared"),
+    "semantic": RankOptions(level=Level("blocks"), history="semantic"),
     "semantic_corrected30": RankOptions(level=Level("corrected", 0.3, 0.3), history="semantic"),
 }
 

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from rcllm.engine.jobs.generate import Generator
     from rcllm.engine.jobs.recommend import Recommender
     from rcllm.errors import RcllmError
-    from rcllm.fidelity.calibration import Calibrated, Calibration, Target
+    from rcllm.fidelity.calibration import Calibrated, Calibration
     from rcllm.fidelity.guard import Guard
     from rcllm.fidelity.monitor import GuardPolicy
+    from rcllm.fidelity.target import Target
 
 _HOMES = {
     "rcllm.config": ("CacheConfig", "Config", "ModelConfig", "PromptConfig"),
@@ -49,7 +50,8 @@ _HOMES = {
     "rcllm.engine.jobs.generate": ("Generator",),
     "rcllm.engine.jobs.recommend": ("Recommender",),
     "rcllm.errors": ("RcllmError",),
-    "rcllm.fidelity.calibration": ("Calibrated", "Calibration", "Target"),
+    "rcllm.fidelity.calibration": ("Calibrated", "Calibration"),
+    "rcllm.fidelity.target": ("Target",),
     "rcllm.fidelity.guard": ("Guard",),
     "rcllm.fidelity.monitor": ("GuardPolicy",),
 }

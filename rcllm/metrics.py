@@ -5,13 +5,14 @@ Knows nothing of what the stages do; the clock is an argument.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from rcllm.plain_json import to_json
 
 Clock = Callable[[], float]  # seconds since any one moment
 Stage = Callable[[str], AbstractContextManager[None]]  # times what runs inside, by the name of a stage
@@ -51,7 +52,7 @@ class Trace:
             }
             for span in self.spans
         ]
-        path.write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+        path.write_text(to_json({"traceEvents": events}), encoding="utf-8")
 
 
 class Stopwatch:

@@ -5,6 +5,7 @@ Knows nothing of commands. Invariant: what a user gave wrongly is said before th
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
 from rcllm.cli.screen import busy, say
-from rcllm.config import Config, check_options, context_samples, from_mapping
+from rcllm.config import Config, check_options, context_samples
 from rcllm.core.ranking import RankOptions, RankRequest
 from rcllm.data import (
     Catalogue,
@@ -81,12 +82,12 @@ def load_requests(
 
 
 def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) -> Config:
-    """The configuration file, if any, with the options over it. Raises ConfigError."""
-    config = Config.load(engine.config) if engine.config else Config()
+    """The configuration file, if any, the environment over it, and the options over both. Raises ConfigError."""
+    config = Config.load(engine.config, os.environ)
     config = replace(
         config,
-        model=_override(config.model, path=engine.model, adapter=engine.adapter, threads=engine.threads),
-        prompt=_override(
+        model=_over(config.model, path=engine.model, adapter=engine.adapter, threads=engine.threads),
+        prompt=_over(
             config.prompt,
             template=engine.template,
             context=engine.context,
@@ -94,16 +95,15 @@ def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) ->
             max_event_tokens=engine.max_event_tokens,
             max_volatile_tokens=engine.max_volatile_tokens,
         ),
-        cache=_override(config.cache, memory_mb=engine.memory_mb, kv_dtype=engine.kv_dtype),
+        cache=_over(config.cache, memory_mb=engine.memory_mb, kv_dtype=engine.kv_dtype),
     )
     if ranking is not None:
         given = {"level": ranking.level, "readout": ranking.readout, "layout": ranking.layout}
-        config = replace(config, rank=_override(config.rank, **given, label_place=ranking.label_place))
+        config = replace(config, rank=_over(config.rank, **given, label_place=ranking.label_place))
         if ranking.semantic_pool is not None:
-            cache = replace(config.cache, semantic_pool=str(ranking.semantic_pool))
+            cache = replace(config.cache, semantic_pool=ranking.semantic_pool)
             config = replace(config, cache=cache, rank=replace(config.rank, history="semantic"))
     check_options(config.rank)
-    context_samples(config.prompt.context)
     Template.of(config.prompt)
     return config
 
@@ -150,11 +150,10 @@ def context_requests(context: str, inputs: Inputs, like: Sequence[RankRequest]) 
     )
 
 
-def _override(section: _Section, **options: str | int | None) -> _Section:
-    """`section` with the options that were given; refuses values in the words of the configuration."""
+def _over(section: _Section, **options: object) -> _Section:
+    """`section` with the options that were given, which were checked when the command line was read."""
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    parsed = from_mapping(type(section), given, "option")
-    return replace(section, **{name: getattr(parsed, name) for name in given})  # type: ignore[type-var]
+    return replace(section, **given)  # type: ignore[type-var]
 
 
 def _names(given: Sequence[str]) -> dict[str, str]:

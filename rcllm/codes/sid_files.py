@@ -20,6 +20,7 @@ import numpy as np
 
 from rcllm.codes.index import MAX_LEVELS, MIN_LEVELS, CodeIndex
 from rcllm.codes.updates import Update
+from rcllm.core.decoding import STYLE as STYLE
 from rcllm.core.ranking import ItemId
 from rcllm.data.content import read_text, suffix_of
 from rcllm.data.files import iter_rows
@@ -27,8 +28,8 @@ from rcllm.data.raw import Fields, Problem
 from rcllm.data.text import as_id, as_number, listed, shown
 from rcllm.durable import renamed
 from rcllm.errors import ConfigError, DataError
+from rcllm.plain_json import to_json
 
-STYLE = "<{level}_{code}>"  # of LC-Rec and MiniOneRec; level 0 is a
 _TOKEN = re.compile(r"<(?:\w+_)?([a-z])_(\d+)>")  # OpenOneRec puts an s_ before the level
 _CODES_NAMES = ("codes", "sid", "semantic_id")  # columns that hold all codes of an item
 _LEVEL_NAMES = ("level_{}", "code_{}", "sid_{}")  # columns that hold one
@@ -202,7 +203,7 @@ def _write_flashrec(path: Path, code_index: CodeIndex) -> None:
 
 
 def _dump(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    path.write_text(to_json(content), encoding="utf-8")
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Interval, MinLen
+
+from rcllm.annotated import Opt
 from rcllm.core.ranking import Event, HistoryMode, ItemId, Level, TokenIds, UserId
 from rcllm.core.receipts import BeamRule, GenerateReceipt, RecommendReceipt
 from rcllm.errors import ConfigError
+from rcllm.fields import check as check_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,9 @@ class OpenRequest:
 
 # ---- recommending from the whole catalogue ---------------------------------------------------------------------------
 
+STYLE = "<{level}_{code}>"  # how LC-Rec and MiniOneRec write a code of a semantic ID; level 0 is a
+_PANEL = "What to recommend"  # the heading of these options on the command line
+
 
 @dataclass(frozen=True, slots=True)
 class RecommendRequest:
@@ -35,13 +42,20 @@ class RecommendRequest:
     request_id: str
     history: tuple[Event, ...] = ()
     user_id: UserId | None = None
-    n: int = 10
-    beam: int = 64  # prefixes that are kept at each level; at least n are
+    n: Annotated[int, Ge(1), Opt("Items per answer.", panel=_PANEL)] = 10
+    # at least n are kept
+    beam: Annotated[int, Ge(1), Opt("Prefixes that are kept at each level; wider finds more.", panel=_PANEL)] = 64
     allow: tuple[ItemId, ...] | None = None  # these items alone may come; None: all that the catalogue offers
     deny: tuple[ItemId, ...] = ()  # these may not: out of stock, already seen
     # a code's probability among those that lead to an allowed item (renormalise), so that it depends on what is
     # allowed, or among the whole vocabulary (mask), as the model gave it
-    rule: BeamRule = "renormalise"
+    rule: Annotated[
+        BeamRule,
+        Opt(
+            "Probability of a code: among the valid codes (renormalise) or the whole vocabulary (mask).",
+            panel=_PANEL,
+        ),
+    ] = "renormalise"
     level: Level | None = None  # reuse of the prompt; None: exact
 
 
@@ -101,11 +115,13 @@ class Speculation:
 class GenerateOptions:
     """How an answer is decoded."""
 
-    max_tokens: int = 256  # fewer where the model's context ends
-    temperature: float = 0.0  # 0: the likeliest token (greedy)
-    top_p: float = 1.0  # draw from the smallest set of tokens with this probability mass
-    seed: int = 0  # draws depend on it and on the place in the answer alone
-    stop: tuple[str, ...] = ()  # the answer ends before the first of these
+    max_tokens: Annotated[int, Ge(1)] = 256  # fewer where the model's context ends
+    temperature: Annotated[float, Ge(0)] = 0.0  # 0: the likeliest token (greedy)
+    top_p: Annotated[float, Interval(gt=0, le=1)] = (
+        1.0  # draw from the smallest set of tokens with this probability mass
+    )
+    seed: Annotated[int, Interval(ge=0, lt=1 << 64)] = 0  # draws depend on it and on the place in the answer alone
+    stop: tuple[Annotated[str, MinLen(1)], ...] = ()  # the answer ends before the first of these
     speculation: Speculation = Speculation("strict")
 
 
@@ -137,17 +153,7 @@ class Generated:
 
 def check(options: GenerateOptions) -> None:
     """Raises ConfigError for values that cannot work."""
-    stop: object = options.stop  # one text in place of a tuple of them is a mistake that types alone do not stop
-    wrong = {
-        "max_tokens": options.max_tokens < 1 and "at least 1",
-        "temperature": not 0.0 <= options.temperature < float("inf") and "0 (greedy) or more",
-        "top_p": not 0.0 < options.top_p <= 1.0 and "above 0 and at most 1",
-        "seed": not 0 <= options.seed < 1 << 64 and "from 0 to 2^64 - 1",
-        "stop": (isinstance(stop, str) or "" in options.stop) and "a tuple of texts, none of them empty",
-    }
-    for name, expected in wrong.items():
-        if expected:
-            raise ConfigError(f"{name} must be {expected}, got {getattr(options, name)!r}")
+    check_fields(options)
     if options.temperature > 0 and options.speculation.name == "relaxed":
         raise ConfigError(
             f"speculation {options.speculation} is for greedy decoding: it would change the distribution that "

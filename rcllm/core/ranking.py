@@ -7,24 +7,32 @@ RankRequest → Prompt → Plan → (tensors, in the computing plane) → RankRe
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NewType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType
 
-import numpy as np
-import numpy.typing as npt
+from annotated_types import Ge, Interval, MinLen
 
+from rcllm.annotated import Opt
 from rcllm.core.receipts import BlockKind, RankReceipt
 from rcllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    BoolArray = npt.NDArray[np.bool_]
+    Scores = npt.NDArray[np.float64]  # [candidates]; higher is better
+    IntArray = npt.NDArray[np.int32]
+else:  # names for annotations; numpy itself takes as long to import as the command line's whole help
+    BoolArray = Scores = IntArray = Any
 
 ContentKey = NewType("ContentKey", bytes)  # 32 bytes, blake3; see prompt/blocks.py for what is hashed
 ItemId = NewType("ItemId", str)
 UserId = NewType("UserId", str)
 TokenIds = tuple[int, ...]
-BoolArray = npt.NDArray[np.bool_]
-Scores = npt.NDArray[np.float64]  # [candidates]; higher is better
-IntArray = npt.NDArray[np.int32]
 
 Readout = Literal["label", "pointwise", "likelihood"]
 Layout = Literal["history_first", "items_first"]
@@ -32,8 +40,10 @@ LabelPlace = Literal["before", "after"]
 Bias = Literal["none", "content_free", "running_mean"]
 Mask = Literal["causal", "blocks"]
 HistoryMode = Literal["chain", "shared", "semantic"]
+Negatives = Literal["uniform", "popularity", "retrieved"]  # how candidates that a user did not choose are drawn
 Policy = Literal["rcllm", "k_difference", "first", "question", "static", "two_pass", "tail", "random"]
 Reduction = Literal["question", "mean", "sum"]
+_PANEL = "How to rank"  # the heading of these options on the command line
 
 # ---- what users bring -----------------------------------------------------------------------------------------------
 
@@ -71,7 +81,7 @@ class RankRequest:
     """Rank `candidates` for a user with this `history` (oldest event first)."""
 
     request_id: str
-    candidates: tuple[ItemId, ...]
+    candidates: Annotated[tuple[ItemId, ...], MinLen(1)]
     history: tuple[Event, ...] = ()
     user_id: UserId | None = None
     volatile: Mapping[ItemId, Mapping[str, str]] = field(default_factory=dict)  # overrides the catalogue's, per item
@@ -140,20 +150,39 @@ class Selection:
     """
 
     policy: Policy = "rcllm"
-    divergence: float = 0.5  # λ: weight of the KV difference against the attention, for history tokens
+    divergence: Annotated[float, Interval(ge=0, le=1)] = (
+        0.5  # λ: weight of the KV difference against the attention, for history tokens
+    )
     reduction: Reduction = "question"  # whose attention A_i is: the question's, or the mean or sum over all that see i
-    window: int = 0  # the last reused tokens before the question, fresh on top of the budgets
-    check_layer: int = 0  # layers up to this one run for all tokens; the scores are taken there
+    window: Annotated[int, Ge(0)] = 0  # the last reused tokens before the question, fresh on top of the budgets
+    check_layer: Annotated[int, Ge(0)] = 0  # layers up to this one run for all tokens; the scores are taken there
 
 
 @dataclass(frozen=True, slots=True)
 class RankOptions:
     """How to answer; every field has a default that works with an ordinary model."""
 
-    level: Level = Level("blocks")
-    readout: Readout = "label"
-    layout: Layout = "history_first"
-    label_place: LabelPlace = "after"  # fresh label tokens after their item see history and item
+    # auto is exact until a calibration allows more; a model tuned under the block mask is exact at `blocks`
+    level: Annotated[
+        Level,
+        Opt(
+            "auto (the fastest that is calibrated, else exact), full (nothing reused), exact (cached prefix), "
+            "corrected(r_item, r_history), linked(k), tail(r) or blocks.",
+            metavar="LEVEL",
+            panel=_PANEL,
+        ),
+    ] = Level("auto")
+    readout: Annotated[
+        Readout,
+        Opt(
+            "label: a letter per candidate; pointwise: yes or no; likelihood: how likely its text is (the one that "
+            "works with an untuned model).",
+            panel=_PANEL,
+        ),
+    ] = "label"
+    layout: Annotated[Layout, Opt("What comes first in the prompt.", panel=_PANEL)] = "history_first"
+    # fresh label tokens after their item see history and item
+    label_place: Annotated[LabelPlace, Opt("Where a candidate's label stands, by its item.", panel=_PANEL)] = "after"
     parallel: bool = False  # all candidates share one base position and do not see each other
     bias: Bias = "none"  # correction of the label letters' own bias
     history: HistoryMode = "shared"  # reuse events position-free, only the user's own chain, or from token prototypes
@@ -221,7 +250,7 @@ class Prompt:
     def isolated(self) -> bool:
         """Whether the candidates do not see each other, so that none stands nearer to the question than the others."""
         items = [i for i, block in enumerate(self.blocks) if block.kind is BlockKind.ITEM]
-        return not self.sees[np.ix_(items, items)].any()
+        return not self.sees[items][:, items].any()
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,4 +325,4 @@ class RankResponse:
 
 def order(scores: Sequence[float]) -> tuple[int, ...]:
     """Candidate indices, best first; ties by candidate order."""
-    return tuple(int(i) for i in np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable"))
+    return tuple(sorted(range(len(scores)), key=lambda i: (math.isnan(scores[i]), -scores[i])))

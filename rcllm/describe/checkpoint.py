@@ -20,10 +20,17 @@ from typing import Any
 from rcllm.describe.profiles import Reject
 from rcllm.durable import remove, remove_torn, renamed, write, writing
 from rcllm.errors import ConfigError, DataError
+from rcllm.fields import parse, read_object
+from rcllm.plain_json import to_json
 
 Settings = Mapping[str, Any]  # JSON values: everything that the output depends on
 _META = b"rcllm.describe"
 _DICTIONARY = ("model", "template", "speculation", "rcllm_version")  # columns of few different values
+
+
+def rejects_file(out: Path) -> Path:
+    """The rows that could not be described."""
+    return out.with_name(out.stem + ".rejects.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,7 @@ class JobCheckpoint:
         self.out = out
         self.settings = json.loads(json.dumps(dict(settings)))  # as it comes back from the file
         self.work = out.with_name(out.name + ".work")
-        self.rejects_path = out.with_name(out.stem + ".rejects.jsonl")
+        self.rejects_path = rejects_file(out)
         self.done = Done()
         self.finished = False  # an earlier run wrote the output of these very settings
         self._lock: int | None = None
@@ -118,7 +125,7 @@ class JobCheckpoint:
         )
         number = self.done.num_parts
         with writing(self.work):
-            lines = "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in rejects)
+            lines = "".join(to_json(asdict(each)) + "\n" for each in rejects)
             write(self._file("rejects", ".jsonl"), lines.encode())
             self._save_pools(save, number + 1)
             path = self._file("part", ".parquet")
@@ -156,7 +163,7 @@ class JobCheckpoint:
             meta = _read_meta(self.out)
             self._check_same(meta.get("settings"), self.out)
             self.finished = True
-            self.done = Done(**meta["done"])
+            self.done = parse(Done, meta["done"], str(self.out), error=DataError)
             if not self.work.exists():
                 remove(self._aside)
                 return
@@ -164,9 +171,9 @@ class JobCheckpoint:
         self._take_lock()
         written = self.work / "settings.json"
         if written.exists():
-            self._check_same(json.loads(written.read_text(encoding="utf-8")), self.work)
+            self._check_same(read_object(written.read_bytes(), str(written), DataError), self.work)
         else:
-            write(written, json.dumps(self.settings, indent=1).encode())
+            write(written, to_json(self.settings, indent=1).encode())
         remove_torn(self.work)
         self.done = sum((_done_of(part) for part in self._parts()), Done())
 
@@ -242,7 +249,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         noted = (pq.read_schema(path).metadata or {}).get(_META)
     except pa.ArrowInvalid:
         return {}
-    return dict(json.loads(noted)) if noted else {}
+    return read_object(noted, str(path), DataError) if noted else {}
 
 
 def _done_of(part: Path) -> Done:
@@ -250,7 +257,7 @@ def _done_of(part: Path) -> Done:
         raise DataError(
             f"{part}: expected a part of `rcllm describe`, got something else; remove its folder to begin anew"
         )
-    return Done(**meta["done"])
+    return parse(Done, meta["done"], str(part), error=DataError)
 
 
 def _join(parts: Sequence[Path], target: Path, meta: Mapping[str, Any], kind: str) -> None:

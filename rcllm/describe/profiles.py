@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rcllm.core.ranking import Event, ItemId
 from rcllm.data.columns import history_of
@@ -18,8 +17,6 @@ from rcllm.data.raw import Fields, Problem, Row
 from rcllm.data.rows import BadRowError, required_id
 from rcllm.data.text import as_id, as_text, listed, shown
 from rcllm.prompt.template import Parts, render
-
-Kind = Literal["user", "item"]
 
 
 @dataclass(frozen=True, slots=True)

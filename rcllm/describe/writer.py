@@ -13,8 +13,9 @@ from blake3 import blake3
 
 from rcllm.core.decoding import Generated, GenerateRequest
 from rcllm.core.ranking import Item, ItemId, TokenIds, UserId
-from rcllm.describe.job import Answer, DescribeOptions, Provenance, generation
-from rcllm.describe.profiles import Kind, Profile
+from rcllm.describe.job import Answer, Provenance
+from rcllm.describe.options import DescribeOptions, Kind, generation
+from rcllm.describe.profiles import Profile
 from rcllm.drafts.draft import Drafter
 from rcllm.drafts.folder import DraftPools, read_manifest
 from rcllm.drafts.groups import GroupOptions, Member, Router, build_router, one_group

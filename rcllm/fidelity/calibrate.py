@@ -17,18 +17,17 @@ from rcllm.core.ranking import LabelPlace, Layout, Level, RankOptions, RankReque
 from rcllm.data.requests import named_items
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError, RequestError
-from rcllm.fidelity.calibration import Calibration, Rung, Target, passing
+from rcllm.fidelity.calibration import Calibration, Rung, passing
 from rcllm.fidelity.evaluate import evaluate, evaluate_timed, with_context
 from rcllm.fidelity.measures import ndcg, order
 from rcllm.fidelity.pareto import fronts
 from rcllm.fidelity.records import Configuration, Record, RecordFile
 from rcllm.fidelity.summary import Summary, compare, summarise, timing
+from rcllm.fidelity.target import CONTEXTS, LEVELS, Target
 from rcllm.model.ceilings import describe_hardware
 
 K = TypeVar("K")
 
-LEVELS = ("blocks", "linked(4)", "tail(0.1)", "linked(16)", "tail(0.3)", "corrected(0.1, 0.1)", "corrected(0.3, 0.3)")
-CONTEXTS = ("none", "bos", "instruction", "typical", "mean(4)")
 _FEWEST = 16  # requests of the first round
 _CONTEXTS_KEPT = 2  # per read-out, layout and label place, after the first round
 _FINALISTS = 6  # rungs per read-out, layout and label place that are measured on all requests

@@ -6,7 +6,6 @@ fingerprint of its own; every tensor in the file is used or named in an error.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from rcllm.json_files import read_json
 from rcllm.model.adapter_config import CONFIG, LoraConfig, load_config
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, Weights, check_finite
+from rcllm.plain_json import to_json, without_nan
 
 _NAMES = {
     "q": "self_attn.q_proj",
@@ -84,7 +84,7 @@ def save_adapter(folder: Path, adapter: Adapter, base: str, record: Mapping[str,
         "inference_mode": True,
     }
     for name, value in ((CONFIG, config), (_RECORD, record)):
-        write(folder / name, (json.dumps(value, indent=1) + "\n").encode())
+        write(folder / name, (to_json(without_nan(value), indent=1) + "\n").encode())
     with renamed(folder / _TENSORS) as partial:
         save_file(tensors, partial)
 

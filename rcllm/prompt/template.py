@@ -9,15 +9,17 @@ from __future__ import annotations
 import string
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
 from blake3 import blake3
 
 from rcllm.config import PromptConfig, nearest
 from rcllm.errors import ConfigError
+from rcllm.fields import parse
 
 Parts = tuple[str, ...]  # rendered one after another; a part whose fields are not all there is left out
 _RANKING: Parts = (  # what templates for open prompts leave out
@@ -33,7 +35,6 @@ _RANKING: Parts = (  # what templates for open prompts leave out
     "likelihood_item",
     "max_item_tokens",
 )
-_OPTIONAL = ("open", "pointwise_echo", "max_echo_tokens", "max_volatile_tokens")  # left out by most templates
 LIMITS = ("max_item_tokens", "max_event_tokens", "max_volatile_tokens")  # that a configuration may set
 _RENDERED = ("event", "item", "volatile", "likelihood_item", "pointwise_echo")  # these hold placeholders
 _FOLDER = resources.files("rcllm.prompt") / "templates"
@@ -68,7 +69,7 @@ class Template:
     event: Parts
     event_text: str  # for events in the user's own words: {text}
     question: str
-    max_event_tokens: int
+    max_event_tokens: Annotated[int, Ge(1)]
     open: bool = False
     items_head: str = ""
     item: Parts = ()
@@ -79,21 +80,19 @@ class Template:
     pointwise_question: str = ""
     pointwise_answers: Parts = ()  # the first counts for the item, the others against it
     pointwise_echo: Parts = ()  # of the candidate, before its question: fresh tokens that see item and history
-    max_echo_tokens: int = 10
+    max_echo_tokens: Annotated[int, Ge(1)] = 10
     likelihood_head: str = ""
     likelihood_item: Parts = ()
-    max_item_tokens: int = 1
-    max_volatile_tokens: int = 32  # of one candidate: fresh in every request; a price and a stock take 20
+    max_item_tokens: Annotated[int, Ge(1)] = 1
+    # of one candidate: fresh in every request; a price and a stock take 20
+    max_volatile_tokens: Annotated[int, Ge(1)] = 32
     fingerprint: bytes = b""  # 32 bytes, of all that is above
     text_fingerprint: bytes = b""  # 32 bytes, of the file alone, whatever limits were set over it
 
     @classmethod
     def of(cls, config: PromptConfig) -> Template:
         """The template that a configuration names, with the limits that it sets. Raises ConfigError."""
-        given = {name: getattr(config, name) for name in LIMITS}
-        if negative := [f"{name} = {value}" for name, value in given.items() if value < 0]:
-            raise ConfigError(f"prompt.{negative[0]}: expected a number of tokens, or 0 for what the template says")
-        return cls.load(config.template).limited(given)
+        return cls.load(config.template).limited({name: getattr(config, name) for name in LIMITS})
 
     @classmethod
     def load(cls, name_or_path: str) -> Template:
@@ -107,8 +106,16 @@ class Template:
             values = tomllib.loads(text)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"template {name_or_path}: {error}") from error
+        made = [name for name in values if name.endswith("fingerprint")]
+        if made:
+            raise ConfigError(f"template {name_or_path}: {made[0]} is made of the file, not written in it")
+        needed = [field.name for field in fields(cls) if field.default is MISSING]
+        if missing := sorted({*needed, *(() if values.get("open") else _RANKING)} - values.keys()):
+            raise ConfigError(f"template {name_or_path}: missing {', '.join(missing)}")
+        template = parse(cls, values, f"template {name_or_path}")
+        _check(name_or_path, template)
         digest = blake3(text.encode()).digest()
-        return cls(**_checked(name_or_path, values), fingerprint=digest, text_fingerprint=digest)
+        return replace(template, fingerprint=digest, text_fingerprint=digest)
 
     @property
     def limits(self) -> Mapping[str, int]:
@@ -183,64 +190,45 @@ def placeholders(part: str) -> tuple[str, ...]:
     return tuple(name for _, name, _, _ in string.Formatter().parse(part) if name)
 
 
-def _checked(source: str, values: dict[str, Any]) -> dict[str, Any]:
-    expected = {f.name: f.type for f in fields(Template) if not f.name.endswith("fingerprint")}
-    for key in values:
-        if key not in expected:
-            raise ConfigError(f"template {source}: unknown key {key!r}; {nearest(key, expected)}")
-    is_open = values.get("open", False)
-    optional = {*_OPTIONAL, *(_RANKING if is_open else ())}
-    if missing := sorted(expected.keys() - values.keys() - optional):
-        raise ConfigError(f"template {source}: missing {', '.join(missing)}")
-    for key, kind in expected.items():
-        if key not in values:
-            continue
-        wanted = {"str": str, "int": int, "bool": bool, "Parts": list}[str(kind)]
-        if type(values[key]) is not wanted:
-            raise ConfigError(f"template {source}: {key} must be {wanted.__name__}, got {values[key]!r}")
-        if wanted is list:
-            _check_parts(f"template {source}: {key}", values[key], rendered=key in _RENDERED)
-        if wanted is int and key != "version" and values[key] < 1:
-            raise ConfigError(f"template {source}: {key} must be at least 1, got {values[key]}")
-    if "{text}" not in values["event_text"]:
-        raise ConfigError(f"template {source}: event_text must hold {{text}}, got {values['event_text']!r}")
-    if not is_open:
-        _check_ranking(source, values)
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+def _check(source: str, template: Template) -> None:
+    """How the fields go together; what each may hold is checked before."""
+    for name in _RENDERED:
+        _check_parts(f"template {source}: {name}", getattr(template, name))
+    if "{text}" not in template.event_text:
+        raise ConfigError(f"template {source}: event_text must hold {{text}}, got {template.event_text!r}")
+    if not template.open:
+        _check_ranking(source, template)
 
 
-def _check_ranking(source: str, values: dict[str, Any]) -> None:
-    _check_read_from(source, values)
-    for key in ("item", "likelihood_item"):
-        if not _names(tuple(values[key])):
+def _check_ranking(source: str, template: Template) -> None:
+    _check_read_from(source, template)
+    for name in ("item", "likelihood_item"):
+        if not _names(getattr(template, name)):
             raise ConfigError(
-                f"template {source}: {key} shows no {{field}}, so that all candidates would read the same"
+                f"template {source}: {name} shows no {{field}}, so that all candidates would read the same"
             )
-    if len(values["label_before"]) != 2 or len(values["label_after"]) != 2:
+    if len(template.label_before) != 2 or len(template.label_after) != 2:
         raise ConfigError(
             f"template {source}: label_before and label_after are [what precedes the label, what follows it]"
         )
-    if len(values["pointwise_answers"]) < 2:
+    if len(template.pointwise_answers) < 2:
         raise ConfigError(f"template {source}: pointwise_answers needs an answer for the item and one against it")
-    if not all(values["pointwise_answers"]):
+    if not all(template.pointwise_answers):
         raise ConfigError(
             f"template {source}: an answer of pointwise_answers is empty; its first token is what is scored"
         )
 
 
-def _check_parts(where: str, parts: list[Any], *, rendered: bool) -> None:
+def _check_parts(where: str, parts: Parts) -> None:
     for part in parts:
-        if not isinstance(part, str):
-            raise ConfigError(f"{where} must be a list of texts, got {part!r}")
         try:
-            if rendered:
-                part.format_map(dict.fromkeys(placeholders(part), ""))
+            part.format_map(dict.fromkeys(placeholders(part), ""))
         except (ValueError, KeyError, IndexError, AttributeError) as error:
             raise ConfigError(f"{where}: {part!r} has a placeholder that is not a plain {{field}}: {error}") from error
 
 
-def _check_read_from(source: str, values: dict[str, Any]) -> None:
+def _check_read_from(source: str, template: Template) -> None:
     """What scores are read after must hold at least one token."""
-    for keys in (("question", "answer"), ("pointwise_question",), ("likelihood_head",)):
-        if not any(values[key] for key in keys):
-            raise ConfigError(f"template {source}: {' and '.join(keys)} must not be empty; scores are read at its end")
+    for names in (("question", "answer"), ("pointwise_question",), ("likelihood_head",)):
+        if not any(getattr(template, name) for name in names):
+            raise ConfigError(f"template {source}: {' and '.join(names)} must not be empty; scores are read at its end")

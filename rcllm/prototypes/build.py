@@ -19,38 +19,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from blake3 import blake3
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rcllm.core.ranking import BoolArray, Layout, TokenIds
 from rcllm.durable import renamed
 from rcllm.durable import write as write_file
 from rcllm.errors import ConfigError, DataError
+from rcllm.fields import check
 from rcllm.model.decoder import Decoder, Keep
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.keys import token_bytes
-from rcllm.prototypes.lookup import FRESH_PATTERN, Matcher, MemberContext, PrototypeIndex, always_fresh
+from rcllm.prototypes.config import PrototypeConfig
+from rcllm.prototypes.lookup import Matcher, PrototypeIndex, always_fresh
 from rcllm.prototypes.lsh import Canonical, Ints, Lsh, Words, choose
 from rcllm.prototypes.pool import VERSION, PrototypeHeader, embedding_rows, namespace_digest, write
 from rcllm.reuse.assemble import assemble_blocks
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _HELD_OUT, _MAX_HELD_OUT = 0.05, 500  # share of the texts, and number, that tell how much of new text is found
-
-
-@dataclass(frozen=True, slots=True)
-class PrototypeConfig:
-    """How prototypes are chosen."""
-
-    prototypes: int = 100_000  # at most
-    tables: int = 8
-    bits: int = 14  # hyperplanes of a table
-    bucket_width: int = 16  # positions that count as one place
-    threshold: float = 0.9  # least cosine; the same word two places on has about 0.91
-    member_context: MemberContext = "history"
-    members: int = 1  # occurrences whose mean is the KV; 1: RcLLM's canonical member
-    fresh_pattern: str = FRESH_PATTERN
-    texts_per_shard: int = 64
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +96,7 @@ class PrototypeBuilder:
         pass_tokens: int = 2048,
     ) -> None:
         """`layout`: whose instruction stands before the texts; `pass_tokens`: most tokens in one forward pass."""
-        check_config(config)
+        check(config)
         self.decoder, self.prompter, self.config, self.out = decoder, prompter, config, out
         self.model_id, self.kv_dtype, self.pass_tokens = model_id, kv_dtype, pass_tokens
         self.instruction = prompter.instructions[layout]
@@ -197,7 +184,7 @@ class PrototypeBuilder:
         for text in texts:
             state.update(blake3(token_bytes(text)).digest())
         recipe, digest = self.work / "recipe", state.hexdigest()
-        if recipe.exists() and recipe.read_text(encoding="utf-8") != digest:
+        if recipe.exists() and recipe.read_bytes() != digest.encode():
             raise ConfigError(
                 f"{self.work} holds an unfinished build with other texts, options or model: repeat it as it was, or "
                 "remove the folder to begin anew"
@@ -252,20 +239,12 @@ class PrototypeBuilder:
         return self.decoder.forward(work).kept[0].contiguous()
 
     def _load(self, number: int) -> tuple[Ints, torch.Tensor, torch.Tensor]:
-        tensors = load_file(self._shard_path(number))
-        return tensors["prototype"].numpy(), tensors["weight"], tensors["kv"]
-
-
-def check_config(config: PrototypeConfig) -> None:
-    """Raises ConfigError for what cannot work."""
-    counts = ("prototypes", "tables", "bits", "bucket_width", "members", "texts_per_shard")
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.bits > 48:
-        raise ConfigError(f"bits must be at most 48, got {config.bits}; 10 to 20 are useful")
-    if not 0.0 < config.threshold <= 1.0:
-        raise ConfigError(f"threshold must be a cosine above 0 and at most 1, got {config.threshold}")
+        path = self._shard_path(number)
+        try:
+            tensors = load_file(path)
+            return tensors["prototype"].numpy(), tensors["weight"], tensors["kv"]
+        except (SafetensorError, KeyError) as error:
+            raise DataError(f"{path} is not a whole part of this build ({error}); remove it and build again") from error
 
 
 def coverage(matcher: Matcher, texts: Sequence[TokenIds]) -> Coverage:

@@ -20,7 +20,7 @@ from rcllm.data.rows import required_id
 from rcllm.data.text import as_id, as_text
 from rcllm.errors import ConfigError, DataError
 from rcllm.prompt.blocks import Prompter
-from rcllm.prototypes.lookup import MemberContext
+from rcllm.prototypes.config import MemberContext
 
 History = tuple[Event, ...]  # oldest first
 

@@ -21,6 +21,7 @@ from rcllm.core.ranking import ItemId
 from rcllm.durable import renamed, write
 from rcllm.errors import ModelError
 from rcllm.model.weights import CATALOG_PREFIX
+from rcllm.plain_json import to_json, without_nan
 from rcllm.sid.vocabulary import Vocabulary
 
 WEIGHTS = "model.safetensors"
@@ -37,10 +38,10 @@ def save_model(
     """`weights`: named as transformers names them, without `model.`; `record`: how the model was made."""
     vocabulary = Vocabulary(code_index.sizes)
     texts = {
-        "config.json": json.dumps(hf_config, indent=2),
+        "config.json": to_json(hf_config, indent=2),
         "tokenizer.json": vocabulary.tokenizer().to_str(pretty=True),
         "tokenizer_config.json": vocabulary.tokenizer_config(),
-        "training.json": json.dumps(record, indent=2),
+        "training.json": to_json(without_nan(record), indent=2),
     }
     for name, text in texts.items():
         write(folder / name, text.encode())

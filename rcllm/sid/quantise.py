@@ -18,33 +18,14 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 from rcllm.core.ranking import IntArray
-from rcllm.errors import ConfigError, DataError
+from rcllm.errors import DataError
+from rcllm.sid.config import CodeConfig
 
 FloatArray = npt.NDArray[np.float32]
 _ROWS = 65_536  # vectors compared with all centroids at a time
 _SAMPLE = (
     256  # vectors per centroid that k-means learns from, at most: more change the centroids little (as FAISS has it)
 )
-
-
-@dataclass(frozen=True, slots=True)
-class CodeConfig:
-    """The shape of the codes."""
-
-    levels: int = 3  # 2 to 6
-    size: int = 256  # codes per level
-    iterations: int = 50  # of k-means, at most
-    seed: int = 0
-
-    def check(self, num_items: int) -> None:
-        """Raises ConfigError."""
-        if not 2 <= self.levels <= 6 or self.size < 2 or self.iterations < 1:
-            raise ConfigError(f"expected levels from 2 to 6, size ≥ 2 and iterations ≥ 1, got {self}")
-        if self.size**self.levels < num_items:
-            raise ConfigError(
-                f"{self.levels} levels of {self.size} codes tell {self.size**self.levels:,} items apart, the catalogue "
-                f"has {num_items:,}: raise levels or size"
-            )
 
 
 def enough_levels(num_items: int, size: int) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rcllm.fidelity.calibration import Calibration, Target
+from rcllm.fidelity.calibration import Calibration
+from rcllm.fidelity.target import Target
 from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 QUICK = ("--readouts", "label", "--layouts", "history_first", "--label-places", "after", "--context", "instruction")

@@ -68,9 +68,9 @@ def test_users_can_be_left_out(run: Run, shop: Shop, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--threshold", "1.5"), "threshold must be a cosine"),
+        (("--threshold", "1.5"), "--threshold"),
         (("--member-context", "nothing"), "history, instruction"),
-        (("--fresh-pattern", "("), "is not one"),
+        (("--fresh-pattern", "("), "--fresh-pattern: '(' is no regular expression"),
     ],
 )
 def test_options_that_cannot_work(run: Run, shop: Shop, tmp_path: Path, words: tuple[str, str], message: str) -> None:

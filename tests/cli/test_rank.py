@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
@@ -45,7 +47,7 @@ def test_batches_give_the_same_ranking(run: Run, shop: Shop) -> None:
     assert three[0]["batch_size"] == 3
 
 
-def test_receipts_and_a_file_that_is_whole(run: Run, shop: Shop, tmp_path: Path) -> None:
+def test_receipts_and_a_file_in_a_new_folder(run: Run, shop: Shop, tmp_path: Path) -> None:
     out = tmp_path / "new" / "answers.jsonl"
     shown = run("rank", *shop.on_items, "--in", shop.requests, "--out", out, "--receipts", "--label-place", "before")
     assert shown.exit_code == 0, shown.stderr
@@ -53,7 +55,7 @@ def test_receipts_and_a_file_that_is_whole(run: Run, shop: Shop, tmp_path: Path)
     answers = read_lines(out.read_text(encoding="utf-8"))
     assert answers[0]["receipt"]["label_place"] == "before"
     assert {block["kind"] for block in answers[0]["receipt"]["blocks"]} >= {"instruction", "history", "item"}
-    assert list(out.parent.iterdir()) == [out]
+    assert sorted(out.parent.iterdir()) == [out, out.with_name("answers.jsonl.job.json")]
 
 
 def test_requests_from_stdin(run: Run, shop: Shop) -> None:
@@ -78,13 +80,33 @@ def test_bad_rows_and_requests_become_lines(run: Run, shop: Shop, tmp_path: Path
     assert "3 of 5 requests failed" in shown.stderr
 
 
-def test_strict_stops_and_leaves_no_file(run: Run, shop: Shop, tmp_path: Path) -> None:
+def test_strict_stops_and_keeps_what_was_answered(run: Run, shop: Shop, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     path = write_lines(tmp_path / "requests.jsonl", [GOOD, {**GOOD, "candidates": ["nope"]}])
     shown = run("rank", *shop.on_items, "--in", path, "--strict", "--out", out)
     assert shown.exit_code == 1
     assert "line 2" in shown.stderr
-    assert not list(tmp_path.glob("*answers*"))
+    good, failed = read_lines(out.read_text(encoding="utf-8"))
+    assert good["ranking"]
+    assert "nope" in failed["error"]
+
+
+def test_scores_that_are_not_numbers_are_a_failure(run: Run, shop: Shop, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in shop.model.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("down_proj.weight"))
+    weights[name][0, 0] = torch.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    for level in ("full", "blocks"):
+        words = ("--items", shop.items, "--in", shop.requests, "--level", level, "--allow-uncalibrated")
+        shown = run("rank", "--model", model, "--memory-mb", 6000, *words)
+        assert shown.exit_code == 1
+        for answer in read_lines(shown.stdout):
+            assert "ranking" not in answer
+            assert "the model gave scores that are not numbers" in answer["error"]
 
 
 def test_an_empty_file_is_an_error(run: Run, shop: Shop, tmp_path: Path) -> None:

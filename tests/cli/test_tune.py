@@ -35,7 +35,7 @@ def test_tune_then_rank(run: Run, shop: Shop, tmp_path: Path, mask: str) -> None
     [
         (("--mask", "sideways"), "mask must be one of causal, blocks"),
         (("--readout", "likelihood"), "likelihood needs no tuning"),
-        (("--negatives", "nice"), "expected negatives out of uniform, popularity, retrieved"),
+        (("--negatives", "nice"), "--negatives must be one of uniform, popularity, retrieved, got 'nice'"),
         (("--minutes", "0"), "above 0"),
         (("--validation-requests", "500"), "expected 500 validation users"),
         (("--start", "nowhere"), "nowhere"),

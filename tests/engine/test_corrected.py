@@ -378,15 +378,15 @@ def test_static_remembers_a_bounded_number_of_ranks(engine: Engine, monkeypatch:
 @pytest.mark.parametrize(
     ("level", "chosen", "message"),
     [
-        ("corrected", Selection("best"), "unknown policy 'best'; known: first"),  # type: ignore[arg-type]
-        ("corrected", Selection(reduction="max"), "unknown reduction 'max'"),  # type: ignore[arg-type]
-        ("corrected", Selection(divergence=1.5), "selection.divergence must be from 0 to 1, got 1.5"),
-        ("corrected", Selection(window=-1), "selection.window must be 0 or more, got -1"),
-        ("corrected", Selection(check_layer=-1), "selection.check_layer must be 0 or more, got -1"),
+        ("corrected", Selection("best"), "selection.policy must be one of rcllm, .*, got 'best'"),  # type: ignore[arg-type]
+        ("corrected", Selection(reduction="max"), "selection.reduction must be one of question, mean, sum, got 'max'"),  # type: ignore[arg-type]
+        ("corrected", Selection(divergence=1.5), "selection.divergence must be at most 1, got 1.5"),
+        ("corrected", Selection(window=-1), "selection.window must be at least 0, got -1"),
+        ("corrected", Selection(check_layer=-1), "selection.check_layer must be at least 0, got -1"),
         ("corrected", Selection(check_layer=2), r"check_layer is 2; the model has the layers 0 to 2, of which .* last"),
         ("corrected", Selection("k_difference"), "k_difference needs selection.check_layer of 1 or more"),
-        (Level("corrected", 1.5), Selection(), "r_item must be from 0 to 1, got 1.5"),
-        (Level("corrected", 0.5, -1), Selection(), "r_history must be from 0 to 1, got -1"),
+        (Level("corrected", 1.5), Selection(), r"unknown reuse level 'corrected\(1\.5, 0\.0\)'.* shares from 0 to 1"),
+        (Level("corrected", 0.5, -1), Selection(), r"unknown reuse level 'corrected\(0\.5, -1\)'.* shares from 0 to 1"),
     ],
 )
 def test_wrong_selections_are_refused(engine: Engine, level: Any, chosen: Selection, message: str) -> None:

@@ -12,7 +12,8 @@ from rcllm.core.ranking import RankRequest, RankResponse
 from rcllm.core.receipts import BlockKind
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError
-from rcllm.prototypes.build import PrototypeBuilder, PrototypeConfig
+from rcllm.prototypes.build import PrototypeBuilder
+from rcllm.prototypes.config import PrototypeConfig
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.prototypes.texts import token_runs
 from tests.conftest import assert_no_pins

@@ -16,9 +16,10 @@ from rcllm.core.ranking import Level, RankOptions, RankRequest
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError
 from rcllm.fidelity.calibrate import CalibrateProgress, Space, Trial, calibrate
-from rcllm.fidelity.calibration import Calibrated, Calibration, Rung, Target
+from rcllm.fidelity.calibration import Calibrated, Calibration, Rung
 from rcllm.fidelity.pareto import fronts
 from rcllm.fidelity.records import RecordFile
+from rcllm.fidelity.target import Target
 from rcllm.prompt.learnt import Learnt
 from tests.engine import tiny
 

@@ -11,11 +11,12 @@ import pytest
 
 from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError, DataError, UncalibratedError
-from rcllm.fidelity.calibration import Calibrated, Calibration, Rung, Target, passing
+from rcllm.fidelity.calibration import Calibrated, Calibration, Rung, passing
 from rcllm.fidelity.intervals import Interval
 from rcllm.fidelity.measures import QUALITY
 from rcllm.fidelity.records import Configuration
 from rcllm.fidelity.summary import CLOSENESS, Summary, Timing
+from rcllm.fidelity.target import Target
 from rcllm.schedule.admission import Identity
 
 IDENTITY = Identity("0a1b2c3d4e5f", "tok", "tem", "cha", "fp32", "fp16", "causal")

@@ -52,7 +52,7 @@ class Ranker:
         return self.answer(request)
 
     def answer(self, request: RankRequest) -> RankResponse:
-        level = str((request.options or RankOptions()).level)
+        level = str((request.options or RankOptions(level=Level("blocks"))).level)
         scores = BAD if level in self.drifted else GOOD
         return RankResponse(request.request_id, request.candidates, scores, (0, 1, 2), receipt(level))
 
@@ -204,7 +204,7 @@ def test_a_running_bias_is_left_alone(ranker: Ranker) -> None:
 
 
 def test_requests_without_options_take_the_defaults(ranker: Ranker) -> None:
-    core = make(ranker, defaults=RankOptions(readout="pointwise"))
+    core = make(ranker, defaults=RankOptions(level=Level("blocks"), readout="pointwise"))
     asked = replace(tiny.request(3), options=None)
     shadow = core.sample(asked, ranker.answer(asked))
     assert shadow is not None
@@ -214,7 +214,7 @@ def test_requests_without_options_take_the_defaults(ranker: Ranker) -> None:
 
 def test_nothing_to_lose_is_counted(ranker: Ranker) -> None:
     core = make(ranker)
-    asked = replace(tiny.request(1), options=RankOptions())
+    asked = replace(tiny.request(1), options=RankOptions(level=Level("blocks")))
     alone = replace(ranker.answer(asked), scores=(1.0,))
     core._rank = lambda request: alone
     shadow = core.sample(asked, alone)

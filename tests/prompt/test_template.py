@@ -58,10 +58,10 @@ def test_missing_keys_are_all_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "line", "message"),
     [
-        ("system", "system = 3", "system must be str, got 3"),
-        ("version", "version = true", "version must be int, got True"),
-        ("item", 'item = "{title}"', "item must be list"),
-        ("item", "item = [3]", "item must be a list of texts, got 3"),
+        ("system", "system = 3", "system must be a text, got 3"),
+        ("version", "version = true", "version must be a whole number, got true"),
+        ("item", 'item = "{title}"', "item must be a list"),
+        ("item", "item = [3]", r"item\[0\] must be a text, got 3"),
         ("item", 'item = ["{title"]', "not a plain {field}"),
         ("item", 'item = ["{}"]', "not a plain {field}"),
         ("item", 'item = ["{title.upper}"]', "not a plain {field}"),

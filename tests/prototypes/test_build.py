@@ -15,7 +15,8 @@ from rcllm.core.ranking import Event, Interaction, Item, ItemId, TokenIds, UserI
 from rcllm.data import Catalogue, Dataset, split_of
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError, ModelError
-from rcllm.prototypes.build import BuildProgress, BuildReport, PrototypeBuilder, PrototypeConfig
+from rcllm.prototypes.build import BuildProgress, BuildReport, PrototypeBuilder
+from rcllm.prototypes.config import PrototypeConfig
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.prototypes.texts import dataset_histories, file_histories, token_runs
 from rcllm.reuse.assemble import assemble_blocks

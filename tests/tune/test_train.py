@@ -18,9 +18,10 @@ from rcllm.errors import ConfigError, DataError
 from rcllm.model.adapter import load_adapter
 from rcllm.prompt.learnt import Learnt
 from rcllm.prompt.template import Template
-from rcllm.tune.examples import ExampleConfig, TrainingSet, batch_of
+from rcllm.tune.config import ExampleConfig, TuneConfig
+from rcllm.tune.examples import TrainingSet, batch_of
 from rcllm.tune.setup import make_trainer
-from rcllm.tune.train import Trainer, TuneConfig, TuneProgress
+from rcllm.tune.train import Trainer, TuneProgress
 from tests.engine import tiny
 
 EXAMPLES = ExampleConfig(num_candidates=4, num_history=3, targets_per_user=2, prompts_per_batch=4)
