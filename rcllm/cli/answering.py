@@ -134,6 +134,7 @@ def settings_of(command: str, config: Config, requests: RequestFile[Any], **give
     plain = as_json(config)
     for section, names in _CHANGES_NOTHING.items():
         plain[section] = {name: value for name, value in plain[section].items() if name not in names}
+    plain["rank"]["level"] = str(config.rank.level)
     settings: dict[str, Any] = {"command": f"rcllm {command}", "version": __version__}
     settings["the requests"] = _content(requests.path)
     settings["the template"] = f"{CONTENT}{Template.load(config.prompt.template).fingerprint.hex()}"
