@@ -45,10 +45,10 @@ def read_requests(path: str | Path, strict: bool = False) -> tuple[list[RankRequ
 def write_requests(path: str | Path, requests: Iterable[RankRequest]) -> None:
     """Writes JSON lines, gzipped where the name ends in .gz; the file is whole or not there. Raises DataError."""
     target = Path(path)
-    with writing(target), renamed(target) as partial:
-        with gzip.open(partial, "wb") if target.suffix == ".gz" else partial.open("wb") as file:
-            for request in requests:
-                file.write(to_json(request_to_json(request)).encode("utf-8") + b"\n")
+    opened = gzip.open if target.suffix == ".gz" else open
+    with writing(target), renamed(target) as partial, opened(partial, "wb") as file:
+        for request in requests:
+            file.write(to_json(request_to_json(request)).encode("utf-8") + b"\n")
 
 
 def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS) -> RankRequest:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 from rcllm.cli import answering
+from rcllm.errors import RcllmError, RequestError
 
 _ROOT = Path(__file__).resolve().parents[2]
 _NUM_REQUESTS = 400
@@ -183,6 +184,19 @@ def test_other_requests_and_another_model_are_another_job(run: Run, shop: Shop, 
 def _last_byte_changed(path: Path) -> bytes:
     content = path.read_bytes()
     return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_one_wrong_request_fails_alone(apart: bool) -> None:
+    """Whether an engine answers it with its error, or raises for the whole batch."""
+    wrong = RequestError("no")
+
+    def run(batch: Sequence[str]) -> list[str | RcllmError]:
+        if not apart and "wrong" in batch:
+            raise wrong
+        return [wrong if each == "wrong" else each.upper() for each in batch]
+
+    assert answering.one_each(run, ["a", "wrong", "b"]) == ["A", wrong, "B"]
 
 
 def test_failures_beyond_those_that_are_shown_are_counted(run: Run, shop: Shop, tmp_path: Path) -> None:
