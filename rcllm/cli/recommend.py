@@ -15,6 +15,7 @@ from rich.text import Text
 from rcllm.cli.answering import (
     Restart,
     Work,
+    check_out,
     loaded_settings,
     one_each,
     settings_of,
@@ -22,7 +23,6 @@ from rcllm.cli.answering import (
 )
 from rcllm.cli.inputs import Inputs, load_inputs, make_config
 from rcllm.cli.options import EngineOptions, ItemOptions, spread
-from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import busy, console, interruptible, say
 from rcllm.cli.tables import facts_table, item_title
 from rcllm.codes.sid_files import STYLE, read_codes
@@ -33,7 +33,7 @@ from rcllm.data.files import Fields
 from rcllm.engine.recommend import Recommender
 from rcllm.errors import ConfigError, RcllmError
 from rcllm.sid.load import load_recommender
-from rcllm.wire.answer_file import check_same_job, job_path, opened_answers
+from rcllm.wire.answer_file import check_same_job, opened_answers
 from rcllm.wire.lines import STDIO, opened_requests, read_item_ids, recommendation_to_json, without_history
 from rcllm.wire.requests import parse_recommend_request
 
@@ -106,7 +106,7 @@ def recommend_command(
     --deny sold-out.txt`
     """
     config = _config(engine_options, codes)
-    check_file(out, requests, config, engine_options, item_options, codes, allow, deny, beside=job_path(Path(out)))
+    check_out(out, requests, config, engine_options, item_options, codes, allow, deny)
     defaults = RecommendRequest(
         "",
         n=n,
