@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import typer
 from blake3 import blake3
 
+from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import progress, say
 from rcllm.config import Config, as_json
 from rcllm.core.ranking import Item
-from rcllm.errors import RcllmError, RequestError
+from rcllm.errors import ConfigError, RcllmError, RequestError
 from rcllm.fetch import digest
 from rcllm.prompt.template import Template
 from rcllm.version import __version__
-from rcllm.wire.answer_file import CONTENT, LINE, Answers
+from rcllm.wire.answer_file import CONTENT, LINE, Answers, job_path
 from rcllm.wire.lines import Failure, RequestFile, RequestLine, failure_to_json
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")  # a request
 A = TypeVar("A")  # an answer
 _SHOWN_FAILURES = 20
+_OTHER_FORMATS = (".gz", ".csv", ".tsv", ".parquet", ".pq")  # of those that requests and items may have
 _CHANGES_NOTHING = {  # what is computed where and in which pieces, not what comes out
     "model": ("threads",),
     "cache": ("memory_mb", "pool_mb", "host_mb", "pass_tokens"),
@@ -48,6 +50,14 @@ class Work(Generic[R, A]):
     to_json: Callable[[A], Mapping[str, object]]  # raises ModelError for an answer that is none
     batch: int
     strict: bool  # stop at the first failure
+
+
+def check_out(out: str, *reads: object) -> None:
+    """Whether answers can go to `out`, which is none of what is read. Raises ConfigError, DataError."""
+    check_file(out, *reads, beside=job_path(Path(out)))
+    if Path(out).suffix.lower() in _OTHER_FORMATS:
+        better = Path(out).with_suffix(".jsonl")
+        raise ConfigError(f"--out {out}: answers are JSON lines, and the name says otherwise; name it {better}")
 
 
 def write_answers(work: Work[Any, Any], answers: Answers, conclude: Callable[[], None] = lambda: None) -> None:
@@ -117,6 +127,7 @@ def settings_of(command: str, config: Config, requests: RequestFile[Any], **give
     plain = as_json(config)
     for section, names in _CHANGES_NOTHING.items():
         plain[section] = {name: value for name, value in plain[section].items() if name not in names}
+    plain["rank"]["level"] = str(config.rank.level)
     settings: dict[str, Any] = {"command": f"rcllm {command}", "version": __version__}
     settings["the requests"] = _content(requests.path)
     settings["the template"] = f"{CONTENT}{Template.load(config.prompt.template).fingerprint.hex()}"

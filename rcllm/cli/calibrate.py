@@ -29,6 +29,7 @@ from rcllm.fidelity.records import Configuration, RecordFile
 from rcllm.fidelity.report import write_report
 from rcllm.fidelity.target import CONTEXTS, Target
 
+_SHOWN_NOTES = 5
 _WORD = re.compile(r"[^\s(]+(?:\([^)]*\))?")  # `corrected(0.3, 0.3)` is one word
 
 
@@ -171,8 +172,10 @@ def _cell(value: float, form: str) -> str:
 def _conclude(found: Calibration, out: Path) -> None:
     """What to do with it."""
     screen = console()
-    for note in found.notes[:5]:
+    for note in found.notes[:_SHOWN_NOTES]:
         say(note, "dim")
+    if (more := len(found.notes) - _SHOWN_NOTES) > 0:
+        say(f"… and {more:,} more, in {out}", "dim")
     if (best := found.recommended) is None:
         screen.print("No approximate level passes the target, so level auto answers exactly (prefix caching).")
         return

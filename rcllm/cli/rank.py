@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
-from rcllm.cli.answering import Work, loaded_settings, settings_of, write_answers
+from rcllm.cli.answering import Work, check_out, loaded_settings, settings_of, write_answers
 from rcllm.cli.calibrated import FILE, admission_from, check_level
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions
-from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import console, interruptible, say, warm_with_progress
 from rcllm.cli.tables import blocks_table, receipt_table, scores_table
 from rcllm.core.ranking import RankOptions, RankRequest, RankResponse
 from rcllm.data import named_items
 from rcllm.engine.engine import Engine
 from rcllm.errors import UncalibratedError
-from rcllm.wire.answer_file import check_same_job, job_path, opened_answers
+from rcllm.wire.answer_file import check_same_job, opened_answers
 from rcllm.wire.lines import one_line, opened_requests, response_to_json
 from rcllm.wire.requests import parse_request
 
@@ -41,7 +39,7 @@ def rank_command(
 ) -> None:
     """Ranks a file of requests, and goes on where an earlier run ended."""
     config = make_config(engine_options, ranking)
-    check_file(out, requests, config, engine_options, item_options, fidelity, beside=job_path(Path(out)))
+    check_out(out, requests, config, engine_options, item_options, fidelity)
     with opened_requests(requests, partial(parse_request, defaults=config.rank)) as asked:
         total = asked.count(strict=strict)
         inputs = load_inputs(item_options)

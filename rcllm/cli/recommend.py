@@ -10,11 +10,10 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from rcllm.cli.answering import Work, loaded_settings, settings_of, write_answers
+from rcllm.cli.answering import Work, check_out, loaded_settings, settings_of, write_answers
 from rcllm.cli.commands.recommend import SearchOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config
 from rcllm.cli.options import EngineOptions, ItemOptions
-from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import busy, console, interruptible, say
 from rcllm.cli.tables import facts_table, item_title
 from rcllm.codes.sid_files import read_codes
@@ -25,7 +24,7 @@ from rcllm.data.raw import Fields
 from rcllm.engine.jobs.recommend import Recommender
 from rcllm.errors import ConfigError, RcllmError
 from rcllm.sid.load import load_recommender
-from rcllm.wire.answer_file import check_same_job, job_path, opened_answers
+from rcllm.wire.answer_file import check_same_job, opened_answers
 from rcllm.wire.lines import opened_requests, read_item_ids, recommendation_to_json, without_history
 from rcllm.wire.requests import parse_recommend_request
 
@@ -48,7 +47,7 @@ def recommend_command(
 ) -> None:
     """Answers a file of requests, and goes on where an earlier run ended."""
     config = _config(engine_options, codes)
-    check_file(out, requests, config, engine_options, item_options, codes, allow, deny, beside=job_path(Path(out)))
+    check_out(out, requests, config, engine_options, item_options, codes, allow, deny)
     defaults = RecommendRequest(
         "",
         n=search.n,

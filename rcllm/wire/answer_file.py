@@ -87,7 +87,8 @@ class AnswerFile:
             while rest:  # one write may take a part where the disk is nearly full
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            self._drop_torn()
+            with contextlib.suppress(OSError):  # else the next run does it
+                self._file.truncate(self._end)
             raise DataError(f"{self._out} cannot be written: {error.strerror}; {self}") from error
         self._note(answer, len(raw))
 
@@ -128,12 +129,7 @@ class AnswerFile:
                         f"{self._out}, line {index}: expected an answer of this command, got {raw[:60]!r}; name "
                         "another file, or give --restart to begin this one anew"
                     ) from error
-        self._drop_torn()
-
-    def _drop_torn(self) -> None:
-        """Cuts off what a kill or a full disk left of a line."""
-        with contextlib.suppress(OSError):
-            self._file.truncate(self._end)
+        self._file.truncate(self._end)  # what a kill left of a line goes
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def read_requests(path: str | Path, strict: bool = False) -> tuple[list[RankRequ
 def write_requests(path: str | Path, requests: Iterable[RankRequest]) -> None:
     """Writes JSON lines, gzipped where the name ends in .gz; the file is whole or not there. Raises DataError."""
     target = Path(path)
-    opened = gzip.open if target.suffix == ".gz" else Path.open
+    opened = gzip.open if target.suffix == ".gz" else open
     with writing(target), renamed(target) as partial, opened(partial, "wb") as file:
         for request in requests:
             file.write(to_json(request_to_json(request)).encode("utf-8") + b"\n")

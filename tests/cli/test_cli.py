@@ -82,6 +82,36 @@ def test_debug_lets_errors_through(run: Run, shop: Shop) -> None:
     assert type(shown.exception).__name__ == "DataError"
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            PermissionError(13, "Permission denied", "/root/cache"),
+            1,
+            "error: [Errno 13] Permission denied: '/root/cache'",
+        ),
+    ],
+)
+def test_what_ends_a_command_has_no_traceback(
+    run: Run, shop: Shop, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
+) -> None:
+    def fail(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("rcllm.cli.rank.load_inputs", fail)
+    shown = run("rank", *shop.on_items, "--in", shop.requests)
+    assert shown.exit_code == code
+    assert shown.stderr.strip() == said
+    assert isinstance(shown.exception, SystemExit)
+
+
+def test_rank_tells_how_it_ends_and_goes_on(run: Run) -> None:
+    shown = " ".join(run("rank", "--help").stdout.split())
+    for words in ("--restart", "0 when all requests were answered", "130 when interrupted", "OUT.job.json"):
+        assert words in shown
+
+
 def test_options_win_over_the_configuration_file(run: Run, shop: Shop, tmp_path: Path) -> None:
     config = tmp_path / "rcllm.toml"
     config.write_text("[rank]\nlevel = 'exact'\nreadout = 'pointwise'\n", encoding="utf-8")

@@ -134,9 +134,17 @@ def test_failures_are_tried_again(run: Run, shop: Shop, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("--level", "full"), ("--readout", "likelihood"), ("--receipts",), ("--volatile", "price")]
+    ("words", "said"),
+    [
+        (("--level", "full"), "rank.level was 'auto', is 'full'"),
+        (("--readout", "likelihood"), "rank.readout was 'label', is 'likelihood'"),
+        (("--receipts",), "--receipts was False, is True"),
+        (("--volatile", "price"), "the content of the items is another"),
+    ],
 )
-def test_another_job_does_not_go_on_there(run: Run, shop: Shop, tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_another_job_does_not_go_on_there(
+    run: Run, shop: Shop, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
     out = tmp_path / "answers.jsonl"
     same = ["rank", *shop.on_items, "--in", shop.requests, "--out", out]
     assert run(*same).exit_code == 0
@@ -144,6 +152,7 @@ def test_another_job_does_not_go_on_there(run: Run, shop: Shop, tmp_path: Path, 
     shown = run(*same, *words)
     assert shown.exit_code == 2
     assert "answers of another job" in shown.stderr
+    assert said in shown.stderr
     assert "--restart" in shown.stderr
     assert out.read_bytes() == before
     assert run(*same, *words, "--restart").exit_code == 0

@@ -64,6 +64,16 @@ def test_bench_ttft(run: Run, shop: Shop, tmp_path: Path, source: str) -> None:
     assert "prefix caching" in shown.stdout
 
 
+def test_what_cannot_be_measured_is_null(run: Run, shop: Shop, tmp_path: Path) -> None:
+    """Without what the users chose next there is no NDCG; NaN is not JSON."""
+    requests = write_lines(tmp_path / "requests.jsonl", [{"request_id": "r", "candidates": ["i5", "i6"]}])
+    out = tmp_path / "bench.json"
+    shown = run("bench", "ttft", *shop.on_items, "--in", requests, "--levels", "blocks", "--out", out)
+    assert shown.exit_code == 0, shown.stderr
+    assert "NaN" not in out.read_text(encoding="utf-8")
+    assert [row["ndcg"] for row in json.loads(out.read_text(encoding="utf-8"))["rows"]] == [None] * 3
+
+
 def test_bench_needs_requests(run: Run, shop: Shop) -> None:
     shown = run("bench", "ttft", *shop.on_items)
     assert shown.exit_code == 2

@@ -117,6 +117,16 @@ def test_an_output_that_cannot_be_is_found_before_the_model_is_loaded(
         assert "cannot be written" in shown.stderr
 
 
+@pytest.mark.parametrize("command", ["rank", "recommend"])
+@pytest.mark.parametrize("name", ["answers.parquet", "answers.jsonl.gz", "answers.CSV"])
+def test_a_name_that_promises_another_format(
+    run: Run, own: Shop, tmp_path: Path, no_model: None, command: str, name: str
+) -> None:
+    shown = run(*_commands(own)[command][0], "--out", tmp_path / name)
+    assert shown.exit_code == 2
+    assert "answers are JSON lines" in shown.stderr
+
+
 def test_sid_build_spares_what_it_reads(run: Run, own: Shop, tmp_path: Path) -> None:
     items = own.items.rename(tmp_path / "items.json")
     shown = run("sid", "build", "--items", items, "--out", items)

@@ -1,4 +1,4 @@
-"""What reaches a terminal: users' text shows as it is and steers nothing; progress is told without one, too."""
+"""What reaches a terminal: users' text steers nothing; progress is told where there is no terminal."""
 
 from __future__ import annotations
 
