@@ -33,19 +33,18 @@ from rcllm.core.decoding import OpenRequest, RecommendRequest, RecommendResponse
 from rcllm.core.ranking import Event, IntArray, Item, ItemId, Level
 from rcllm.decode.beam_kv import StepBuffer
 from rcllm.engine.engine import Engine
-from rcllm.engine.recommend import Recommender
-from rcllm.metrics import Trace
+from rcllm.engine.jobs.recommend import Recommender
 from rcllm.model.attend.choose import prepare
 from rcllm.model.attend.contract import Attend, Attended
 from rcllm.model.pull import pull
-from rcllm.schedule.batches import BeamLimits
+from rcllm.sid.config import NetworkConfig
 from rcllm.sid.load import load_recommender
 from rcllm.sid.model_folder import save_model
-from rcllm.sid.network import CodeNetwork, NetworkConfig
+from rcllm.sid.network import CodeNetwork
 from rcllm.sid.vocabulary import Vocabulary
 
 QUESTION = "Requests/s, latency and KV traffic of wide constrained beam search, against Hugging Face generate"
-PARTS = ("peer", "smollm2", "latency", "kv", "stages", "overlap", "catalogues")
+PARTS = ("peer", "smollm2", "latency", "kv", "stages", "catalogues")
 SIZES = (256, 256, 256)
 NUM_ITEMS = 20_000
 POSITIONS = 4096
@@ -66,7 +65,7 @@ max_event_tokens = 40
 SHARES = {  # which stages of a receipt make up which share
     "mask": ("allow", "gather"),
     "sort": ("sort",),
-    "host": ("join", "readout", "reorder", "items", "prompt", "prefill_plan", "prefill_assemble"),
+    "host": ("join", "readout", "items", "prompt", "lookup", "plan", "assemble"),
 }
 
 
@@ -195,7 +194,7 @@ def against_peer(
     recommender: Recommender, peer: Peer, requests: Sequence[RecommendRequest], tally: Tally, name: str
 ) -> dict[str, float]:
     """By turns. The first request warms both sides up, and is not counted."""
-    code_index, tokens = recommender.catalogue.epoch(), recommender.tokens
+    code_index, tokens = recommender.codes.epoch(), recommender.tokens
     took: dict[str, list[float]] = {"ours": [], "generate": [], "prompt once": []}
     equal = 0
     for request in requests:
@@ -221,7 +220,7 @@ def against_peer(
 
 
 def peer_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict[str, float]:
-    rng, code_index = np.random.default_rng(chosen.seed), recommender.catalogue.epoch()
+    rng, code_index = np.random.default_rng(chosen.seed), recommender.codes.epoch()
     peer = Peer(Path(recommender.engine.config.model.path), code_index, recommender.tokens)
     count = 2 if chosen.quick else chosen.requests or 20
     requests = [ask(rng, code_index, 1000, beam=beam) for beam in (WARM_UP_BEAM, *[128] * count)]
@@ -245,7 +244,7 @@ def smollm2_part(chosen: Options, folder: Path, tally: Tally) -> dict[str, float
     rng, requests = np.random.default_rng(chosen.seed), []
     for beam in (WARM_UP_BEAM, *[128] * (chosen.requests or 4)):
         request = ask(rng, code_index, 1000, beam=beam)
-        lengths = np.cumsum([len(engine.prompter.event_ids(event)[0]) for event in request.history])
+        lengths = np.cumsum([len(engine.prompter.event(event).ids) for event in request.history])
         requests.append(replace(request, history=request.history[: int((lengths < 990).sum())]))
     found = against_peer(recommender, peer, requests, tally, "SmolLM2-135M")
     return {f"throughput_ratio_vs_hf_beam128_p1000_smollm2{key}": value for key, value in found.items()}
@@ -255,7 +254,7 @@ def smollm2_part(chosen: Options, folder: Path, tally: Tally) -> dict[str, float
 
 
 def latency_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict[str, float]:
-    rng, code_index, rows = np.random.default_rng(chosen.seed), recommender.catalogue.epoch(), []
+    rng, code_index, rows = np.random.default_rng(chosen.seed), recommender.codes.epoch(), []
     metrics: dict[str, float] = {}
     beams = (16, 128, 512) if chosen.quick else (16, 32, 64, 128, 256, 512)
     prompts = (250, 1000, 2000) if chosen.quick else (250, 500, 1000, 2000)
@@ -273,7 +272,7 @@ def latency_part(chosen: Options, recommender: Recommender, tally: Tally) -> dic
 
 
 def kv_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict[str, float]:
-    rng, code_index, rows = np.random.default_rng(chosen.seed), recommender.catalogue.epoch(), []
+    rng, code_index, rows = np.random.default_rng(chosen.seed), recommender.codes.epoch(), []
     metrics: dict[str, float] = {}
     for beam in (32, 128, 512):
         request = ask(rng, code_index, 1000, beam=beam)
@@ -324,7 +323,7 @@ def attention_seconds() -> Iterator[list[float]]:
 
 def stages_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict[str, float]:
     """One request at a time, nothing cached."""
-    rng, code_index, rows = np.random.default_rng(chosen.seed), recommender.catalogue.epoch(), []
+    rng, code_index, rows = np.random.default_rng(chosen.seed), recommender.codes.epoch(), []
     metrics: dict[str, float] = {}
     for name, tokens, beam in (("p1000_beam128", 1000, 128), ("p1000_beam512", 1000, 512)):
         spent: dict[str, list[float]] = {}
@@ -336,7 +335,7 @@ def stages_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict
             stages = answer.receipt.stage_ms
             each = {"attention": sum(told) * 1e3}
             each |= {share: sum(stages.get(stage, 0.0) for stage in of) for share, of in SHARES.items()}
-            passes = stages["step"] + sum(stages.get(f"prefill_{name}", 0.0) for name in ("materialise", "forward"))
+            passes = sum(stages.get(name, 0.0) for name in ("materialise", "forward", "step"))
             each["layers"] = passes - each["attention"]
             for share, value in each.items():
                 spent.setdefault(share, []).append(value / stages["total"])
@@ -347,30 +346,6 @@ def stages_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict
     return metrics
 
 
-def overlap_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict[str, float]:
-    """Many requests at once: batches one after another, and overlapped."""
-    rng, code_index, rows = np.random.default_rng(chosen.seed), recommender.catalogue.epoch(), []
-    rates: dict[int, float] = {}
-    requests = [ask(rng, code_index, 500, beam=128) for _ in range(12 if chosen.quick else 64)]
-    took: dict[int, list[float]] = {1: [], 2: []}
-    traces = {}
-    for _ in range(3):
-        for depth in took:
-            limits = BeamLimits(prompt_tokens=2048, beam_rows=512, num_overlapped=depth)
-            each = Recommender(recommender.engine, recommender.catalogue, recommender.tokens, limits)
-            traces[depth] = Trace()
-            start = time.perf_counter()
-            tally.look(requests, each.recommend_batch(requests, traces[depth]), code_index)
-            took[depth].append(time.perf_counter() - start)
-    for depth, seconds in took.items():
-        rates[depth] = len(requests) / statistics.median(seconds)
-        under = traces[depth].overlap_s("step") + traces[depth].overlap_s("prefill")
-        rows.append([str(depth), f"{rates[depth]:.1f}", f"{under * 1e3:.0f}"])
-    traces[2].write(chosen.out.with_name("beam_trace.json"))
-    show("Batches under way at a time", ["batches", "requests/s", "ms of host work under passes"], rows)
-    return {"throughput_ratio_overlapped": rates[2] / rates[1], "requests_per_s_p500_beam128": rates[2]}
-
-
 def catalogues_part(chosen: Options, recommender: Recommender, tally: Tally) -> dict[str, float]:
     """Large catalogues, still and while they change."""
     metrics: dict[str, float] = {}
@@ -379,9 +354,9 @@ def catalogues_part(chosen: Options, recommender: Recommender, tally: Tally) -> 
         name = f"{num_items // 1000}k"
         build_s, code_index = timed(lambda count: random_codes(count, chosen.seed), num_items)
         live = Recorded(code_index)
-        large = Recommender(recommender.engine, live, recommender.tokens, recommender.limits)
+        large = Recommender(recommender.engine, live, recommender.tokens)
         rng = np.random.default_rng(chosen.seed)
-        still, changing = _under_updates(chosen, large, live, recommender.catalogue.epoch(), rng, tally)
+        still, changing = _under_updates(chosen, large, live, recommender.codes.epoch(), rng, tally)
         step_ms = statistics.median(_step_ms(answer) for _, answer in still)
         p99 = [percentile([took for took, _ in runs], 0.99) for runs in (still, changing)]
         metrics |= {
@@ -458,7 +433,6 @@ def main() -> None:
             "latency": partial(latency_part, chosen, recommender, tally),
             "kv": partial(kv_part, chosen, recommender, tally),
             "stages": partial(stages_part, chosen, recommender, tally),
-            "overlap": partial(overlap_part, chosen, recommender, tally),
             "catalogues": partial(catalogues_part, chosen, recommender, tally),
         }
         run_parts("beam", QUESTION, chosen, {name: partial(tally.after, part) for name, part in parts.items()})

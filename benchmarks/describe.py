@@ -48,7 +48,8 @@ from rcllm.describe.quality import Knowledge, Worth, worth
 from rcllm.describe.writer import GeneratorWriter, make_router, to_route
 from rcllm.drafts.draft import PromptLookup
 from rcllm.drafts.groups import one_group
-from rcllm.engine.generate import MAX_NODES
+from rcllm.engine.jobs.generate import MAX_NODES
+from rcllm.errors import answered
 from rcllm.model.ceilings import measure_bandwidth
 from rcllm.model.pull import pull
 from rcllm.sid.embed import SentenceEncoder, fetch_minilm
@@ -60,6 +61,7 @@ SCENARIOS = ("refresh", "new_users", "knowledge", "knowledge_refresh")
 PARTS = (*SCENARIOS, "exact", "cold", "groups", "hf", "ctr")
 MODES = {"plain": NONE, "strict": STRICT, "relaxed": RELAXED, "wide": WIDE}
 HEADLINE = "refresh"
+PROMPT_STAGES = ("plan", "materialise", "select", "forward", "publish", "join")  # of passes that hold prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,9 @@ class Spent:
         self.passes += sum(each.receipt.passes for each in found)
         self.diverged += sum(len(each.receipt.divergences) for each in found)
         self.wall_s += wall_s
-        self.prompt_s += max(each.receipt.stage_ms["open"] for each in found) / 1e3
+        self.prompt_s += (
+            max(sum(each.receipt.stage_ms.get(stage, 0.0) for stage in PROMPT_STAGES) for each in found) / 1e3
+        )
 
     @property
     def decode_rate(self) -> float:
@@ -130,8 +134,9 @@ class Spent:
 def run(writer: GeneratorWriter, profiles: Sequence[Profile], spent: Spent) -> list[Generated]:
     requests = writer.requests(profiles, [0] * len(profiles))
     took, found = timed(writer.generator.generate, requests)
-    spent.add(took, found)
-    return found
+    answers = answered(found)
+    spent.add(took, answers)
+    return answers
 
 
 def decoding(bench: Workbench, name: str, scenarios: Mapping[str, Scenario], sizes: Sizes) -> dict[str, float]:
@@ -297,15 +302,16 @@ def peer(bench: Workbench, scenario: Scenario, count: int) -> dict[str, float]:
         for profile in scenario.tested[:count]:
             bench.engine.erase_user(UserId(profile.name))
             prompt = torch.tensor([writer.prompt_ids(profile)])
-            took_ours, ours = timed(writer.generator.generate, writer.requests([profile], [0]))
+            took_ours, found = timed(writer.generator.generate, writer.requests([profile], [0]))
+            [ours] = answered(found)
             took_lookup, lookup = timed(partial(generated, theirs, lookup=10, most=bench.max_tokens), prompt)
             took_plain, plain = timed(partial(generated, theirs, lookup=None, most=bench.max_tokens), prompt)
             spent = {"ours": took_ours, "prompt lookup": took_lookup, "plain": took_plain}
             for way, took in spent.items():
                 seconds[way] += took
-            for way, count in zip(spent, (len(ours[0].token_ids), len(lookup), len(plain)), strict=True):
+            for way, count in zip(spent, (len(ours.token_ids), len(lookup), len(plain)), strict=True):
                 tokens[way] += count
-            equal.append(list(ours[0].token_ids) == plain)
+            equal.append(list(ours.token_ids) == plain)
     rate = {way: tokens[way] / took for way, took in seconds.items()}
     rows = [[way, f"{rate[way]:.1f}", f"{rate['ours'] / rate[way]:.2f}×"] for way in rate]
     show(

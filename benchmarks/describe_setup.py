@@ -19,12 +19,13 @@ from rcllm.config import CacheConfig, Config, PromptConfig
 from rcllm.core.decoding import Speculation
 from rcllm.core.ranking import Event, ItemId, UserId
 from rcllm.data import Dataset, histories
-from rcllm.describe.job import DescribeOptions
-from rcllm.describe.profiles import Kind, Profile
+from rcllm.describe.options import DescribeOptions, Kind
+from rcllm.describe.profiles import Profile
 from rcllm.describe.writer import GeneratorWriter, to_route
 from rcllm.drafts.folder import DraftPools
 from rcllm.drafts.groups import Router
 from rcllm.engine.engine import Engine
+from rcllm.errors import answered
 from rcllm.fetch import cache_dir
 
 MAX_EVENTS = 15
@@ -76,8 +77,9 @@ class Workbench:
             by_id = {str(profile.row): self._key(writer, profile, made_with) for profile in missing}
             requests = writer.requests(missing, [0] * len(missing))
             with console.status(f"{len(missing)} answers, {speculation}") as status:
-                for number, found in enumerate(writer.generator.stream(requests), 1):
-                    self.kept.add(by_id[found.request_id], Answered(found.text, found.token_ids))
+                for number, (request, found) in enumerate(writer.generator.stream(requests), 1):
+                    [answer] = answered([found])
+                    self.kept.add(by_id[request.request_id], Answered(answer.text, answer.token_ids))
                     status.update(f"{number} of {len(missing)} answers, {speculation}")
         return [self.kept[key] for key in keys]
 

@@ -41,7 +41,6 @@ from benchmarks.fidelity_setup import (
 from benchmarks.harness import Options, dataset, options, run_parts, show
 from rcllm.core.ranking import Block, Level, Policy, RankOptions, RankRequest, Selection, order
 from rcllm.data import named_items
-from rcllm.data.popularity import with_popularity
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.evaluate import evaluate_timed
@@ -121,7 +120,7 @@ def _gain(model: Baseline, request: RankRequest) -> float:
 
 def quality(name: str, variant: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     """The table of levels of one variant on one set, with both kinds of negatives."""
-    data = with_popularity(dataset(SETS[name]))
+    data = dataset(SETS[name])
     metrics: dict[str, float] = {}
     with engine_of(variant, TEMPLATES[variant], data, chosen.seed) as engine:
         for kind, suffix, count in kinds(sizes):
@@ -158,7 +157,7 @@ def levels(
 
 def rankers(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     """The block-mask ranker at `blocks` against the causal one in full: what it costs a team to change over."""
-    data = with_popularity(dataset(SETS[name]))
+    data = dataset(SETS[name])
     requests = {kind: held_out(data, name, kind, count, chosen.seed) for kind, _, count in kinds(sizes)}
     gains: dict[tuple[str, str], list[float]] = {}
     for variant, level in (("blocks", "blocks"), ("causal", "full")):
@@ -188,7 +187,7 @@ def rankers(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[
 
 def policies(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     """All selection policies at equal numbers of fresh tokens, on the causal ranker."""
-    data = with_popularity(dataset(SETS[name]))
+    data = dataset(SETS[name])
     metrics: dict[str, float] = {}
     rows: list[list[str]] = []
     requests = held_out(data, name, "uniform", sizes.policies, chosen.seed)
@@ -219,7 +218,7 @@ def policies(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict
 
 def budgets(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     """The error of `corrected` as its budget grows: it falls, and ends at zero."""
-    data = with_popularity(dataset(SETS[name]))
+    data = dataset(SETS[name])
     metrics: dict[str, float] = {}
     rows: list[list[str]] = []
     requests = held_out(data, name, "uniform", sizes.policies, chosen.seed)

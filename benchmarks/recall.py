@@ -29,16 +29,15 @@ from rcllm.core.decoding import RecommendRequest
 from rcllm.core.ranking import Event, ItemId, RankRequest
 from rcllm.data import Dataset, Split, histories, split_of
 from rcllm.durable import renamed
+from rcllm.errors import answered
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
-from rcllm.sid.build import BuildConfig, build_codes, code_index_of, item_texts, split_histories
+from rcllm.sid.build import build_codes, code_index_of, item_texts, split_histories
 from rcllm.sid.collaborative import FloatArray
+from rcllm.sid.config import BuildConfig, CodeConfig, NetworkConfig, SequenceConfig, TrainConfig
 from rcllm.sid.embed import SentenceEncoder, fetch_minilm
 from rcllm.sid.load import load_recommender
-from rcllm.sid.network import NetworkConfig
-from rcllm.sid.quantise import CodeConfig
-from rcllm.sid.sequences import SequenceConfig
-from rcllm.sid.train import CodeTrainer, TrainConfig
+from rcllm.sid.train import CodeTrainer
 
 QUESTION = "Recall@10/50 and NDCG@10 over the whole catalogue, of generated semantic IDs, popularity and item-kNN"
 MOST, BEAM = 50, 128
@@ -166,7 +165,7 @@ def generated(folder: Path, most: int) -> Rank:
             for i, case in enumerate(asked)
         ]
         start = time.perf_counter()
-        answers = recommender.recommend_batch(requests)
+        answers = answered(recommender.recommend_batch(requests))
         console.print(f"{len(requests)} requests in {time.perf_counter() - start:.1f} s")
         return [answer.items for answer in answers]
 

@@ -20,14 +20,15 @@ from functools import partial
 
 from benchmarks.harness import ROOT, console, dataset, options, percentile, run_parts, show, timed
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core.ranking import BlockKind, Level, RankOptions, RankRequest, UserId
+from rcllm.core.ranking import Level, RankOptions, RankRequest, UserId
+from rcllm.core.receipts import BlockKind
 from rcllm.data import Dataset, build_requests, named_items
-from rcllm.data.popularity import with_popularity
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
 from rcllm.fidelity.measures import agreement, ndcg
-from rcllm.prototypes.build import BuildReport, PrototypeBuilder, PrototypeConfig
+from rcllm.prototypes.build import BuildReport, PrototypeBuilder
+from rcllm.prototypes.config import PrototypeConfig
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.prototypes.texts import dataset_histories, token_runs
 
@@ -36,10 +37,10 @@ NUM_EVENTS = 12
 ADAPTER = ROOT / "adapters" / "smollm2-135m-causal"
 MODES: dict[str, RankOptions] = {  # "back": the user's chain is there from an earlier request
     "full": RankOptions(level=Level("full")),
-    "exact_new": RankOptions(history="chain"),
-    "exact_back": RankOptions(history="chain"),
-    "shared": RankOptions(history="shared"),
-    "semantic": RankOptions(history="semantic"),
+    "exact_new": RankOptions(level=Level("blocks"), history="chain"),
+    "exact_back": RankOptions(level=Level("blocks"), history="chain"),
+    "shared": RankOptions(level=Level("blocks"), history="shared"),
+    "semantic": RankOptions(level=Level("blocks"), history="semantic"),
     "semantic_corrected30": RankOptions(level=Level("corrected", 0.3, 0.3), history="semantic"),
 }
 
@@ -72,7 +73,7 @@ def untuned(data: Dataset, sizes: Sizes, seed: int) -> dict[str, float]:
 
 
 def causal(data: Dataset, sizes: Sizes, seed: int) -> dict[str, float]:
-    engine, _ = engine_with_pool(with_popularity(data), "titles", str(ADAPTER), sizes.users, seed)
+    engine, _ = engine_with_pool(data, "titles", str(ADAPTER), sizes.users, seed)
     requests = build_requests(data, sizes.quality, 20, 8, "uniform", "test", seed, 2, min_history=2)
     found = measured(engine, requests, RankOptions(readout="pointwise"), "Tuned (causal), pointwise")
     return {f"{name}_causal": value for name, value in found.items() if not name.startswith("ttft_")}
@@ -95,7 +96,7 @@ def engine_with_pool(data: Dataset, template: str, adapter: str, users: int, see
         )
     pool = PrototypePool.open(path, engine.decoder, engine.prompter.namespace)
     parts = engine.config, engine.decoder, engine.prompter, engine.pool, engine.model_id
-    return Engine(*parts, semantic_pool=pool), built
+    return Engine(*parts, prototypes=pool), built
 
 
 def size(engine: Engine, built: BuildReport, requests: list[RankRequest]) -> dict[str, float]:
@@ -104,7 +105,7 @@ def size(engine: Engine, built: BuildReport, requests: list[RankRequest]) -> dic
     prompts = [engine.prompter.build(request) for request in requests]
     tokens = [sum(len(b) for b in prompt.blocks if b.kind is BlockKind.HISTORY) for prompt in prompts]
     per_user = statistics.mean(tokens) * engine.decoder.spec.kv_bytes_per_token(engine.pool.dtype.itemsize)
-    pool = engine.semantic_pool
+    pool = engine.prototypes
     assert pool is not None
     took = [timed(pool.borrow, prompt)[0] for prompt in prompts]
     found = {

@@ -126,7 +126,7 @@ def floor_of_blocks(engine: Engine, requests: list[RankRequest]) -> dict[str, fl
     rows: list[list[str]] = []
     for request in requests:
         prompt = engine.prompter.build(dataclasses.replace(request, options=RankOptions(level=Level("blocks"))))
-        planned = Planned(prompt, plan(prompt, Level("blocks"), lambda key: False))
+        planned = Planned(prompt, plan(prompt, Level("blocks"), ()))
         with engine.pool.hold() as held:
             assert not held.fetch(piece.key for piece in planned.plan.pieces if piece.key is not None)
             work = assemble([planned], held.blocks, decoder.device).work

@@ -1,7 +1,7 @@
 """Ranks 20 films for one real viewer, from Python: python examples/rank.py"""
 
 from rcllm.config import Config, PromptConfig
-from rcllm.core.ranking import RankOptions
+from rcllm.core.ranking import Level, RankOptions
 from rcllm.data import build_requests, fetch_movielens
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
@@ -9,7 +9,9 @@ from rcllm.fetch import cache_dir
 films = fetch_movielens(cache_dir() / "data" / "ml-100k")  # downloads once
 [request] = build_requests(films, count=1, num_candidates=20, num_history=10)
 
-config = Config(prompt=PromptConfig(template="movies"), rank=RankOptions(readout="likelihood"))
+# the default level is exact until `rcllm calibrate` says that more may be reused; here all of it is, to show what is
+options = RankOptions(level=Level("blocks"), readout="likelihood")
+config = Config(prompt=PromptConfig(template="movies"), rank=options)
 engine = Engine.build(films.catalogue, config)
 seen = [event.item_id for event in request.history if event.item_id]
 engine.warm(seen)  # else computed within the first request that needs them

@@ -20,15 +20,17 @@ from rcllm.version import __version__ as __version__
 if TYPE_CHECKING:
     from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
     from rcllm.core.decoding import Generated, GenerateOptions, GenerateRequest, RecommendRequest, RecommendResponse
-    from rcllm.core.ranking import Event, Item, Level, RankOptions, RankRequest, RankResponse, Receipt, Selection
+    from rcllm.core.ranking import Event, Item, Level, RankOptions, RankRequest, RankResponse, Selection
+    from rcllm.core.receipts import Receipt
     from rcllm.data import Catalogue, build_requests, load_dataset
     from rcllm.engine.engine import Engine
-    from rcllm.engine.generate import Generator
-    from rcllm.engine.recommend import Recommender
+    from rcllm.engine.jobs.generate import Generator
+    from rcllm.engine.jobs.recommend import Recommender
     from rcllm.errors import RcllmError
-    from rcllm.fidelity.calibration import Calibrated, Calibration, Target
+    from rcllm.fidelity.calibration import Calibrated, Calibration
     from rcllm.fidelity.guard import Guard
     from rcllm.fidelity.monitor import GuardPolicy
+    from rcllm.fidelity.target import Target
 
 _HOMES = {
     "rcllm.config": ("CacheConfig", "Config", "ModelConfig", "PromptConfig"),
@@ -39,16 +41,17 @@ _HOMES = {
         "RankOptions",
         "RankRequest",
         "RankResponse",
-        "Receipt",
         "Selection",
     ),
+    "rcllm.core.receipts": ("Receipt",),
     "rcllm.data": ("Catalogue", "build_requests", "load_dataset"),
     "rcllm.core.decoding": ("GenerateOptions", "GenerateRequest", "Generated", "RecommendRequest", "RecommendResponse"),
     "rcllm.engine.engine": ("Engine",),
-    "rcllm.engine.generate": ("Generator",),
-    "rcllm.engine.recommend": ("Recommender",),
+    "rcllm.engine.jobs.generate": ("Generator",),
+    "rcllm.engine.jobs.recommend": ("Recommender",),
     "rcllm.errors": ("RcllmError",),
-    "rcllm.fidelity.calibration": ("Calibrated", "Calibration", "Target"),
+    "rcllm.fidelity.calibration": ("Calibrated", "Calibration"),
+    "rcllm.fidelity.target": ("Target",),
     "rcllm.fidelity.guard": ("Guard",),
     "rcllm.fidelity.monitor": ("GuardPolicy",),
 }

@@ -6,65 +6,145 @@ its section or plain values, never the tree.
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
+import os
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
+from annotated_types import Ge
+
+from rcllm.annotated import Opt, Rule, bare, check_regex, hints_of
 from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
+from rcllm.fields import check, parse
+from rcllm.words import nearest as nearest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-T = TypeVar("T")
 MIB = 1 << 20
 CONTEXTS = ("none", "bos", "instruction", "typical", "mean(n)")
-_WORDS = {
-    cls: {name: get_args(kind) for name, kind in get_type_hints(cls).items() if get_origin(kind) is Literal}
-    for cls in (RankOptions, Selection)
-}  # the options that are one of a few words
+_PREFIX = "RCLLM_"
+_NOT_CONFIG = ("RCLLM_HOME", "RCLLM_NATIVE")  # variables that other rooms read
+_PANEL = "Model and cache"
+
+
+def context_samples(name: str) -> int:
+    """How many sampled prompts a canonical context needs: 0 for none, bos and instruction. Raises ConfigError."""
+    if name in ("none", "bos", "instruction"):
+        return 0
+    if name == "typical":
+        return 1
+    if name.startswith("mean(") and name.endswith(")") and name[5:-1].isdecimal() and int(name[5:-1]) > 0:
+        return int(name[5:-1])
+    raise ConfigError(f"unknown canonical context {name!r}: expected one of {', '.join(CONTEXTS)}")
+
+
+def num_usable_cores() -> int:
+    """The cores that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_threads(threads: int) -> None:
+    if threads > (cores := num_usable_cores()):
+        raise ConfigError(f"expected at most {cores}, the cores that this process may use, got {threads}")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Which model, and how it computes."""
 
-    path: str = "smollm2-135m-instruct"  # a name `rcllm pull` knows, a folder, a .gguf file, or a hub id
+    path: Annotated[
+        str,
+        Opt(
+            "What `rcllm pull` knows, a model folder, a .gguf file or a hub id.",
+            metavar="NAME|FOLDER",
+            name="--model",
+            panel=_PANEL,
+        ),
+    ] = "smollm2-135m-instruct"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # fp32 on CPU, bf16 on CUDA
     attention: Literal["auto", "segmented", "gather"] = "auto"
-    adapter: str = ""  # folder of a LoRA adapter that is merged into the model
+    adapter: Annotated[
+        str,
+        Opt(
+            "LoRA adapter (of `rcllm tune`, or as peft saves it), merged into the model.",
+            metavar="FOLDER",
+            panel=_PANEL,
+        ),
+    ] = ""
     mask: Literal["auto", "causal", "blocks"] = "auto"  # tuned under; auto: as the adapter says, or causal
-    max_positions: int = 8192  # longer prompts are refused; the model's own limit if that is lower
-    threads: int = 0  # 0: torch's default
+    max_positions: Annotated[int, Ge(1)] = 8192  # longer prompts are refused; the model's own limit if that is lower
+    threads: Annotated[int, Ge(0), Rule(_check_threads), Opt("Cores to use; default all.", panel=_PANEL)] = (
+        0  # torch's default
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class PromptConfig:
-    template: str = "shopping"  # a bundled name or a .toml file
-    chat: Literal["auto", "plain", "chatml", "llama3", "mistral"] = "auto"  # auto: by the tokenizer
-    context: str = "instruction"  # canonical context of items and shared events; one of CONTEXTS
-    max_candidates: int = 500
+    template: Annotated[
+        str,
+        Opt(
+            "Prompt template: shopping, movies, titles, echo, or a .toml file.",
+            metavar="NAME|FILE",
+            panel=_PANEL,
+        ),
+    ] = "shopping"
+    chat: Annotated[
+        Literal["auto", "plain", "chatml", "llama3", "mistral", "llama2", "zephyr"],
+        Opt("How turns are marked; default: as the model's chat template says.", panel=_PANEL),
+    ] = "auto"
+    context: Annotated[
+        str,
+        Rule(context_samples),
+        Opt(
+            "What stood before a block when its KV was computed. typical and mean(N) need --dataset, and cost nothing "
+            "when ranking.",
+            metavar="none|bos|instruction|typical|mean(N)",
+            panel=_PANEL,
+        ),
+    ] = "instruction"  # of items and shared events
+    max_candidates: Annotated[int, Ge(1)] = 500
+    # longer texts are cut, and noted; 0: as the template says, as for the next two
+    max_item_tokens: Annotated[
+        int, Ge(0), Opt("Cut the texts of items to so many tokens; default: as the template says.", panel=_PANEL)
+    ] = 0
+    max_event_tokens: Annotated[int, Ge(0), Opt("The same, of events.", panel=_PANEL)] = 0
+    max_volatile_tokens: Annotated[
+        int, Ge(0), Opt("The same, of volatile texts, which are fresh in every request.", panel=_PANEL)
+    ] = 0
     # regular expression of tokens that items may be written with though the tokenizer counts them as control tokens,
     # such as semantic IDs: "<[a-f]_\\d+>"
-    item_tokens: str = ""
+    item_tokens: Annotated[str, Rule(check_regex)] = ""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
     """`memory_mb` bounds the whole process on the CPU; the KV pool gets what weights and workspace leave of it."""
 
-    memory_mb: int = 0  # 0: 60 % of the machine's memory
-    pool_mb: int = 0  # 0: what memory_mb leaves
-    host_mb: int = 0  # second tier in host memory, for pools on a GPU
-    kv_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # fp16 beside fp32 compute, else the compute dtype
-    semantic_pool: str = ""  # file of `rcllm pool build`, for history "semantic"
-    pass_tokens: int = 2048  # most fresh tokens in one forward pass that computes missing blocks
+    memory_mb: Annotated[int, Ge(0), Opt("Memory of the whole process; default 60 % of the machine.", panel=_PANEL)] = (
+        0  # 0: the default
+    )
+    pool_mb: Annotated[int, Ge(0)] = 0  # 0: what memory_mb leaves
+    host_mb: Annotated[int, Ge(0)] = 0  # second tier in host memory, for pools on a GPU
+    # auto: fp16 beside fp32 compute, else the compute dtype
+    kv_dtype: Annotated[
+        Literal["auto", "fp32", "fp16", "bf16"],
+        Opt("How cached KV is stored.", metavar="fp32|fp16|bf16", panel=_PANEL),
+    ] = "auto"
+    semantic_pool: Annotated[
+        str,
+        Opt(
+            "Read histories from this pool of token prototypes (`rcllm pool build`) instead of events' own KV.",
+            metavar="FILE",
+            panel="How to rank",
+        ),
+    ] = ""
+    pass_tokens: Annotated[int, Ge(1)] = 2048  # most fresh tokens in one forward pass that computes missing blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +155,60 @@ class Config:
     rank: RankOptions = field(default_factory=RankOptions)
 
     @classmethod
-    def load(cls, path: Path) -> Config:
-        """Reads a TOML file with the sections [model], [prompt], [cache], [rank]. Raises ConfigError."""
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{path}: {error}") from error
-        return from_mapping(cls, values, str(path))
+    def load(cls, path: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:
+        """A TOML file with the sections [model], [prompt], [cache] and [rank], and the variables RCLLM_… over it.
+
+        A variable is named after its section and key, such as RCLLM_CACHE_MEMORY_MB. Raises ConfigError.
+        """
+        config = cls() if path is None else parse(cls, _read_toml(path), str(path))
+        values = _from_environment(environ or {})
+        return parse(
+            cls, values, "environment", base=config, name=lambda key: _PREFIX + "_".join(map(str, key)).upper()
+        )
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The variables with our prefix, as the sections of a file would hold them."""
+    known = {_PREFIX + "_".join(key).upper(): (key, kind) for key, kind in _leaves(Config)}
+    values: dict[str, Any] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(_PREFIX) or variable in _NOT_CONFIG:
+            continue
+        if variable not in known:
+            raise ConfigError(f"environment: unknown variable {variable}; {nearest(variable, [*known, *_NOT_CONFIG])}")
+        (*sections, name), kind = known[variable]
+        section = values
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = _from_text(text, kind)
+    return values
+
+
+def _leaves(kind: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The place of every value of the tree, and its type."""
+    for name, hint in hints_of(kind).items():
+        inner = bare(hint)
+        if is_dataclass(inner) and inner is not Level:
+            yield from (((name, *key), leaf) for key, leaf in _leaves(inner))
+        else:
+            yield (name,), inner
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """A text as TOML reads it, where a number or true and false is wanted; what is neither stays a text."""
+    if kind is str or kind is Level or get_origin(kind) is Literal:
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +228,8 @@ def resolve(config: Config, hardware: Hardware) -> Config:
     dtype = ("bf16" if device == "cuda" else "fp32") if model.dtype == "auto" else model.dtype
     kv_dtype = ("fp16" if dtype == "fp32" else dtype) if cache.kv_dtype == "auto" else cache.kv_dtype
     memory_mb = cache.memory_mb or int(hardware.memory_bytes * 0.6) // MIB
-    _check(config)
+    check(config)
+    check_options(config.rank)
     return replace(
         config,
         model=replace(model, device=device, dtype=dtype),
@@ -109,27 +237,11 @@ def resolve(config: Config, hardware: Hardware) -> Config:
     )
 
 
-def _check(config: Config) -> None:
-    positive = {"prompt.max_candidates": config.prompt.max_candidates, "cache.pass_tokens": config.cache.pass_tokens}
-    positive["model.max_positions"] = config.model.max_positions
-    for name, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
-    context_samples(config.prompt.context)
-    check_options(config.rank)
-    try:
-        re.compile(config.prompt.item_tokens)
-    except re.error as error:
-        raise ConfigError(f"prompt.item_tokens is no regular expression: {error}") from error
-
-
 def check_options(options: RankOptions) -> None:
     """Raises ConfigError for values that are not there and combinations that mean nothing."""
-    if not isinstance(options.level, Level):
-        raise ConfigError(f"level must be a Level, got {options.level!r}; read one with Level.parse")
-    _check_words(options)
+    check(options)
     if options.level.name == "corrected":
-        _check_selection(options.level, options.selection)
+        _check_selection(options.selection)
     if options.history == "semantic" and options.level.name == "corrected" and options.selection.policy == "static":
         raise ConfigError("policy static ranks the tokens of blocks that are cached; history 'semantic' has none")
     if options.layout == "items_first" and options.readout != "label":
@@ -140,21 +252,7 @@ def check_options(options: RankOptions) -> None:
         raise ConfigError(f"bias {options.bias!r} corrects label letters; read-out {options.readout!r} has none")
 
 
-def _check_words(options: RankOptions | Selection) -> None:
-    for name, known in _WORDS[type(options)].items():
-        if (value := getattr(options, name)) not in known:
-            raise ConfigError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
-
-
-def _check_selection(level: Level, selection: Selection) -> None:
-    _check_words(selection)
-    shares = {"r_item": level.budget, "r_history": level.history_budget, "selection.divergence": selection.divergence}
-    for name, share in shares.items():
-        if not 0.0 <= share <= 1.0:
-            raise ConfigError(f"{name} must be from 0 to 1, got {share}")
-    for name, count in {"window": selection.window, "check_layer": selection.check_layer}.items():
-        if count < 0:
-            raise ConfigError(f"selection.{name} must be 0 or more, got {count}")
+def _check_selection(selection: Selection) -> None:
     if selection.policy == "k_difference" and selection.check_layer == 0:
         raise ConfigError(
             "policy k_difference needs selection.check_layer of 1 or more: "
@@ -162,55 +260,7 @@ def _check_selection(level: Level, selection: Selection) -> None:
         )
 
 
-def context_samples(name: str) -> int:
-    """How many sampled prompts a canonical context needs: 0 for none, bos and instruction. Raises ConfigError."""
-    if name in ("none", "bos", "instruction"):
-        return 0
-    if name == "typical":
-        return 1
-    if name.startswith("mean(") and name.endswith(")") and name[5:-1].isdecimal() and int(name[5:-1]) > 0:
-        return int(name[5:-1])
-    raise ConfigError(f"unknown canonical context {name!r}: expected one of {', '.join(CONTEXTS)}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """«did you mean X» where something is close, else the list of what is known."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
-
-
-def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Builds the dataclass `cls` from a mapping, recursively. Refuses unknown keys and wrong values by name."""
-    hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    built: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
-        built[key] = _value(hints[key], value, f"{where}: {key}")
-    return cls(**built)
-
-
 def as_json(value: DataclassInstance) -> dict[str, Any]:
     """A dataclass as JSON would give it back; NaN and infinity, for which JSON has no word, become None."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(value)), parse_constant=lambda name: None)
     return plain
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    if kind is Level:
-        if not isinstance(value, str):
-            raise ConfigError(f"{where} must be a text such as 'blocks' or 'linked(16)', got {value!r}")
-        return Level.parse(value)
-    if is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} must be a section, got {value!r}")
-        return from_mapping(kind, value, where)  # type: ignore[arg-type]
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ConfigError(f"{where} must be one of {', '.join(get_args(kind))}, got {value!r}")
-        return value
-    if type(value) is not kind:
-        raise ConfigError(f"{where} must be {kind.__name__}, got {value!r}")
-    return value

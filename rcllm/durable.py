@@ -59,11 +59,16 @@ def renamed(target: Path) -> Iterator[Path]:
 
 
 def check_writable(out: Path) -> None:
-    """Whether files can be made beside `out`. Raises DataError."""
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
+    """Whether a file or folder can be made at `out`, whose folders may be missing. Makes none. Raises DataError."""
+    try:
+        out.exists()  # a name that is too long is refused here
+        nearest = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+        with tempfile.TemporaryFile(dir=nearest):
             pass
+    except OSError as error:
+        raise DataError(
+            f"{out}: cannot be written: {error.strerror or error}; name a place that can be written"
+        ) from error
 
 
 def write(target: Path, content: bytes) -> None:

@@ -9,11 +9,22 @@
     │   └── UnsupportedModelError    the architecture, or a variant of it, is not implemented
     ├── RequestError             one request is wrong; the engine and other requests go on
     │   ├── UnknownItemError         a candidate or event names an item the catalogue lacks
-    │   └── PromptTooLongError       the prompt exceeds the model's context
+    │   ├── PromptTooLongError       the prompt exceeds the model's context
+    │   └── CancelledError           the request was withdrawn before it was answered
     └── CapacityError            the request is fine but does not fit the memory budget
+
+Beside it two warnings: TextWarning, a model is asked with other text than it should be; ModelWarning, what fits and is
+used may not have been made for each other.
 
 Messages say what was expected, what came, and what to do. `assert` is for our own mistakes.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+Response = TypeVar("Response")
 
 
 class RcllmError(Exception):
@@ -56,5 +67,27 @@ class PromptTooLongError(RequestError):
     """The rendered prompt needs more positions than the model has."""
 
 
+class CancelledError(RequestError):
+    """A request was withdrawn before it was answered."""
+
+
 class CapacityError(RcllmError):
     """The KV that one request needs at once is larger than the cache budget."""
+
+
+def answered(outcomes: Iterable[Response | RcllmError]) -> list[Response]:
+    """The responses of a batch, for callers that need them all. Raises the first error, where there is one."""
+    responses = []
+    for outcome in outcomes:
+        if isinstance(outcome, RcllmError):
+            raise outcome
+        responses.append(outcome)
+    return responses
+
+
+class TextWarning(UserWarning):
+    """Items lack what the template shows, or a ranker is asked otherwise than it was tuned; receipts say so as well."""
+
+
+class ModelWarning(UserWarning):
+    """The parts of a model fit, but their names say that they belong to different ones."""

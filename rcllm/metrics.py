@@ -1,39 +1,27 @@
-"""Stage times of one request or batch. Knows nothing of what the stages do; the clock is an argument."""
+"""How long stages take: a stopwatch for one batch, and a trace of many.
+
+Knows nothing of what the stages do; the clock is an argument.
+"""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rcllm.plain_json import to_json
 
-class Stopwatch:
-    """Adds up wall time by stage name; `clock` gives seconds."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._start = clock()
-        self._stages: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._stages[name] = self._stages.get(name, 0.0) + (self._clock() - start) * 1e3
-
-    def read_ms(self) -> dict[str, float]:
-        """Milliseconds per stage so far, and `total` since the stopwatch was made."""
-        return {**self._stages, "total": (self._clock() - self._start) * 1e3}
+Clock = Callable[[], float]  # seconds since any one moment
+Stage = Callable[[str], AbstractContextManager[None]]  # times what runs inside, by the name of a stage
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
+    """One stage of one batch."""
+
     batch: int
     stage: str
     start_s: float
@@ -46,18 +34,6 @@ class Trace:
     """Which stage of which batch ran when. Threads may add to it at the same time."""
 
     spans: list[Span] = field(default_factory=list)
-    clock: Callable[[], float] = time.perf_counter
-
-    def overlap_s(self, stage: str) -> float:
-        """Seconds in which `stage` of a batch ran while another batch was in another stage than waiting."""
-        passes = [span for span in self.spans if span.stage == stage]
-        others = [span for span in self.spans if span.stage not in (stage, WAITING)]
-        return sum(
-            max(0.0, min(one.end_s, other.end_s) - max(one.start_s, other.start_s))
-            for one in passes
-            for other in others
-            if one.batch != other.batch
-        )
 
     def write(self, path: Path) -> None:
         """A file that chrome://tracing and Perfetto show: a row per thread, a bar per stage."""
@@ -76,31 +52,35 @@ class Trace:
             }
             for span in self.spans
         ]
-        path.write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+        path.write_text(to_json({"traceEvents": events}), encoding="utf-8")
 
 
-WAITING = "wait"  # the stage in which a batch waits for its turn on the device
+class Stopwatch:
+    """Adds up wall time by stage name; stages do not hold others."""
 
-
-class BatchClock:
-    """Adds up the stages of one batch, and tells a trace of each."""
-
-    def __init__(self, batch: int, trace: Trace) -> None:
-        self._batch, self._trace = batch, trace
-        self._start = trace.clock()
+    def __init__(self, clock: Clock = time.perf_counter, trace: Trace | None = None, batch: int = 0) -> None:
+        """`trace`: told of every stage, under the number `batch`."""
+        self._clock, self._trace, self._batch = clock, trace, batch
+        self._start = clock()
         self._stages: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Stages do not hold others."""
-        start = self._trace.clock()
+        """Times what runs inside."""
+        start = self._clock()
         try:
             yield
         finally:
-            end = self._trace.clock()
+            end = self._clock()
             self._stages[name] = self._stages.get(name, 0.0) + (end - start) * 1e3
-            self._trace.spans.append(Span(self._batch, name, start, end, threading.current_thread().name))
+            if self._trace is not None:
+                self._trace.spans.append(Span(self._batch, name, start, end, threading.current_thread().name))
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Milliseconds per stage so far."""
+        return dict(self._stages)
 
     def read_ms(self) -> dict[str, float]:
-        """Milliseconds per stage so far, and `total` since the batch began."""
-        return {**self._stages, "total": (self._trace.clock() - self._start) * 1e3}
+        """Milliseconds per stage so far, and `total` since the stopwatch was made."""
+        return {**self._stages, "total": (self._clock() - self._start) * 1e3}

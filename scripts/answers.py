@@ -91,7 +91,7 @@ def rankings(data: Any) -> Iterator[dict[str, object]]:
             values["selection"] = Selection(**values["selection"])
         yield from answers(engine, name, requests[:FEW], RankOptions(**values))
     tuned = Config(ModelConfig(adapter=str(adapter)), PromptConfig("echo"))
-    engine = Engine.build(data.catalogue, tuned)
+    engine = Engine.build(dict(data.catalogue), tuned)  # of which no field is made, as it was when recording began
     for level in ("blocks", "full"):
         options = RankOptions(Level(level), readout="pointwise")
         yield from answers(engine, f"mask {level}", requests[:FEW], options)

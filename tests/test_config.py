@@ -19,12 +19,13 @@ from rcllm.config import (
     as_json,
     check_options,
     context_samples,
-    from_mapping,
     nearest,
+    num_usable_cores,
     resolve,
 )
 from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
+from rcllm.schedule.admission import Open
 
 SMALL = Hardware(has_cuda=False, memory_bytes=1000 * MIB)
 LARGE = Hardware(has_cuda=True, memory_bytes=1000 * MIB)
@@ -66,15 +67,18 @@ def test_a_file_is_read_section_by_section(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[cahce]", "unknown key 'cahce'; did you mean 'cache'"),
-        ("[cache]\nmemory_gb = 3", "cache: unknown key 'memory_gb'; did you mean 'memory_mb'"),
-        ("[cache]\nmemory_mb = '3'", "cache: memory_mb must be int, got '3'"),
-        ("[cache]\nmemory_mb = true", "cache: memory_mb must be int, got True"),
-        ("[rank]\nparallel = 1", "rank: parallel must be bool, got 1"),
-        ("[rank]\nreadout = 'labels'", "rank: readout must be one of label, pointwise, likelihood, got 'labels'"),
-        ("[rank]\nlevel = 'fast'", "unknown reuse level 'fast'"),
-        ("[rank]\nlevel = 3", "rank: level must be a text"),
-        ("[rank.selection]\npolicy = 'best'", "rank: selection: policy must be one of rcllm, .*, got 'best'"),
-        ("[rank.selection]\nlambda = 0.5", "rank: selection: unknown key 'lambda'; known: check_layer, divergence"),
+        ("[cache]\nmemory_gb = 3", "unknown key 'memory_gb' in cache; did you mean 'memory_mb'"),
+        ("[cache]\nmemory_mb = '3'", "cache.memory_mb must be a whole number, got '3'"),
+        ("[cache]\nmemory_mb = true", "cache.memory_mb must be a whole number, got true"),
+        ("[rank]\nparallel = 1", "rank.parallel must be true or false, got 1"),
+        (
+            "[rank]\nreadout = 'labels'",
+            "rank.readout must be one of label, pointwise, likelihood, got 'labels'; did you mean 'label'",
+        ),
+        ("[rank]\nlevel = 'fast'", "rank.level: unknown reuse level 'fast'"),
+        ("[rank]\nlevel = 3", "rank.level: expected a text, got 3"),
+        ("[rank.selection]\npolicy = 'best'", "rank.selection.policy must be one of rcllm, .*, got 'best'"),
+        ("[rank.selection]\nlambda = 0.5", "unknown key 'lambda' in rank.selection; known: check_layer, divergence"),
         ("model = 3", "model must be a section, got 3"),
         ("[model", r"rcllm\.toml"),
     ],
@@ -104,8 +108,9 @@ def test_resolving_fits_the_hardware(hardware: Hardware, device: str, dtype: str
     config = resolve(Config(), hardware)
     assert (config.model.device, config.model.dtype, config.cache.kv_dtype) == (device, dtype, kv_dtype)
     assert config.cache.memory_mb == 600
-    # what is left to choose: the backend (per pass), the mask (by the adapter), the chat format (by the tokenizer)
-    assert autos(config) == ["attention", "mask", "chat"]
+    # what is left to choose: the backend (per pass), the mask (by the adapter), the chat format (by the tokenizer), and
+    # the name of the reuse level (by the calibration)
+    assert autos(config) == ["attention", "mask", "chat", "name"]
     assert resolve(config, hardware) == config
 
 
@@ -136,8 +141,11 @@ def test_what_cannot_work_is_refused(config: Config, message: str) -> None:
     [
         ({"bias": "content_free", "readout": "likelihood"}, "corrects label letters; read-out 'likelihood' has none"),
         ({"layout": "items_first", "readout": "likelihood"}, "needs layout history_first"),
-        ({"readout": "labels"}, "unknown readout 'labels'; did you mean 'label'"),
-        ({"history": "none"}, "unknown history 'none'; known: chain, semantic, shared"),
+        (
+            {"readout": "labels"},
+            "readout must be one of label, pointwise, likelihood, got 'labels'; did you mean 'label'",
+        ),
+        ({"history": "none"}, "history must be one of chain, shared, semantic, got 'none'"),
         ({"level": "blocks"}, r"level must be a Level, got 'blocks'; read one with Level\.parse"),
     ],
 )
@@ -164,5 +172,51 @@ def test_the_nearest_name_or_all_of_them() -> None:
     assert nearest("zzz", ["b", "a"]) == "known: a, b"
 
 
-def test_a_mapping_gives_defaults_where_it_is_silent() -> None:
-    assert from_mapping(CacheConfig, {}, "here") == CacheConfig()
+def test_variables_lie_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rcllm.toml"
+    path.write_text("[cache]\nmemory_mb = 100\npool_mb = 50\n[rank]\nparallel = true\n", encoding="utf-8")
+    environ = {
+        "RCLLM_CACHE_MEMORY_MB": "200",
+        "RCLLM_MODEL_PATH": "7",
+        "RCLLM_RANK_LEVEL": "tail(0.2)",
+        "RCLLM_RANK_PARALLEL": "false",
+        "RCLLM_RANK_SELECTION_WINDOW": "4",
+        "RCLLM_HOME": "read elsewhere",
+        "HOME": "not ours",
+    }
+    config = Config.load(path, environ)
+    assert config.cache == CacheConfig(memory_mb=200, pool_mb=50)
+    assert config.model.path == "7"
+    assert config.rank == RankOptions(level=Level("tail", 0.2), selection=Selection(window=4))
+    assert Config.load() == Config()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("RCLLM_CACHE_MEMORY", "1", "unknown variable RCLLM_CACHE_MEMORY; did you mean 'RCLLM_CACHE_MEMORY_MB'"),
+        ("RCLLM_CACHE_MEMORY_MB", "1.5", "RCLLM_CACHE_MEMORY_MB must be a whole number, got 1.5"),
+        ("RCLLM_RANK_PARALLEL", "yes", "RCLLM_RANK_PARALLEL must be true or false, got 'yes'"),
+        ("RCLLM_RANK_SELECTION_DIVERGENCE", "nan", "RCLLM_RANK_SELECTION_DIVERGENCE must be a finite number, got nan"),
+        ("RCLLM_PROMPT_CONTEXT", "mean", "RCLLM_PROMPT_CONTEXT: unknown canonical context 'mean'"),
+    ],
+)
+def test_a_wrong_variable_is_named(variable: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^environment: {message}"):
+        Config.load(None, {variable: value})
+
+
+def test_more_threads_than_cores_are_refused_wherever_they_are_asked_for(tmp_path: Path) -> None:
+    cores = num_usable_cores()
+    expected = rf"threads: expected at most {cores}, the cores that this process may use, got {cores + 1}"
+    with pytest.raises(ConfigError, match=rf"rcllm\.toml: model\.{expected}"):
+        load(tmp_path, f"[model]\nthreads = {cores + 1}")
+    with pytest.raises(ConfigError, match=rf"^model\.{expected}"):
+        resolve(Config(ModelConfig(threads=cores + 1)), SMALL)
+    assert resolve(Config(ModelConfig(threads=cores)), SMALL).model.threads == cores
+
+
+def test_the_default_level_is_exact_until_a_calibration_says_otherwise() -> None:
+    assert RankOptions().level == Level("auto")
+    assert Open("causal").admit(RankOptions()).options.level == Level("exact")
+    assert Open("blocks").admit(RankOptions()).options.level == Level("blocks")

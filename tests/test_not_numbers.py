@@ -8,16 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("rcllm.annotated", reason="needs the one rule for checking values")
-
 from rcllm.core.decoding import Speculation
-from rcllm.describe import job
+from rcllm.describe.options import DescribeOptions, check_options
 from rcllm.errors import ConfigError
-from rcllm.sid.build import BuildConfig
-from rcllm.sid.network import NetworkConfig
-from rcllm.sid.sequences import SequenceConfig
-from rcllm.sid.train import TrainConfig
-from rcllm.tune import train as tune
+from rcllm.sid.config import BuildConfig, NetworkConfig, SequenceConfig, TrainConfig
+from rcllm.tune.config import TuneConfig, check_config
 
 _CHECKS: dict[str, Callable[[float], object]] = {
     "sid train, learning_rate": lambda x: replace(TrainConfig(), learning_rate=x).check(),
@@ -27,13 +22,13 @@ _CHECKS: dict[str, Callable[[float], object]] = {
     "sid train, skip": lambda x: replace(TrainConfig(), sequences=SequenceConfig(skip=x)).check(),
     "sid train, shuffle": lambda x: replace(TrainConfig(), sequences=SequenceConfig(shuffle=x)).check(),
     "sid build, collaborative_weight": lambda x: BuildConfig(collaborative_weight=x).check(),
-    "tune, learning_rate": lambda x: tune.check_config(tune.TuneConfig(learning_rate=x)),
-    "tune, alpha": lambda x: tune.check_config(tune.TuneConfig(alpha=x)),
-    "tune, warm_up": lambda x: tune.check_config(tune.TuneConfig(warm_up=x)),
-    "tune, clip": lambda x: tune.check_config(tune.TuneConfig(clip=x)),
-    "describe, temperature": lambda x: job.check_options(job.DescribeOptions(temperature=x)),
-    "describe, top_p": lambda x: job.check_options(job.DescribeOptions(top_p=x)),
-    "describe, p": lambda x: job.check_options(job.DescribeOptions(speculation=Speculation("relaxed", 2, x))),
+    "tune, learning_rate": lambda x: check_config(TuneConfig(learning_rate=x)),
+    "tune, alpha": lambda x: check_config(TuneConfig(alpha=x)),
+    "tune, warm_up": lambda x: check_config(TuneConfig(warm_up=x)),
+    "tune, clip": lambda x: check_config(TuneConfig(clip=x)),
+    "describe, temperature": lambda x: check_options(DescribeOptions(temperature=x)),
+    "describe, top_p": lambda x: check_options(DescribeOptions(top_p=x)),
+    "describe, p": lambda x: check_options(DescribeOptions(speculation=Speculation("relaxed", 2, x))),
 }
 
 
@@ -48,7 +43,7 @@ def test_no_job_begins_with_a_value_that_is_no_number(name: str, value: float) -
 def test_time_without_end_is_the_only_infinity(minutes: float) -> None:
     for check in (
         lambda x: replace(TrainConfig(), minutes=x).check(),
-        lambda x: tune.check_config(tune.TuneConfig(minutes=x)),
+        lambda x: check_config(TuneConfig(minutes=x)),
     ):
         check(math.inf)
         with pytest.raises(ConfigError):

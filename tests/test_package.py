@@ -25,8 +25,17 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_only_named_modules_of_the_deciding_plane_are_loaded_without_torch() -> None:
-    modules = ("reuse.plan", "prompt.blocks", "cache.index", "config", "model.spec", "fidelity.measures")
-    modules += ("fidelity.calibration", "fidelity.report", "engine.admission")
+    modules = (
+        "reuse.plan",
+        "prompt.blocks",
+        "store.contract",
+        "store.index",
+        "cache.lookup",
+        "config",
+        "model.spec",
+        "fidelity.measures",
+    )
+    modules += ("fidelity.calibration", "fidelity.report", "schedule.admission", "schedule.scheduler")
     imports = ", ".join(f"rcllm.{module}" for module in modules)
     script = f"import sys, {imports}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -179,7 +179,7 @@ def _add_tokenizer(writer: Any, vocab_size: int, model: str, pre: str) -> None:
     writer.add_token_merges(["h e", "l l", "he ll"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_chat_template("{{ messages }}")
+    writer.add_chat_template("<|im_start|>{{ role }}<|im_end|>")
 
 
 def _gguf_name(name: str) -> str:

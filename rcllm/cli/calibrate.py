@@ -8,110 +8,53 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from rcllm.cli.calibrated import FILE
 from rcllm.cli.inputs import Inputs, context_requests, load_inputs, load_requests, make_config, make_engine
-from rcllm.cli.options import EngineOptions, ItemOptions, spread
-from rcllm.cli.screen import console, progress, say
+from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.cli.outputs import check_file
+from rcllm.cli.screen import GOES_ON, console, interruptible, progress, say
 from rcllm.cli.tables import NOTHING
 from rcllm.config import PromptConfig, context_samples, nearest
 from rcllm.core.ranking import LabelPlace, Layout, Level, Policy, RankOptions, Readout, Selection
-from rcllm.durable import check_writable
 from rcllm.errors import ConfigError, DataError
-from rcllm.fidelity.calibrate import CONTEXTS, LEVELS, CalibrateProgress, Space, Trial, calibrate
-from rcllm.fidelity.calibration import Calibration, Rung, Target, is_calibration
+from rcllm.fidelity.calibrate import CalibrateProgress, Space, Trial, calibrate
+from rcllm.fidelity.calibration import Calibration, Rung, is_calibration
 from rcllm.fidelity.records import Configuration, RecordFile
 from rcllm.fidelity.report import write_report
+from rcllm.fidelity.target import CONTEXTS, Target
 
-_TRY, _ON, _TARGET = "What to try (between spaces)", "On which requests", "What is close enough"
-_DEFAULT, _NUM_TIMED = Target(), 10
 _SHOWN_NOTES = 5
 _WORD = re.compile(r"[^\s(]+(?:\([^)]*\))?")  # `corrected(0.3, 0.3)` is one word
 
 
-@spread
 def calibrate_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
-    requests: Annotated[
-        str | None,
-        typer.Option(
-            "--in", metavar="FILE", help="Requests as JSON lines; else made from --dataset.", rich_help_panel=_ON
-        ),
-    ] = None,
-    count: Annotated[
-        int, typer.Option(min=1, help="How many. 1,000 tell a loss of 0.01 in NDCG@10.", rich_help_panel=_ON)
-    ] = 200,
-    candidates: Annotated[
-        int, typer.Option(min=1, help="Candidates per request made from --dataset.", rich_help_panel=_ON)
-    ] = 20,
-    history: Annotated[
-        int, typer.Option(min=0, help="Events per request made from --dataset.", rich_help_panel=_ON)
-    ] = 10,
-    timed: Annotated[
-        int, typer.Option(min=0, help="How many are also timed, one at a time.", rich_help_panel=_ON)
-    ] = _NUM_TIMED,
-    seed: Annotated[int, typer.Option(min=0, help="Draws users, candidates, intervals.", rich_help_panel=_ON)] = 0,
-    levels: Annotated[
-        str,
-        typer.Option(metavar="LEVELS", help="Cheapest first: the first one tells the contexts.", rich_help_panel=_TRY),
-    ] = " ".join(LEVELS),
-    readouts: Annotated[str, typer.Option(metavar="NAMES", rich_help_panel=_TRY)] = " ".join(get_args(Readout)),
-    layouts: Annotated[str, typer.Option(metavar="NAMES", rich_help_panel=_TRY)] = " ".join(get_args(Layout)),
-    label_places: Annotated[str, typer.Option(metavar="PLACES", rich_help_panel=_TRY)] = " ".join(get_args(LabelPlace)),
-    contexts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Canonical contexts; default --context, else none bos instruction, with --dataset typical mean(4).",
-            rich_help_panel=_TRY,
-        ),
-    ] = None,
-    policies: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES",
-            help=f"Which tokens level corrected chooses: {', '.join(get_args(Policy))}.",
-            rich_help_panel=_TRY,
-        ),
-    ] = "rcllm",
-    ndcg_delta: Annotated[
-        float,
-        typer.Option(
-            metavar="NUMBER",
-            help="The 95 % interval of NDCG@10 minus full recompute's must lie above it.",
-            rich_help_panel=_TARGET,
-        ),
-    ] = _DEFAULT.ndcg10_delta,
-    tau: Annotated[
-        float, typer.Option(metavar="NUMBER", help="Least mean Kendall τ.", rich_help_panel=_TARGET)
-    ] = _DEFAULT.tau,
-    cost: Annotated[
-        str, typer.Option(metavar="ttft|flops", help="What `auto` minimises.", rich_help_panel=_TARGET)
-    ] = _DEFAULT.cost,
-    out: Annotated[
-        Path, typer.Option(metavar="FILE.json", help="The calibration; the report goes beside it (.html, .png).")
-    ] = FILE,
+    target: Target,
+    requests: str | None,
+    count: int,
+    candidates: int,
+    history: int,
+    timed: int,
+    seed: int,
+    levels: str,
+    readouts: str,
+    layouts: str,
+    label_places: str,
+    contexts: str | None,
+    policies: str,
+    out: Path,
 ) -> None:
-    """Measure how far KV reuse may go for your model, template and requests, so that level auto can use it.
-
-    Ranks real requests with full recompute and with reuse, coarse to fine: contexts first, then levels on what did
-    best, then the best on all requests. What is measured is kept in FILE.records.jsonl: run it again with the same
-    options to go on after an interruption, or with another target to judge the same figures by that. Hours on 2 cores
-    for 1,000 requests and everything to try; name fewer --readouts, --layouts and --contexts to be done sooner.
-
-    Example: `rcllm calibrate --dataset amazon --template titles --readouts pointwise --count 1000`, then
-    `rcllm rank --dataset amazon --template titles --readout pointwise --in requests.jsonl`
-    """
-    target = Target(ndcg_delta, tau, _one_of("cost", cost, ("ttft", "flops")))
-    _check_out(out)
+    """Searches, saves and reports."""
     config = make_config(engine_options)
+    records = out.with_name(f"{out.name}.records.jsonl")
+    _check_out(out, records, requests, config, engine_options, item_options)
     inputs = load_inputs(item_options)
     names = _words(contexts) if contexts else _contexts(engine_options.context, inputs)
     space = Space(
@@ -128,8 +71,8 @@ def calibrate_command(
     samples = context_requests(max(names, key=context_samples), inputs, asked)
     dataset = inputs.dataset.name if inputs.dataset is not None and requests is None else str(requests)
     trial = Trial(asked, samples, dataset, seed, timed)
-    engine = make_engine(config, inputs, asked)
-    with RecordFile(out.with_name(f"{out.name}.records.jsonl")) as kept, _bars() as show:
+    engine = make_engine(config, inputs, asked, asked=[setting.options for setting in space.settings()])
+    with interruptible(GOES_ON), RecordFile(records) as kept, _bars() as show:
         found = calibrate(engine, trial, space, target, kept, show)
     found.save(out)
     _report(found, out)
@@ -137,14 +80,15 @@ def calibrate_command(
     _conclude(found, out)
 
 
-def _check_out(out: Path) -> None:
-    """Whether a calibration can be written to `out`; it replaces another calibration and nothing else.
+def _check_out(out: Path, records: Path, *reads: object) -> None:
+    """Whether all files can be written and are none of what is read; another calibration alone is replaced.
 
     Raises ConfigError, DataError.
     """
-    if out.is_dir() or out.suffix in (".html", ".png"):  # as which the report is written beside it
+    if out.suffix in (".html", ".png"):  # as which the report is written beside it
         raise ConfigError(f"--out {out}: expected the name of a .json file, such as {FILE}")
-    check_writable(out)
+    for path in (out, records, out.with_suffix(".html"), out.with_suffix(".png")):
+        check_file(path, *reads, beside=records)
     if out.exists() and not is_calibration(out):
         raise ConfigError(f"--out {out} exists and is no calibration: name another file, or remove it")
 
@@ -243,7 +187,7 @@ def _conclude(found: Calibration, out: Path) -> None:
     for note in found.notes[:_SHOWN_NOTES]:
         say(note, "dim")
     if (more := len(found.notes) - _SHOWN_NOTES) > 0:
-        say(f"… and {more:,} more notes in {out}", "dim")
+        say(f"… and {more:,} more, in {out}", "dim")
     if (best := found.recommended) is None:
         screen.print("No approximate level passes the target, so level auto answers exactly (prefix caching).")
         return

@@ -6,33 +6,16 @@ approximate level is used unless that is asked for by name.
 
 from __future__ import annotations
 
-import tomllib
-from dataclasses import replace
 from pathlib import Path
 
-from rcllm.cli.inputs import make_config
-from rcllm.cli.options import EngineOptions, FidelityOptions, RankingOptions
+from rcllm.cli.options import FidelityOptions
 from rcllm.cli.screen import say
-from rcllm.config import Config
-from rcllm.core.ranking import Level
 from rcllm.engine.engine import Engine
+from rcllm.errors import DataError
 from rcllm.fidelity.calibration import Calibrated, Calibration
 from rcllm.schedule.admission import Admission, AdmissionFactory, Identity
 
 FILE = Path("fidelity.json")
-
-
-def auto_config(engine: EngineOptions, ranking: RankingOptions) -> Config:
-    """`make_config`, with level `auto` where neither an option nor the configuration file names one."""
-    config = make_config(engine, ranking)
-    if ranking.level is not None or (engine.config is not None and _names_level(engine.config)):
-        return config
-    return replace(config, rank=replace(config.rank, level=Level("auto")))
-
-
-def _names_level(path: Path) -> bool:
-    """Whether a configuration file, which was read without error before, has a level."""
-    return "level" in tomllib.loads(path.read_text(encoding="utf-8")).get("rank", {})
 
 
 def admission_from(options: FidelityOptions) -> AdmissionFactory:
@@ -48,9 +31,13 @@ def admission_from(options: FidelityOptions) -> AdmissionFactory:
 def _find(path: Path | None, identity: Identity) -> Calibration | None:
     if path is not None:
         return Calibration.load(path)
-    if not FILE.exists():
+    if not FILE.is_file():
         return None
-    found = Calibration.load(FILE)
+    try:
+        found = Calibration.load(FILE)
+    except DataError as error:  # nobody asked for it
+        say(f"{error}. It is not used")
+        return None
     if differences := identity.differences(found.identity):
         say(f"{FILE} is not used: it was measured for something else; here there is {'; '.join(differences)}")
         return None

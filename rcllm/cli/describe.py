@@ -4,149 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, get_args
 
-import typer
-
+from rcllm.cli.commands.describe import JobOptions, SpeculationOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
-from rcllm.cli.options import EngineOptions, ItemOptions, spread
-from rcllm.cli.screen import busy, console, progress, say
+from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.cli.outputs import check_file
+from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
-from rcllm.config import nearest
 from rcllm.core.decoding import Speculation
 from rcllm.data import Catalogue
+from rcllm.describe.checkpoint import rejects_file
 from rcllm.describe.estimate import Estimate, cost_per_million, estimate, hours_per_million
-from rcllm.describe.job import DescribeOptions, Progress, Report, check, describe
-from rcllm.describe.profiles import Kind, Parse, Profile, catalogue_digest, items, survey, users
+from rcllm.describe.job import Progress, Report, describe
+from rcllm.describe.options import DescribeOptions, Kind, check_options
+from rcllm.describe.profiles import Parse, Profile, catalogue_digest, items, survey, users
 from rcllm.describe.repeats import find_repeats, read_once
 from rcllm.describe.writer import GeneratorWriter, make_router, provenance_of
-from rcllm.durable import check_writable
 from rcllm.errors import ConfigError
 from rcllm.fetch import digest
 from rcllm.prompt.template import Template
 
-_ANSWERS, _SPECULATION, _JOB = "Answers", "Speculation", "The job"
-_DEFAULT = DescribeOptions()
 
-
-@dataclass(frozen=True, slots=True)
-class AnswerOptions:
-    """What is written of each row."""
-
-    kind: Annotated[str, typer.Option(metavar="user|item", help="What the rows are.", rich_help_panel=_ANSWERS)] = (
-        _DEFAULT.kind
-    )
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.", rich_help_panel=_ANSWERS)] = (
-        _DEFAULT.max_tokens
-    )
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0: always the likeliest token.", rich_help_panel=_ANSWERS)
-    ] = _DEFAULT.temperature
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens with this share.", rich_help_panel=_ANSWERS)
-    ] = _DEFAULT.top_p
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="End an answer before this text; may repeat.", rich_help_panel=_ANSWERS),
-    ] = None
-    max_events: Annotated[
-        int, typer.Option(min=1, help="Events of a user: the last so many.", rich_help_panel=_ANSWERS)
-    ] = _DEFAULT.max_events
-    seed: Annotated[int, typer.Option(min=0, help="For temperatures above 0.", rich_help_panel=_ANSWERS)] = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SpeculationOptions:
-    """How answers are drafted."""
-
-    speculate: Annotated[
-        str,
-        typer.Option(
-            metavar="strict|relaxed|none",
-            help="Draft from earlier answers. strict: the text is that of plain decoding. relaxed: likely tokens are "
-            "accepted, too; faster, the text depends on the pools, and every divergence is counted.",
-            rich_help_panel=_SPECULATION,
-        ),
-    ] = "strict"
-    k: Annotated[
-        int, typer.Option(min=1, help="relaxed: accept tokens of this rank or better …", rich_help_panel=_SPECULATION)
-    ] = 2
-    p: Annotated[float, typer.Option(help="… and above this probability.", rich_help_panel=_SPECULATION)] = 0.1
-    pools: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Earlier answers to draft from; those of this job are added when it ends.",
-            rich_help_panel=_SPECULATION,
-        ),
-    ] = None
-    groups: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Users are grouped by what they chose, and drafted from answers about their group; --pools that are "
-            "there keep theirs.",
-            rich_help_panel=_SPECULATION,
-        ),
-    ] = 1
-    share_text: Annotated[
-        bool, typer.Option(help="May one row's answer draft another's?", rich_help_panel=_SPECULATION)
-    ] = True
-
-
-@dataclass(frozen=True, slots=True)
-class JobOptions:
-    """How the job runs."""
-
-    batch: Annotated[int, typer.Option(min=1, help="Rows that are answered together.", rich_help_panel=_JOB)] = (
-        _DEFAULT.batch
-    )
-    checkpoint_every: Annotated[
-        int, typer.Option(min=1, help="Rows of a part; a kill costs at most one part.", rich_help_panel=_JOB)
-    ] = _DEFAULT.checkpoint_every
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows, at most.", rich_help_panel=_JOB)] = None
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at the first row that cannot be used.", rich_help_panel=_JOB)
-    ] = False
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Count, measure a few answers, estimate; write nothing.", rich_help_panel=_JOB),
-    ] = False
-    price_per_hour: Annotated[
-        float | None, typer.Option(min=0.0, help="Of this machine, to tell the cost.", rich_help_panel=_JOB)
-    ] = None
-
-
-@spread
 def describe_command(
-    rows: Annotated[
-        Path,
-        typer.Argument(
-            metavar="ROWS",
-            help="Users (user_id, history: item ids or texts, oldest first) or items (item_id and text fields), as "
-            '.parquet, .jsonl or .csv (there a history is one cell: ["i1", "i2"] or i1|i2).',
-            show_default=False,
-        ),
-    ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The parquet file to write.")],
-    answer_options: AnswerOptions,
+    rows: Path,
+    out: Path,
+    options: DescribeOptions,
     speculation: SpeculationOptions,
     job: JobOptions,
     engine_options: EngineOptions,
     item_options: ItemOptions,
 ) -> None:
-    """Describe every user or item of a file in text: knowledge for the features of a click model.
-
-    Killed or interrupted, it goes on where it was when it is run again with the same options. Rows that cannot be used
-    go to OUT.rejects.jsonl. Each answer has its finish reason, its tokens, how many were accepted per pass, where
-    relaxed verification diverged, and which model, template and version wrote it.
-
-    Example: `rcllm describe users.parquet --items items.jsonl --out knowledge.parquet --dry-run`
-    """
-    options = _options(answer_options, speculation, job)
+    """Runs the job, or estimates it."""
+    options = replace(options, speculation=_speculation(speculation))
+    check_options(options)
     engine_options = replace(engine_options, template=engine_options.template or f"describe_{options.kind}")
     config = make_config(engine_options)
     template = Template.load(config.prompt.template)
@@ -156,13 +49,13 @@ def describe_command(
             f"describe_{options.kind}"
         )
     if not job.dry_run:
-        _check_out(out)
+        _check_out(out, rows, config, engine_options, item_options)
     inputs = _catalogue(options.kind, item_options)
     parse, whole = (_parse(options.kind, template, inputs, most) for most in (options.max_events, None))
     with busy("reading rows"):
         repeats = find_repeats(rows, whole, options.max_events)
         read = partial(read_once, rows, options.kind, parse, repeats)
-        counted = survey(read(0))
+        counted = survey(read(0, note=lambda remark: say(f"note: {rows}: {remark}")))
         settings = {
             "input": digest(rows),
             "catalogue": catalogue_digest(inputs.catalogue),
@@ -186,7 +79,7 @@ def describe_command(
         console().print(facts_table("A dry run: nothing was written", _estimate_facts(found, job.price_per_hour)))
         return
     total = counted.num_profiles if options.limit is None else min(options.limit, counted.num_profiles)
-    with _bar(options.kind, total) as show:
+    with interruptible(GOES_ON), _bar(options.kind, total) as show:
         report = describe(
             read,
             writer,
@@ -214,28 +107,9 @@ def _bar(kind: Kind, total: int) -> Iterator[Callable[[Progress], None]]:
         yield show
 
 
-def _options(answers: AnswerOptions, speculation: SpeculationOptions, job: JobOptions) -> DescribeOptions:
-    """Raises ConfigError."""
-    if answers.kind not in get_args(Kind):
-        raise ConfigError(f"unknown --kind {answers.kind!r}; {nearest(answers.kind, get_args(Kind))}")
-    name = speculation.speculate
-    mode = f"relaxed({speculation.k}, {speculation.p})" if name == "relaxed" else name
-    options = DescribeOptions(
-        kind=answers.kind,  # type: ignore[arg-type]  # checked above
-        max_tokens=answers.max_tokens,
-        temperature=answers.temperature,
-        top_p=answers.top_p,
-        stop=tuple(answers.stop or ()),
-        seed=answers.seed,
-        speculation=Speculation.parse(mode),
-        max_events=answers.max_events,
-        batch=job.batch,
-        checkpoint_every=job.checkpoint_every,
-        limit=job.limit,
-        share_text=speculation.share_text,
-    )
-    check(options)
-    return options
+def _speculation(options: SpeculationOptions) -> Speculation:
+    relaxed = options.speculate == "relaxed"
+    return Speculation("relaxed", options.k, options.p) if relaxed else Speculation(options.speculate)
 
 
 def _catalogue(kind: Kind, options: ItemOptions) -> Inputs:
@@ -250,13 +124,15 @@ def _parse(kind: Kind, template: Template, inputs: Inputs, max_events: int | Non
     return items(template.event) if kind == "item" else users(inputs.catalogue or None, max_events)
 
 
-def _check_out(out: Path) -> None:
-    """Whether the output can be written. Raises ConfigError, DataError."""
+def _check_out(out: Path, *reads: object) -> None:
+    """Whether the output can be written and is none of what is read; the job itself refuses a file of something else.
+
+    Raises ConfigError, DataError.
+    """
     if out.suffix not in (".parquet", ".pq"):
         raise ConfigError(f"expected --out to be named .parquet, which is what is written, got {out.name}")
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder: expected the name of a file, such as {out / 'out.parquet'}")
-    check_writable(out)
+    for path in (out, rejects_file(out)):
+        check_file(path, *reads, beside=out)
 
 
 def _told_rejects(report: Report) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rcllm.cli.inputs import make_config
-from rcllm.cli.options import EngineOptions, spread
+from rcllm.cli.options import EngineOptions
 from rcllm.cli.screen import busy, console
 from rcllm.cli.tables import facts_table
 from rcllm.config import Config, context_samples
@@ -41,12 +41,10 @@ class Finding:
     text: str
 
 
-@spread
-def doctor_command(engine_options: EngineOptions) -> None:
-    """Check machine, model and kernels, measure what they can do, and say what to change. Ends with 1 for a problem.
-
-    Example: `rcllm doctor --memory-mb 4000`
-    """
+def doctor_command(
+    engine_options: EngineOptions,
+) -> None:
+    """Prints what it finds; ends with 1 for a problem."""
     config = make_config(engine_options)
     screen, findings = console(), list[Finding]()
     busy_share = psutil.cpu_percent(interval=0.5) / 100

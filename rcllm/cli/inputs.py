@@ -5,6 +5,8 @@ Knows nothing of commands. Invariant: what a user gave wrongly is said before th
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
@@ -12,16 +14,26 @@ from typing import Any, TypeVar
 
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
 from rcllm.cli.screen import busy, say
-from rcllm.config import Config, check_options, context_samples, from_mapping
-from rcllm.core.ranking import RankRequest
-from rcllm.data import Catalogue, Dataset, ReadReport, build_requests, load_dataset
-from rcllm.data.popularity import with_popularity
+from rcllm.config import Config, check_options, context_samples
+from rcllm.core.ranking import RankOptions, RankRequest
+from rcllm.data import (
+    Catalogue,
+    Dataset,
+    InteractionColumns,
+    ReadReport,
+    Table,
+    build_requests,
+    load_dataset,
+    named_items,
+)
 from rcllm.engine.engine import Engine
-from rcllm.errors import ConfigError, DataError
+from rcllm.engine.fit import fit
+from rcllm.errors import ConfigError, DataError, TextWarning
 from rcllm.prompt.template import Template
 from rcllm.schedule.admission import AdmissionFactory, Open
 from rcllm.wire.lines import Failure, read_lines
 
+_COUNTED = 10_000  # items whose texts are looked at before a run; tokenising them takes seconds
 _Section = TypeVar("_Section")
 
 
@@ -35,14 +47,20 @@ def load_inputs(options: ItemOptions) -> Inputs:
     """Reads the catalogue and, where there is one, the data set; tells of rows that could not be used."""
     if options.items is None and options.dataset is None:
         raise ConfigError("there are no items: give --items FILE (a catalogue) or --dataset FOLDER")
+    _check_used(options)
     dataset = None
     with busy("reading items"):
         if options.dataset is not None:
-            dataset = with_popularity(load_dataset(options.format, options.dataset))
-            _tell(dataset.reports)
+            dataset = load_dataset(options.format, options.dataset, columns=_columns(options))
+            tell_read(dataset.reports, dataset.notes)
         if options.items is not None:
-            catalogue, report = Catalogue.read(options.items, options.id_field, options.volatile or ())
-            _tell([report])
+            names, volatile = _names(options.field or ()), options.volatile or ()
+            catalogue, report = Catalogue.read(
+                options.items, options.id_field, volatile, names=names, table=_table(options)
+            )
+            tell_read([report])
+            if dataset is not None:
+                catalogue = catalogue.knowing(dataset.interactions)
         else:
             assert dataset is not None
             catalogue = dataset.catalogue
@@ -64,33 +82,56 @@ def load_requests(
 
 
 def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) -> Config:
-    """The configuration file, if any, with the options over it. Raises ConfigError."""
-    config = Config.load(engine.config) if engine.config else Config()
+    """The configuration file, if any, the environment over it, and the options over both. Raises ConfigError."""
+    config = Config.load(engine.config, os.environ)
     config = replace(
         config,
-        model=_override(config.model, path=engine.model, adapter=engine.adapter, threads=engine.threads),
-        prompt=_override(config.prompt, template=engine.template, context=engine.context),
-        cache=_override(config.cache, memory_mb=engine.memory_mb, kv_dtype=engine.kv_dtype),
+        model=_over(config.model, path=engine.model, adapter=engine.adapter, threads=engine.threads),
+        prompt=_over(
+            config.prompt,
+            template=engine.template,
+            context=engine.context,
+            max_item_tokens=engine.max_item_tokens,
+            max_event_tokens=engine.max_event_tokens,
+            max_volatile_tokens=engine.max_volatile_tokens,
+        ),
+        cache=_over(config.cache, memory_mb=engine.memory_mb, kv_dtype=engine.kv_dtype),
     )
     if ranking is not None:
         given = {"level": ranking.level, "readout": ranking.readout, "layout": ranking.layout}
-        config = replace(config, rank=_override(config.rank, **given, label_place=ranking.label_place))
+        config = replace(config, rank=_over(config.rank, **given, label_place=ranking.label_place))
         if ranking.semantic_pool is not None:
-            cache = replace(config.cache, semantic_pool=str(ranking.semantic_pool))
+            cache = replace(config.cache, semantic_pool=ranking.semantic_pool)
             config = replace(config, cache=cache, rank=replace(config.rank, history="semantic"))
     check_options(config.rank)
-    context_samples(config.prompt.context)
-    Template.load(config.prompt.template)
+    Template.of(config.prompt)
     return config
 
 
 def make_engine(
-    config: Config, inputs: Inputs, like: Sequence[RankRequest] = (), admission: AdmissionFactory = Open.of
+    config: Config,
+    inputs: Inputs,
+    like: Sequence[RankRequest] = (),
+    admission: AdmissionFactory = Open.of,
+    *,
+    asked: Sequence[RankOptions] | None = None,
 ) -> Engine:
-    """Loads the model. `like`: requests whose shape the sampled canonical contexts take."""
+    """Loads the model, and says what it will be asked otherwise than it should be, and which texts are cut.
+
+    `like`: the requests to come; sampled canonical contexts take their shape. `asked`: their options, where they do not
+    say so themselves.
+    """
     samples = context_requests(config.prompt.context, inputs, like)
-    with busy(f"loading {config.model.path}"):
-        return Engine.build(inputs.catalogue, config, samples, admission)
+    options = [request.options or config.rank for request in like] if asked is None else asked
+    fitted = fit(inputs.catalogue, config)
+    for remark in fitted.remarks(options):
+        say(f"warning: {remark}")
+    with busy(f"loading {config.model.path}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", TextWarning)  # said above
+        engine = Engine.build(fitted.catalogue, config, samples, admission)
+    if told := engine.prompter.text_counts(named_items(like)[:_COUNTED]).told(engine.prompter.template):
+        say(told, "dim")
+    return engine
 
 
 def context_requests(context: str, inputs: Inputs, like: Sequence[RankRequest]) -> Sequence[RankRequest]:
@@ -109,14 +150,49 @@ def context_requests(context: str, inputs: Inputs, like: Sequence[RankRequest]) 
     )
 
 
-def _override(section: _Section, **options: str | int | None) -> _Section:
-    """`section` with the options that were given; refuses values in the words of the configuration."""
+def _over(section: _Section, **options: object) -> _Section:
+    """`section` with the options that were given, which were checked when the command line was read."""
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    parsed = from_mapping(type(section), given, "option")
-    return replace(section, **{name: getattr(parsed, name) for name in given})  # type: ignore[type-var]
+    return replace(section, **given)  # type: ignore[type-var]
 
 
-def _tell(reports: Sequence[ReadReport]) -> None:
+def _names(given: Sequence[str]) -> dict[str, str]:
+    """«title=Book-Title», a field and its column. Raises ConfigError."""
+    pairs = [text.partition("=") for text in given]
+    if bad := [text for text, (name, _, column) in zip(given, pairs, strict=True) if not name or not column]:
+        raise ConfigError(f"--field {bad[0]}: expected NAME=COLUMN, such as title=Book-Title")
+    return {name: column for name, _, column in pairs}
+
+
+def _check_used(options: ItemOptions) -> None:
+    """Options that describe a file which is not there would be ignored. Raises ConfigError."""
+    if options.items is None and (options.delimiter is not None or options.encoding is not None):
+        raise ConfigError(
+            "--delimiter and --encoding say how --items is laid out: give --items FILE, or leave them out"
+        )
+    if options.dataset is None and _columns(options) != InteractionColumns():
+        raise ConfigError(
+            "--user-field, --item-field and --time-field name columns of --dataset: give --dataset FOLDER, or leave "
+            "them out (--id-field names the id of --items)"
+        )
+
+
+def _columns(options: ItemOptions) -> InteractionColumns:
+    return InteractionColumns(options.user_field, options.item_field, options.time_field)
+
+
+def _table(options: ItemOptions) -> Table | None:
+    """The layout of --items, as far as it is said; None where nothing is. Raises ConfigError."""
+    if options.delimiter is None and options.encoding is None:
+        return None
+    tab = options.delimiter in ("\\t", "tab")
+    return Table("\t" if tab else options.delimiter, encoding=options.encoding)
+
+
+def tell_read(reports: Sequence[ReadReport], notes: Sequence[str] = ()) -> None:
+    """Says what was guessed of a folder, and what of its files was guessed or could not be used."""
+    for note in notes:
+        say(f"note: {note}", "dim")
     for report in reports:
-        if report.rows_skipped:
-            say(f"warning: {report}")
+        if report.has_news:
+            say(f"{'warning' if report.rows_skipped else 'note'}: {report}")

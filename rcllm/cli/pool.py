@@ -2,126 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.progress import Progress, TaskID
 
-from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
-from rcllm.cli.options import EngineOptions, ItemOptions, spread
-from rcllm.cli.screen import busy, console, progress, say
+from rcllm.cli.commands.learn import MemberOptions, TextOptions
+from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine, tell_read
+from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.cli.outputs import check_file
+from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
-from rcllm.config import from_mapping
 from rcllm.core.ranking import UserId
 from rcllm.data import Catalogue
 from rcllm.errors import ConfigError
-from rcllm.prototypes.build import (
-    BuildProgress,
-    BuildReport,
-    PrototypeBuilder,
-    PrototypeConfig,
-    check_config,
-    check_out,
-)
+from rcllm.prototypes.build import BuildProgress, BuildReport, PrototypeBuilder, check_out
+from rcllm.prototypes.config import MemberContext, PrototypeConfig
 from rcllm.prototypes.texts import (
     History,
     dataset_histories,
     file_histories,
     read_users_file,
+    tell_absent,
     token_runs,
-    users_of_file,
 )
 
-_FROM, _HOW = "From what", "Which prototypes"
-_DEFAULT = PrototypeConfig()
 
-pool = typer.Typer(no_args_is_help=True, help="The semantic history pool: token prototypes shared by all users.")
-
-
-@dataclass(frozen=True, slots=True)
-class TextOptions:
-    """Where the texts come from."""
-
-    texts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Texts instead of --dataset: a .txt with one a line, or rows (.jsonl, .csv, .parquet) with text and, "
-            "optionally, user_id.",
-            rich_help_panel=_FROM,
-        ),
-    ] = None
-    reviews: Annotated[
-        bool, typer.Option("--reviews", help="Users' own words instead of items' titles.", rich_help_panel=_FROM)
-    ] = False
-    history: Annotated[
-        int, typer.Option(min=1, help="Events of a user: the last so many, as in requests.", rich_help_panel=_FROM)
-    ] = 10
-    limit: Annotated[int | None, typer.Option(min=1, help="Users, at most.", rich_help_panel=_FROM)] = None
-    exclude_users: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="User ids, one a line, whose texts are left out.", rich_help_panel=_FROM),
-    ] = None
-
-
-@dataclass(frozen=True, slots=True)
-class PrototypeOptions:
-    """How prototypes are chosen."""
-
-    prototypes: Annotated[int, typer.Option(min=1, help="At most so many.", rich_help_panel=_HOW)] = _DEFAULT.prototypes
-    tables: Annotated[int, typer.Option(min=1, help="Hash tables.", rich_help_panel=_HOW)] = _DEFAULT.tables
-    bits: Annotated[int, typer.Option(min=1, help="Hyperplanes of a table.", rich_help_panel=_HOW)] = _DEFAULT.bits
-    bucket_width: Annotated[
-        int, typer.Option(min=1, help="Positions that count as one place.", rich_help_panel=_HOW)
-    ] = _DEFAULT.bucket_width
-    threshold: Annotated[
-        float, typer.Option(help="Least cosine at which a prototype stands for a token.", rich_help_panel=_HOW)
-    ] = _DEFAULT.threshold
-    member_context: Annotated[
-        str | None,
-        typer.Option(
-            metavar="history|instruction",
-            help="What stood before a prototype's text when its KV was computed; default history, or instruction for a "
-            "model tuned under the mask blocks.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None
-    members: Annotated[
-        int, typer.Option(min=1, help="Occurrences whose mean is a prototype's KV.", rich_help_panel=_HOW)
-    ] = _DEFAULT.members
-    fresh_pattern: Annotated[
-        str, typer.Option(metavar="REGEX", help="Tokens that are never taken from the pool.", rich_help_panel=_HOW)
-    ] = _DEFAULT.fresh_pattern
-    seed: Annotated[int, typer.Option(min=0, rich_help_panel=_HOW)] = _DEFAULT.seed
-
-
-@pool.command("build")
-@spread
 def build_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
     texts: TextOptions,
-    prototypes: PrototypeOptions,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the pool goes; OUT.work beside it while it grows.")],
+    prototypes: PrototypeConfig,
+    member: MemberOptions,
+    out: Path,
 ) -> None:
-    """Build the semantic history pool: RcLLM's token prototypes, with K and V of every layer, shared by all users.
-
-    Run it again with the same options to go on after an interruption. Numbers, ids, timestamps, delimiters and field
-    names never get into it. Prototypes are made of users' texts: to erase a user, build it again with --exclude-users.
-    Of a data set, training users alone are used.
-
-    Example: `rcllm pool build --dataset amazon --out history.pool`, or
-    `rcllm pool build --texts reviews.jsonl --prototypes 20000 --out history.pool`
-    """
+    """Builds the pool and says what it holds."""
     config = make_config(engine_options)
+    check_file(out, config, engine_options, item_options, texts)
     check_out(out)
     inputs, source, histories = _histories(item_options, texts)
-    chosen = _pool_config(prototypes)
     engine = make_engine(config, inputs)
-    if prototypes.member_context is None and engine.config.model.mask == "blocks":
-        chosen = _pool_config(prototypes, member_context="instruction")
+    suits: MemberContext = "instruction" if engine.config.model.mask == "blocks" else "history"
+    chosen = replace(prototypes, member_context=member.member_context or suits)
     builder = PrototypeBuilder(
         engine.decoder,
         engine.prompter,
@@ -134,7 +56,7 @@ def build_command(
     )
     with busy("writing histories as prompts do"):
         runs = token_runs(engine.prompter, histories, chosen.member_context)
-    with progress() as bar:
+    with interruptible(GOES_ON), progress() as bar:
         task = bar.add_task("computing shards of texts", total=None)
         report = builder.run(runs, source, lambda now: _show(bar, task, now))
     console().print(facts_table("Semantic history pool", _facts(report, out)))
@@ -146,34 +68,18 @@ def _histories(items: ItemOptions, options: TextOptions) -> tuple[Inputs, str, l
     if options.texts is not None:
         inputs = load_inputs(items) if items.items or items.dataset else Inputs(Catalogue(()))
         histories, report = file_histories(options.texts, options.history, excluded)
-        if report is not None and report.rows_skipped:
-            say(f"warning: {report}")
+        if report is not None:
+            tell_read([report])
         source = f"texts of {options.texts.name}"
-        _tell_unknown(excluded, users_of_file(options.texts) if excluded else frozenset())
     else:
         inputs = load_inputs(items)
         if inputs.dataset is None:
             raise ConfigError("there are no texts: give --dataset FOLDER (users' histories) or --texts FILE")
+        if absent := tell_absent(excluded, {row.user_id for row in inputs.dataset.interactions}):
+            say(f"warning: {absent}")
         histories = dataset_histories(inputs.dataset, options.history, excluded, reviews=options.reviews)
-        _tell_unknown(excluded, frozenset(row.user_id for row in inputs.dataset.interactions))
         source = f"{'reviews' if options.reviews else 'items'} of training users of {inputs.dataset.name}"
     return inputs, source, histories[: options.limit]
-
-
-def _tell_unknown(excluded: frozenset[UserId], known: frozenset[UserId]) -> None:
-    """Someone who excludes a user counts on it: a name that nobody has may be a misspelt one."""
-    if unknown := sorted(excluded - known):
-        say(f"warning: {len(unknown):,} of {len(excluded):,} users to exclude are not there, such as {unknown[0]!r}")
-
-
-def _pool_config(options: PrototypeOptions, **values: str) -> PrototypeConfig:
-    """Raises ConfigError."""
-    if options.member_context is not None:
-        values["member_context"] = options.member_context
-    names = ("prototypes", "tables", "bits", "bucket_width", "threshold", "members", "fresh_pattern", "seed")
-    config = from_mapping(PrototypeConfig, {name: getattr(options, name) for name in names} | values, "option")
-    check_config(config)
-    return config
 
 
 def _show(bar: Progress, task: TaskID, now: BuildProgress) -> None:

@@ -3,59 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from rcllm.cli.inputs import load_inputs, load_requests, make_config, make_engine
-from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions, spread
+from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
+from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import console, progress, warm_with_progress
 from rcllm.cli.tables import facts_table, number
 from rcllm.data import named_items
 from rcllm.fidelity.position import PositionBias, SlotMean, position_bias
-from rcllm.wire.lines import STDIO, writer
+from rcllm.wire.lines import STDIO, write_figures
 
 _SHOWN_SLOTS = 20
 _BAR_WIDTH = 20  # characters for the largest mean
 
-probe = typer.Typer(no_args_is_help=True, help="Look for what a ranking should not depend on.")
 
-
-@probe.command("position")
-@spread
 def position_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
     ranking: RankingOptions,
-    requests: Annotated[
-        str | None, typer.Option("--in", metavar="FILE", help="Requests as JSON lines; else made from --dataset.")
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many requests.")] = 50,
-    candidates: Annotated[int, typer.Option(min=2, help="Candidates per request made from --dataset.")] = 20,
-    history: Annotated[int, typer.Option(min=0, help="Events per request made from --dataset.")] = 10,
-    permutations: Annotated[int, typer.Option(min=1, help="Other orders of the candidates per request.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Draws orders, users and candidates.")] = 0,
-    out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the JSON line here, not to stdout.")] = None,
+    requests: str | None,
+    count: int,
+    candidates: int,
+    history: int,
+    permutations: int,
+    seed: int,
+    out: str | None,
 ) -> None:
-    """How much of a score is the candidate, and how much its place in the list.
-
-    Ranks every request again under other orders of its candidates. Their KV is reused, so that an order costs its fresh
-    tokens only. **share of order** is what order does to an item's score, within / (within + between) variance: 0 is a
-    ranker that does not care, 1 one that looks at nothing else. Means by slot tell which places gain. Read-outs
-    pointwise and likelihood score each candidate apart and come out at 0; for label, letters have a bias of their own.
-    --level, --readout, --layout and --label-place hold for all requests, whatever options they name. The last line of
-    stdout holds all figures as JSON.
-
-    Example: `rcllm probe position --items items.jsonl --in requests.jsonl --permutations 8`
-    """
+    """Measures what the order of the candidates does."""
     config = make_config(engine_options, ranking)
+    check_file(out, requests, config, engine_options, item_options)
     inputs = load_inputs(item_options)
     asked = load_requests(requests, inputs, count, candidates, history, seed)
-    engine = make_engine(config, inputs, asked)
+    engine = make_engine(config, inputs, asked, asked=[config.rank])
     warm_with_progress(engine, named_items(asked))
     with progress() as bar:
         task = bar.add_task("ranking under other orders", total=len(asked))
@@ -64,8 +48,7 @@ def position_command(
         )
     console().print(_summary(found))
     console().print(_slots_table(found.slots))
-    with writer(out or STDIO) as write:
-        write(_json_ready({"name": "position", "seed": seed, **asdict(found)}))
+    write_figures(out or STDIO, {"name": "position", "seed": seed, **asdict(found)})
 
 
 def _summary(found: PositionBias) -> Table:
@@ -100,12 +83,3 @@ def _slots_table(slots: Sequence[SlotMean]) -> Table:
         sides = (bar, "") if slot.mean < 0 else ("", bar)
         table.add_row(str(slot.slot + 1), f"{slot.mean:+.3f}", interval, *sides)
     return table
-
-
-def _json_ready(value: Any) -> Any:
-    """NaN is not JSON: null."""
-    if isinstance(value, Mapping):
-        return {name: _json_ready(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -2,101 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from functools import partial
-from typing import Annotated
+from itertools import islice
 
-import typer
-
-from rcllm.cli.answering import raise_first, write_answers
-from rcllm.cli.calibrated import admission_from, auto_config, check_level
-from rcllm.cli.inputs import Inputs, load_inputs, make_engine
-from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, spread
-from rcllm.cli.screen import console, say, warm_with_progress
+from rcllm.cli.answering import Work, check_out, loaded_settings, settings_of, write_answers
+from rcllm.cli.calibrated import FILE, admission_from, check_level
+from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
+from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions
+from rcllm.cli.screen import console, interruptible, say, warm_with_progress
 from rcllm.cli.tables import blocks_table, receipt_table, scores_table
 from rcllm.core.ranking import RankOptions, RankRequest, RankResponse
 from rcllm.data import named_items
 from rcllm.engine.engine import Engine
-from rcllm.errors import CapacityError, ConfigError, RequestError, UncalibratedError
-from rcllm.wire.lines import (
-    STDIO,
-    Failure,
-    RequestLine,
-    one_line,
-    read_lines,
-    response_to_json,
-)
+from rcllm.errors import UncalibratedError
+from rcllm.wire.answer_file import check_same_job, opened_answers
+from rcllm.wire.lines import one_line, opened_requests, response_to_json
+from rcllm.wire.requests import parse_request
 
+_LIKE = 1000  # requests whose shape the sampled canonical contexts take
 _REUSES_NOTHING = ("full", "exact")  # levels that read no canonical blocks
 
-Warm = Annotated[
-    bool,
-    typer.Option("--warm/--no-warm", help="Compute the blocks that the requests name first, outside the times."),
-]
 
-
-@spread
 def rank_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
     ranking: RankingOptions,
     fidelity: FidelityOptions,
-    requests: Annotated[str, typer.Option("--in", metavar="FILE|-", help="Requests as JSON lines; - is stdin.")],
-    out: Annotated[str, typer.Option(metavar="FILE|-", help="Where answers go, as JSON lines; - is stdout.")] = STDIO,
-    batch: Annotated[int, typer.Option(min=1, help="Requests that are computed together.")] = 1,
-    warm: Warm = True,
-    receipts: Annotated[bool, typer.Option("--receipts", help="Add the whole receipt to each answer.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row or request.")] = False,
+    requests: str,
+    out: str,
+    batch: int,
+    warm: bool,
+    receipts: bool,
+    strict: bool,
+    restart: bool,
 ) -> None:
-    """Rank the candidates of every request in a file.
+    """Ranks a file of requests, and goes on where an earlier run ended."""
+    config = make_config(engine_options, ranking)
+    check_out(out, requests, config, engine_options, item_options, fidelity)
+    with opened_requests(requests, partial(parse_request, defaults=config.rank)) as asked:
+        total = asked.count(strict=strict)
+        inputs = load_inputs(item_options)
+        settings = settings_of(
+            "rank",
+            config,
+            asked,
+            items=inputs.catalogue,
+            receipts=receipts,
+            fidelity=fidelity.fidelity or FILE,
+            allow_uncalibrated=fidelity.allow_uncalibrated,
+        )
+        if not restart:
+            check_same_job(out, settings)
+        engine = make_engine(
+            config, inputs, [line.request for line in islice(asked.good, _LIKE)], admission_from(fidelity)
+        )
+        check_level(engine)
+        with (
+            opened_answers(out, settings | loaded_settings(engine), restart=restart) as answers,
+            interruptible(answers),
+        ):
+            if warm:
+                _warm(engine, (line.request for line in asked.good if line.number not in answers.answered))
+            to_json = partial(response_to_json, receipts=receipts)
+            write_answers(Work("ranking", asked, total, engine.rank_batch, to_json, batch, strict), answers)
 
-    A request: `{"request_id": "r1", "candidates": ["a", "b"], "history": ["c", {"text": "my own words"}]}`. One that
-    names `options` keeps those; the options here hold for what it leaves out. One that fails becomes a line with its
-    error, the others go on, and the command ends with 1. `ms` is the wall time of the answer's batch. Without --level,
-    reuse goes as far as `rcllm calibrate` found that it may, and no further than exact where nothing was calibrated.
 
-    Example: `rcllm rank --items items.jsonl --in requests.jsonl --out answers.jsonl --readout likelihood`
-    """
-    config = auto_config(engine_options, ranking)
-    lines = read_lines(requests, config.rank)
-    if strict:
-        raise_first(lines, requests)
-    inputs = load_inputs(item_options)
-    good = [line.request for line in lines if isinstance(line, RequestLine)]
-    engine = make_engine(config, inputs, good, admission_from(fidelity))
-    check_level(engine)
-    if warm:
-        _warm(engine, good)
-    write_answers(
-        _answers(engine, lines, batch),
-        len(lines),
-        partial(response_to_json, receipts=receipts),
-        doing="ranking",
-        source=requests,
-        out=out,
-        strict=strict,
-    )
-
-
-@spread
 def explain_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
     ranking: RankingOptions,
     fidelity: FidelityOptions,
-    request: Annotated[
-        str, typer.Option(metavar="FILE[:N]", help="Requests as JSON lines; N is the line, else the first request.")
-    ],
-    warm: Warm = True,
-    top: Annotated[int, typer.Option(min=1, help="How many candidates to show.")] = 20,
+    request: str,
+    warm: bool,
+    top: int,
 ) -> None:
-    """Rank one request and show where every token came from, and why.
-
-    With --no-warm the cache is empty, as in a process that has just started: blocks are then `computed`.
-
-    Example: `rcllm explain --items items.jsonl --request requests.jsonl:3 --level "linked(4)" --allow-uncalibrated`
-    """
-    config = auto_config(engine_options, ranking)
+    """Shows one answer, block by block."""
+    config = make_config(engine_options, ranking)
     asked = one_line(request, config.rank)
     inputs = load_inputs(item_options)
     engine = make_engine(config, inputs, [asked], admission_from(fidelity))
@@ -115,36 +97,9 @@ def _explain(response: RankResponse, asked: RankRequest, inputs: Inputs, top: in
     screen.print(scores_table(response, asked, inputs.catalogue, top))
 
 
-def _answers(engine: Engine, lines: Sequence[RequestLine | Failure], size: int) -> Iterator[RankResponse | Failure]:
-    """One answer per line, in order; good lines that follow each other are ranked in batches."""
-    batch: list[RequestLine] = []
-    for line in lines:
-        if isinstance(line, RequestLine):
-            batch.append(line)
-        if batch and (isinstance(line, Failure) or len(batch) == size):
-            yield from _rank(engine, batch)
-            batch = []
-        if isinstance(line, Failure):
-            yield line
-    if batch:
-        yield from _rank(engine, batch)
-
-
-def _rank(engine: Engine, batch: Sequence[RequestLine]) -> list[RankResponse | Failure]:
-    """Ranks a batch; where it is refused for one request, that one fails and the others are ranked alone."""
-    try:
-        return list(engine.rank_batch([line.request for line in batch]))
-    except (RequestError, ConfigError, CapacityError) as error:
-        if len(batch) == 1:
-            line = batch[0]
-            return [Failure(line.number, line.request.request_id, str(error))]
-        return [answer for line in batch for answer in _rank(engine, [line])]
-
-
-def _warm(engine: Engine, requests: Sequence[RankRequest]) -> None:
+def _warm(engine: Engine, requests: Iterable[RankRequest]) -> None:
     """Computes the instruction, and what the requests name as far as the catalogue has it and their levels read it."""
-    options = [request.options or engine.config.rank for request in requests]
-    reusing = [r for r, o in zip(requests, options, strict=True) if _reads_blocks(engine, o)]
+    reusing = (each for each in requests if _reads_blocks(engine, each.options or engine.config.rank))
     known = [item_id for item_id in named_items(reusing) if item_id in engine.prompter.catalogue]
     if warm_with_progress(engine, known).full:
         say("the cache is full: what did not fit is computed with its requests. Raise --memory-mb to hold more")

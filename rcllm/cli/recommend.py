@@ -2,139 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
-from rcllm.cli.answering import raise_first, write_answers
+from rcllm.cli.answering import Work, check_out, loaded_settings, settings_of, write_answers
+from rcllm.cli.commands.recommend import SearchOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config
-from rcllm.cli.options import EngineOptions, ItemOptions, spread
-from rcllm.cli.screen import busy, console
+from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.cli.screen import busy, console, interruptible, say
 from rcllm.cli.tables import facts_table, item_title
-from rcllm.codes.sid_files import STYLE, read_codes
+from rcllm.codes.sid_files import read_codes
 from rcllm.config import Config, PromptConfig
 from rcllm.core.decoding import RecommendRequest, RecommendResponse
-from rcllm.engine.recommend import Recommender
-from rcllm.errors import CapacityError, ConfigError, RequestError
+from rcllm.core.ranking import ItemId
+from rcllm.data.raw import Fields
+from rcllm.engine.jobs.recommend import Recommender
+from rcllm.errors import ConfigError, RcllmError
 from rcllm.sid.load import load_recommender
-from rcllm.wire.lines import (
-    STDIO,
-    Failure,
-    RecommendLine,
-    read_item_ids,
-    read_recommend_lines,
-    recommendation_to_json,
-    without_history,
-)
-
-_HOW = "What to recommend"
+from rcllm.wire.answer_file import check_same_job, opened_answers
+from rcllm.wire.lines import opened_requests, read_item_ids, recommendation_to_json, without_history
+from rcllm.wire.requests import parse_recommend_request
 
 
-@spread
 def recommend_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
-    requests: Annotated[str, typer.Option("--in", metavar="FILE|-", help="Requests as JSON lines; - is stdin.")],
-    out: Annotated[str, typer.Option(metavar="FILE|-", help="Where answers go, as JSON lines; - is stdout.")] = STDIO,
-    n: Annotated[int, typer.Option("--n", min=1, help="Items per answer.", rich_help_panel=_HOW)] = 10,
-    beam: Annotated[
-        int,
-        typer.Option(min=1, help="Prefixes that are kept at each level; wider finds more.", rich_help_panel=_HOW),
-    ] = 64,
-    rule: Annotated[
-        Literal["renormalise", "mask"],
-        typer.Option(
-            help="Probability of a code: among the valid codes (renormalise) or the whole vocabulary (mask).",
-            rich_help_panel=_HOW,
-        ),
-    ] = "renormalise",
-    allow: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Only these items: an id per line.", rich_help_panel=_HOW),
-    ] = None,
-    deny: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="None of these items: an id per line.", rich_help_panel=_HOW),
-    ] = None,
-    unseen: Annotated[
-        bool, typer.Option("--unseen", help="None of the items in the user's history.", rich_help_panel=_HOW)
-    ] = False,
-    codes: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Semantic IDs of items (.parquet, or an index.json as of LC-Rec), for a model that was not made by "
-            "`rcllm sid train`. Needs --template.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    style: Annotated[
-        str,
-        typer.Option(metavar="TEXT", help="How the model's vocabulary writes a code.", rich_help_panel=_HOW),
-    ] = STYLE,
-    batch: Annotated[int, typer.Option(min=1, help="Requests that are taken at once.")] = 16,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Add the receipt to each answer, and show the first answer as a table.")
-    ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row or request.")] = False,
+    requests: str,
+    search: SearchOptions,
+    out: str,
+    allow: Path | None,
+    deny: Path | None,
+    unseen: bool,
+    codes: Path | None,
+    style: str,
+    batch: int,
+    explain: bool,
+    strict: bool,
+    restart: bool,
 ) -> None:
-    """Recommend items of the whole catalogue, with a model that generates semantic IDs.
-
-    A request: `{"request_id": "r1", "history": ["a", "b"]}`; it may bring its own `n`, `beam`, `rule`, `allow` and
-    `deny` (which adds to --deny). An answer holds only items that exist and are allowed; fewer than n where fewer are.
-    A request that fails becomes a line with its error, the others go on, and the command ends with 1.
-
-    --model is a folder that `rcllm sid train` made; its catalogue is inside. Example:
-
-    `rcllm recommend --model decoder --in requests.jsonl --out answers.jsonl --n 10 --beam 128 --unseen
-    --deny sold-out.txt`
-    """
+    """Answers a file of requests, and goes on where an earlier run ended."""
+    config = _config(engine_options, codes)
+    check_out(out, requests, config, engine_options, item_options, codes, allow, deny)
     defaults = RecommendRequest(
         "",
-        n=n,
-        beam=beam,
-        rule=rule,
+        n=search.n,
+        beam=search.beam,
+        rule=search.rule,
         allow=read_item_ids(allow) if allow else None,
         deny=read_item_ids(deny) if deny else (),
     )
-    lines = read_recommend_lines(requests, defaults)
-    if strict:
-        raise_first(lines, requests)
-    if unseen:
-        lines = [without_history(line) if isinstance(line, RecommendLine) else line for line in lines]
-    inputs = load_inputs(item_options) if item_options.items or item_options.dataset else None
-    recommender = _recommender(engine_options, inputs, codes, style)
-    answers = _answers(recommender, lines, batch)
-    write_answers(
-        _first_shown(answers, recommender) if explain else answers,
-        len(lines),
-        partial(recommendation_to_json, receipts=explain),
-        doing="recommending",
-        source=requests,
-        out=out,
-        strict=strict,
-    )
+    with opened_requests(requests, partial(_parse, defaults=defaults, unseen=unseen)) as asked:
+        total = asked.count(strict=strict)
+        inputs = load_inputs(item_options) if item_options.items or item_options.dataset else None
+        given = {**asdict(search), "allow": allow, "deny": deny, "unseen": unseen, "explain": explain}
+        items = inputs.catalogue if inputs else None
+        settings = settings_of("recommend", config, asked, items=items, codes=codes, style=style, **given)
+        if not restart:
+            check_same_job(out, settings)
+        recommender = _recommender(config, inputs, codes, style)
+        answerer = _Answerer(recommender, defaults, explain=explain)
+        settings |= loaded_settings(recommender.engine)
+        with opened_answers(out, settings, restart=restart) as answers, interruptible(answers):
+            to_json = partial(recommendation_to_json, receipts=explain)
+            work = Work("recommending", asked, total, answerer.answer, to_json, batch, strict)
+            write_answers(work, answers, answerer.conclude)
 
 
-def _first_shown(
-    answers: Iterable[RecommendResponse | Failure], recommender: Recommender
-) -> Iterator[RecommendResponse | Failure]:
-    """The same answers; shows the first recommendation."""
-    shown = False
-    for answer in answers:
-        if not shown and not isinstance(answer, Failure):
-            _show(answer, recommender)
-            shown = True
-        yield answer
+def _parse(fields: Fields, defaults: RecommendRequest, unseen: bool) -> RecommendRequest:
+    request = parse_recommend_request(fields, defaults)
+    return without_history(request) if unseen else request
 
 
-def _recommender(options: EngineOptions, inputs: Inputs | None, codes: Path | None, style: str) -> Recommender:
-    config = _config(options, codes)
+class _Answerer:
+    """Answers batches, with a note where a list names items that the catalogue lacks; shows the first answer if asked.
+
+    Ids that no item has are passed over, since items come and go, so that a mistake in a list must be told of.
+    """
+
+    def __init__(self, recommender: Recommender, defaults: RecommendRequest, *, explain: bool) -> None:
+        self._recommender, self._defaults, self._explain = recommender, defaults, explain
+        self._ids = recommender.codes.epoch().item_ids
+        self._allow, self._deny = self._lacking("--allow", defaults.allow), self._lacking("--deny", defaults.deny)
+        self._num_lacking = 0  # requests whose own lists name such items
+        for note in (*self._allow, *self._deny):
+            say(f"warning: {note}")
+
+    def answer(self, requests: Sequence[RecommendRequest]) -> list[RecommendResponse | RcllmError]:
+        found = self._recommender.recommend_batch(requests)
+        return [
+            answer if isinstance(answer, RcllmError) else self._told(request, answer)
+            for request, answer in zip(requests, found, strict=True)
+        ]
+
+    def conclude(self) -> None:
+        if self._num_lacking:
+            say(
+                "warning: allow or deny names items that are not in the catalogue in "
+                f"{self._num_lacking:,} of the requests; the notes of their answers say how many"
+            )
+
+    def _told(self, request: RecommendRequest, response: RecommendResponse) -> RecommendResponse:
+        replaced = request.allow is not self._defaults.allow
+        allow = self._lacking("allow", request.allow) if replaced else []
+        deny = self._lacking("deny", request.deny[len(self._defaults.deny) :])
+        self._num_lacking += bool(allow or deny)
+        notes = (*response.receipt.notes, *(allow if replaced else self._allow), *self._deny, *deny)
+        response = replace(response, receipt=replace(response.receipt, notes=notes))
+        if self._explain:
+            _show(response, self._recommender)
+            self._explain = False
+        return response
+
+    def _lacking(self, name: str, item_ids: Sequence[ItemId] | None) -> list[str]:
+        """One note where some of these are no items, or none."""
+        item_ids = item_ids or ()
+        lacking = [each for each, number in zip(item_ids, self._ids.find(item_ids), strict=True) if number is None]
+        if not lacking:
+            return []
+        count = (
+            f"{len(lacking):,} of {len(item_ids):,} ids"
+            if len(lacking) < len(item_ids)
+            else f"all {len(lacking):,} ids"
+        )
+        return [f"{name}: {count} are not in the catalogue, such as {lacking[0]!r}"]
+
+
+def _recommender(config: Config, inputs: Inputs | None, codes: Path | None, style: str) -> Recommender:
     code_index = read_codes(codes) if codes else None
     with busy(f"loading {config.model.path}"):
         return load_recommender(config, code_index, inputs.catalogue if inputs else None, style=style)
@@ -152,27 +150,6 @@ def _config(options: EngineOptions, codes: Path | None) -> Config:
     return config
 
 
-def _answers(
-    recommender: Recommender, lines: Sequence[RecommendLine | Failure], size: int
-) -> Iterator[RecommendResponse | Failure]:
-    """One answer per line, in order."""
-    for start in range(0, len(lines), size):
-        some = lines[start : start + size]
-        good = [line for line in some if not isinstance(line, Failure)]
-        answers = iter(_recommend(recommender, good) if good else [])
-        yield from (line if isinstance(line, Failure) else next(answers) for line in some)
-
-
-def _recommend(recommender: Recommender, batch: Sequence[RecommendLine]) -> list[RecommendResponse | Failure]:
-    """Answers a batch; where it is refused for one request, that one fails and the others are answered alone."""
-    try:
-        return list(recommender.recommend_batch([line.request for line in batch]))
-    except (RequestError, ConfigError, CapacityError) as error:
-        if len(batch) == 1:
-            return [Failure(batch[0].number, batch[0].request.request_id, str(error))]
-        return [answer for line in batch for answer in _recommend(recommender, [line])]
-
-
 def _show(response: RecommendResponse, recommender: Recommender) -> None:
     """On stderr, since stdout may be where the answers go."""
     screen = console(stderr=True)
@@ -186,7 +163,7 @@ def _show(response: RecommendResponse, recommender: Recommender) -> None:
         "KV read": f"{receipt.kv_bytes_read / 1e6:,.1f} MB; once per beam: {receipt.kv_bytes_naive / 1e6:,.1f} MB",
         "stages, ms": ", ".join(f"{name} {ms:,.1f}" for name, ms in receipt.stage_ms.items()),
     }
-    screen.print(facts_table("Receipt", facts | ({"notes": "\n".join(receipt.notes)} if receipt.notes else {})))
+    screen.print(facts_table("RankReceipt", facts | ({"notes": "\n".join(receipt.notes)} if receipt.notes else {})))
 
 
 def _items_table(response: RecommendResponse, recommender: Recommender) -> Table:

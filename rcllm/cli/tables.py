@@ -13,7 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from rcllm.core.ranking import BlockReceipt, Item, ItemId, RankRequest, RankResponse, Receipt
+from rcllm.core.ranking import Item, ItemId, RankRequest, RankResponse
+from rcllm.core.receipts import BlockReceipt, RankReceipt
 from rcllm.fidelity.compare import TOP, LevelRow
 from rcllm.fidelity.measures import chance_ndcg
 
@@ -107,7 +108,7 @@ def _block_title(block: BlockReceipt, catalogue: Mapping[ItemId, Item]) -> str:
     return item_title(catalogue, block.owner) if block.owner is not None else ""
 
 
-def receipt_table(receipt: Receipt) -> Table:
+def receipt_table(receipt: RankReceipt) -> Table:
     """Totals of one answer."""
     stages = ", ".join(f"{name} {ms:,.1f}" for name, ms in receipt.stage_ms.items())
     facts = {
@@ -121,7 +122,7 @@ def receipt_table(receipt: Receipt) -> Table:
         "model, node": f"{receipt.model}, {receipt.node}",
         "stages, ms": stages,
     }
-    return facts_table("Receipt", facts | ({"notes": "\n".join(receipt.notes)} if receipt.notes else {}))
+    return facts_table("RankReceipt", facts | ({"notes": "\n".join(receipt.notes)} if receipt.notes else {}))
 
 
 def scores_table(response: RankResponse, request: RankRequest, catalogue: Mapping[ItemId, Item], top: int) -> Table:

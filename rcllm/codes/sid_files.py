@@ -20,19 +20,23 @@ import numpy as np
 
 from rcllm.codes.index import MAX_LEVELS, MIN_LEVELS, CodeIndex
 from rcllm.codes.updates import Update
+from rcllm.core.decoding import STYLE as STYLE
 from rcllm.core.ranking import ItemId
-from rcllm.data.files import Fields, Problem, iter_rows
-from rcllm.data.text import as_text
+from rcllm.data.content import read_text, suffix_of
+from rcllm.data.files import iter_rows
+from rcllm.data.raw import Fields, Problem
+from rcllm.data.text import as_id, as_number, listed, shown
 from rcllm.durable import renamed
 from rcllm.errors import ConfigError, DataError
+from rcllm.plain_json import to_json
 
-STYLE = "<{level}_{code}>"  # of LC-Rec and MiniOneRec; level 0 is a
 _TOKEN = re.compile(r"<(?:\w+_)?([a-z])_(\d+)>")  # OpenOneRec puts an s_ before the level
 _CODES_NAMES = ("codes", "sid", "semantic_id")  # columns that hold all codes of an item
 _LEVEL_NAMES = ("level_{}", "code_{}", "sid_{}")  # columns that hold one
 _ID_NAMES = ("pid", "iid", "item_id", "id")  # of the objects in a FlashRec file
 _RECIF_BASE, _RECIF_LEVELS = 8192, 3  # of RecIF's packed keys: (a · 8192 + b) · 8192 + c
 _MAX_CODE = 2**24 - 1  # more codes than any vocabulary has
+_TRUE, _FALSE = ("", "true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")
 
 Codes = tuple[int, ...]
 Entry = tuple[ItemId, Codes]
@@ -47,7 +51,7 @@ def parse_tokens(text: str) -> Codes:
     """The codes of `<a_12><b_3>…`, level after level. Raises ValueError."""
     found = [(match[1], int(match[2])) for match in _TOKEN.finditer(text)]
     if not found or _TOKEN.sub("", text).strip() or any(ord(name) - ord("a") != i for i, (name, _) in enumerate(found)):
-        raise ValueError(f"expected a token for each level in order, such as <a_12><b_3>, got {text!r}")
+        raise ValueError(f"expected a token for each level in order, such as <a_12><b_3>, got {shown(text)}")
     return tuple(code for _, code in found)
 
 
@@ -57,11 +61,11 @@ def read_codes(path: Path, sizes: Sequence[int] | None = None) -> CodeIndex:
     `sizes`: codes of each level; None: one more than the largest code that the file has.
     """
     enabled: dict[ItemId, bool] = {}
-    entries = _json_entries(path) if path.suffix == ".json" else _row_entries(path, enabled)
+    entries = _json_entries(path) if suffix_of(path) == ".json" else _row_entries(path, enabled)
     items: dict[ItemId, Codes] = {}
     for item_id, codes in entries:
         if item_id in items:
-            raise DataError(f"{path}: expected each item once, got item {item_id!r} twice; remove one of them")
+            raise DataError(f"{path}: expected each item once, got item {shown(item_id)} twice; remove one of them")
         items[item_id] = codes
         _check_codes(path, item_id, codes, len(next(iter(items.values()))))
     if not items:
@@ -78,9 +82,11 @@ def _check_codes(path: Path, item_id: ItemId, codes: Codes, num_levels: int) -> 
     """As many as the first item has, and such as can be."""
     if len(codes) != num_levels or not MIN_LEVELS <= num_levels <= MAX_LEVELS:
         expected = f"{num_levels} codes as the first item has" if len(codes) != num_levels else "2 to 6 codes"
-        raise DataError(f"{path}, item {item_id!r}: expected {expected}, got {len(codes)}: {codes}")
+        raise DataError(f"{path}, item {shown(item_id)}: expected {expected}, got {len(codes)}: {codes[:MAX_LEVELS]}")
     if min(codes) < 0 or max(codes) > _MAX_CODE:
-        raise DataError(f"{path}, item {item_id!r}: expected codes from 0 to {_MAX_CODE}, got {codes}; correct them")
+        raise DataError(
+            f"{path}, item {shown(item_id)}: expected codes from 0 to {_MAX_CODE}, got {codes}; correct them"
+        )
 
 
 def write_codes(path: Path, code_index: CodeIndex, layout: str = "") -> None:
@@ -103,9 +109,7 @@ def write_codes(path: Path, code_index: CodeIndex, layout: str = "") -> None:
 
 def _json_entries(path: Path) -> Iterable[Entry]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); check the path") from error
+        content = json.loads(read_text(path), object_pairs_hook=_each_key_once)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected JSON, got: {error}; write or fetch the file again") from error
     if isinstance(content, list):
@@ -123,7 +127,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the name {twice!r} twice")
+        raise ValueError(f"the name {shown(twice)} twice")
     return content
 
 
@@ -134,16 +138,16 @@ def _is_tokens(value: object) -> bool:
 def _token_entry(path: Path, item_id: str, value: object) -> Entry:
     try:
         if not _is_tokens(value) or not isinstance(value, list):
-            raise ValueError(f"expected a list of tokens, such as <a_12>, got {str(value)[:80]!r}")
+            raise ValueError(f"expected a list of tokens, such as <a_12>, got {shown(value)}")
         return ItemId(item_id), parse_tokens("".join(value))
     except ValueError as error:
-        raise DataError(f"{path}, item {item_id!r}: {error}; correct it, or leave the item out") from error
+        raise DataError(f"{path}, item {shown(item_id)}: {error}; correct it, or leave the item out") from error
 
 
 def _numbered(path: Path, where: str, row: object) -> Entry:
     """A sequence of codes without an item, which stands for itself."""
     if not isinstance(row, list) or not all(type(code) is int for code in row):
-        raise DataError(f"{path}, {where}: expected a list of codes, such as [12, 3, 7], got {str(row)[:80]!r}")
+        raise DataError(f"{path}, {where}: expected a list of codes, such as [12, 3, 7], got {shown(row)}")
     return ItemId(",".join(map(str, row))), tuple(row)
 
 
@@ -159,15 +163,16 @@ def _flashrec_entries(path: Path, content: Mapping[str, Any]) -> Iterator[Entry]
 
 
 def _key_codes(path: Path, key: str) -> Codes:
-    parts = [part.strip() for part in key.split(",")]
-    if not all(parts):
-        raise DataError(f"{path}, key {key!r}: expected codes with commas between them, such as 12,3,7")
-    if len(parts) > 1:
-        return tuple(int(part) for part in parts)
-    packed = int(key)
+    try:
+        numbers = tuple(int(part) for part in key.split(","))
+    except ValueError:
+        raise DataError(f"{path}, key {shown(key)}: expected codes with commas between them, such as 12,3,7") from None
+    if len(numbers) > 1:
+        return numbers
+    packed = numbers[0]
     if packed >= _RECIF_BASE**_RECIF_LEVELS:
         raise DataError(
-            f"{path}, key {key!r}: expected codes such as 12,3,7, or {_RECIF_LEVELS} of them packed in base "
+            f"{path}, key {shown(key)}: expected codes such as 12,3,7, or {_RECIF_LEVELS} of them packed in base "
             f"{_RECIF_BASE}"
         )
     return tuple(packed // _RECIF_BASE**power % _RECIF_BASE for power in reversed(range(_RECIF_LEVELS)))
@@ -176,12 +181,12 @@ def _key_codes(path: Path, key: str) -> Codes:
 def _item_id(path: Path, key: str, value: object) -> ItemId:
     if isinstance(value, dict):
         value = next((value[name] for name in _ID_NAMES if name in value), None)
-    if not isinstance(value, str | int) or isinstance(value, bool):
+    if (item_id := as_id(value)) is None:
         raise DataError(
-            f"{path}, key {key!r}: expected items as ids, or as objects with one of {', '.join(_ID_NAMES)}, "
-            f"got {str(value)[:80]!r}"
+            f"{path}, key {shown(key)}: expected items as ids, or as objects with one of {', '.join(_ID_NAMES)}, "
+            f"got {shown(value)}"
         )
-    return ItemId(str(value))
+    return ItemId(item_id)
 
 
 def _write_index(path: Path, code_index: CodeIndex) -> None:
@@ -198,7 +203,7 @@ def _write_flashrec(path: Path, code_index: CodeIndex) -> None:
 
 
 def _dump(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    path.write_text(to_json(content), encoding="utf-8")
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -208,17 +213,24 @@ def _row_entries(path: Path, enabled: dict[ItemId, bool]) -> Iterator[Entry]:
     """Also fills in `enabled`, where the file has that column."""
     for row in iter_rows(path):
         if isinstance(row, Problem):
-            raise DataError(f"{path}, line {row.line}: {row.reason}")
+            raise DataError(f"{path}, {row.place}: {row.reason}")
         try:
-            item_id = ItemId(as_text(row.fields.get("item_id")))
-            if not item_id:
-                raise ValueError(f"expected a column item_id with the item's id, got {', '.join(row.fields)}")
+            if (item_id := as_id(row.fields.get("item_id"))) is None:
+                raise ValueError(f"expected a column item_id with the item's id, got {listed(row.fields)}")
             codes = _row_codes(row.fields)
+            if not _is_enabled(row.fields.get("enabled")):
+                enabled[ItemId(item_id)] = False
         except ValueError as error:
-            raise DataError(f"{path}, line {row.line}: {error}; correct the row, or leave it out") from error
-        if row.fields.get("enabled") is False:
-            enabled[item_id] = False
-        yield item_id, codes
+            raise DataError(f"{path}, {row.place}: {error}; correct the row, or leave it out") from error
+        yield ItemId(item_id), codes
+
+
+def _is_enabled(value: object) -> bool:
+    """Text formats have no booleans, so that words and digits stand for them; an empty cell says nothing."""
+    word = str("" if value is None else value).strip().lower()
+    if word not in _TRUE and word not in _FALSE:
+        raise ValueError(f"expected true or false in enabled, got {shown(value)}")
+    return word in _TRUE
 
 
 def _row_codes(fields: Fields) -> Codes:
@@ -230,18 +242,20 @@ def _row_codes(fields: Fields) -> Codes:
                 return parse_tokens("".join(value))
             if isinstance(value, list):
                 return tuple(_code(each) for each in value)
-            raise ValueError(f"expected a list of codes in {name}, got {str(value)[:80]!r}")
+            raise ValueError(f"expected a list of codes in {name}, got {shown(value)}")
     for style in _LEVEL_NAMES:
         names = [style.format(level) for level in range(MAX_LEVELS)]
         if names[0] in fields:
             return tuple(_code(fields[name]) for name in names if name in fields)
-    raise ValueError(f"expected a column {_CODES_NAMES[0]}, or level_0, level_1, …, got {', '.join(fields)}")
+    raise ValueError(f"expected a column {_CODES_NAMES[0]}, or level_0, level_1, …, got {listed(fields)}")
 
 
 def _code(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"expected a whole number as a code, got {value!r}")
-    return int(value)
+    """A whole number, also where pandas made it a float."""
+    number = as_number(value)
+    if number is None or not number.is_integer():
+        raise ValueError(f"expected a whole number as a code, got {shown(value)}")
+    return int(number)
 
 
 def _write_parquet(path: Path, code_index: CodeIndex) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rcllm.core.ranking import ItemId
 from rcllm.errors import DataError
+from rcllm.plain_json import to_json
 
 _CHUNK = 1 << 16  # bytes read at once, from the end
 
@@ -54,7 +55,7 @@ class UpdateLog:
     def append(self, update: Update) -> None:
         """Returns when the update is on disk."""
         content = {"remove": sorted(update.remove), "add": dict(update.add), "enabled": dict(update.enabled)}
-        line = json.dumps(content, ensure_ascii=False).encode() + b"\n"
+        line = to_json(content).encode() + b"\n"
         with self.path.open("ab") as file:
             file.truncate(self._whole_bytes())
             file.write(line)

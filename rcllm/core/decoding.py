@@ -6,12 +6,16 @@ Frozen and without tensors, like those of `core.py`; this module never imports t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Interval, MinLen
+
+from rcllm.annotated import Opt
 from rcllm.core.ranking import Event, HistoryMode, ItemId, Level, TokenIds, UserId
+from rcllm.core.receipts import BeamRule, GenerateReceipt, RecommendReceipt
 from rcllm.errors import ConfigError
+from rcllm.fields import check as check_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,8 @@ class OpenRequest:
 
 # ---- recommending from the whole catalogue ---------------------------------------------------------------------------
 
-BeamRule = Literal["renormalise", "mask"]
+STYLE = "<{level}_{code}>"  # how LC-Rec and MiniOneRec write a code of a semantic ID; level 0 is a
+_PANEL = "What to recommend"  # the heading of these options on the command line
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,49 +42,21 @@ class RecommendRequest:
     request_id: str
     history: tuple[Event, ...] = ()
     user_id: UserId | None = None
-    n: int = 10
-    beam: int = 64  # prefixes that are kept at each level; at least n are
+    n: Annotated[int, Ge(1), Opt("Items per answer.", panel=_PANEL)] = 10
+    # at least n are kept
+    beam: Annotated[int, Ge(1), Opt("Prefixes that are kept at each level; wider finds more.", panel=_PANEL)] = 64
     allow: tuple[ItemId, ...] | None = None  # these items alone may come; None: all that the catalogue offers
     deny: tuple[ItemId, ...] = ()  # these may not: out of stock, already seen
     # a code's probability among those that lead to an allowed item (renormalise), so that it depends on what is
     # allowed, or among the whole vocabulary (mask), as the model gave it
-    rule: BeamRule = "renormalise"
+    rule: Annotated[
+        BeamRule,
+        Opt(
+            "Probability of a code: among the valid codes (renormalise) or the whole vocabulary (mask).",
+            panel=_PANEL,
+        ),
+    ] = "renormalise"
     level: Level | None = None  # reuse of the prompt; None: exact
-
-
-@dataclass(frozen=True, slots=True)
-class BeamStep:
-    """What one level of a beam search did."""
-
-    num_parents: int  # prefixes that were extended
-    num_children: int  # valid extensions: only these were ever scored
-    num_kept: int
-    num_dead: int  # extensions that the catalogue has, but below which no item is allowed
-    num_skipped: int  # children that early termination left unsorted
-
-
-@dataclass(frozen=True, slots=True)
-class RecommendReceipt:
-    """What a recommendation says about itself."""
-
-    level: str
-    rule: BeamRule
-    beam: int
-    epoch: int  # version of the catalogue that this request saw
-    node: str
-    model: str  # first 12 hex digits of the model fingerprint
-    backend: str
-    num_tokens: int  # of the prompt
-    num_fresh: int  # of them, computed in this request's forward
-    num_reused: int
-    num_computed: int  # tokens of missing blocks that were computed for its batch and published
-    kv_bytes_read: int  # by attention of the steps: the prompt once a step, and each beam's own
-    kv_bytes_naive: int  # the same where every beam reads the prompt for itself
-    kv_bytes_copied: int  # of the prompt, where it lay in scraps and was joined first
-    steps: tuple[BeamStep, ...]  # one per level
-    stage_ms: Mapping[str, float]  # wall time of each stage, of the whole batch
-    batch_size: int
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +115,13 @@ class Speculation:
 class GenerateOptions:
     """How an answer is decoded."""
 
-    max_tokens: int = 256  # fewer where the model's context ends
-    temperature: float = 0.0  # 0: the likeliest token (greedy)
-    top_p: float = 1.0  # draw from the smallest set of tokens with this probability mass
-    seed: int = 0  # draws depend on it and on the place in the answer alone
-    stop: tuple[str, ...] = ()  # the answer ends before the first of these
+    max_tokens: Annotated[int, Ge(1)] = 256  # fewer where the model's context ends
+    temperature: Annotated[float, Ge(0)] = 0.0  # 0: the likeliest token (greedy)
+    top_p: Annotated[float, Interval(gt=0, le=1)] = (
+        1.0  # draw from the smallest set of tokens with this probability mass
+    )
+    seed: Annotated[int, Interval(ge=0, lt=1 << 64)] = 0  # draws depend on it and on the place in the answer alone
+    stop: tuple[Annotated[str, MinLen(1)], ...] = ()  # the answer ends before the first of these
     speculation: Speculation = Speculation("strict")
 
 
@@ -164,38 +143,6 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Divergence:
-    """Where relaxed verification took a token that greedy decoding would not have taken at that place."""
-
-    position: int  # in the answer
-    token_id: int
-    argmax_id: int
-    probability: float  # of the token, by the model
-    argmax_probability: float
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateReceipt:
-    """What an answer says about itself."""
-
-    level: str
-    history: str
-    speculation: str
-    node: str
-    model: str  # first 12 hex digits of the model fingerprint
-    num_tokens: int  # of the prompt
-    num_fresh: int  # of them, computed in this request's forward
-    num_reused: int
-    passes: int  # of decoding; the prompt's own, which gives the first token, not among them
-    drafted: int  # tokens that passes verified
-    accepted: int  # of them, those that are part of the answer
-    accepted_length_mean: float  # tokens decided per pass, the pass's own token included; 0 without passes
-    divergences: tuple[Divergence, ...]
-    stage_ms: Mapping[str, float]  # wall time of each stage while this request was in the batch, of the whole batch
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Generated:
     request_id: str
     text: str  # without the end-of-sequence token, and cut before the stop string
@@ -206,17 +153,7 @@ class Generated:
 
 def check(options: GenerateOptions) -> None:
     """Raises ConfigError for values that cannot work."""
-    stop: object = options.stop  # one text in place of a tuple of them is a mistake that types alone do not stop
-    wrong = {
-        "max_tokens": options.max_tokens < 1 and "at least 1",
-        "temperature": not 0.0 <= options.temperature < float("inf") and "0 (greedy) or more",
-        "top_p": not 0.0 < options.top_p <= 1.0 and "above 0 and at most 1",
-        "seed": not 0 <= options.seed < 1 << 64 and "from 0 to 2^64 - 1",
-        "stop": (isinstance(stop, str) or "" in options.stop) and "a tuple of texts, none of them empty",
-    }
-    for name, expected in wrong.items():
-        if expected:
-            raise ConfigError(f"{name} must be {expected}, got {getattr(options, name)!r}")
+    check_fields(options)
     if options.temperature > 0 and options.speculation.name == "relaxed":
         raise ConfigError(
             f"speculation {options.speculation} is for greedy decoding: it would change the distribution that "

@@ -2,29 +2,37 @@
 
 Frozen, without behaviour beyond parsing and small derived sizes, and without tensors: this module never
 imports torch. A stage is a function from one of these to the next:
-RankRequest → Prompt → Plan → (tensors, in the computing plane) → RankResponse with its Receipt.
+RankRequest → Prompt → Plan → (tensors, in the computing plane) → RankResponse with its RankReceipt.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Literal, NewType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType
 
-import numpy as np
-import numpy.typing as npt
+from annotated_types import Ge, Interval, MinLen
 
+from rcllm.annotated import Opt
+from rcllm.core.receipts import BlockKind, RankReceipt
 from rcllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    BoolArray = npt.NDArray[np.bool_]
+    Scores = npt.NDArray[np.float64]  # [candidates]; higher is better
+    IntArray = npt.NDArray[np.int32]
+else:  # names for annotations; numpy itself takes as long to import as the command line's whole help
+    BoolArray = Scores = IntArray = Any
 
 ContentKey = NewType("ContentKey", bytes)  # 32 bytes, blake3; see prompt/blocks.py for what is hashed
 ItemId = NewType("ItemId", str)
 UserId = NewType("UserId", str)
 TokenIds = tuple[int, ...]
-BoolArray = npt.NDArray[np.bool_]
-Scores = npt.NDArray[np.float64]  # [candidates]; higher is better
-IntArray = npt.NDArray[np.int32]
 
 Readout = Literal["label", "pointwise", "likelihood"]
 Layout = Literal["history_first", "items_first"]
@@ -32,9 +40,10 @@ LabelPlace = Literal["before", "after"]
 Bias = Literal["none", "content_free", "running_mean"]
 Mask = Literal["causal", "blocks"]
 HistoryMode = Literal["chain", "shared", "semantic"]
+Negatives = Literal["uniform", "popularity", "retrieved"]  # how candidates that a user did not choose are drawn
 Policy = Literal["rcllm", "k_difference", "first", "question", "static", "two_pass", "tail", "random"]
 Reduction = Literal["question", "mean", "sum"]
-Source = Literal["fresh", "computed", "device", "host", "semantic"]  # where the KV of a block came from
+_PANEL = "How to rank"  # the heading of these options on the command line
 
 # ---- what users bring -----------------------------------------------------------------------------------------------
 
@@ -72,7 +81,7 @@ class RankRequest:
     """Rank `candidates` for a user with this `history` (oldest event first)."""
 
     request_id: str
-    candidates: tuple[ItemId, ...]
+    candidates: Annotated[tuple[ItemId, ...], MinLen(1)]
     history: tuple[Event, ...] = ()
     user_id: UserId | None = None
     volatile: Mapping[ItemId, Mapping[str, str]] = field(default_factory=dict)  # overrides the catalogue's, per item
@@ -141,20 +150,39 @@ class Selection:
     """
 
     policy: Policy = "rcllm"
-    divergence: float = 0.5  # λ: weight of the KV difference against the attention, for history tokens
+    divergence: Annotated[float, Interval(ge=0, le=1)] = (
+        0.5  # λ: weight of the KV difference against the attention, for history tokens
+    )
     reduction: Reduction = "question"  # whose attention A_i is: the question's, or the mean or sum over all that see i
-    window: int = 0  # the last reused tokens before the question, fresh on top of the budgets
-    check_layer: int = 0  # layers up to this one run for all tokens; the scores are taken there
+    window: Annotated[int, Ge(0)] = 0  # the last reused tokens before the question, fresh on top of the budgets
+    check_layer: Annotated[int, Ge(0)] = 0  # layers up to this one run for all tokens; the scores are taken there
 
 
 @dataclass(frozen=True, slots=True)
 class RankOptions:
     """How to answer; every field has a default that works with an ordinary model."""
 
-    level: Level = Level("blocks")
-    readout: Readout = "label"
-    layout: Layout = "history_first"
-    label_place: LabelPlace = "after"  # fresh label tokens after their item see history and item
+    # auto is exact until a calibration allows more; a model tuned under the block mask is exact at `blocks`
+    level: Annotated[
+        Level,
+        Opt(
+            "auto (the fastest that is calibrated, else exact), full (nothing reused), exact (cached prefix), "
+            "corrected(r_item, r_history), linked(k), tail(r) or blocks.",
+            metavar="LEVEL",
+            panel=_PANEL,
+        ),
+    ] = Level("auto")
+    readout: Annotated[
+        Readout,
+        Opt(
+            "label: a letter per candidate; pointwise: yes or no; likelihood: how likely its text is (the one that "
+            "works with an untuned model).",
+            panel=_PANEL,
+        ),
+    ] = "label"
+    layout: Annotated[Layout, Opt("What comes first in the prompt.", panel=_PANEL)] = "history_first"
+    # fresh label tokens after their item see history and item
+    label_place: Annotated[LabelPlace, Opt("Where a candidate's label stands, by its item.", panel=_PANEL)] = "after"
     parallel: bool = False  # all candidates share one base position and do not see each other
     bias: Bias = "none"  # correction of the label letters' own bias
     history: HistoryMode = "shared"  # reuse events position-free, only the user's own chain, or from token prototypes
@@ -162,14 +190,6 @@ class RankOptions:
 
 
 # ---- a prompt, decided but not computed -----------------------------------------------------------------------------
-
-
-class BlockKind(StrEnum):
-    INSTRUCTION = "instruction"
-    HISTORY = "history"
-    ITEM = "item"
-    QUESTION = "question"
-    LABEL = "label"  # labels, delimiters and volatile fields: always fresh
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +250,7 @@ class Prompt:
     def isolated(self) -> bool:
         """Whether the candidates do not see each other, so that none stands nearer to the question than the others."""
         items = [i for i, block in enumerate(self.blocks) if block.kind is BlockKind.ITEM]
-        return not self.sees[np.ix_(items, items)].any()
+        return not self.sees[items][:, items].any()
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,50 +310,12 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockReceipt:
-    kind: BlockKind
-    owner: str | None
-    slot: int | None
-    source: Source
-    num_fresh: int
-    num_reused: int
-    key: str | None  # first 12 hex digits of the content key
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What a response says about itself."""
-
-    level: str
-    readout: str
-    layout: str
-    label_place: str
-    context: str  # canonical context of the reused blocks
-    history: str
-    bias: str
-    backend: str  # how attention read the segments
-    node: str
-    model: str  # first 12 hex digits of the model fingerprint
-    num_tokens: int
-    num_fresh: int  # computed in this request's forward
-    num_reused: int
-    num_computed: int  # tokens of missing blocks that were computed for it (or for its batch) and published
-    kv_bytes_read: int  # cached KV that attention read
-    kv_bytes_copied: int  # published KV that the whole batch copied or converted before reading; 0 when read in place
-    stage_ms: Mapping[str, float]  # wall time of each stage; of the whole batch where requests are batched
-    batch_size: int
-    blocks: tuple[BlockReceipt, ...]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class RankResponse:
     request_id: str
     candidates: tuple[ItemId, ...]  # as asked
     scores: tuple[float, ...]  # one per candidate, in the order asked; higher is better
     order: tuple[int, ...]  # candidate indices, best first; ties by candidate order
-    receipt: Receipt = field(repr=False)
+    receipt: RankReceipt = field(repr=False)
 
     @property
     def ranking(self) -> tuple[ItemId, ...]:
@@ -343,4 +325,4 @@ class RankResponse:
 
 def order(scores: Sequence[float]) -> tuple[int, ...]:
     """Candidate indices, best first; ties by candidate order."""
-    return tuple(int(i) for i in np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable"))
+    return tuple(sorted(range(len(scores)), key=lambda i: (math.isnan(scores[i]), -scores[i])))

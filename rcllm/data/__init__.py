@@ -4,13 +4,14 @@ Knows nothing of prompts, models or caches, and never imports torch. Invariant: 
 reader returns a ReadReport, or raises DataError that names file and line.
 """
 
+from rcllm.core.ranking import Negatives
 from rcllm.data.catalogue import Catalogue
+from rcllm.data.columns import InteractionColumns
 from rcllm.data.dataset import Dataset
-from rcllm.data.files import Problem, Table
 from rcllm.data.formats import FORMATS, detect_format, load_dataset
-from rcllm.data.interactions import InteractionColumns, histories, read_interactions, read_users
+from rcllm.data.interactions import histories, read_interactions, read_users
 from rcllm.data.movielens import fetch_movielens
-from rcllm.data.negatives import Negatives
+from rcllm.data.raw import Problem, Table
 from rcllm.data.requests import Split, build_requests, named_items, split_of
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
 

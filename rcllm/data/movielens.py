@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rcllm.core.ranking import Interaction, Item
+from rcllm.core.ranking import Item
 from rcllm.data.catalogue import make_item
+from rcllm.data.columns import InteractionColumns, item_column
 from rcllm.data.dataset import Dataset, InteractionSource, ItemSource, assemble, assemble_textless
-from rcllm.data.files import Fields, Table
-from rcllm.data.interactions import InteractionColumns, generic_interactions
+from rcllm.data.interactions import generic_interactions
+from rcllm.data.raw import Fields, Notes, Table
 from rcllm.data.rows import BadRowError, required_id
-from rcllm.data.text import as_text
+from rcllm.data.text import as_text, shown
 from rcllm.fetch import from_wheel
 
 _GENRE_FLAGS = (
@@ -32,7 +33,14 @@ _RECBOLE_FILES = {
     "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
 }
 _RECBOLE_TYPES = ("token", "token_seq", "float", "float_seq")
-_RECBOLE_NAMES = {"movie_title": "title", "release_year": "year", "class": "genres", "item_name": "title"}
+_RECBOLE_NAMES = {
+    "movie_title": "title",
+    "release_year": "year",
+    "class": "genres",
+    "item_name": "title",
+    "book_title": "title",
+    "name": "title",
+}
 
 
 def fetch_movielens(folder: str | Path) -> Dataset:
@@ -78,17 +86,26 @@ def load_movielens_latest(folder: Path, *, strict: bool = False) -> Dataset:
     )
 
 
-def load_recbole(folder: Path, *, strict: bool = False) -> Dataset:
-    """`NAME.inter` and, where there is one, `NAME.item`. https://recbole.io/atomic_files.html"""
-    table = Table("\t", quoted=False)
-    items, log = ItemSource(("*.item",), _recbole_item, table), InteractionSource(("*.inter",), _recbole_log, table)
-    return assemble_textless(folder, items, log, strict=strict)
+def load_recbole(folder: Path, *, strict: bool = False, columns: InteractionColumns | None = None) -> Dataset:
+    """`NAME.inter` and, where there is one, `NAME.item`. https://recbole.io/atomic_files.html
+
+    Their columns are named freely; `columns` says which is which, where the usual names do not.
+    """
+    table, chosen = Table("\t", quoted=False), columns or InteractionColumns()
+    items, log = Notes(), Notes()
+    parse = generic_interactions(chosen, log)
+    return assemble_textless(
+        folder,
+        ItemSource(("*.item",), lambda fields: _recbole_item(fields, chosen.item_id, items), table, notes=items),
+        InteractionSource(("*.inter",), lambda fields: parse(_without_types(fields)), table, notes=log),
+        strict=strict,
+    )
 
 
 def _movie_100k(fields: Fields) -> Item:
     flags = {genre: fields[genre] for genre in _GENRES_100K}
     if wrong := [genre for genre, flag in flags.items() if flag not in ("0", "1")]:
-        raise BadRowError(f"expected 0 or 1 for genre {wrong[0]!r}, got {flags[wrong[0]]!r}")
+        raise BadRowError(f"expected 0 or 1 for genre {wrong[0]!r}, got {shown(flags[wrong[0]])}")
     genres = [genre for genre, flag in flags.items() if flag == "1" and genre != "unknown"]
     texts = {"title": as_text(fields["title"]), "genres": as_text(genres)}
     return make_item(required_id(fields, "item_id"), texts)
@@ -100,17 +117,15 @@ def _movie(fields: Fields) -> Item:
     return make_item(required_id(fields, "movieId"), texts)
 
 
-def _recbole_item(fields: Fields) -> Item:
+def _recbole_item(fields: Fields, id_field: str | None, notes: Notes) -> Item:
     plain = _without_types(fields)
-    texts = {_RECBOLE_NAMES.get(name, name): as_text(value) for name, value in plain.items() if name != "item_id"}
-    return make_item(required_id(plain, "item_id"), texts, volatile_fields=("price",))
-
-
-def _recbole_log(fields: Fields) -> tuple[Interaction, ...]:
-    return tuple(_parse_recbole(_without_types(fields)))
-
-
-_parse_recbole = generic_interactions(InteractionColumns())
+    key = item_column(id_field, plain, notes)
+    texts: dict[str, str] = {}
+    for name, value in plain.items():
+        if name != key:
+            usual = _RECBOLE_NAMES.get(name, name)
+            texts[name if usual in texts else usual] = as_text(value)
+    return make_item(required_id(plain, key), texts, volatile_fields=("price",))
 
 
 def _without_types(fields: Fields) -> Fields:
@@ -119,7 +134,7 @@ def _without_types(fields: Fields) -> Fields:
         name, _, kind = column.partition(":")
         if kind not in _RECBOLE_TYPES:
             raise BadRowError(
-                f"expected a column header like user_id:token ({', '.join(_RECBOLE_TYPES)}), got {column!r}"
+                f"expected a column header like user_id:token ({', '.join(_RECBOLE_TYPES)}), got {shown(column)}"
             )
         plain[name] = value
     return plain

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from rcllm.core.ranking import ItemId
+from rcllm.core.ranking import ItemId, Negatives
 from rcllm.data.catalogue import Catalogue
 
-Negatives = Literal["uniform", "popularity", "retrieved"]
 IntArray = npt.NDArray[np.int64]
 
 

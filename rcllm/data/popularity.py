@@ -6,9 +6,10 @@ Knows nothing of prompts. Invariant: counts come from the training users of the 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
-from rcllm.core.ranking import Item
+from rcllm.core.ranking import Interaction, Item, ItemId
 from rcllm.data.catalogue import Catalogue
 from rcllm.data.dataset import Dataset
 from rcllm.data.requests import split_of
@@ -17,16 +18,29 @@ FIELD = "chosen"
 
 
 def with_popularity(dataset: Dataset) -> Dataset:
-    """The data set with a field `chosen` for every item: its number of training interactions, down to a power of two.
+    """The data set with a field `chosen` for every item, whatever template will show it."""
+    return replace(dataset, catalogue=with_chosen(dataset.catalogue, dataset.interactions))
+
+
+def with_made_fields(catalogue: Mapping[ItemId, Item], shown: Collection[str]) -> Mapping[ItemId, Item]:
+    """The catalogue with `chosen`, where that is `shown`, no item has it, and the catalogue knows its interactions."""
+    if FIELD not in shown or not isinstance(catalogue, Catalogue) or not catalogue.interactions:
+        return catalogue
+    if any(item.fields.get(FIELD) for item in catalogue.values()):
+        return catalogue
+    return with_chosen(catalogue, catalogue.interactions)
+
+
+def with_chosen(catalogue: Mapping[ItemId, Item], interactions: Iterable[Interaction]) -> Catalogue:
+    """Every item with its number of training interactions, down to a power of two, as its field `chosen`.
 
     Rounded, so that the text (and with it the cached KV) of an item changes only when its popularity doubles.
     """
-    counts = Counter(row.item_id for row in dataset.interactions if split_of(row.user_id) == "train")
-    items = (
+    counts = Counter(row.item_id for row in interactions if split_of(row.user_id) == "train")
+    return Catalogue(
         Item(item.item_id, {**item.fields, FIELD: str(_rounded(counts[item.item_id]))}, item.volatile)
-        for item in dataset.catalogue.values()
+        for item in catalogue.values()
     )
-    return replace(dataset, catalogue=Catalogue(items))
 
 
 def _rounded(count: int) -> int:

@@ -13,10 +13,10 @@ from typing import Literal, get_args
 import numpy as np
 from blake3 import blake3
 
-from rcllm.core.ranking import Event, Interaction, ItemId, RankRequest, UserId
+from rcllm.core.ranking import Event, Interaction, ItemId, Negatives, RankRequest, UserId
 from rcllm.data.dataset import Dataset
 from rcllm.data.interactions import histories
-from rcllm.data.negatives import SAMPLERS, NegativePool, Negatives, Wanted, draw_negatives
+from rcllm.data.negatives import SAMPLERS, NegativePool, Wanted, draw_negatives
 from rcllm.data.text import did_you_mean
 from rcllm.errors import ConfigError, DataError
 
@@ -77,8 +77,8 @@ def build_requests(
     if count is not None and count > len(targets):
         raise DataError(
             f"{dataset.name}: expected {count:,} requests, but the split {split!r} has {len(targets):,} targets with "
-            f"{min_history} or more events before them; ask for fewer (None: all), or raise targets_per_user "
-            f"(now {targets_per_user})"
+            f"{min_history} or more events before them; ask for fewer requests, for shorter histories, or for more "
+            f"targets of each user (now {targets_per_user})"
         )
     return [_request(pool, history, at, shape) for history, at in targets[:count]]
 
@@ -101,7 +101,7 @@ def _pool(dataset: Dataset, rows: Iterable[tuple[Interaction, ...]]) -> Negative
         if row.item_id not in dataset.catalogue:
             raise DataError(
                 f"{dataset.name}: user {row.user_id!r} touched item {row.item_id!r}, which the catalogue lacks; "
-                "read the interactions with items=catalogue, which skips and reports such rows"
+                "leave such rows out of the interactions, or add the item to the catalogue"
             )
     training = [history for history in rows if split_of(history[0].user_id) == "train"]
     return NegativePool.of(dataset.catalogue, ([row.item_id for row in history] for history in training))
@@ -144,9 +144,9 @@ def _hash(seed: int, user_id: UserId) -> int:
 
 def named_items(requests: Iterable[RankRequest]) -> list[ItemId]:
     """Every item that the requests name, as a candidate or an event, once."""
-    named = [
+    named = (
         item_id
         for request in requests
         for item_id in (*request.candidates, *(e.item_id for e in request.history if e.item_id is not None))
-    ]
+    )
     return list(dict.fromkeys(named))

@@ -1,4 +1,4 @@
-"""The published review corpora: Amazon 2023, Amazon 2018, Yelp Open Dataset, Goodreads (UCSD).
+"""The published review corpora: Amazon 2023, Amazon 2018 and 2014, Yelp Open Dataset, Goodreads (UCSD).
 
 Each format is a pair of sources and a loader. Knows nothing of requests. Invariant: field names and texts are the
 publisher's, except that the name of a thing is always `title`; what changes from day to day is volatile.
@@ -6,6 +6,7 @@ publisher's, except that the name of a thing is always `title`; what changes fro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from rcllm.core.ranking import Interaction, Item, ItemId, UserId
 from rcllm.data.catalogue import make_item
 from rcllm.data.dataset import Dataset, InteractionSource, ItemSource, assemble, assemble_textless
-from rcllm.data.files import Fields
+from rcllm.data.raw import Fields, Notes
 from rcllm.data.rows import (
     BadRowError,
     RowReader,
@@ -26,19 +27,27 @@ from rcllm.data.rows import (
 from rcllm.data.text import as_text, shown
 
 _VOLATILE = ("price", "average_rating", "rating_number", "stars", "review_count", "ratings_count")
-_NO_PRICE = ("None", "—", "-")
+_NO_PRICE = ("None", "—", "-")  # how some of the publishers write that there is none
+_PRICE = re.compile(r"[^{}<>;:]{0,20}\d[^{}<>;:]{0,30}")  # "$12.99", "from 5", "$1.10 - $9.99", "1.299,00 €"
 
 
 def load_amazon_2023(folder: Path, *, strict: bool = False) -> Dataset:
     """`NAME.jsonl[.gz]` and `meta_NAME.jsonl[.gz]`, joined by `parent_asin`. https://amazon-reviews-2023.github.io"""
-    items = ItemSource(("meta_*.jsonl", "meta_*.jsonl.gz"), _amazon_2023_item)
+    notes = Notes()
+    items = ItemSource(
+        ("meta_*.jsonl", "meta_*.jsonl.gz"), lambda fields: _amazon_2023_item(fields, notes), notes=notes
+    )
     reviews = InteractionSource(("*.jsonl", "*.jsonl.gz"), _amazon_2023_review, but_not="meta_")
     return assemble_textless(folder, items, reviews, strict=strict)
 
 
 def load_amazon_2018(folder: Path, *, strict: bool = False) -> Dataset:
-    """`NAME[_5].json[.gz]` and `meta_NAME.json[.gz]`. https://nijianmo.github.io/amazon"""
-    items = ItemSource(("meta_*.json", "meta_*.json.gz"), _amazon_2018_item)
+    """`NAME[_5].json[.gz]` and `meta_NAME.json[.gz]`. https://nijianmo.github.io/amazon
+
+    Also the edition of 2014, whose files have the same names and whose metadata are Python literals.
+    """
+    notes = Notes()
+    items = ItemSource(("meta_*.json", "meta_*.json.gz"), lambda fields: _amazon_2018_item(fields, notes), notes=notes)
     reviews = InteractionSource(("*.json", "*.json.gz"), _amazon_2018_review, but_not="meta_")
     return assemble_textless(folder, items, reviews, strict=strict)
 
@@ -62,10 +71,10 @@ def load_goodreads(folder: Path, *, strict: bool = False) -> Dataset:
     return assemble(folder, items, log, strict=strict)
 
 
-def _amazon_2023_item(fields: Fields) -> Item:
+def _amazon_2023_item(fields: Fields, notes: Notes) -> Item:
     names = ("title", "store", "categories", "features", "description", "average_rating", "rating_number", "price")
     texts = {name: as_text(fields.get(name)) for name in names}
-    return _priced_item(required_id(fields, "parent_asin"), texts)
+    return _priced_item(required_id(fields, "parent_asin"), texts, notes)
 
 
 def _amazon_2023_review(fields: Fields) -> tuple[Interaction]:
@@ -80,16 +89,16 @@ def _amazon_2023_review(fields: Fields) -> tuple[Interaction]:
     )
 
 
-def _amazon_2018_item(fields: Fields) -> Item:
+def _amazon_2018_item(fields: Fields, notes: Notes) -> Item:
     texts = {
         "title": as_text(fields.get("title")),
         "brand": as_text(fields.get("brand")),
-        "categories": as_text(fields.get("category")),
+        "categories": as_text(fields.get("category")) or _joined(fields.get("categories")),
         "features": as_text(fields.get("feature")),
         "description": as_text(fields.get("description")),
         "price": as_text(fields.get("price")),
     }
-    return _priced_item(required_id(fields, "asin"), texts)
+    return _priced_item(required_id(fields, "asin"), texts, notes)
 
 
 def _amazon_2018_review(fields: Fields) -> tuple[Interaction]:
@@ -104,9 +113,24 @@ def _amazon_2018_review(fields: Fields) -> tuple[Interaction]:
     )
 
 
-def _priced_item(item_id: str, texts: Mapping[str, str]) -> Item:
-    priced = {name: text for name, text in texts.items() if name != "price" or text not in _NO_PRICE}
-    return make_item(item_id, priced, _VOLATILE)
+def _joined(paths: object) -> str:
+    """The categories of 2014, lists of paths such as [["Books", "Kids"]], each name once."""
+    names = (as_text(name) for path in (paths if isinstance(paths, list) else []) for name in _as_list(path))
+    return as_text(list(dict.fromkeys(names)))
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def _priced_item(item_id: str, texts: Mapping[str, str], notes: Notes) -> Item:
+    """An item without what stands for no price, such as the style sheets that leaked into the edition of 2018."""
+    price = texts["price"]
+    if price in _NO_PRICE or not _PRICE.fullmatch(price):
+        if price and price not in _NO_PRICE:
+            notes.count("a text without a price stood in price, and was left out")
+        texts = {name: text for name, text in texts.items() if name != "price"}
+    return make_item(item_id, texts, _VOLATILE)
 
 
 def _yelp_business(fields: Fields) -> Item:

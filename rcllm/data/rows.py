@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rcllm.data.files import Fields, Problem, Table, iter_rows
-from rcllm.data.text import as_number, as_seconds, as_text, did_you_mean, shown
+from rcllm.data.files import iter_rows
+from rcllm.data.raw import Fields, Notes, Problem, Table
+from rcllm.data.text import as_id, as_number, as_seconds, as_text, did_you_mean, listed, shown
 from rcllm.errors import DataError
 
 _Value = TypeVar("_Value")
@@ -31,21 +32,35 @@ class ReadReport:
     rows_read: int  # rows that were used
     rows_skipped: int  # malformed rows, left out
     problems: tuple[Problem, ...] = ()  # the first of the skipped rows
+    notes: tuple[str, ...] = ()  # what was guessed, or read in another way than it stands there
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.rows_read:,} rows read, {self.rows_skipped:,} skipped"]
-        lines += [f"  {_place(self.path, problem)}: {problem.reason}" for problem in self.problems]
+        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  {problem.place}: {problem.reason}" for problem in self.problems]
         if (more := self.rows_skipped - len(self.problems)) > 0:
             lines.append(f"  … and {more:,} more")
         return "\n".join(lines)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is anything that a user should see."""
+        return self.rows_skipped > 0 or bool(self.notes)
 
 
 class RowReader:
     """Reads one file, row by row. `report` is complete when the iterator of `parsed` has ended."""
 
     def __init__(
-        self, path: str | Path, *, strict: bool = False, table: Table | None = None, max_problems: int = 20
+        self,
+        path: str | Path,
+        *,
+        strict: bool = False,
+        table: Table | None = None,
+        max_problems: int = 20,
+        notes: Notes | None = None,
     ) -> None:
+        """`notes`: where `parse` also puts what it has to tell."""
         self._path = Path(path)
         self._strict = strict
         self._table = table
@@ -53,6 +68,7 @@ class RowReader:
         self._num_read = 0
         self._num_skipped = 0
         self._problems: list[Problem] = []
+        self._notes = Notes() if notes is None else notes
 
     def parsed(self, parse: Callable[[Fields], _Value]) -> Iterator[_Value]:
         """Streams `parse(row)` for each row that it accepts; starts the account afresh.
@@ -60,14 +76,15 @@ class RowReader:
         Raises DataError for a file that cannot be read or has no usable row, and, where strict, for the first bad row.
         """
         self._num_read, self._num_skipped, self._problems = 0, 0, []
-        for row in iter_rows(self._path, self._table):
+        self._notes.clear()
+        for row in iter_rows(self._path, self._table, self._notes.say):
             if isinstance(row, Problem):
                 self._skip(row)
                 continue
             try:
                 value = parse(row.fields)
             except BadRowError as error:
-                self._skip(Problem(row.line, str(error)))
+                self._skip(Problem(row.line, str(error), row.unit))
                 continue
             self._num_read += 1
             yield value
@@ -75,16 +92,16 @@ class RowReader:
             first = self._problems[0]
             raise DataError(
                 f"{self._path}: none of its {self._num_skipped:,} rows could be used. "
-                f"First, {_place(self._path, first)}: {first.reason}"
+                f"First, {first.place}: {first.reason}"
             )
 
     @property
     def report(self) -> ReadReport:
-        return ReadReport(self._path, self._num_read, self._num_skipped, tuple(self._problems))
+        return ReadReport(self._path, self._num_read, self._num_skipped, tuple(self._problems), self._notes.all())
 
     def _skip(self, problem: Problem) -> None:
         if self._strict:
-            raise DataError(f"{self._path}, {_place(self._path, problem)}: {problem.reason}")
+            raise DataError(f"{self._path}, {problem.place}: {problem.reason}")
         self._num_skipped += 1
         if len(self._problems) < max(1, self._max_problems):
             self._problems.append(problem)
@@ -94,10 +111,12 @@ class RowReader:
 
 
 def required_id(fields: Fields, name: str) -> str:
-    """The text of an id: a text or a number, not empty."""
+    """The text of an id: a text, or a whole number also where it came as a float; not empty."""
     value = _present(fields, name)
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not (text := as_text(value)):
-        raise BadRowError(f"expected an id (text or number) in {name!r}, got {shown(value)}")
+    if (text := as_id(value)) is None:
+        large = isinstance(value, float) and value.is_integer()
+        hint = "; a float this large does not tell one id from the next, write it as text" if large else ""
+        raise BadRowError(f"expected an id (text or whole number) in {name!r}, got {shown(value)}{hint}")
     return text
 
 
@@ -133,9 +152,5 @@ def optional_number(fields: Fields, name: str) -> float | None:
 def _present(fields: Fields, name: str) -> object:
     if name in fields:
         return fields[name]
-    got = ", ".join(map(repr, fields)) or "an empty row"
+    got = listed(fields) or "an empty row"
     raise BadRowError(f"expected a field {name!r}, got only {got}.{did_you_mean(name, fields)}")
-
-
-def _place(path: Path, problem: Problem) -> str:
-    return f"{'row' if path.suffix in ('.parquet', '.pq') else 'line'} {problem.line:,}"

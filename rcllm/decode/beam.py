@@ -8,8 +8,7 @@ Source: xGR (arXiv 2512.11529), xAttention and xBeam.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,16 +18,16 @@ import torch
 from rcllm.codes.allowed import Allowed
 from rcllm.codes.index import CodeIndex, CodeTokens
 from rcllm.codes.trie import Children
-from rcllm.core.decoding import BeamRule, BeamStep
 from rcllm.core.ranking import IntArray, ItemId
+from rcllm.core.receipts import BeamRule, BeamStep
 from rcllm.decode.beam_kv import StepBuffer, beam_group
 from rcllm.decode.top_beam import top_beam
+from rcllm.errors import ModelError
+from rcllm.metrics import Stage
 from rcllm.model.attend.segments import Segment
-from rcllm.model.decoder import Decoder, Keep, Pass, Passed
+from rcllm.model.decoder import Aside, Decoder, Keep, Pass, Passed
 
 FloatArray = npt.NDArray[np.float32]
-Forward = Callable[[Pass], Passed]
-Stage = Callable[[str], AbstractContextManager[None]]  # times what runs inside, by the name of a stage
 _LOGIT_ROWS = 256  # rows whose logits over the whole vocabulary are held at once
 
 
@@ -68,6 +67,10 @@ class Beams:
     def root(cls) -> Beams:
         return cls(np.zeros(1, np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32))
 
+    @classmethod
+    def none(cls) -> Beams:
+        return cls(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+
     def __len__(self) -> int:
         return len(self.nodes)
 
@@ -81,6 +84,7 @@ class Found:
     steps: tuple[BeamStep, ...]
     bytes_read: int  # of KV, by the attention of the steps
     bytes_naive: int  # the same where every beam reads the prompt for itself
+    error: ModelError | None = None  # what kept this request from being searched to the end
 
 
 # ---- deciding, in numpy ----------------------------------------------------------------------------------------------
@@ -104,8 +108,7 @@ def child_scores(children: Children, logits: FloatArray, lse: FloatArray | None)
 def best_children(children: Children, beams: Beams, scores: FloatArray, beam: int) -> tuple[Beams, BeamStep]:
     """The `beam` best extensions, in the order of their parents, and what it took. `scores`: of `child_scores`."""
     if not len(children.nodes):
-        nothing = np.zeros(0, np.int32)
-        return Beams(nothing, np.zeros(0, np.float32), nothing), BeamStep(len(beams), 0, 0, children.num_dead, 0)
+        return Beams.none(), BeamStep(len(beams), 0, 0, children.num_dead, 0)
     best = top_beam(beams.scores, children.first, scores, beam)
     kept = Beams(children.nodes[best.indices], best.scores, children.parents[best.indices].astype(np.int32))
     step = BeamStep(len(beams), len(children.nodes), len(kept), children.num_dead, best.num_skipped)
@@ -132,7 +135,10 @@ def items_of(
 
 
 class BeamSearch:
-    """Searches several requests of one catalogue's shape together. Not thread-safe: its buffer is its own."""
+    """Searches several requests of one catalogue's shape together, a level at a time.
+
+    begin → next_pass → take → next_pass → … → found → reset. Not thread-safe: its buffer is its own.
+    """
 
     def __init__(self, decoder: Decoder, tokens: CodeTokens, num_rows: int) -> None:
         """`num_rows`: beams of a batch, all requests together, that the buffer is made for; more make it grow."""
@@ -140,6 +146,8 @@ class BeamSearch:
         self._ids = [ids.astype(np.int64) for ids in tokens.ids]  # of each level's codes
         self._columns = [torch.from_numpy(ids).to(decoder.device) for ids in self._ids]
         self._buffer = self._new_buffer(num_rows)
+        self._runs: list[_Run] = []
+        self._level = 0  # the next to be read
 
     @property
     def num_levels(self) -> int:
@@ -151,50 +159,26 @@ class BeamSearch:
         return StepBuffer(decoder.spec, num_rows, max(1, self.num_levels - 2), decoder.dtype, decoder.device)
 
     @torch.inference_mode()
-    def search(self, tasks: Sequence[BeamTask], forward: Forward, stage: Stage) -> list[Found]:
-        """The best leaves of each task. `forward` runs one pass and times it; each level waits for the device once."""
-        runs = [_Run(task) for task in tasks]
-        hidden = torch.stack([task.prompt.hidden for task in tasks])
-        self._clear(sum(task.beam for task in tasks))
-        for level in range(self.num_levels):
-            with stage("gather"):  # on an accelerator, while the pass runs
-                children = [run.children(level) for run in runs]
-            with stage("readout"):
-                logits, lse = self._read(hidden, level, tasks)
-            with stage("sort"):
-                _extend(runs, children, logits, lse)
-            if level + 1 == self.num_levels or not any(len(run.beams) for run in runs):
-                break
-            with stage("reorder"):
-                work = self._next_pass(runs, level)
-            passed = forward(work)
-            if passed.kept:
-                self._buffer.append(passed.kept[0])
-            hidden = passed.hidden
-        return [run.found() for run in runs]
-
-    def _clear(self, num_rows: int) -> None:
+    def begin(self, tasks: Sequence[BeamTask], stage: Stage) -> None:
+        """Chooses the first codes, from what their prompts ended in."""
+        num_rows = sum(task.beam for task in tasks)
         if not self._buffer.fits(num_rows):
             self._buffer = self._new_buffer(num_rows)
         self._buffer.clear()
+        self._runs, self._level = [_Run(task) for task in tasks], 0
+        self._extend(torch.stack([task.prompt.hidden for task in tasks]), stage)
 
-    def _read(
-        self, hidden: torch.Tensor, level: int, tasks: Sequence[BeamTask]
-    ) -> tuple[FloatArray, FloatArray | None]:
-        """Logits [rows, codes] of the level's codes and, where a task asks for it, logsumexp over all [rows]."""
-        decoder = self._decoder
-        wanted = decoder.logits(hidden, self._columns[level])
-        if all(task.rule == "renormalise" for task in tasks):
-            return wanted.cpu().numpy(), None
-        lse = torch.cat([torch.logsumexp(decoder.logits(some), dim=-1) for some in hidden.split(_LOGIT_ROWS)])
-        both = torch.cat([wanted, lse[:, None]], dim=1).cpu().numpy()
-        return both[:, :-1], both[:, -1]
+    @property
+    def ended(self) -> bool:
+        """Whether every level was read, or no beam is left."""
+        return self._level == self.num_levels or not any(len(run.beams) for run in self._runs)
 
-    def _next_pass(self, runs: Sequence[_Run], level: int) -> Pass:
-        """The pass over the codes of `level`, which were just chosen; moves what is kept of the beams."""
-        device, buffer = self._decoder.device, self._buffer
-        alive = [run for run in runs if len(run.beams)]
-        buffer.reorder(_over_batch(runs))
+    @torch.inference_mode()
+    def next_pass(self) -> Pass:
+        """The pass over the codes that were just chosen; moves what is kept of the beams."""
+        device, buffer, level = self._decoder.device, self._buffer, self._level - 1
+        alive = [run for run in self._runs if len(run.beams)]
+        buffer.reorder(_over_batch(self._runs))
         codes = [run.task.code_index.trie.code[level][run.beams.nodes] for run in alive]
         places = [np.full(len(run.beams), run.task.prompt.end + level) for run in alive]
         for run in alive:
@@ -206,8 +190,47 @@ class BeamSearch:
             [beam_group(run.task.prompt.segments, len(run.beams)) for run in alive],
             torch.arange(num_rows, device=device),
             (Keep(0, num_rows, 0),) if level + 2 < self.num_levels else (),
-            buffer if buffer.num_steps else None,
+            (Aside(0, num_rows, buffer),) if buffer.num_steps else (),
         )
+
+    @torch.inference_mode()
+    def take(self, passed: Passed, stage: Stage) -> None:
+        """Goes on to the next level with what the pass gave."""
+        if passed.kept:
+            self._buffer.append(passed.kept[0])
+        self._extend(passed.hidden, stage)
+
+    def found(self) -> list[Found]:
+        """The best leaves of each task, once the search has ended."""
+        return [run.found() for run in self._runs]
+
+    def reset(self) -> None:
+        """Lets go of the tasks and their prompts."""
+        self._runs = []
+
+    def _extend(self, hidden: torch.Tensor, stage: Stage) -> None:
+        """One level down; hidden [rows, d] of the beams of all runs in order. Waits for the device once."""
+        with stage("gather"):  # on an accelerator, while the pass still runs
+            children = [run.children(self._level) for run in self._runs]
+        with stage("readout"):
+            logits, lse = self._read(hidden)
+        with stage("sort"):
+            start = 0
+            for run, some in zip(self._runs, children, strict=True):
+                rows = slice(start, start + len(run.beams))
+                start = rows.stop
+                run.extend(some, logits[rows], None if lse is None else lse[rows])
+        self._level += 1
+
+    def _read(self, hidden: torch.Tensor) -> tuple[FloatArray, FloatArray | None]:
+        """Logits [rows, codes] of the level's codes and, where a task asks for it, logsumexp over all [rows]."""
+        decoder = self._decoder
+        wanted = decoder.logits(hidden, self._columns[self._level])
+        if all(run.task.rule == "renormalise" for run in self._runs):
+            return wanted.cpu().numpy(), None
+        lse = torch.cat([torch.logsumexp(decoder.logits(some), dim=-1) for some in hidden.split(_LOGIT_ROWS)])
+        both = torch.cat([wanted, lse[:, None]], dim=1).cpu().numpy()
+        return both[:, :-1], both[:, -1]
 
 
 class _Run:
@@ -218,6 +241,7 @@ class _Run:
         self.beams = Beams.root()
         self.num_parents = 1  # beams before the last step
         self._steps: list[BeamStep] = []
+        self._error: ModelError | None = None
         self._bytes_read = self._bytes_naive = 0
 
     def children(self, level: int) -> Children:
@@ -231,8 +255,12 @@ class _Run:
         self.num_parents = len(self.beams)
         if not self.num_parents:
             return
-        self.beams, step = best_children(children, self.beams, scores, self.task.beam)
-        self._steps.append(step)
+        try:
+            self.beams, step = best_children(children, self.beams, scores, self.task.beam)
+        except ModelError as error:  # of this request alone
+            self._error, self.beams = error, Beams.none()
+        else:
+            self._steps.append(step)
 
     def read(self, bytes_per_beam: int) -> None:
         """Counts what one pass reads."""
@@ -244,16 +272,7 @@ class _Run:
         done = len(self._steps) == self.task.code_index.num_levels
         order = np.argsort(-self.beams.scores, kind="stable") if done else np.zeros(0, np.int64)
         leaves, scores = self.beams.nodes[order], self.beams.scores[order]
-        return Found(leaves, scores, tuple(self._steps), self._bytes_read, self._bytes_naive)
-
-
-def _extend(runs: Sequence[_Run], children: Sequence[Children], logits: FloatArray, lse: FloatArray | None) -> None:
-    """One level down; `logits` and `lse` hold the beams of all runs in order."""
-    start = 0
-    for run, some in zip(runs, children, strict=True):
-        rows = slice(start, start + len(run.beams))
-        start = rows.stop
-        run.extend(some, logits[rows], None if lse is None else lse[rows])
+        return Found(leaves, scores, tuple(self._steps), self._bytes_read, self._bytes_naive, self._error)
 
 
 def _over_batch(runs: Sequence[_Run]) -> IntArray:

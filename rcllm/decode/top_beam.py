@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rcllm.errors import ModelError
+from rcllm.decode.finite import not_numbers
 
 FloatArray = npt.NDArray[np.float32]
 _HEADS_PER_BEAM = 4  # more heads find a closer bound, and take longer to choose from
@@ -49,7 +49,7 @@ def top_beam(parent_scores: FloatArray, first: npt.NDArray[np.int64], child_scor
             break
     rest = scores if indices is None else scores[indices]
     if np.isnan(rest).any():
-        _raise_not_a_number()
+        raise not_numbers()
     num_sorted += len(rest)
     if len(rest) > beam:
         kept = _select(rest, beam)
@@ -64,7 +64,7 @@ def _heads(scores: FloatArray, num_heads: int) -> FloatArray:
     length = len(scores) // num_heads
     heads: FloatArray = scores[: length * num_heads].reshape(length, num_heads).max(axis=0)
     if np.isnan(heads).any() or np.isnan(scores[length * num_heads :]).any():
-        _raise_not_a_number()
+        raise not_numbers()
     return heads
 
 
@@ -80,7 +80,3 @@ def _select(scores: FloatArray, beam: int) -> npt.NDArray[np.int64]:
     equal = np.flatnonzero(scores == last)
     chosen[equal[: beam - np.count_nonzero(chosen)]] = True
     return np.flatnonzero(chosen)
-
-
-def _raise_not_a_number() -> None:
-    raise ModelError("the model gave scores that are not numbers; its weights or their data type are broken")

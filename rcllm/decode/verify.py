@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rcllm.core.decoding import Divergence, Speculation
+from rcllm.core.decoding import Speculation
 from rcllm.core.ranking import BoolArray, IntArray
+from rcllm.core.receipts import Divergence
 from rcllm.drafts.draft import DraftTree
 
 _PHRASE = 4  # tokens

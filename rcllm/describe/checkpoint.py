@@ -21,10 +21,17 @@ from typing import Any
 from rcllm.describe.profiles import Reject
 from rcllm.durable import remove, remove_torn, renamed, write, writing
 from rcllm.errors import ConfigError, DataError
+from rcllm.fields import parse, read_object
+from rcllm.plain_json import to_json
 
 Settings = Mapping[str, Any]  # JSON values: everything that the output depends on
 _META = b"rcllm.describe"
 _DICTIONARY = ("model", "template", "speculation", "rcllm_version")  # columns of few different values
+
+
+def rejects_file(out: Path) -> Path:
+    """The rows that could not be described."""
+    return out.with_name(out.stem + ".rejects.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +80,7 @@ class JobCheckpoint:
         self.out = out
         self.settings = json.loads(json.dumps(dict(settings)))  # as it comes back from the file
         self.work = out.with_name(out.name + ".work")
-        self.rejects_path = out.with_name(out.stem + ".rejects.jsonl")
+        self.rejects_path = rejects_file(out)
         self.done = Done()
         self.finished = False  # an earlier run wrote the output of these very settings
         self._lock: int | None = None
@@ -119,7 +126,7 @@ class JobCheckpoint:
         )
         number = self.done.num_parts
         with writing(self.work):
-            lines = "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in rejects)
+            lines = "".join(to_json(asdict(each)) + "\n" for each in rejects)
             write(self._file("rejects", ".jsonl"), lines.encode())
             self._save_pools(save, number + 1)
             path = self._file("part", ".parquet")
@@ -175,7 +182,7 @@ class JobCheckpoint:
         if written.exists():
             self._check_same(_read_settings(written), self.work)
         else:
-            write(written, json.dumps(self.settings, indent=1).encode())
+            write(written, to_json(self.settings, indent=1).encode())
         remove_torn(self.work)
         self.done = sum((_done_in(_read_meta(part), part) for part in self._parts()), Done())
 
@@ -253,11 +260,11 @@ def _write_table(path: Path, columns: Mapping[str, list[Any]], meta: Mapping[str
     pq.write_table(noted, path, write_page_checksum=True)
 
 
-def _read_settings(path: Path) -> Any:
-    """None for a file of anything else."""
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    """What a job noted of itself; None for a file of anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        return read_object(path.read_bytes(), str(path), DataError)
+    except DataError:
         return None
 
 
@@ -265,16 +272,15 @@ def _read_meta(path: Path) -> dict[str, Any]:
     """What `_write_table` and `_join` noted; empty for a file of anything else, or for half of one."""
     pa, pq = _arrow()
     try:
-        noted = json.loads((pq.read_schema(path).metadata or {}).get(_META, b"{}"))
-    except (pa.ArrowException, OSError, ValueError):
+        return read_object((pq.read_schema(path).metadata or {}).get(_META, b"{}"), str(path), DataError)
+    except (pa.ArrowException, OSError, ValueError, DataError):
         return {}
-    return noted if isinstance(noted, dict) else {}
 
 
 def _done_in(meta: Mapping[str, Any], path: Path) -> Done:
     try:
-        return Done(**meta["done"])
-    except (KeyError, TypeError) as error:
+        return parse(Done, meta["done"], error=DataError)
+    except (KeyError, DataError) as error:
         raise DataError(
             f"{path}: expected what `rcllm describe` writes, got something else, or half of it; remove "
             f"{path.parent if path.name.startswith('part-') else path} to begin anew"

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from rcllm.describe.job import DescribeOptions, Rate, Writer, check, row_seed
+from rcllm.describe.job import Rate, Writer, row_seed
+from rcllm.describe.options import DescribeOptions, check_options
 from rcllm.describe.profiles import Profile, Reject
 from rcllm.errors import DataError, RequestError
 
@@ -46,7 +47,7 @@ def estimate(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Estimate:
     """Reads all rows and answers the first batches. Raises ConfigError, DataError for no row that can be described."""
-    check(options)
+    check_options(options)
     sample: list[Profile] = []
     num_profiles = num_rejects = tokens = num_counted = 0
     first: Reject | None = None

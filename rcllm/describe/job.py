@@ -17,51 +17,13 @@ from typing import Protocol
 
 from blake3 import blake3
 
-from rcllm.core.decoding import GenerateOptions, Speculation
-from rcllm.core.decoding import check as check_generation
 from rcllm.describe.checkpoint import Described, Done, JobCheckpoint, Settings
-from rcllm.describe.profiles import Kind, Profile, Reject
+from rcllm.describe.options import DescribeOptions, check_options
+from rcllm.describe.profiles import Profile, Reject
 from rcllm.durable import renamed, writing
-from rcllm.errors import ConfigError, DataError, RequestError
+from rcllm.errors import DataError, RequestError
 
-STRICT = Speculation("strict")
 _SHOWN_REJECTS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class DescribeOptions:
-    """How to describe. All of them are part of what a job is resumed with."""
-
-    kind: Kind = "user"
-    max_tokens: int = 120  # of an answer
-    temperature: float = 0.0  # 0: greedy
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()  # an answer ends before the first of these
-    seed: int = 0
-    speculation: Speculation = STRICT
-    max_events: int = 15  # of a user's history: the last so many
-    batch: int = 16  # profiles that are answered at a time; another takes the place of one that is complete
-    checkpoint_every: int = 64  # profiles of a part
-    limit: int | None = None  # profiles, at most
-    share_text: bool = True  # False: nobody's answer drafts another's
-
-
-def check(options: DescribeOptions) -> None:
-    """Raises ConfigError."""
-    least = {"max_tokens": 1, "max_events": 1, "batch": 1, "checkpoint_every": 1, "seed": 0}
-    for name, lowest in least.items():
-        if getattr(options, name) < lowest:
-            raise ConfigError(f"{name} must be {lowest} or more, got {getattr(options, name)}")
-    if options.limit is not None and options.limit < 1:
-        raise ConfigError(f"limit must be 1 or more, got {options.limit}")
-    check_generation(generation(options, options.seed))
-
-
-def generation(options: DescribeOptions, seed: int) -> GenerateOptions:
-    """How one answer is decoded."""
-    return GenerateOptions(
-        options.max_tokens, options.temperature, options.top_p, seed, options.stop, options.speculation
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +117,7 @@ def describe(
     start from, and where they are kept at the end. `strict`: a row that cannot be described is an error. `now`: stamps
     answers; `clock`: seconds, for rates. Raises ConfigError, DataError and what `writer` raises.
     """
-    check(options)
+    check_options(options)
     noted = asdict(options) | {"speculation": str(options.speculation)}
     whole = {**noted, "pools": str(pools) if pools else None, **asdict(provenance), **(settings or {})}
     job = _Job(writer, options, provenance, strict, now, clock)

@@ -11,18 +11,16 @@ import json
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from blake3 import blake3
 
 from rcllm.core.ranking import Event, Item, ItemId
-from rcllm.data.files import Fields, Problem, Row, iter_rows
+from rcllm.data.columns import history_of
+from rcllm.data.files import iter_rows
+from rcllm.data.raw import Fields, Problem, Row
 from rcllm.data.rows import BadRowError, required_id
-from rcllm.data.text import as_text, shown
+from rcllm.data.text import as_id, as_text, listed, shown
 from rcllm.prompt.template import Parts, render
-
-Kind = Literal["user", "item"]
-_HISTORY = ("history", "items")  # names of the column with a user's events
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +45,14 @@ class Reject:
 Parse = Callable[[int, Fields], Profile]  # raises BadRowError
 
 
-def read_profiles(path: Path, parse: Parse, after: int = 0) -> Iterator[Profile | Reject]:
-    """The rows of `path` beyond row `after`. Raises DataError where the file cannot be read on."""
-    for row in iter_rows(path):
+def read_profiles(
+    path: Path, parse: Parse, after: int = 0, note: Callable[[str], None] = lambda remark: None
+) -> Iterator[Profile | Reject]:
+    """The rows of `path` beyond row `after`. Raises DataError where the file cannot be read on.
+
+    `note` is told, in words, what was guessed of the layout.
+    """
+    for row in iter_rows(path, note=note):
         if row.line > after:
             yield _profile(row, parse)
 
@@ -74,7 +77,7 @@ def users(known: Container[ItemId] | None, max_events: int | None) -> Parse:
 
     def parse(number: int, fields: Fields) -> Profile:
         name = required_id(fields, "user_id")
-        given = next((fields[key] for key in _HISTORY if key in fields), None)
+        given = history_of(fields)
         given = _list_of(given) if isinstance(given, str) else given
         if not isinstance(given, list) or not given:
             raise BadRowError(f"expected a list of events in 'history', got {shown(given)}")
@@ -98,7 +101,7 @@ def items(event: Parts) -> Parse:
         texts = {key: as_text(value) for key, value in fields.items() if key != "item_id"}
         if not (text := render(event, texts).strip()):
             raise BadRowError(
-                f"expected one of the fields that the template shows, got only {', '.join(texts) or 'an id'}"
+                f"expected one of the fields that the template shows, got only {listed(texts) or 'an id'}"
             )
         return Profile(number, name, (Event(text=text),))
 
@@ -120,14 +123,14 @@ def _list_of(cell: str) -> object:
 def _event(value: object, by_id: bool) -> Event:
     given = {key: each for key, each in value.items() if each is not None} if isinstance(value, dict) else value
     match given:
-        case {"item_id": str() | int() as item_id, **rest} if not rest and not isinstance(item_id, bool):
-            return Event(item_id=ItemId(str(item_id)))
+        case {"item_id": item_id, **rest} if not rest and (text := as_id(item_id)) is not None:
+            return Event(item_id=ItemId(text))
         case {"text": str(text), **rest} if not rest and text.strip():
-            return Event(text=text.strip())
-        case str() | int() if by_id and not isinstance(given, bool) and given != "":
-            return Event(item_id=ItemId(str(given)))
+            return Event(text=as_text(text))
+        case str() | int() | float() if by_id and (text := as_id(given)) is not None:
+            return Event(item_id=ItemId(text))
         case str() if not by_id and given.strip():
-            return Event(text=given.strip())
+            return Event(text=as_text(given))
     ids = "an item id" if by_id else "a text (item ids need a catalogue)"
     raise BadRowError(f'expected each event to be {ids}, {{"item_id": …}} or {{"text": …}}, got {shown(value)}')
 

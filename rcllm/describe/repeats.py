@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from rcllm.describe.profiles import Kind, Parse, Profile, Reject, read_profiles
+from rcllm.describe.options import Kind
+from rcllm.describe.profiles import Parse, Profile, Reject, read_profiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,19 @@ def find_repeats(path: Path, parse: Parse, max_events: int | None = None) -> Rep
     return Repeats(several, sum(times[name] - 1 for name in several))
 
 
-def read_once(path: Path, kind: Kind, parse: Parse, repeats: Repeats, after: int = 0) -> Iterator[Profile | Reject]:
-    """The rows of `path` beyond row `after`, each name once, where it stands first. Raises DataError."""
-    for row in read_profiles(path, parse, after):
+def read_once(
+    path: Path,
+    kind: Kind,
+    parse: Parse,
+    repeats: Repeats,
+    after: int = 0,
+    note: Callable[[str], None] = lambda remark: None,
+) -> Iterator[Profile | Reject]:
+    """The rows of `path` beyond row `after`, each name once, where it stands first. Raises DataError.
+
+    `note` is told, in words, what was guessed of the layout.
+    """
+    for row in read_profiles(path, parse, after, note):
         whole = repeats.joined.get(row.name) if isinstance(row, Profile) else None
         if whole is None:
             yield row

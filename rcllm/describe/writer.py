@@ -13,15 +13,16 @@ from blake3 import blake3
 
 from rcllm.core.decoding import Generated, GenerateRequest
 from rcllm.core.ranking import Item, ItemId, TokenIds, UserId
-from rcllm.describe.job import Answer, DescribeOptions, Provenance, generation
-from rcllm.describe.profiles import Kind, Profile
+from rcllm.describe.job import Answer, Provenance
+from rcllm.describe.options import DescribeOptions, Kind, generation
+from rcllm.describe.profiles import Profile
 from rcllm.drafts.draft import Drafter
 from rcllm.drafts.folder import DraftPools, read_manifest
 from rcllm.drafts.groups import GroupOptions, Member, Router, build_router, one_group
 from rcllm.drafts.suffix_pool import Sharing
 from rcllm.engine.engine import Engine
-from rcllm.engine.generate import Generator
-from rcllm.errors import ConfigError
+from rcllm.engine.jobs.generate import Generator
+from rcllm.errors import ConfigError, RcllmError
 from rcllm.version import __version__
 
 KIND_FIELDS = ("genres", "categories")  # of an item: what it is
@@ -51,8 +52,10 @@ class GeneratorWriter:
 
     def write(self, profiles: Sequence[Profile], seeds: Sequence[int]) -> Iterator[tuple[int, Answer]]:
         places = {str(profile.row): place for place, profile in enumerate(profiles)}
-        for generated in self.generator.stream(self.requests(profiles, seeds)):
-            yield places[generated.request_id], answer_of(generated)
+        for request, generated in self.generator.stream(self.requests(profiles, seeds)):
+            if isinstance(generated, RcllmError):
+                raise generated
+            yield places[request.request_id], answer_of(generated)
 
     def requests(self, profiles: Sequence[Profile], seeds: Sequence[int]) -> list[GenerateRequest]:
         """What `generator` is asked; until the next call, it drafts for these profiles."""

@@ -6,7 +6,6 @@ reader sees one saved state or another, never a mixture; a folder without a whol
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from rcllm.drafts.pool_drafter import DraftOptions, PoolDrafter
 from rcllm.drafts.suffix_pool import DraftPoolLimits, Sharing, SuffixPool
 from rcllm.durable import write
 from rcllm.errors import ConfigError, DataError
+from rcllm.fields import parse, read_object
+from rcllm.plain_json import to_json
 
 VERSION = 1
 _MANIFEST = "manifest.json"
@@ -112,7 +113,7 @@ class DraftPools:
             "generation": generation,
             "files": sizes,
         }
-        write(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        write(folder / _MANIFEST, to_json(manifest, indent=1).encode())
         for path in folder.glob("*.g*.*"):
             if path.name not in sizes:
                 path.unlink()
@@ -127,13 +128,13 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises DataError where files are missing or not whole."""
     path = folder / _MANIFEST
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        manifest = parse(Manifest, read_object(path.read_bytes(), "", DataError), error=DataError)
         sizes = {name: (folder / name).stat().st_size for name in manifest.files}
     except FileNotFoundError as error:
         raise DataError(
             f"{error.filename} is missing: {folder} is no whole folder of draft pools. Remove it and learn them again"
         ) from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, DataError) as error:
         raise DataError(f"{path} cannot be read ({error}); remove the folder and learn the pools again") from error
     if manifest.version != VERSION:
         raise ConfigError(f"{folder} has format {manifest.version}, expected {VERSION}; learn the pools again")

@@ -6,24 +6,29 @@ so that the process as a whole stays within it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import psutil
 import torch
 from blake3 import blake3
 
 from rcllm.cache.pool import Pool
-from rcllm.config import MIB, Config
-from rcllm.core.ranking import Item, ItemId, RankRequest
-from rcllm.errors import ConfigError, ModelError
+from rcllm.config import MIB, Config, PromptConfig
+from rcllm.core.ranking import RankRequest
+from rcllm.engine.fit import Fitted
+from rcllm.errors import ConfigError, ModelError, ModelWarning
 from rcllm.model.adapter import adapter_fingerprint, adapter_mask, load_adapter, merge
+from rcllm.model.adapter_config import base_difference, load_config
 from rcllm.model.decoder import Decoder
+from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import fingerprint, load_model
 from rcllm.prompt.blocks import Prompter
-from rcllm.prompt.template import Template, chat_format
-from rcllm.prompt.tokenizer import Tokenizer
+from rcllm.prompt.template import chat_format
+from rcllm.prompt.tokenizer import Tokenizer, end_token
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.schedule.admission import Identity
 from rcllm.store.memory import MemoryStore
@@ -47,11 +52,50 @@ def model_fingerprint(config: Config, folder: Path) -> bytes:
 
 
 def load_decoder(config: Config, folder: Path) -> Decoder:
-    """Apart, so that the matrices as loaded are gone when memory is counted: the decoder packs its own."""
+    """Apart, so that the matrices as loaded are gone when memory is counted: the decoder packs its own.
+
+    Warns where the adapter names another base model. Raises ModelError.
+    """
+    if different := _other_base(config, folder):
+        warnings.warn(different, ModelWarning, stacklevel=3)  # at the line that calls Engine.build
     spec, weights = load_model(folder, DTYPES[config.model.dtype], config.model.device)
     if config.model.adapter:
         weights = merge(weights, load_adapter(Path(config.model.adapter), spec))
+    end = end_token(folder)
+    if end is not None and end < spec.vocab_size:  # fine-tunes may name theirs there alone
+        spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, end))))
     return Decoder(spec, weights, config.model.attention, config.model.max_positions)
+
+
+def _other_base(config: Config, folder: Path) -> str:
+    """What to say where the adapter names another base model than this one; empty where it does not."""
+    if not config.model.adapter:
+        return ""
+    return base_difference(load_config(Path(config.model.adapter)), config.model.path, folder)
+
+
+def load_tokenizer(prompt: PromptConfig, folder: Path, spec: ModelSpec) -> Tokenizer:
+    """The tokenizer in `folder`, held against the model. Raises ModelError."""
+    tokenizer = Tokenizer.load(folder, prompt.item_tokens)
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise ModelError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model {spec.vocab_size:,}; they do not "
+            "belong together"
+        )
+    return tokenizer
+
+
+def chosen_chat(prompt: PromptConfig, folder: Path, tokenizer: Tokenizer) -> str:
+    """The name of the chat format: as configured, else as the model says. Raises ConfigError."""
+    if prompt.chat != "auto":
+        return prompt.chat
+    if tokenizer.chat_format is None:
+        known = [name for name in get_args(get_type_hints(PromptConfig)["chat"]) if name != "auto"]
+        raise ConfigError(
+            f"the chat template of {folder} (chat_template.jinja or tokenizer_config.json) is none that rcllm writes: "
+            f"set prompt.chat to the nearest of {', '.join(known)} (plain: no marks around turns)"
+        )
+    return tokenizer.chat_format
 
 
 def make_prompter(
@@ -59,43 +103,40 @@ def make_prompter(
     folder: Path,
     model: bytes,
     decoder: Decoder,
-    catalogue: Mapping[ItemId, Item],
+    fitted: Fitted,
     samples: Sequence[RankRequest],
 ) -> Prompter:
     """`model`: the model's fingerprint, part of every content key. Raises ConfigError, ModelError."""
-    tokenizer = Tokenizer.load(folder, config.prompt.item_tokens)
-    if tokenizer.vocab_size > decoder.spec.vocab_size:
-        raise ModelError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {decoder.spec.vocab_size}; "
-            "they do not belong together"
-        )
-    template = Template.load(config.prompt.template)
-    chat = config.prompt.chat if config.prompt.chat != "auto" else tokenizer.chat_format
+    tokenizer = load_tokenizer(config.prompt, folder, decoder.spec)
+    template = fitted.template
+    chat = chosen_chat(config.prompt, folder, tokenizer)
+    notes = [*fitted.notes, *filter(None, [_other_base(config, folder)])]
     dtypes = f"{config.model.dtype} {config.cache.kv_dtype}"
     namespace = b"".join((model, tokenizer.fingerprint, template.fingerprint, chat.encode(), dtypes.encode()))
     return Prompter(
         template,
         chat_format(chat),
         tokenizer,
-        catalogue,
+        fitted.catalogue,
         namespace,
         decoder.max_positions,
         config.prompt.max_candidates,
         config.prompt.context,
         samples,
+        fitted.learnt,
+        tuple(notes),
     )
 
 
 def identity(config: Config, prompter: Prompter, model_id: str, semantic_pool: PrototypePool | None) -> Identity:
     """What a calibration of the engine made of these holds for. `config`: resolved."""
-    chat = blake3(repr(prompter.chat).encode()).digest()
-    tokenizer, template = prompter.tokenizer.fingerprint, prompter.template.fingerprint
+    tokenizer, template = prompter.tokenizer.fingerprint, prompter.text_fingerprint
     assert config.model.mask != "auto", "mask is resolved by declared_mask"
     return Identity(
         model_id,
         tokenizer.hex()[:12],
         template.hex()[:12],
-        chat.hex()[:12],
+        prompter.chat.fingerprint,
         config.model.dtype,
         config.cache.kv_dtype,
         config.model.mask,
@@ -103,7 +144,7 @@ def identity(config: Config, prompter: Prompter, model_id: str, semantic_pool: P
     )
 
 
-def open_semantic_pool(config: Config, decoder: Decoder, prompter: Prompter) -> PrototypePool | None:
+def open_prototypes(config: Config, decoder: Decoder, prompter: Prompter) -> PrototypePool | None:
     """The pool that the configuration names, if any. Raises ConfigError, ModelError."""
     if not config.cache.semantic_pool:
         return None

@@ -127,5 +127,5 @@ def _chosen(batch: Sequence[Planned], seen: Sequence[Seen]) -> list[Planned]:
 
 def _nothing_reused(planned: Planned) -> Planned:
     """All rows fresh; what is kept for publishing is the same."""
-    everything = plan(planned.prompt, Level("full"), lambda key: False)
+    everything = plan(planned.prompt, Level("full"), ())
     return replace(planned, plan=replace(everything, publish=planned.plan.publish))

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rcllm.cache.pool import Held
-from rcllm.core.ranking import Block, BlockKind, ContentKey, Piece, Plan, Prompt, RankOptions, TokenIds
+from rcllm.core.ranking import Block, ContentKey, Piece, Plan, Prompt, RankOptions, TokenIds
+from rcllm.core.receipts import BlockKind
 from rcllm.engine.materialise import Materialiser
 from rcllm.model.decoder import Decoder
 from rcllm.reuse.missing import Missing

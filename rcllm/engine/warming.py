@@ -1,13 +1,23 @@
-"""What is computed ahead of requests, and how far that is. Computes nothing."""
+"""What is computed ahead of requests, block by block, while requests are served in between.
+
+Knows nothing of requests. Invariant: blocks that exist are skipped, and a block is computed only where it fits beside
+all that is cached, so that warming evicts nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 
+from rcllm.cache.pool import Pool
+from rcllm.config import Config
 from rcllm.core.ranking import ItemId, RankOptions
+from rcllm.engine.prefill import Prefill
+from rcllm.metrics import Clock
 from rcllm.prompt.blocks import Prompter
-from rcllm.reuse.missing import Missing, canonical
+from rcllm.reuse.missing import Missing, canonical, chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +31,60 @@ class WarmProgress:
     full: bool  # the pool has no room for the rest
     elapsed_s: float
     eta_s: float  # until the rest is done, at the speed so far; 0 when it is
+
+
+class Warming:
+    """One run over the blocks of some items."""
+
+    def __init__(self, prefill: Prefill, prompter: Prompter, pool: Pool, config: Config, clock: Clock) -> None:
+        self._prefill, self._prompter, self._pool, self._config, self._clock = prefill, prompter, pool, config, clock
+
+    def run(
+        self, item_ids: Iterable[ItemId] | None, alone: Callable[[], AbstractContextManager[None]]
+    ) -> Iterator[WarmProgress]:
+        """How far it is, after each pass and at the end. `alone`: keeps others from computing meanwhile."""
+        wanted = blocks_to_warm(self._prompter, self._config.rank, item_ids)
+        exist = self._pool.lookup_many(missing.key for missing in wanted)
+        todo = [missing for missing in wanted if missing.key not in exist]
+        start, left, full = self._clock(), len(todo), False
+        with alone():
+            tokens = self._instruction()
+
+        def progress() -> WarmProgress:
+            elapsed = self._clock() - start
+            eta = elapsed * left / (len(todo) - left) if left < len(todo) else 0.0
+            num_bytes = self._pool.stats().num_bytes
+            return WarmProgress(len(wanted) - left, len(wanted), tokens, num_bytes, full, elapsed, eta)
+
+        for chunk in chunks(todo, self._config.cache.pass_tokens):
+            with alone():
+                fitting = self._fitting(chunk)
+                tokens += self._compute(fitting)
+            left, full = left - len(fitting), len(fitting) < len(chunk)
+            yield progress()
+            if full:
+                return
+        yield progress()
+
+    def _fitting(self, chunk: Sequence[Missing]) -> Sequence[Missing]:
+        """The first blocks of a chunk that fit into the free part of the pool."""
+        per_token = self._prefill.kv_bytes_per_token
+        ends = accumulate(len(missing.token_ids) * per_token for missing in chunk)
+        return chunk[: sum(end <= self._pool.free_bytes for end in ends)]
+
+    def _compute(self, blocks: Sequence[Missing]) -> int:
+        """Returns how many tokens went through the layers."""
+        with self._pool.hold() as held:
+            absent = set(held.fetch(missing.key for missing in blocks))
+            tokens = self._prefill.materialiser.compute([each for each in blocks if each.key in absent], held)
+            self._prefill.corrector.warm(blocks, self._config.rank, held)
+            return tokens
+
+    def _instruction(self) -> int:
+        layout = self._config.rank.layout
+        instruction = canonical(self._prompter, self._prompter.instruction_block(layout), layout)
+        with self._pool.hold() as held:
+            return self._prefill.materialiser.compute([instruction] if held.fetch([instruction.key]) else [], held)
 
 
 def blocks_to_warm(prompter: Prompter, options: RankOptions, item_ids: Iterable[ItemId] | None) -> list[Missing]:

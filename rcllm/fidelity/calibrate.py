@@ -9,25 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
+from itertools import chain, product
 from typing import TypeVar, get_args
 
 from rcllm.config import check_options, context_samples
 from rcllm.core.ranking import LabelPlace, Layout, Level, RankOptions, RankRequest, Readout, Selection
+from rcllm.data.requests import named_items
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError, RequestError
-from rcllm.fidelity.calibration import Calibration, Rung, Target, passing
+from rcllm.fidelity.calibration import Calibration, Rung, passing
 from rcllm.fidelity.evaluate import evaluate, evaluate_timed, with_context
 from rcllm.fidelity.measures import ndcg, order
 from rcllm.fidelity.pareto import fronts
 from rcllm.fidelity.records import Configuration, Record, RecordFile
 from rcllm.fidelity.summary import Summary, compare, summarise, timing
+from rcllm.fidelity.target import CONTEXTS, LEVELS, Target
 from rcllm.model.ceilings import describe_hardware
 
 K = TypeVar("K")
 
-LEVELS = ("blocks", "linked(4)", "tail(0.1)", "linked(16)", "tail(0.3)", "corrected(0.1, 0.1)", "corrected(0.3, 0.3)")
-CONTEXTS = ("none", "bos", "instruction", "typical", "mean(4)")
 _FEWEST = 16  # requests of the first round
 _CONTEXTS_KEPT = 2  # per read-out, layout and label place, after the first round
 _FINALISTS = 6  # rungs per read-out, layout and label place that are measured on all requests
@@ -142,7 +142,8 @@ class _Search:
         self.engine, self.trial, self.space, self.target, self.kept = engine, trial, space, target, kept
         self.engines = {context: with_context(engine, context, trial.samples) for context in space.contexts}
         self.requests: list[RankRequest] = []
-        self.notes: list[str] = []
+        self.text_notes = _text_notes(engine, trial.requests, space)
+        self.notes: list[str] = []  # what was left out
         self._on_progress = on_progress
 
     def run(self) -> Calibration:
@@ -264,7 +265,7 @@ class _Search:
             rungs=tuple(measured),
             target=self.target,
             recommended=self._recommended(measured, records),
-            notes=tuple(self.notes),
+            notes=(*self.text_notes, *self.notes),
         )
 
     def _recommended(self, measured: Sequence[Rung], records: Records) -> Configuration | None:
@@ -293,6 +294,14 @@ class _Search:
 
         advance(0)
         return advance
+
+
+def _text_notes(engine: Engine, requests: Sequence[RankRequest], space: Space) -> list[str]:
+    """What is cut, and how the ranker is asked otherwise than it learnt."""
+    prompter = engine.prompter
+    cut = prompter.text_counts(named_items(requests)).told(prompter.template)
+    of_options = [prompter.learnt.option_differences(setting.options) for setting in space.settings()]
+    return list(dict.fromkeys([*prompter.notes, *chain.from_iterable(of_options), *([cut] if cut else [])]))
 
 
 def _grouped(rungs: Iterable[Configuration], by: Callable[[Configuration], K]) -> dict[K, list[Configuration]]:

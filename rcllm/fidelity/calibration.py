@@ -6,12 +6,11 @@ another model, template, option or context, never passes.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from rcllm.config import as_json
 from rcllm.core.ranking import Level, RankOptions
@@ -19,39 +18,13 @@ from rcllm.durable import write
 from rcllm.errors import ConfigError, DataError, UncalibratedError
 from rcllm.fidelity.intervals import Interval
 from rcllm.fidelity.records import Configuration
-from rcllm.fidelity.summary import Summary, Timing
+from rcllm.fidelity.summary import Summary
+from rcllm.fidelity.target import Cost, Target
+from rcllm.fields import parse, read_object
+from rcllm.plain_json import to_json
 from rcllm.schedule.admission import Admitted, Identity, exactly, is_exact
 
 VERSION = 1
-Cost = Literal["ttft", "flops"]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """How close to full recompute is close enough, and what cheap means."""
-
-    ndcg10_delta: float = -0.01  # the interval of NDCG@10 minus full recompute's must lie above it
-    tau: float = 0.9  # mean Kendall τ with full recompute, at least
-    cost: Cost = "ttft"  # `flops` where times were not measured
-    min_requests: int = 30  # with fewer, an interval says little
-
-    def __post_init__(self) -> None:
-        if self.cost not in get_args(Cost) or not -1.0 <= self.tau <= 1.0:
-            raise ConfigError(f"expected cost ttft or flops and tau from -1 to 1, got {self.cost!r} and {self.tau}")
-
-    def failures(self, summary: Summary) -> tuple[str, ...]:
-        """Why a configuration does not pass; empty where it does. What is not known does not pass."""
-        delta, tau = summary.deltas["ndcg10"], summary.measures["tau"]
-        failed = []
-        if summary.num_requests < self.min_requests:
-            failed.append(f"{summary.num_requests} requests, fewer than {self.min_requests}")
-        if math.isnan(delta.low):
-            failed.append("NDCG@10 is not known: the requests name no positive")
-        elif delta.low <= self.ndcg10_delta:
-            failed.append(f"NDCG@10 {delta.low:+.4f} at worst, not above {self.ndcg10_delta:+}")
-        if not tau.mean >= self.tau:
-            failed.append(f"Kendall τ {tau.mean:.3f}, below {self.tau}")
-        return tuple(failed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +50,9 @@ class Calibration:
     seed: int
     num_requests: int
     rungs: tuple[Rung, ...]
-    target: Target = Target()  # what must be met to pass; the same figures may be judged by another one
+    target: Target = field(
+        default_factory=Target
+    )  # what must be met to pass; the same figures may be judged by another one
     recommended: Configuration | None = None  # the cheapest rung that passes it, of the prompts that rank best
     notes: tuple[str, ...] = ()  # what was left out, and why
 
@@ -100,7 +75,7 @@ class Calibration:
         value["rungs"] = [rung.configuration.to_json() | summary_to_json(rung.summary) for rung in self.rungs]
         value["recommended"] = self.recommended.to_json() if self.recommended else None
         try:
-            write(path, json.dumps(value, indent=1, allow_nan=False).encode())
+            write(path, to_json(value, indent=1).encode())
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error}") from error
 
@@ -108,34 +83,23 @@ class Calibration:
     def load(cls, path: Path) -> Calibration:
         """Raises DataError for a file that is no calibration, or is of another version of the format."""
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-            if (version := value.pop("version")) != VERSION:
-                raise DataError(f"{path}: format version {version}, expected {VERSION}; run `rcllm calibrate` again")
-            rungs = tuple(
-                Rung(Configuration.from_json(rung, str(path)), _summary_from_json(rung)) for rung in value.pop("rungs")
-            )
-            best = value.pop("recommended")
-            return cls(
-                identity=Identity(**value.pop("identity")),
-                rungs=rungs,
-                target=Target(**value.pop("target")),
-                recommended=Configuration.from_json(best, str(path)) if best else None,
-                notes=tuple(value.pop("notes")),
-                **value,
-            )
+            text = path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error}; `rcllm calibrate` makes one") from error
-        except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
-            raise DataError(f"{path}: expected what `rcllm calibrate` writes: {error!r}") from error
+        value = read_object(text, f"{path}: expected what `rcllm calibrate` writes", DataError)
+        if (version := value.pop("version", None)) != VERSION:
+            raise DataError(f"{path}: format version {version}, expected {VERSION}; run `rcllm calibrate` again")
+        where = f"{path}: expected what `rcllm calibrate` writes"
+        return parse(cls, value, where, error=DataError, readers={Rung: _read_rung})
 
 
 def is_calibration(path: Path) -> bool:
     """Whether `path` is a file of `rcllm calibrate`, of any version."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = read_object(path.read_bytes(), "", DataError)
+    except (OSError, DataError):
         return False
-    return isinstance(value, dict) and {"version", "rungs"} <= value.keys()
+    return {"version", "rungs"} <= value.keys()
 
 
 def passing(rungs: Sequence[Rung], target: Target) -> list[Rung]:
@@ -151,26 +115,23 @@ def summary_to_json(summary: Summary) -> dict[str, Any]:
     return as_json(summary)
 
 
-def _summary_from_json(value: Mapping[str, Any]) -> Summary:
-    timing = value["timing"]
-    return Summary(
-        num_requests=value["num_requests"],
-        measures={name: _interval(found) for name, found in value["measures"].items()},
-        deltas={name: _interval(found) for name, found in value["deltas"].items()},
-        prompt_tokens=value["prompt_tokens"],
-        fresh_tokens=value["fresh_tokens"],
-        flops=value["flops"],
-        flops_saved=value["flops_saved"],
-        timing=None if timing is None else Timing(**_numbers(timing)),
-    )
+def _read_rung(value: Any) -> Rung:
+    """A rung lies flat in the file: the configuration's two keys beside those of the summary."""
+    if not isinstance(value, dict):
+        raise DataError(f"expected an object, got {value!r}")
+    names = [field.name for field in fields(Configuration)]
+    summary = {name: inner for name, inner in value.items() if name not in names}
+    configuration = {name: inner for name, inner in value.items() if name in names}
+    return Rung(Configuration.from_json(configuration, ""), parse(Summary, summary, readers={float: _read_figure}))
 
 
-def _interval(value: Mapping[str, Any]) -> Interval:
-    return Interval(**_numbers(value))
-
-
-def _numbers(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: math.nan if number is None else number for name, number in value.items()}
+def _read_figure(value: Any) -> float:
+    """A figure that is not there is null in the file and NaN here."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"expected a number or null, got {value!r}")
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +144,7 @@ class Calibrated:
     calibration: Calibration | None
     identity: Identity
     context: str
-    target: Target = Target()
+    target: Target = field(default_factory=Target)
     allow_uncalibrated: bool = False  # admit every level as asked; `auto` still means what passes
 
     @classmethod

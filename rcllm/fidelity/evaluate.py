@@ -15,12 +15,13 @@ import numpy.typing as npt
 from blake3 import blake3
 
 import rcllm
-from rcllm.core.ranking import BlockKind, Prompt, RankOptions, RankRequest, RankResponse, Receipt
+from rcllm.core.ranking import Prompt, RankOptions, RankRequest, RankResponse
+from rcllm.core.receipts import BlockKind, RankReceipt
 from rcllm.engine.engine import Engine
+from rcllm.errors import answered
 from rcllm.fidelity.records import Configuration, Record, RecordFile, request_fingerprint
 from rcllm.model.ceilings import describe_hardware
 from rcllm.model.spec import ModelSpec
-from rcllm.prompt.blocks import Prompter
 from rcllm.reuse.select import RULES
 
 BATCH = 8
@@ -50,7 +51,8 @@ def evaluate(
         for chosen, records in found.items():
             keys = {record_key(engine, request, name, chosen): request for name, request in some}
             asked = {key: replace(request, options=chosen) for key, request in keys.items() if key not in kept}
-            for (key, request), response in zip(asked.items(), engine.rank_batch([*asked.values()]), strict=True):
+            responses = answered(engine.rank_batch([*asked.values()]))
+            for (key, request), response in zip(asked.items(), responses, strict=True):
                 kept.add(key, _record(engine, request, response))
             records += [kept[record_key(engine, request, name, chosen)] for name, request in some]
             on_records(len(some))
@@ -90,13 +92,10 @@ def evaluate_timed(
 
 def with_context(engine: Engine, context: str, samples: Sequence[RankRequest]) -> Engine:
     """The same model and pool (keys tell contexts apart) with another canonical context. Raises ConfigError."""
-    p = engine.prompter
-    prompter = Prompter(
-        p.template, p.chat, p.tokenizer, p.catalogue, p.namespace, p.max_positions, p.max_candidates, context, samples
-    )
+    prompter = engine.prompter.in_context(context, samples)
     config = replace(engine.config, prompt=replace(engine.config.prompt, context=context))
     parts = (engine.decoder, prompter, engine.pool, engine.model_id)
-    return Engine(config, *parts, semantic_pool=engine.semantic_pool)
+    return Engine(config, *parts, prototypes=engine.prototypes)
 
 
 def record_key(engine: Engine, request: RankRequest, fingerprint: str, options: RankOptions, machine: str = "") -> str:
@@ -118,7 +117,7 @@ def record_key(engine: Engine, request: RankRequest, fingerprint: str, options: 
     return blake3("\n".join(parts).encode("utf-8")).hexdigest(16)
 
 
-def request_flops(prompt: Prompt, receipt: Receipt, spec: ModelSpec, *, anew: bool = False) -> float:
+def request_flops(prompt: Prompt, receipt: RankReceipt, spec: ModelSpec, *, anew: bool = False) -> float:
     """FLOPs of the fresh tokens: the layers' matrices, attention over visible pairs, and the logits of the whole
     vocabulary where a read-out needs them.
 

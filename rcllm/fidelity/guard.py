@@ -6,7 +6,6 @@ Invariant: a request path does a coin toss and an append at most; it never waits
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Self
 from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
 from rcllm.fidelity.monitor import GuardEvent, GuardPolicy
 from rcllm.fidelity.shadow import GuardCore, GuardStats, Shadow, Shadowing
+from rcllm.plain_json import to_json, without_nan
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,6 @@ def append_to(path: Path) -> Callable[[GuardEvent], None]:
 
     def write(event: GuardEvent) -> None:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(event)) + "\n")
+            file.write(to_json(without_nan(asdict(event))) + "\n")
 
     return write

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from rcllm.core.ranking import RankOptions, RankRequest, RankResponse, Receipt
-from rcllm.errors import RequestError
+from rcllm.core.ranking import RankOptions, RankRequest, RankResponse
+from rcllm.core.receipts import RankReceipt
+from rcllm.errors import RcllmError, RequestError, answered
 from rcllm.fidelity.measures import agreement
 
 FloatArray = npt.NDArray[np.float64]
@@ -29,7 +30,7 @@ _CONFIDENCE = 0.95
 class Ranker(Protocol):
     """An engine, as far as the probe needs one."""
 
-    def rank_batch(self, requests: Sequence[RankRequest]) -> list[RankResponse]:
+    def rank_batch(self, requests: Sequence[RankRequest]) -> Sequence[RankResponse | RcllmError]:
         """One response per request, in order."""
         ...
 
@@ -74,7 +75,7 @@ class _Probed:
     top1: float
     computed_tokens: int
     full_tokens: int  # that full recompute would have computed
-    receipt: Receipt  # of the order asked
+    receipt: RankReceipt  # of the order asked
 
 
 def position_bias(
@@ -103,7 +104,7 @@ def position_bias(
     for done, request in enumerate(requests, 1):
         asked = request if options is None else replace(request, options=options)
         orders = latin_orders(len(request.candidates), permutations, rng)
-        probed.append(_compare(orders, engine.rank_batch([_reordered(asked, order) for order in orders])))
+        probed.append(_compare(orders, answered(engine.rank_batch([_reordered(asked, order) for order in orders]))))
         on_request(done)
     receipt = probed[0].receipt
     within, between = _variances([p.scores for p in probed])
@@ -163,7 +164,7 @@ def _compare(orders: Orders, responses: Sequence[RankResponse]) -> _Probed:
     )
 
 
-def _materialised(receipts: Sequence[Receipt]) -> int:
+def _materialised(receipts: Sequence[RankReceipt]) -> int:
     """Tokens of missing blocks; the receipts of requests that were computed together repeat what they share."""
     total, i = 0, 0
     while i < len(receipts):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import IO, Any
 
 from blake3 import blake3
 
-from rcllm.config import from_mapping
 from rcllm.core.ranking import Event, Item, ItemId, Level, RankOptions, RankRequest, Selection
-from rcllm.errors import DataError
+from rcllm.errors import DataError, ModelError
+from rcllm.fields import parse, read_object
+from rcllm.plain_json import to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Configuration:
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Configuration:
         """Raises ConfigError for options that are not there."""
-        return cls(str(value["context"]), from_mapping(RankOptions, value["options"], where))
+        return parse(cls, value, where)
 
     @property
     def level_name(self) -> str:
@@ -151,9 +153,10 @@ class RecordFile:
         return self._records[key]
 
     def add(self, key: str, record: Record) -> None:
+        line = _line(key, record)
         self._records[key] = record
         if self._file is not None:
-            self._file.write(json.dumps({"key": key} | asdict(record)).encode("utf-8") + b"\n")
+            self._file.write(line)
             self._file.flush()
 
     def _read(self, file: IO[bytes]) -> None:
@@ -163,13 +166,29 @@ class RecordFile:
             if not line.endswith(b"\n"):
                 break
             try:
-                value = json.loads(line)
-                key = value.pop("key")
-                self._records[key] = Record(**value | {"scores": tuple(value["scores"])})
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                value = read_object(line, "", DataError)
+                key = str(value.pop("key"))
+                self._records[key] = parse(Record, value, error=DataError, readers={float: _read_number})
+            except (KeyError, DataError) as error:
                 raise DataError(
-                    f"{self.path}, line {number}: expected a record of `rcllm calibrate`, got {line[:60]!r}; "
+                    f"{self.path}, line {number}: expected a record of `rcllm calibrate`, got {line[:60]!r} ({error}); "
                     "give another file, or remove this one"
                 ) from error
             whole += len(line)
         file.truncate(whole)
+
+
+def _read_number(value: Any) -> float:
+    """A score may be minus infinity: a candidate that the model rules out."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise DataError(f"expected a number, got {value!r}")
+    return float(value)
+
+
+def _line(key: str, record: Record) -> bytes:
+    """Raises ModelError for scores that are not numbers: no measure means anything for them."""
+    try:
+        return to_json({"key": key} | asdict(record)).encode() + b"\n"
+    except ValueError as error:
+        wrong = "the model gave scores that are not numbers; its weights or their data type are broken"
+        raise ModelError(wrong) from error

@@ -6,7 +6,6 @@ fingerprint of its own; every tensor in the file is used or named in an error.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from rcllm.core.ranking import Mask
 from rcllm.durable import renamed, write
 from rcllm.errors import ModelError
+from rcllm.json_files import read_json
+from rcllm.model.adapter_config import CONFIG, LoraConfig, load_config
 from rcllm.model.spec import ModelSpec
-from rcllm.model.weights import LayerWeights, Weights
+from rcllm.model.weights import LayerWeights, Weights, check_finite
+from rcllm.plain_json import to_json, without_nan
 
 _NAMES = {
     "q": "self_attn.q_proj",
@@ -33,19 +35,21 @@ _NAMES = {
     "down": "mlp.down_proj",
 }
 MODULES = tuple(_NAMES)
-_PREFIX = "base_model.model.model.layers."
-_TENSORS, _CONFIG, _RECORD = "adapter_model.safetensors", "adapter_config.json", "rcllm.json"
+_PREFIX = "base_model.model.model."
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_TENSORS, _RECORD = "adapter_model.safetensors", "rcllm.json"
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
     down: torch.Tensor  # A, [rank, in]
     up: torch.Tensor  # B, [out, rank]
+    scale: float  # alpha / rank, of this module
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    rank: int
+    rank: int  # of the modules that have none of their own
     alpha: float
     layers: Mapping[tuple[int, str], LowRank]  # by layer and module
 
@@ -65,7 +69,7 @@ def save_adapter(folder: Path, adapter: Adapter, base: str, record: Mapping[str,
     """
     tensors = {}
     for (layer, module), low_rank in adapter.layers.items():
-        at = f"{_PREFIX}{layer}.{_NAMES[module]}"
+        at = f"{_PREFIX}layers.{layer}.{_NAMES[module]}"
         tensors[f"{at}.lora_A.weight"] = low_rank.down.half().contiguous()
         tensors[f"{at}.lora_B.weight"] = low_rank.up.half().contiguous()
     config = {
@@ -79,70 +83,84 @@ def save_adapter(folder: Path, adapter: Adapter, base: str, record: Mapping[str,
         "bias": "none",
         "inference_mode": True,
     }
-    for name, value in ((_CONFIG, config), (_RECORD, record)):
-        write(folder / name, (json.dumps(value, indent=1) + "\n").encode())
+    for name, value in ((CONFIG, config), (_RECORD, record)):
+        write(folder / name, (to_json(without_nan(value), indent=1) + "\n").encode())
     with renamed(folder / _TENSORS) as partial:
         save_file(tensors, partial)
 
 
 def load_adapter(folder: Path, spec: ModelSpec) -> Adapter:
     """Reads a LoRA adapter as `peft` writes it. Raises ModelError for what does not fit or is not plain LoRA."""
-    config = _read_json(folder / _CONFIG)
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise ModelError(f"{folder / _CONFIG}: expected plain LoRA without biases; merge other adapters into the model")
-    if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("modules_to_save"):
-        raise ModelError(f"{folder / _CONFIG}: ranks that differ by module and saved modules are not supported")
+    config = load_config(folder)
     try:
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
         tensors = load_file(folder / _TENSORS)
-    except (KeyError, TypeError, ValueError, SafetensorError, OSError) as error:
-        raise ModelError(f"{folder} is not a whole LoRA adapter ({error})") from error
-    scale = rank**0.5 if config.get("use_rslora") else 1.0  # rank-stabilised LoRA divides by √rank
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder / _TENSORS} is not a whole safetensors file ({error}); fetch it again") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise ModelError(f"{folder / _TENSORS}: {name} is {tensor.dtype}; expected fp32, fp16 or bf16")
+        check_finite(tensor, f"{folder / _TENSORS}: {name}")
     layers = {}
     for layer in range(spec.num_layers):
         for module, name in _NAMES.items():
-            at = f"{_PREFIX}{layer}.{name}"
-            down, up = tensors.pop(f"{at}.lora_A.weight", None), tensors.pop(f"{at}.lora_B.weight", None)
-            if down is None and up is None:
-                continue
-            rows, columns = module_shape(spec, module)
-            if down is None or up is None or down.shape != (rank, columns) or up.shape != (rows, rank):
-                found = [None if tensor is None else tuple(tensor.shape) for tensor in (down, up)]
-                raise ModelError(f"{folder}: {at} has A, B of {found}, expected {(rank, columns)}, {(rows, rank)}")
-            layers[layer, module] = LowRank(down.float(), up.float())
+            low_rank = _take(tensors, f"layers.{layer}.{name}", config, module_shape(spec, module), folder)
+            if low_rank is not None:
+                layers[layer, module] = low_rank
     if tensors or not layers:
         raise ModelError(f"{folder}: the model has no place for {', '.join(sorted(tensors)[:4]) or 'an empty adapter'}")
-    return Adapter(rank, alpha * scale, layers)
+    return Adapter(config.rank, config.alpha, layers)
+
+
+def _take(
+    tensors: dict[str, torch.Tensor], name: str, config: LoraConfig, shape: tuple[int, int], folder: Path
+) -> LowRank | None:
+    """Moves the two matrices of a module out of `tensors`; None where it is not adapted. Raises ModelError."""
+    at = f"{_PREFIX}{name}"
+    down, up = tensors.pop(f"{at}.lora_A.weight", None), tensors.pop(f"{at}.lora_B.weight", None)
+    if down is None and up is None:
+        return None
+    (rows, columns), rank = shape, config.rank_of(f"model.{name}")
+    if down is None or up is None or down.shape != (rank, columns) or up.shape != (rows, rank):
+        found = [None if tensor is None else tuple(tensor.shape) for tensor in (down, up)]
+        raise ModelError(
+            f"{folder}: {at} has A, B of {found}, expected {(rank, columns)}, {(rows, rank)}: it was made for another "
+            f"model{f' ({config.base})' if config.base else ''}, or its {CONFIG} is that of another adapter"
+        )
+    return LowRank(down.float(), up.float(), config.scale_of(f"model.{name}"))
 
 
 def adapter_mask(folder: Path) -> Mask:
     """The mask that the adapter was tuned under, as its record says; `causal` for adapters from elsewhere."""
-    if not (folder / _RECORD).exists():
-        return "causal"
-    mask: Mask = _read_json(folder / _RECORD).get("mask", "causal")
-    if mask not in get_args(Mask):
+    mask: Mask = adapter_record(folder).get("mask", "causal")
+    if mask not in list(get_args(Mask)):
         raise ModelError(f"{folder / _RECORD}: expected mask causal or blocks, got {mask!r}")
     return mask
+
+
+def adapter_record(folder: Path) -> dict[str, Any]:
+    """What `rcllm tune` wrote of how the adapter was made; empty for adapters from elsewhere. Raises ModelError."""
+    return read_json(folder / _RECORD, "the record of `rcllm tune`") if (folder / _RECORD).exists() else {}
 
 
 def adapter_fingerprint(folder: Path) -> bytes:
     """32 bytes that change with any weight or setting of the adapter."""
     state = blake3()
-    for name in (_CONFIG, _TENSORS):
+    for name in (CONFIG, _TENSORS):
         if not (folder / name).is_file():
-            raise ModelError(f"{folder / name} is missing; expected the folder of a LoRA adapter")
+            raise ModelError(f"{folder / name} is missing; expected the folder of a LoRA adapter, as peft saves it")
         state.update((folder / name).read_bytes())
     return state.digest()
 
 
 def merge(weights: Weights, adapter: Adapter) -> Weights:
-    """The adapted model. The given weights are changed in place: a model is never in memory twice."""
+    """The adapted model. Changes the given weights in place: a model is never in memory twice. Raises ModelError."""
     layers = []
     for i, layer in enumerate(weights.layers):
         for module in MODULES:
             if low_rank := adapter.layers.get((i, module)):
-                delta = (low_rank.up @ low_rank.down) * (adapter.alpha / adapter.rank)
-                _part(layer, module).add_(delta.to(layer.qkv.dtype).to(layer.qkv.device))
+                delta = (low_rank.up @ low_rank.down) * low_rank.scale
+                part = _part(layer, module).add_(delta.to(layer.qkv.dtype).to(layer.qkv.device))
+                check_finite(part, f"layers.{i}.{_NAMES[module]} with the adapter added")
         layers.append(layer)
     return replace(weights, layers=tuple(layers))
 
@@ -161,13 +179,3 @@ def _part(layer: LayerWeights, module: str) -> torch.Tensor:
         "down": layer.down,
     }
     return views[module]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}); expected a LoRA adapter's folder") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, islice
 
 import torch
 
 from rcllm.model.attend.choose import native_fits, prepare
-from rcllm.model.attend.contract import Attend, Beside, merge
+from rcllm.model.attend.contract import Attend, Attended, Beside, merge
 from rcllm.model.attend.native import kernels
 from rcllm.model.attend.segments import Group
 from rcllm.model.ops import Linear, NativeOps, Ops, TorchOps
@@ -36,6 +37,15 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
+class Aside:
+    """Rows `start` to `stop` of a pass, whole groups, that attend to more keys than those of their groups."""
+
+    start: int
+    stop: int
+    keys: Beside  # merged by their logsumexp
+
+
+@dataclass(frozen=True, slots=True)
 class Pass:
     """One forward pass."""
 
@@ -44,7 +54,7 @@ class Pass:
     groups: Sequence[Group]  # in row order, covering all rows
     wanted: torch.Tensor  # [wanted], int64: rows whose final hidden state is read
     keep: Sequence[Keep] = ()
-    beside: Beside | None = None  # keys besides those of the groups, merged by their logsumexp
+    asides: Sequence[Aside] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,33 @@ class Passed:
     kept: list[torch.Tensor]  # per Keep: [layers, 2, kv_heads, len, D], K turned to block-local positions
     backend: str
     bytes_copied: int  # of published KV
+    num_rows: int  # of the whole forward pass
+
+
+def joined(passes: Sequence[Pass]) -> Pass:
+    """Several passes as one, whose rows share the reading of the weights and nothing else."""
+    if len(passes) == 1:
+        return passes[0]
+    starts = list(accumulate((len(work.token_ids) for work in passes[:-1]), initial=0))
+    placed = list(zip(passes, starts, strict=True))
+    return Pass(
+        torch.cat([work.token_ids for work in passes]),
+        torch.cat([work.positions for work in passes]),
+        [group for work in passes for group in work.groups],
+        torch.cat([work.wanted + at for work, at in placed]),
+        [replace(each, start=each.start + at, stop=each.stop + at) for work, at in placed for each in work.keep],
+        [replace(each, start=each.start + at, stop=each.stop + at) for work, at in placed for each in work.asides],
+    )
+
+
+def parted(passed: Passed, passes: Sequence[Pass]) -> list[Passed]:
+    """What each of the passes that were `joined` would have given alone."""
+    kept = iter(passed.kept)
+    hidden = passed.hidden.split([len(work.wanted) for work in passes])
+    return [
+        replace(passed, hidden=rows, kept=list(islice(kept, len(work.keep))))
+        for work, rows in zip(passes, hidden, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +160,7 @@ class Decoder:
         blocks = kept.blocks() if kept else []
         if carried:
             blocks = [torch.cat(parts) for parts in zip(carried.kept, blocks, strict=True)]
-        return Passed(hidden, blocks, attend.name, attend.bytes_copied)
+        return Passed(hidden, blocks, attend.name, attend.bytes_copied, len(work.token_ids))
 
     @torch.inference_mode()
     def advance(self, work: Pass, num_layers: int, observe: Observe | None = None) -> Carried:
@@ -156,8 +193,10 @@ class Decoder:
         if observe is not None:
             observe(number, qkv)
         attended = attend(number, qkv)
-        if work.beside is not None:
-            attended = merge([attended, work.beside(number, qkv)])
+        for aside in work.asides:
+            rows = slice(aside.start, aside.stop)
+            here = Attended(attended.output[rows], attended.lse[rows])
+            attended.output[rows] = merge([here, aside.keys(number, qkv[rows])]).output
         return attended.output
 
     def _feed(self, number: int, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
@@ -168,8 +207,9 @@ class Decoder:
 
     def _attend(self, work: Pass) -> Attend:
         assert int(work.positions.max()) < self.max_positions, "planning refuses prompts beyond the context"
-        backend = self.backend if work.beside is None else "segmented"  # which always knows its logsumexp
-        return prepare(backend, self.spec, self.rope, work.groups, self.kernels)
+        ends = accumulate(group.num_rows for group in work.groups)
+        merged = [any(aside.start < end <= aside.stop for aside in work.asides) for end in ends]
+        return prepare(self.backend, self.spec, self.rope, work.groups, self.kernels, merged)
 
     def _kept(self, work: Pass, layers: range) -> _Kept | None:
         return _Kept(self, work.keep, layers) if work.keep else None

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from rcllm.errors import ConfigError, ModelError, UnsupportedModelError
 from rcllm.model.frequencies import inverse_frequencies
 from rcllm.model.spec import ModelSpec, RopeSpec
-from rcllm.model.weights import expected_shapes
+from rcllm.model.weights import check_finite, expected_shapes
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -42,6 +42,26 @@ _TENSORS = {  # GGUF → Hugging Face, without `model.`; those of a layer follow
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+_UNDERSTOOD = {  # keys of an architecture that are read here, or that say what the tensors say as well
+    "attention.causal",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "expert_used_count",  # without experts
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",  # how the scale came about
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "vocab_size",
 }
 _ROPE_FACTORS = "rope_freqs.weight"  # how llama.cpp stores Llama 3.1's RoPE; becomes a field of the config
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -85,7 +105,12 @@ def convert_gguf(path: Path, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as scratch:
         partial = Path(scratch) / "model"
         partial.mkdir()
-        _write_tokenizer(source, config, partial)
+        try:
+            _write_tokenizer(source, config, partial)
+        except ModelError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exception for what it cannot use
+            raise ModelError(f"{path} has no whole tokenizer ({error!r}); fetch it again") from error
         _write_weights(source, spec, partial / "model.safetensors")
         _write_json(partial / "config.json", config)
         try:
@@ -159,6 +184,11 @@ def _refuse_variants(source: _Gguf) -> None:
     for key in ("expert_count", "attention.sliding_window"):
         if value := source.get(key):
             raise UnsupportedModelError(f"GGUF with {key} = {value} is not supported; supported are dense, full models")
+    if not source.get("attention.causal", True):
+        raise UnsupportedModelError(f"{source.path} is an encoder (attention.causal is false), not a language model")
+    for key, value in source.meta.items():
+        if key.startswith(f"{source.arch}.") and key.removeprefix(f"{source.arch}.") not in _UNDERSTOOD and value:
+            raise UnsupportedModelError(f"GGUF with {key} = {value} is not supported: it may change what is computed")
     whole = source.get("attention.key_length", source.get("rope.dimension_count"))
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         if source.get(key, whole) != whole:
@@ -240,6 +270,7 @@ def _write_tensor(
     values = _dequantised(tensor)
     if tuple(values.shape) != shape:
         raise ModelError(f"{source.path}: {gguf_name} is {tuple(values.shape)}, expected {shape}")
+    check_finite(values, f"{source.path}: {gguf_name}")
     if source.arch == "llama" and ("q_proj" in name or "k_proj" in name):
         values = _unpermuted(values, spec.num_heads if "q_proj" in name else spec.num_kv_heads)
     out.write(values.to(_dtype(tensor)).contiguous().view(torch.uint8).numpy().data)

@@ -57,8 +57,10 @@ def pull(name: str, folder: Path | None = None) -> Path:
         if folder is not None:
             raise ConfigError(f"{name} is a local folder already; use it where it is instead of pulling it to {folder}")
         return path
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return _from_gguf(path, folder)
+    if path.is_file():
+        raise ConfigError(f"{name} is a file; expected a .gguf file, or the folder that holds config.json and weights")
     if _HUB_ID.fullmatch(name):
         return _from_hub(name, folder or _home(name.replace("/", "--")))
     near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.3)

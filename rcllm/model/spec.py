@@ -7,7 +7,9 @@ computes exactly; every variant that it cannot is refused by name, never approxi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -21,6 +23,40 @@ FAMILIES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+_UNDERSTOOD = {  # keys of a config.json that is read here, or whose value changes nothing in a forward pass
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "attention_bias",
+    "attention_dropout",
+    "attn_implementation",
+    "head_dim",
+    "hidden_act",
+    "is_causal",
+    "layer_types",
+    "max_position_embeddings",
+    "max_window_layers",
+    "mlp_bias",
+    "num_attention_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "original_max_position_embeddings",
+    "output_attentions",
+    "partial_rotary_factor",
+    "pretraining_tp",
+    "quantization_config",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_sliding_window",
+}
+_COMPUTES = re.compile(  # words by which a key speaks of the computation; other keys are remarks, and there are many
+    "attn|attention|rope|rotary|scal|multipl|softcap|norm|bias|window|expert|causal|bidirectional|alibi|clip|residual"
+    "|embedding|position|cross|encoder"
+)
 _DEFAULT_BOS_EOS: dict[str, tuple[int | None, int | None]] = {"llama": (1, 2), "mistral": (1, 2)}
 
 
@@ -73,11 +109,18 @@ class ModelSpec:
     eos_ids: tuple[int, ...]
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """Reads a `config.json`, written by transformers 4 or 5.
+    def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelSpec:
+        """Reads a `config.json`, written by transformers 4 or 5; `generation`: the `generation_config.json` beside it.
 
         Raises UnsupportedModelError for a variant that is not implemented, ModelError for a config that is broken.
         """
+        try:
+            return cls._read(config, generation or {})
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
+            raise ModelError(f"config.json has a value of the wrong kind ({error}); fetch it again") from error
+
+    @classmethod
+    def _read(cls, config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelSpec:
         family = _family(config)
         _refuse_variants(config, family)
         num_heads = _int(config, "num_attention_heads")
@@ -92,7 +135,12 @@ class ModelSpec:
             )
         attention_bias = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
         bos, eos = _DEFAULT_BOS_EOS.get(family, (None, None))
-        bos, eos = config.get("bos_token_id", bos), config.get("eos_token_id", eos)
+        bos = config.get("bos_token_id", bos)
+        vocab_size = _int(config, "vocab_size")
+        eos_ids = [
+            *_ids(config.get("eos_token_id", eos), vocab_size),
+            *_ids(generation.get("eos_token_id"), vocab_size),
+        ]
         rope = _rope(config)
         return cls(
             family=family,
@@ -102,8 +150,8 @@ class ModelSpec:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             ffn_size=_int(config, "intermediate_size"),
-            vocab_size=_int(config, "vocab_size"),
-            rms_eps=float(config.get("rms_norm_eps", 1e-6)),
+            vocab_size=vocab_size,
+            rms_eps=_number(config, "rms_norm_eps", 1e-6),
             qkv_bias=attention_bias or family == "qwen2",
             o_bias=attention_bias,
             qk_norm=family == "qwen3",
@@ -111,7 +159,7 @@ class ModelSpec:
             rope=rope,
             max_positions=_max_positions(config, family, rope),
             bos_id=bos[0] if isinstance(bos, list) else bos,
-            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_ids=tuple(dict.fromkeys(eos_ids)),
         )
 
     @property
@@ -165,6 +213,19 @@ def _family(config: Mapping[str, Any]) -> str:
 
 
 def _refuse_variants(config: Mapping[str, Any], family: str) -> None:
+    if any(str(name).startswith("AutoModel") for name in config.get("auto_map") or ()):
+        raise UnsupportedModelError(
+            "config.json says that the model brings its own code (auto_map), which is not run. If it computes what "
+            f"transformers' own {family} does, take auto_map out of config.json"
+        )
+    if not config.get("is_causal", True):
+        raise UnsupportedModelError("is_causal is false: the model is an encoder; supported are causal language models")
+    for key, value in config.items():
+        if key not in _UNDERSTOOD and _COMPUTES.search(key) and not _is_off(value):
+            raise UnsupportedModelError(
+                f"config.json: {key} = {value!r} is not understood, and by its name it may change what the model "
+                "computes; take it out if it does not"
+            )
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise UnsupportedModelError(f"activation {activation!r} is not supported; supported is 'silu'")
     if quantised := config.get("quantization_config"):
@@ -182,6 +243,11 @@ def _refuse_variants(config: Mapping[str, Any], family: str) -> None:
             f"layer type {', '.join(sorted(other))} is not supported; supported are full_attention, and "
             "sliding_attention within its window"
         )
+
+
+def _is_off(value: object) -> bool:
+    """Whether a setting that is not understood changes nothing: absent, off, empty, or a factor of one."""
+    return value is None or value is False or (type(value) in (int, float) and value in (0, 1)) or value in ("", [], {})
 
 
 def _rope(config: Mapping[str, Any]) -> RopeSpec:
@@ -248,9 +314,25 @@ def _window_in_force(config: Mapping[str, Any], family: str) -> int | None:
     return config.get("sliding_window", 4096) if sliding else None
 
 
+def _ids(value: Any, vocab_size: int) -> Iterator[int]:
+    """The token ids of a field that holds none, one or a list."""
+    for token in value if isinstance(value, list) else [] if value is None else [value]:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ModelError(f"eos_token_id {token!r} is not a token of the model, which has {vocab_size:,}")
+        yield token
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key)
+    number = default if value is None else float(value)
+    if not math.isfinite(number) or number <= 0:
+        raise ModelError(f"config.json: expected a number above 0 for {key}, got {value!r}")
+    return number
+
+
 def _int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or value <= 0:
+    if type(value) is not int or value <= 0:
         raise ModelError(f"config.json: expected a positive integer {key}, got {value!r}")
     return value

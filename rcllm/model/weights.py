@@ -8,8 +8,8 @@ the model and one tensor: files are mapped, and tensors are copied into their fu
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,30 @@ import torch
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
-from rcllm.errors import ModelError
+from rcllm.errors import ModelError, UnsupportedModelError
+from rcllm.json_files import read_json, read_json_if_there
 from rcllm.model.spec import ModelSpec
 
 _IGNORED = "rotary_emb.inv_freq"  # a buffer that old exports wrote; it follows from the config
+_FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
+_QUANTISED = {  # how the tensors of quantised models end
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+    "absmax": "bitsandbytes",
+    "SCB": "bitsandbytes",
+    "weight_format": "bitsandbytes",
+    "weight_scale": "fp8 or int8 with scales",
+    "weight_scale_inv": "fp8 with scales",
+    "weight_packed": "compressed-tensors",
+}
+_CLASSIFIER = {
+    "score.weight",
+    "classifier.weight",
+    "classifier.dense.weight",
+    "qa_outputs.weight",
+    "v_head.summary.weight",
+}
+_SHOWN = 12  # problems that one message names
 CATALOG_PREFIX = "catalog."  # of tensors that are no weights: the catalogue that a generative model was trained for
 
 
@@ -52,8 +72,20 @@ class Weights:
 
 
 def load_spec(folder: Path) -> ModelSpec:
-    """Reads `folder/config.json`. Raises ModelError."""
-    return ModelSpec.from_hf(_read_json(folder / "config.json"))
+    """Reads `config.json`, and the end tokens that `generation_config.json` adds. Raises ModelError."""
+    config = read_json(folder / "config.json")
+    return ModelSpec.from_hf(config, read_json_if_there(folder / "generation_config.json"))
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raises ModelError where a weight is NaN or infinite: no score of such a model means anything."""
+    if tensor.numel() and not all(math.isfinite(end) for end in tensor.aminmax()):
+        count = int((~torch.isfinite(tensor)).sum())
+        larger = " Or use bf16 or fp32, which hold larger numbers than fp16." if tensor.dtype == torch.float16 else ""
+        raise ModelError(
+            f"{name}: {count:,} of {tensor.numel():,} values are NaN or infinite. "
+            f"Fetch it again, or train it anew.{larger}"
+        )
 
 
 def load_model(
@@ -62,8 +94,8 @@ def load_model(
     """Loads a model folder. Raises ModelError that names every tensor that is missing, extra or mis-shaped."""
     spec = load_spec(folder)
     with contextlib.ExitStack() as stack:
-        source = _Source(_open_all(folder, stack), dtype, torch.device(device))
-        _check(spec, source, folder)
+        source = _Source(folder, _open_all(folder, stack), dtype, torch.device(device))
+        _check(spec, source)
         return spec, _assemble(spec, source)
 
 
@@ -84,22 +116,31 @@ def fingerprint(folder: Path) -> bytes:
 class _Source:
     """Tensors by name over all shards, without the `model.` prefix that a bare backbone lacks."""
 
-    def __init__(self, files: dict[Path, Any], dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self._where = {
-            name.removeprefix("model."): (handle, name)
-            for handle in files.values()
-            for name in handle.keys()  # noqa: SIM118 - a handle is not a mapping
-            if not name.endswith(_IGNORED) and not name.startswith(CATALOG_PREFIX)
-        }
+    def __init__(self, folder: Path, files: Mapping[Path, Any], dtype: torch.dtype, device: torch.device) -> None:
+        self.folder, self.dtype, self.device = folder, dtype, device
+        self._where: dict[str, tuple[Any, str]] = {}
+        for handle in files.values():
+            for stored in handle.keys():  # noqa: SIM118 - a handle is not a mapping
+                name = stored.removeprefix("model.")
+                if name in self._where:
+                    raise ModelError(f"{folder}: {name} is stored twice; expected each tensor in one file")
+                if not stored.endswith(_IGNORED) and not stored.startswith(CATALOG_PREFIX):
+                    self._where[name] = (handle, stored)
 
     @property
     def names(self) -> set[str]:
         return set(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def stored_dtype(self, name: str) -> str:
+        """As the file names it: `F32`, `I8`."""
+        return str(self._slice(name).get_dtype())
+
+    def _slice(self, name: str) -> Any:
         handle, stored = self._where[name]
-        return tuple(handle.get_slice(stored).get_shape())
+        return handle.get_slice(stored)
 
     def read(self, *names: str) -> torch.Tensor:
         """The named tensors stacked by rows, in a memory of their own."""
@@ -108,7 +149,8 @@ class _Source:
         start = 0
         for name, shape in zip(names, shapes, strict=True):
             handle, stored = self._where[name]
-            out[start : start + shape[0]].copy_(handle.get_tensor(stored))
+            part = out[start : start + shape[0]].copy_(handle.get_tensor(stored))
+            check_finite(part, f"{self.folder}: {stored}")
             start += shape[0]
         return out
 
@@ -118,33 +160,24 @@ def _weight_files(folder: Path) -> list[Path]:
     if (whole := folder / "model.safetensors").exists() or not index.exists():
         return [whole]
     try:
-        return [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-    except (KeyError, AttributeError) as error:
-        raise ModelError(f"{index} has no weight_map") from error
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} has no weight_map from tensors to files; fetch it again") from error
 
 
 def _open_all(folder: Path, stack: contextlib.ExitStack) -> dict[Path, Any]:
     files = {}
     for path in _weight_files(folder):
         if not path.is_file():
-            raise ModelError(f"{path} is missing; expected model.safetensors or the shards that its index names")
+            raise ModelError(
+                f"{path} is missing; expected model.safetensors or the shards that its index names. Other formats "
+                "(pytorch_model.bin) are converted by transformers: load the model and call save_pretrained"
+            )
         try:
             files[path] = stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
     return files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} is missing; expected a Hugging Face model folder") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 # ---- names and shapes -----------------------------------------------------------------------------------------------
@@ -176,18 +209,46 @@ def expected_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield at + "mlp.down_proj.weight", (d, spec.ffn_size)
 
 
-def _check(spec: ModelSpec, source: _Source, folder: Path) -> None:
+def _check(spec: ModelSpec, source: _Source) -> None:
     expected = dict(expected_shapes(spec))
     allowed = {"lm_head.weight"} if spec.tied_embeddings else set()  # some exports store the tied head again
+    present = source.names & (expected.keys() | allowed)
+    _refuse_quantised(source, present)
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in source.names]
-    problems += [f"unexpected {name}" for name in sorted(source.names - expected.keys() - allowed)]
+    problems += [f"unexpected {name}" for name in sorted(source.names - present)]
     problems += [
         f"{name} is {source.shape(name)}, expected {shape}"
         for name, shape in expected.items()
-        if name in source.names and source.shape(name) != shape
+        if name in present and source.shape(name) != shape
     ]
     if problems:
-        raise ModelError(f"{folder}: the tensors do not fit config.json: {'; '.join(problems)}")
+        hint = "; it is a classifier, not a language model" if source.names & _CLASSIFIER else ""
+        raise ModelError(f"{source.folder}: the tensors do not fit config.json{hint}: {_told(problems)}")
+
+
+def _refuse_quantised(source: _Source, present: set[str]) -> None:
+    kinds = {_QUANTISED[end] for name in source.names if (end := name.rpartition(".")[2]) in _QUANTISED}
+    kinds |= {source.stored_dtype(name) for name in present} - _FLOATS
+    if kinds:
+        raise UnsupportedModelError(
+            f"{source.folder} holds quantised weights ({', '.join(sorted(kinds))}) though config.json names none; "
+            "supported are fp32, fp16 and bf16, and GGUF by conversion"
+        )
+
+
+def _told(problems: Sequence[str]) -> str:
+    more = len(problems) - _SHOWN
+    return "; ".join(problems[:_SHOWN]) + (f"; and {more:,} more" if more > 0 else "")
+
+
+def _same_head(source: _Source, embed: torch.Tensor) -> torch.Tensor:
+    """`embed`, which is the head as well. Raises ModelError where the files hold another head."""
+    if "lm_head.weight" in source.names and not torch.equal(source.read("lm_head.weight"), embed):
+        raise ModelError(
+            f"{source.folder}: config.json says that embeddings and head are one (tie_word_embeddings), but "
+            "lm_head.weight differs from embed_tokens.weight; set it to false if the head was trained apart"
+        )
+    return embed
 
 
 def _assemble(spec: ModelSpec, source: _Source) -> Weights:
@@ -196,7 +257,7 @@ def _assemble(spec: ModelSpec, source: _Source) -> Weights:
         embed=embed,
         layers=tuple(_layer(spec, source, f"layers.{layer}.") for layer in range(spec.num_layers)),
         final_norm=source.read("norm.weight"),
-        lm_head=embed if spec.tied_embeddings else source.read("lm_head.weight"),
+        lm_head=_same_head(source, embed) if spec.tied_embeddings else source.read("lm_head.weight"),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rcllm.core.ranking import TokenIds
+from rcllm.errors import ConfigError
 
 
 def label_names(count: int) -> tuple[str, ...]:
@@ -19,6 +20,28 @@ def label_names(count: int) -> tuple[str, ...]:
         return tuple(string.ascii_uppercase[:count])
     width = len(str(count))
     return tuple(str(i).zfill(width) for i in range(1, count + 1))
+
+
+def check_told_apart(names: Sequence[str], token_ids: Sequence[TokenIds], unknown_id: int | None) -> None:
+    """Raises ConfigError where a tokenizer cannot write a name, or no score could tell two of them apart."""
+    if mute := [name for name, ids in zip(names, token_ids, strict=True) if not ids or unknown_id in ids]:
+        raise ConfigError(
+            f"the model's tokenizer cannot write the labels {_some(mute)}, so no score could tell candidates apart; "
+            "use another model, or the read-out likelihood"
+        )
+    begins = {ids[:i]: name for name, ids in zip(names, token_ids, strict=True) for i in range(1, len(ids))}
+    seen: dict[TokenIds, str] = {}
+    for name, ids in zip(names, token_ids, strict=True):
+        if (other := seen.get(ids, begins.get(ids))) is not None:
+            raise ConfigError(
+                f"the model's tokenizer writes the labels {other!r} and {name!r} alike, or one as the beginning of the "
+                "other, so no score could tell candidates apart; use another model, or the read-out likelihood"
+            )
+        seen[ids] = name
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
 
 
 @dataclass(frozen=True, slots=True)

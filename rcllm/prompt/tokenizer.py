@@ -1,91 +1,99 @@
 """Text to token ids and back, with what users write kept apart from what templates write.
 
-Knows nothing of templates or blocks. Invariant: `encode` never yields a control token, whatever the text says; only
-`encode_control`, meant for the product's own templates, does. Ids are never added by themselves: the
-begin-of-sequence ids that a model expects are `bos_ids`, for the template to place.
+Knows nothing of templates or blocks. Invariants: `encode` never yields a control token, whatever the text says; only
+`encode_control`, meant for the product's own templates, does. Both read a text as what follows another, so that blocks
+join to the text of a prompt; only `encode_opening` gives the ids of its beginning. Ids are never added by themselves:
+the begin-of-sequence ids that a model expects are `bos_ids`, for the template to place.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tokenizers
 from blake3 import blake3
 
 from rcllm.core.ranking import TokenIds
 from rcllm.errors import ModelError
+from rcllm.json_files import read_json, read_json_if_there
+from rcllm.prompt.continuing import continuing
+from rcllm.prompt.remembered import Remembered
+from rcllm.prompt.template import told_format
 
-ChatFormat = Literal["chatml", "llama3", "mistral", "plain"]
+_CACHED_BYTES = 64 << 20  # an item's text and ids are ~3 KB
+_ROLES = ("bos_token", "eos_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-_CACHED_TEXTS = 16_384  # an item's text and ids are ~4 KB, so this stays under 100 MB
-_CHAT_MARKS: dict[str, ChatFormat] = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "mistral"}
+
+@dataclass(frozen=True, slots=True)
+class _Backends:
+    """One vocabulary read in three ways."""
+
+    full: tokenizers.Tokenizer  # knows the control tokens
+    plain: tokenizers.Tokenizer  # the same, but blind to them
+    opening: tokenizers.Tokenizer | None  # as `full`, at the very start of a text; None where that is no different
 
 
 class Tokenizer:
-    """A Hugging Face `tokenizer.json`. Safe to share between threads."""
+    """A Hugging Face `tokenizer.json` and the files beside it. Safe to share between threads."""
 
     def __init__(
         self,
-        full: tokenizers.Tokenizer,
-        plain: tokenizers.Tokenizer,
+        backends: _Backends,
         *,
         control: Sequence[str],
         bos_ids: TokenIds,
-        chat_format: ChatFormat,
+        chat_format: str | None,
+        unknown_id: int | None,
+        vocab_size: int,
         fingerprint: bytes,
     ) -> None:
-        """full: knows the tokens in `control`; plain: the same, but blind to them. Use `load`."""
+        """Use `load`."""
         self.bos_ids = bos_ids
-        self.chat_format = chat_format
+        self.chat_format = chat_format  # a name of chat_formats.toml; None: a chat template that is none of them
+        self.unknown_id = unknown_id  # what stands for text that the vocabulary cannot write
+        self.vocab_size = vocab_size  # one more than the highest id
         self.fingerprint = fingerprint  # 32 bytes: blake3 of tokenizer.json
-        self.vocab_size = full.get_vocab_size(with_added_tokens=True)
-        self._full = full
-        self._plain = plain
-        self._control_ids = frozenset(full.token_to_id(token) for token in control)
+        self._full, self._plain, self._opening = backends.full, backends.plain, backends.opening
+        self._control_ids = frozenset(self._full.token_to_id(token) for token in control)
+        self._any_control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
         self._inside_control = re.compile("|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in control))
-        self._cached: Callable[[str], TokenIds] = lru_cache(_CACHED_TEXTS)(self._encode)
+        self._remembered = Remembered(self._encode, _CACHED_BYTES)
 
     @classmethod
     def load(cls, folder: Path, item_tokens: str = "") -> Tokenizer:
-        """Reads tokenizer.json and, where it exists, tokenizer_config.json. Raises ModelError.
+        """Reads tokenizer.json and, where they exist, the configuration and chat template beside it. Raises ModelError.
 
         `item_tokens`: regular expression of added tokens that `encode` yields all the same, such as semantic IDs.
         """
         path = folder / "tokenizer.json"
+        described = read_json(path, "a model with a fast tokenizer, as `save_pretrained` writes it")
+        config = _configured(folder)
         try:
-            content = path.read_bytes()
-            described = json.loads(content)
-            full = tokenizers.Tokenizer.from_buffer(content)
-        except FileNotFoundError as error:
-            raise ModelError(f"{path} is missing; expected a fast tokenizer, as `save_pretrained` writes it") from error
+            described = _with_special_tokens(described, config)
+            control = [token for token in _control_tokens(described) if not re.fullmatch(item_tokens, token)]
+            backends = _backends(described, control)
+            return cls(
+                backends,
+                control=control,
+                bos_ids=_bos_ids(backends.full, config),
+                chat_format=told_format(_chat_template(folder, config), backends.full.token_to_id),
+                unknown_id=_unknown_id(described, backends.full),
+                vocab_size=1 + max(_vocabulary(described).values(), default=-1),
+                fingerprint=blake3(path.read_bytes()).digest(),
+            )
+        except ModelError:
+            raise
         except Exception as error:  # the library raises bare Exception for what it cannot parse
-            raise ModelError(f"{path} is not a tokenizer that can be read: {error}") from error
-        config = _read_config(folder / "tokenizer_config.json")
-        control = [token for token in _control_tokens(described) if not re.fullmatch(item_tokens, token)]
-        # special tokens can be switched off; taking them out would shift the ids of those that follow
-        added = [{**token, "special": token["content"] in control} for token in described["added_tokens"]]
-        plain = tokenizers.Tokenizer.from_str(json.dumps({**described, "added_tokens": added}))
-        plain.encode_special_tokens = True
-        for backend in (full, plain):
-            backend.no_truncation()
-            backend.no_padding()
-        return cls(
-            full,
-            plain,
-            control=control,
-            bos_ids=_bos_ids(full, config),
-            chat_format=_chat_format(full, config),
-            fingerprint=blake3(content).digest(),
-        )
+            raise ModelError(f"{path} is not a tokenizer that can be read ({error}); fetch it again") from error
 
     def encode(self, text: str) -> TokenIds:
         """Ids of a user's text. What looks like a control token in it is spelled out in ordinary tokens."""
-        return self._cached(text)
+        return self._remembered(text)
 
     def encode_unremembered(self, text: str) -> TokenIds:
         """The same, keeping no copy of the text: for a user's own words, which may have to be erased."""
@@ -95,9 +103,26 @@ class Tokenizer:
         """Ids of a template's own text, in which control tokens such as `<|im_start|>` are meant."""
         return tuple(self._full.encode(text, add_special_tokens=False).ids)
 
+    def encode_opening(self, text: str) -> TokenIds:
+        """The same for the text that begins a prompt: there alone some tokenizers put a space first."""
+        if self._opening is None:
+            return self.encode_control(text)
+        control = self._any_control.search(text)
+        start = control.start() if control else len(text)
+        opening = tuple(self._opening.encode(text[:start], add_special_tokens=False).ids)
+        return opening + self.encode_control(text[start:])
+
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, control tokens included."""
-        return self._full.decode(list(ids), skip_special_tokens=False)
+        """The text of `ids`, control tokens included.
+
+        Ids that begin as prompts do (`bos_ids`) are read as a whole prompt, without the space that a tokenizer put
+        first; others as what follows some text.
+        """
+        ids, num_bos = list(ids), len(self.bos_ids)
+        if self._opening is None or not num_bos or tuple(ids[:num_bos]) != self.bos_ids:
+            return self._full.decode(ids, skip_special_tokens=False)
+        begin = self._full.decode(ids[:num_bos], skip_special_tokens=False)
+        return begin + self._opening.decode(ids[num_bos:], skip_special_tokens=False)
 
     def _encode(self, text: str) -> TokenIds:
         text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair, as JSON may bring, is no text
@@ -114,6 +139,41 @@ class Tokenizer:
         )
 
 
+def end_token(folder: Path) -> int | None:
+    """The id of the end token that tokenizer_config.json names, if any. Raises ModelError."""
+    config = _configured(folder)
+    end = _text(config.get("eos_token"))
+    if not end or not (folder / "tokenizer.json").exists():
+        return None
+    described = read_json(folder / "tokenizer.json")
+    try:
+        return _vocabulary({"added_tokens": [], **described}).get(end)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / 'tokenizer.json'} is not a tokenizer that can be read ({error!r})") from error
+
+
+def _configured(folder: Path) -> dict[str, Any]:
+    """What special tokens are, and what is done with them; the newer file goes before the older."""
+    files = (read_json_if_there(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json"))
+    return {key: value for content in files for key, value in content.items()}
+
+
+def _backends(described: Mapping[str, Any], control: Sequence[str]) -> _Backends:
+    within = continuing(described)
+    # special tokens can be switched off; taking them out would shift the ids of those that follow
+    added = [{**token, "special": token["content"] in control} for token in within["added_tokens"]]
+    full, plain = _backend(within), _backend({**within, "added_tokens": added})
+    plain.encode_special_tokens = True
+    return _Backends(full, plain, None if within == described else _backend(described))
+
+
+def _backend(described: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(json.dumps(described))
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 def _control_tokens(described: dict[str, Any]) -> list[str]:
     """Added tokens that text must not produce: all but runs of white space and the model's own unknown token.
 
@@ -124,37 +184,72 @@ def _control_tokens(described: dict[str, Any]) -> list[str]:
     return [text for text in texts if text.strip() and text != unknown]
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+def _vocabulary(described: Mapping[str, Any]) -> dict[str, int]:
+    """Ids by token, added ones included. Unigram models write a list of pairs, the others a mapping."""
+    vocab = described["model"]["vocab"]
+    known = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
+    return known | {token["content"]: token["id"] for token in described["added_tokens"]}
 
 
-def _bos_ids(full: tokenizers.Tokenizer, config: dict[str, Any]) -> TokenIds:
+def _with_special_tokens(described: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the special tokens that tokenizer_config.json alone names, where the vocabulary has them.
+
+    Those that no id stands for are left out: the model has no embedding for them.
+    """
+    added = list(described.get("added_tokens") or [])
+    described = {**described, "added_tokens": added}
+    known, listed = _vocabulary(described), {token["content"] for token in added}
+    for text in _named_special(config):
+        if text in known and text not in listed:
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            added.append({"id": known[text], "content": text, **flags, "special": True})
+            listed.add(text)
+    added.sort(key=lambda token: token["id"])
+    return described
+
+
+def _named_special(config: Mapping[str, Any]) -> list[str]:
+    named = [config.get(role) for role in _ROLES]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(key) or []
+        named += list(more.values()) if isinstance(more, dict) else more
+    decoded = config.get("added_tokens_decoder") or {}
+    named += [token for token in decoded.values() if isinstance(token, dict) and token.get("special")]
+    return [text for token in named if (text := _text(token))]
+
+
+def _text(token: Any) -> str:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
+
+
+def _unknown_id(described: Mapping[str, Any], full: tokenizers.Tokenizer) -> int | None:
+    model = described["model"]
+    unknown = model.get("unk_id") if model.get("type") == "Unigram" else full.token_to_id(model.get("unk_token") or "")
+    return unknown if isinstance(unknown, int) else None
+
+
+def _bos_ids(full: tokenizers.Tokenizer, config: Mapping[str, Any]) -> TokenIds:
     """What stands before every text: as tokenizer_config.json says, else as tokenizer.json's post-processor does."""
     if config.get("add_bos_token") is False:
         return ()
-    bos, eos = (_token_id(full, config.get(f"{role}_token")) for role in ("bos", "eos"))
+    bos, eos = (full.token_to_id(_text(config.get(f"{role}_token"))) for role in ("bos", "eos"))
     if config.get("add_bos_token") and bos is not None:
         return (bos,)
     around = tuple(full.encode("", add_special_tokens=True).ids)
     return around[:-1] if around and around[-1] == eos != bos else around
 
 
-def _token_id(full: tokenizers.Tokenizer, token: Any) -> int | None:
-    text = token.get("content") if isinstance(token, dict) else token
-    return full.token_to_id(text) if isinstance(text, str) else None
-
-
-def _chat_format(full: tokenizers.Tokenizer, config: dict[str, Any]) -> ChatFormat:
-    for mark, name in _CHAT_MARKS.items():
-        if full.token_to_id(mark) is not None:
-            return name
-    # before version 3, Mistral's marks were plain text, which only the template tells
-    return "mistral" if "[INST]" in str(config.get("chat_template")) else "plain"
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The model's own chat template, from where transformers takes it; None where it has none. Raises ModelError."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path} cannot be read ({error}); fetch it again") from error
+    template = config.get("chat_template") or read_json_if_there(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {each.get("name"): each.get("template") for each in template}
+        template = named.get("default", next(iter(named.values()), None))
+    return template if isinstance(template, str) and template.strip() else None

@@ -26,10 +26,12 @@ from rcllm.core.ranking import BoolArray, Layout, TokenIds
 from rcllm.durable import check_writable, remove, renamed, writing
 from rcllm.durable import write as write_file
 from rcllm.errors import ConfigError, DataError
+from rcllm.fields import check
 from rcllm.model.decoder import Decoder, Keep
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.keys import token_bytes
-from rcllm.prototypes.lookup import FRESH_PATTERN, Matcher, MemberContext, PrototypeIndex, always_fresh
+from rcllm.prototypes.config import PrototypeConfig
+from rcllm.prototypes.lookup import Matcher, PrototypeIndex, always_fresh
 from rcllm.prototypes.lsh import Canonical, Ints, Lsh, Words, choose
 from rcllm.prototypes.pool import VERSION, PrototypeHeader, embedding_rows, is_pool, namespace_digest, write
 from rcllm.reuse.assemble import assemble_blocks
@@ -37,22 +39,6 @@ from rcllm.reuse.assemble import assemble_blocks
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _OURS = re.compile(r"shard-\d+\.safetensors|\..*\.partial")  # in a work folder, beside the recipe
 _HELD_OUT, _MAX_HELD_OUT = 0.05, 500  # share of the texts, and number, that tell how much of new text is found
-
-
-@dataclass(frozen=True, slots=True)
-class PrototypeConfig:
-    """How prototypes are chosen."""
-
-    prototypes: int = 100_000  # at most
-    tables: int = 8
-    bits: int = 14  # hyperplanes of a table
-    bucket_width: int = 16  # positions that count as one place
-    threshold: float = 0.9  # least cosine; the same word two places on has about 0.91
-    member_context: MemberContext = "history"
-    members: int = 1  # occurrences whose mean is the KV; 1: RcLLM's canonical member
-    fresh_pattern: str = FRESH_PATTERN
-    texts_per_shard: int = 64
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +97,7 @@ class PrototypeBuilder:
         pass_tokens: int = 2048,
     ) -> None:
         """`layout`: whose instruction stands before the texts; `pass_tokens`: most tokens in one forward pass."""
-        check_config(config)
+        check(config)
         self.decoder, self.prompter, self.config, self.out = decoder, prompter, config, out
         self.model_id, self.kv_dtype, self.pass_tokens = model_id, kv_dtype, pass_tokens
         self.instruction = prompter.instructions[layout]
@@ -268,8 +254,12 @@ class PrototypeBuilder:
         return self.decoder.forward(work).kept[0].contiguous()
 
     def _load(self, number: int) -> tuple[Ints, torch.Tensor, torch.Tensor]:
-        tensors = load_file(self._shard_path(number))
-        return tensors["prototype"].numpy(), tensors["weight"], tensors["kv"]
+        path = self._shard_path(number)
+        try:
+            tensors = load_file(path)
+            return tensors["prototype"].numpy(), tensors["weight"], tensors["kv"]
+        except (SafetensorError, KeyError) as error:
+            raise DataError(f"{path} is not a whole part of this build ({error}); remove it and build again") from error
 
 
 def check_out(out: Path) -> None:
@@ -300,18 +290,6 @@ def _is_whole(path: Path, shard: _Members) -> bool:
             return bool(np.array_equal(file.get_tensor("prototype"), shard.prototype))
     except (SafetensorError, OSError):
         return False
-
-
-def check_config(config: PrototypeConfig) -> None:
-    """Raises ConfigError for what cannot work."""
-    counts = ("prototypes", "tables", "bits", "bucket_width", "members", "texts_per_shard")
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.bits > 48:
-        raise ConfigError(f"bits must be at most 48, got {config.bits}; 10 to 20 are useful")
-    if not 0.0 < config.threshold <= 1.0:
-        raise ConfigError(f"threshold must be a cosine above 0 and at most 1, got {config.threshold}")
 
 
 def coverage(matcher: Matcher, texts: Sequence[TokenIds]) -> Coverage:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import string
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +17,9 @@ from rcllm.core.ranking import BoolArray, Matches, TokenIds
 from rcllm.errors import ConfigError
 from rcllm.prompt.template import Template
 from rcllm.prompt.tokenizer import Tokenizer
+from rcllm.prototypes.config import FRESH_PATTERN
 from rcllm.prototypes.lsh import Floats, Ints, Lsh, Rows, Words, embed
 
-FRESH_PATTERN = r"\d|^[\W_]*$"  # a digit (numbers, ids, timestamps), or no letter at all (delimiters)
 _MAX_PER_BUCKET = 16  # prototypes of a crowded bucket that are compared: those that stand for most tokens
 
 
@@ -126,6 +125,3 @@ class Matcher:
             prototype[asked], cosine[asked] = found[place], near[place]
             reused[asked] = near[place] >= self.threshold
         return Matches(reused, prototype, cosine)
-
-
-MemberContext = Literal["history", "instruction"]

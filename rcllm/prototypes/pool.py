@@ -20,10 +20,11 @@ import torch
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
-from rcllm.config import from_mapping
-from rcllm.core.ranking import BlockKind, BoolArray, Borrowed, ContentKey, Matches, Prompt, TokenIds
+from rcllm.core.ranking import BoolArray, Borrowed, ContentKey, Matches, Prompt, TokenIds
+from rcllm.core.receipts import BlockKind
 from rcllm.durable import renamed
 from rcllm.errors import ConfigError, ModelError
+from rcllm.fields import parse
 from rcllm.model.decoder import Decoder
 from rcllm.model.rope import Rope
 from rcllm.prototypes.lookup import Matcher, PrototypeIndex
@@ -224,9 +225,11 @@ def _read(path: Path) -> tuple[PrototypeHeader, dict[str, torch.Tensor]]:
     if meta is None:
         raise ModelError(f"{path} is a safetensors file, but no semantic pool; give what `rcllm pool build` wrote")
     try:
-        values = dict(json.loads(meta))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path}: its description cannot be read ({error}); build it again") from error
+        values = json.loads(meta)
+    except ValueError as error:
+        raise ModelError(f"{path}: its header is not whole ({error}); copy or build it again") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: expected an object as its header, got {meta[:60]!r}; copy or build it again")
     if values.get("version") != VERSION:
         raise ModelError(f"{path} has format {values.get('version')}, this version reads {VERSION}; build it again")
-    return from_mapping(PrototypeHeader, values, str(path)), tensors
+    return parse(PrototypeHeader, values, str(path), error=ModelError), tensors

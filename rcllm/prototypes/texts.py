@@ -7,16 +7,20 @@ for validation or test.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 from rcllm.core.ranking import Event, TokenIds, UserId
 from rcllm.data import BadRowError, Dataset, ReadReport, RowReader, histories, split_of
-from rcllm.data.files import Fields
-from rcllm.data.text import as_text
+from rcllm.data.content import text_lines
+from rcllm.data.ids import read_ids, tell_unknown
+from rcllm.data.raw import Fields
+from rcllm.data.rows import required_id
+from rcllm.data.text import as_id, as_text
 from rcllm.errors import ConfigError, DataError
 from rcllm.prompt.blocks import Prompter
-from rcllm.prototypes.lookup import MemberContext
+from rcllm.prototypes.config import MemberContext
 
 History = tuple[Event, ...]  # oldest first
 
@@ -48,28 +52,32 @@ def file_histories(
     if path.suffix == ".txt":
         if excluded:
             raise ConfigError(f"{path} names no users, so that none can be excluded; give rows with user_id and text")
-        return [(Event(text=line),) for line in _lines(path)], None
+        return [(Event(text=line),) for line in text_lines(path)], None
     reader = RowReader(path)
     by_user: dict[str, list[Event]] = {}
-    for number, (user, text) in enumerate(reader.parsed(_parse)):
+    seen: set[UserId] = set()
+    for number, (user, text) in enumerate(reader.parsed(_named if excluded else _parse)):
+        seen.add(user)
         if user not in excluded:
             by_user.setdefault(f"user {user}" if user else f"row {number}", []).append(Event(text=text))
-    return [tuple(events[-num_events:]) for events in by_user.values()], reader.report
+    absent = tell_absent(excluded, seen)
+    report = replace(reader.report, notes=(*reader.report.notes, *([absent] if absent else [])))
+    return [tuple(events[-num_events:]) for events in by_user.values()], report
+
+
+def tell_absent(excluded: Collection[UserId], users: Collection[UserId]) -> str | None:
+    """Which users are to be left out and are not there at all, in words: perhaps they go by another name."""
+    return tell_unknown("the users to leave out", sorted(excluded), users, "the data")
 
 
 def read_users_file(path: Path) -> frozenset[UserId]:
-    """User ids, one a line. Raises DataError."""
-    return frozenset(UserId(line) for line in _lines(path))
-
-
-def users_of_file(path: Path) -> frozenset[UserId]:
-    """The users that a file of texts names. Raises DataError."""
-    return frozenset(user for user, _ in RowReader(path).parsed(_parse))
+    """User ids, one a line, see `read_ids`. Raises DataError."""
+    return frozenset(map(UserId, read_ids(path)))
 
 
 def token_runs(prompter: Prompter, texts: Iterable[Sequence[Event]], member_context: MemberContext) -> list[TokenIds]:
     """What stands after the instruction: each whole history, or each of its events."""
-    written = ([prompter.event_ids(event)[0] for event in history] for history in texts)
+    written = ([prompter.event(event).ids for event in history] for history in texts)
     if member_context == "instruction":
         return list(chain.from_iterable(written))
     return [tuple(chain.from_iterable(events)) for events in written]
@@ -78,12 +86,10 @@ def token_runs(prompter: Prompter, texts: Iterable[Sequence[Event]], member_cont
 def _parse(fields: Fields) -> tuple[UserId, str]:
     if not (text := as_text(fields.get("text"))):
         raise BadRowError("expected words in 'text', got none")
-    return UserId(as_text(fields.get("user_id"))), text
+    return UserId(as_id(fields.get("user_id")) or ""), text
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as lines of text: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+def _named(fields: Fields) -> tuple[UserId, str]:
+    """As `_parse`, where users are to be left out, so that a text without a user may be one of theirs."""
+    required_id(fields, "user_id")
+    return _parse(fields)

@@ -20,12 +20,24 @@ from rcllm.reuse.plan import Planned
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
+    """A pass, and where in it each prompt finds what it asked for."""
+
     work: Pass
     read_rows: tuple[IntArray, ...]  # per prompt, for each of its reads, the index into the wanted rows
+    num_published: int  # the first so many that the pass keeps, to be published
+    fresh: tuple[tuple[Keep, ...], ...] = ()  # then, per prompt that goes on, its fresh rows; none for the others
 
 
-def assemble(batch: Sequence[Planned], kv: Mapping[ContentKey, torch.Tensor], device: torch.device) -> Assembled:
-    """One pass for a batch of planned prompts; `kv` holds every block that their plans read."""
+def assemble(
+    batch: Sequence[Planned],
+    kv: Mapping[ContentKey, torch.Tensor],
+    device: torch.device,
+    going_on: Sequence[bool] = (),
+) -> Assembled:
+    """One pass for a batch of planned prompts; `kv` holds every block that their plans read.
+
+    `going_on`: per prompt, whether decoding continues it, so that the KV of its fresh rows is kept too; empty: none.
+    """
     tokens: list[int] = []
     positions: list[IntArray] = []
     groups: list[Group] = []
@@ -51,27 +63,32 @@ def assemble(batch: Sequence[Planned], kv: Mapping[ContentKey, torch.Tensor], de
             first = row_of[index, 0]
             keep.append(Keep(first, first + len(blocks[index]), blocks[index].base))
         groups.append(group)
+    fresh = [
+        runs if goes_on else ()
+        for runs, goes_on in zip(_fresh_runs(batch), going_on or [False] * len(batch), strict=True)
+    ]
     work = Pass(
         torch.tensor(tokens, dtype=torch.int64, device=device),
         torch.from_numpy(np.concatenate(positions).astype(np.int64)).to(device),
         groups,
         torch.tensor(wanted, dtype=torch.int64, device=device),
-        keep,
+        [*keep, *(run for runs in fresh for run in runs)],
     )
-    return Assembled(work, tuple(read_rows))
+    return Assembled(work, tuple(read_rows), len(keep), tuple(fresh))
 
 
-def fresh_runs(batch: Sequence[Planned]) -> list[list[Keep]]:
-    """Per prompt, its fresh rows in the pass that `assemble` makes, as runs of consecutive tokens of one block."""
-    runs: list[list[Keep]] = []
+def _fresh_runs(batch: Sequence[Planned]) -> list[tuple[Keep, ...]]:
+    """Per prompt, its fresh rows in the pass, as runs of consecutive tokens of one block."""
+    runs: list[tuple[Keep, ...]] = []
     row = 0
     for planned in batch:
-        runs.append([])
+        own: list[Keep] = []
         for piece in planned.plan.pieces:
             if piece.key is None:
                 base = planned.prompt.blocks[piece.block].base + piece.start
-                runs[-1].append(Keep(row, row + len(piece), base))
+                own.append(Keep(row, row + len(piece), base))
                 row += len(piece)
+        runs.append(tuple(own))
     return runs
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rcllm.core.ranking import Block, BlockKind, ContentKey, Layout, TokenIds
+from rcllm.core.ranking import Block, ContentKey, Layout, TokenIds
+from rcllm.core.receipts import BlockKind
 from rcllm.model.spec import ModelSpec
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.keys import Context

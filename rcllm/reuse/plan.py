@@ -8,14 +8,15 @@ spends its budgets. Invariant: pieces tile every block of the prompt in order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
 
-from rcllm.core.ranking import BlockKind, BoolArray, Borrowed, ContentKey, Level, Piece, Plan, Prompt
+from rcllm.core.ranking import BoolArray, Borrowed, ContentKey, Level, Piece, Plan, Prompt
+from rcllm.core.receipts import BlockKind
 
 NOTHING_BORROWED: Mapping[int, Borrowed] = MappingProxyType({})
 
@@ -33,23 +34,21 @@ class _Use:
 def plan(
     prompt: Prompt,
     level: Level,
-    cached: Callable[[ContentKey], bool],
+    found: Container[ContentKey],
     borrowed: Mapping[int, Borrowed] = NOTHING_BORROWED,
 ) -> Plan:
-    """`cached` tells which chain keys exist; canonical blocks are planned as reused, and computed where missing.
+    """`found`: the chain keys that some tier has; canonical blocks are planned as reused, and computed where missing.
 
     `borrowed`: by the index of a block, what of it is read from the semantic pool at levels that reuse more than a
     prefix. A user's own chain is not read there, cached or not, so that the cache cannot change an answer.
     """
-    uses = _uses(prompt, level, cached, borrowed if level.name not in ("full", "exact") else NOTHING_BORROWED)
+    uses = _uses(prompt, level, found, borrowed if level.name not in ("full", "exact") else NOTHING_BORROWED)
     spent = _spend(prompt, uses, level)
     pieces = tuple(piece for i, use in enumerate(uses) for piece in _cut(i, len(prompt.blocks[i]), use, spent[i]))
     return Plan(pieces, _publishable(prompt, uses) if level.name != "full" else ())
 
 
-def _uses(
-    prompt: Prompt, level: Level, cached: Callable[[ContentKey], bool], borrowed: Mapping[int, Borrowed]
-) -> list[_Use]:
+def _uses(prompt: Prompt, level: Level, found: Container[ContentKey], borrowed: Mapping[int, Borrowed]) -> list[_Use]:
     uses: list[_Use] = []
     in_prefix = True  # so far, every block is cached under its chain key
     for index, block in enumerate(prompt.blocks):
@@ -61,7 +60,7 @@ def _uses(
             continue
         # a block with a canonical KV is read from that, whatever is cached, so that the cache cannot change an answer
         by_chain = level.name == "exact" or (block.key is None and index not in borrowed)
-        in_prefix = in_prefix and by_chain and block.chain_key is not None and cached(block.chain_key)
+        in_prefix = in_prefix and by_chain and block.chain_key is not None and block.chain_key in found
         if in_prefix:
             uses.append(_Use(block.chain_key, "cached prefix of this user"))
         elif index in borrowed:

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from rcllm.core.ranking import BlockKind, BoolArray, IntArray, Level, Piece, Plan, Policy, Prompt, Selection
+from rcllm.core.ranking import BoolArray, IntArray, Level, Piece, Plan, Policy, Prompt, Selection
+from rcllm.core.receipts import BlockKind
 from rcllm.reuse.plan import Planned
 
 FloatArray = npt.NDArray[np.float64]

@@ -7,35 +7,17 @@ split) are used, so that codes tell nothing of the users that a model is evaluat
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from rcllm.codes.index import CodeIndex
 from rcllm.core.ranking import Interaction, Item, ItemId
 from rcllm.data import Split, histories, split_of
-from rcllm.errors import ConfigError, DataError
+from rcllm.errors import DataError
 from rcllm.sid.collaborative import FloatArray, collaborative_vectors, unit_rows
-from rcllm.sid.quantise import CodeConfig, Codes, quantise
+from rcllm.sid.config import BuildConfig
+from rcllm.sid.quantise import Codes, quantise
 from rcllm.sid.vocabulary import FIELD
-
-
-@dataclass(frozen=True, slots=True)
-class BuildConfig:
-    """How vectors are joined before they are quantised."""
-
-    codes: CodeConfig = field(default_factory=CodeConfig)
-    text_dimensions: int = 64  # principal components of the embeddings that are kept; 0: all as they are
-    collaborative_weight: float = 1.5  # length of the collaborative part against the text's, which is one
-    collaborative_dimensions: int = 64
-    window: int = 5  # items of a history at most so far apart count as touched together
-
-    def check(self) -> None:
-        """Raises ConfigError."""
-        if self.text_dimensions < 0 or self.collaborative_weight < 0:
-            raise ConfigError(f"expected text_dimensions and collaborative_weight of 0 or more, got {self}")
-        if self.collaborative_dimensions < 1 or self.window < 1:
-            raise ConfigError(f"expected collaborative_dimensions and window of at least 1, got {self}")
 
 
 def item_texts(items: Iterable[Item], fields: Collection[str] = ()) -> list[str]:

@@ -16,11 +16,10 @@ from rcllm.codes.sid_files import STYLE
 from rcllm.config import Config
 from rcllm.core.ranking import Item, ItemId
 from rcllm.engine.engine import Engine
-from rcllm.engine.recommend import Recommender
+from rcllm.engine.jobs.recommend import BEAM_ROWS, Recommender
 from rcllm.errors import ConfigError
 from rcllm.model.pull import pull
 from rcllm.prompt.template import Template
-from rcllm.schedule.batches import BeamLimits
 from rcllm.sid.model_folder import load_codes
 from rcllm.sid.vocabulary import find_code_tokens, items_of_codes, with_semantic_ids
 
@@ -33,7 +32,7 @@ def load_recommender(
     items: Mapping[ItemId, Item] | None = None,
     *,
     style: str = STYLE,
-    limits: BeamLimits | None = None,
+    beam_rows: int = BEAM_ROWS,
 ) -> Recommender:
     """Loads the model that `config` names, with an empty cache.
 
@@ -55,7 +54,7 @@ def load_recommender(
     catalogue = items_of_codes(code_index, style) if items is None else with_semantic_ids(items, code_index, style)
     engine = Engine.build(catalogue, config)
     tokens = find_code_tokens(engine.prompter.tokenizer, code_index.sizes, style)
-    return Recommender(engine, LiveCodes(code_index), tokens, limits)
+    return Recommender(engine, LiveCodes(code_index), tokens, beam_rows=beam_rows)
 
 
 def _pattern(style: str) -> str:

@@ -22,6 +22,7 @@ from rcllm.core.ranking import ItemId
 from rcllm.durable import renamed, write
 from rcllm.errors import DataError, ModelError
 from rcllm.model.weights import CATALOG_PREFIX
+from rcllm.plain_json import to_json, without_nan
 from rcllm.sid.vocabulary import Vocabulary
 
 WEIGHTS, RECORD = "model.safetensors", "training.json"
@@ -38,8 +39,8 @@ def save_model(
 ) -> None:
     """`weights`: named as transformers names them, without `model.`; `record`: how the model was made."""
     vocabulary = Vocabulary(code_index.sizes)
-    texts = (json.dumps(hf_config, indent=2), vocabulary.tokenizer().to_str(pretty=True), vocabulary.tokenizer_config())
-    write(folder / RECORD, json.dumps(record, indent=2).encode())  # first: it says whose the others are
+    texts = (to_json(hf_config, indent=2), vocabulary.tokenizer().to_str(pretty=True), vocabulary.tokenizer_config())
+    write(folder / RECORD, to_json(without_nan(record), indent=2).encode())  # first: it says whose the others are
     for name, text in zip(TEXTS, texts, strict=True):
         write(folder / name, text.encode())
     names = json.dumps(list(code_index.item_ids)).encode()

@@ -7,63 +7,17 @@ from its `state_dict`, whose names are theirs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rcllm.errors import ConfigError
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
+from rcllm.sid.config import NetworkConfig
 
-_RMS_EPS, _INITIAL_STD = 1e-6, 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkConfig:
-    """How large the decoder is."""
-
-    hidden_size: int = 128
-    num_layers: int = 3
-    num_heads: int = 4
-    num_kv_heads: int = 4
-    head_dim: int = 32  # a multiple of 32 lets the compiled kernels serve it
-    ffn_size: int = 384
-    dropout: float = 0.2  # of the embeddings and of what each layer adds
-    rope_theta: float = 10_000.0
-
-    def hf_config(self, vocab_size: int, max_positions: int) -> dict[str, Any]:
-        """The content of `config.json`."""
-        return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            "vocab_size": vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": max_positions,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "rms_norm_eps": _RMS_EPS,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "tie_word_embeddings": True,
-            "torch_dtype": "float32",
-        }
-
-    def check(self) -> None:
-        """Raises ConfigError."""
-        sizes = (self.hidden_size, self.num_layers, self.num_heads, self.num_kv_heads, self.ffn_size)
-        if min(sizes) < 1 or self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"expected sizes above 0 and num_heads a multiple of num_kv_heads, got {self}")
-        if self.head_dim < 32 or self.head_dim % 32:
-            raise ConfigError(f"expected head_dim to be a multiple of 32, which the kernels need, got {self.head_dim}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"expected dropout from 0 to below 1, got {self.dropout}")
+_INITIAL_STD = 0.02
 
 
 class CodeNetwork(nn.Module):

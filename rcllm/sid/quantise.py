@@ -19,8 +19,9 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 from rcllm.core.ranking import IntArray
-from rcllm.errors import ConfigError, DataError
+from rcllm.errors import DataError
 from rcllm.sid.alike import Likeness, likeness
+from rcllm.sid.config import CodeConfig
 
 FloatArray = npt.NDArray[np.float32]
 _ROWS = 65_536  # vectors compared with all centroids at a time
@@ -29,26 +30,6 @@ _SAMPLE = (
 )
 _LARGEST = 256  # codes per level that are chosen without being asked for
 _SHARED_BY = 4  # items per first-level code, at least, where the catalogue allows it
-
-
-@dataclass(frozen=True, slots=True)
-class CodeConfig:
-    """The shape of the codes."""
-
-    levels: int = 3  # 2 to 6
-    size: int = 256  # codes per level
-    iterations: int = 50  # of k-means, at most
-    seed: int = 0
-
-    def check(self, num_items: int) -> None:
-        """Raises ConfigError."""
-        if not 2 <= self.levels <= 6 or self.size < 2 or self.iterations < 1:
-            raise ConfigError(f"expected levels from 2 to 6, size ≥ 2 and iterations ≥ 1, got {self}")
-        if self.size**self.levels < num_items:
-            raise ConfigError(
-                f"{self.levels} levels of {self.size} codes tell {self.size**self.levels:,} items apart, the catalogue "
-                f"has {num_items:,}: raise levels or size"
-            )
 
 
 def enough_levels(num_items: int, size: int) -> int:

@@ -12,25 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rcllm.core.ranking import IntArray
-from rcllm.errors import ConfigError
+from rcllm.sid.config import SequenceConfig
 from rcllm.sid.vocabulary import Vocabulary
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceConfig:
-    """What is learnt from a history."""
-
-    max_items: int = 20  # of a sequence, besides the one that is predicted last
-    batch_tokens: int = 1024
-    skip: float = 0.1  # chance that an item is left out of a sequence, drawn anew in every epoch
-    shuffle: float = 0.4  # chance that a sequence is put in random order: who likes what, apart from when
-
-    def check(self) -> None:
-        """Raises ConfigError."""
-        if self.max_items < 1 or self.batch_tokens < 1:
-            raise ConfigError(f"expected max_items and batch_tokens of at least 1, got {self}")
-        if not (0.0 <= self.skip < 1.0 and 0.0 <= self.shuffle <= 1.0):
-            raise ConfigError(f"expected skip from 0 to below 1 and shuffle from 0 to 1, got {self}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,41 +28,16 @@ from rcllm.errors import ConfigError, DataError
 from rcllm.model.checkpoint import Checkpoint
 from rcllm.model.training_folder import check_folder, not_numbers
 from rcllm.sid.collaborative import code_vectors, collaborative_vectors
+from rcllm.sid.config import TrainConfig
 from rcllm.sid.model_folder import RECORD, TEXTS, WEIGHTS, save_model
-from rcllm.sid.network import CodeNetwork, NetworkConfig
-from rcllm.sid.sequences import SequenceConfig, Sequences
+from rcllm.sid.network import CodeNetwork
+from rcllm.sid.sequences import Sequences
 from rcllm.sid.vocabulary import Vocabulary
 
 _LOWEST_RATE = 0.02  # of the learning rate, at the end
 _MAX_POSITIONS = 2048
 _CODE_STD = 0.03  # of the embeddings of codes, at the beginning
 _SAVE_SECONDS = 60.0  # of training between two checkpoints, at most
-
-
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """How long and how fast."""
-
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    sequences: SequenceConfig = field(default_factory=SequenceConfig)
-    epochs: int = 16
-    minutes: float = math.inf  # of training, over all runs; the learning rate falls towards whichever end is nearer
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05  # of matrices
-    warm_up_steps: int = 100
-    clip: float = 1.0  # largest norm of a gradient
-    patience: int = 5  # epochs without a better validation loss before it stops early
-    window: int = 5  # items of a history at most so far apart count as touched together, where embeddings begin
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raises ConfigError."""
-        self.network.check()
-        self.sequences.check()
-        if min(self.epochs, self.window, self.patience, self.minutes, self.learning_rate, self.clip) <= 0:
-            raise ConfigError(f"expected epochs, minutes, learning_rate, clip, patience and window above 0, got {self}")
-        if min(self.weight_decay, self.warm_up_steps) < 0:
-            raise ConfigError(f"expected weight_decay and warm_up_steps of 0 or more, got {self}")
 
 
 @dataclass(frozen=True, slots=True)

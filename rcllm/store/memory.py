@@ -1,31 +1,41 @@
-"""Host memory as a tier, within a byte budget. Invariant: index and blocks name the same keys."""
+"""Host memory as a tier, within a byte budget.
+
+Knows nothing of tensors. Invariant: index and blocks name the same keys.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from rcllm.core.ranking import ContentKey
-from rcllm.store.contract import StoredBlock, StoreStats
+from rcllm.store.contract import Found, Stored, StoreStats
 from rcllm.store.index import Entry, Index
+
+_BYTES_PER_MS = 10e6  # of a copy from host memory: 10 GB/s
 
 
 class MemoryStore:
-    """Host memory, within a byte budget."""
+    """At most `budget` bytes of blocks; those that cost least per byte to compute again go first."""
 
     def __init__(self, budget: int) -> None:
         self._index = Index(budget)
-        self._blocks: dict[ContentKey, StoredBlock] = {}
+        self._blocks: dict[ContentKey, Stored] = {}
         self._lock = threading.Lock()
 
-    def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, StoredBlock]:
+    def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
+        with self._lock:
+            sizes = {key: self._blocks[key].num_bytes for key in keys if key in self._blocks}
+        return {key: Found("host", size, size / _BYTES_PER_MS) for key, size in sizes.items()}
+
+    def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Stored]:
         with self._lock:
             found = {key: self._blocks[key] for key in keys if key in self._blocks}
             for key in found:
                 self._index.touch(key)
             return found
 
-    def put_many(self, blocks: Mapping[ContentKey, StoredBlock]) -> None:
+    def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
         with self._lock:
             for key, block in blocks.items():
                 if key in self._blocks or block.num_bytes > self._index.budget:
@@ -33,11 +43,7 @@ class MemoryStore:
                 for victim in self._index.make_room(block.num_bytes):
                     del self._blocks[victim]
                 self._index.add(key, Entry(block.num_bytes, block.cost, block.owner))
-                self._blocks[key] = StoredBlock(block.kv.to("cpu"), block.cost, block.owner)
-
-    def contains_many(self, keys: Sequence[ContentKey]) -> Sequence[bool]:
-        with self._lock:
-            return [key in self._blocks for key in keys]
+                self._blocks[key] = block
 
     def delete_owner(self, owner: str) -> int:
         with self._lock:
@@ -56,3 +62,4 @@ class MemoryStore:
         with self._lock:
             self._index.check()
             assert set(self._index) == set(self._blocks)
+            assert all(block.num_bytes == self._index[key].num_bytes for key, block in self._blocks.items())

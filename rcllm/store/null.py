@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from rcllm.core.ranking import ContentKey
-from rcllm.store.contract import StoredBlock, StoreStats
+from rcllm.store.contract import Found, Stored, StoreStats
 
 
 class NullStore:
-    """Keeps nothing."""
+    """Every look-up is a miss, and every block that it is given is dropped."""
 
-    def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, StoredBlock]:
+    def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
         return {}
 
-    def put_many(self, blocks: Mapping[ContentKey, StoredBlock]) -> None:
-        pass
+    def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Stored]:
+        return {}
 
-    def contains_many(self, keys: Sequence[ContentKey]) -> Sequence[bool]:
-        return [False] * len(keys)
+    def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
+        pass
 
     def delete_owner(self, owner: str) -> int:
         return 0

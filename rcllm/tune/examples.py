@@ -8,28 +8,18 @@ and training users alone are in it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from rcllm.core.ranking import Event, Interaction, Item, ItemId, RankRequest, UserId
 from rcllm.data import Catalogue, Dataset, histories, split_of
-from rcllm.data.negatives import SAMPLERS, NegativePool, Negatives, Wanted, draw_negatives
+from rcllm.data.catalogue import field_shares
+from rcllm.data.negatives import NegativePool, Wanted, draw_negatives
 from rcllm.data.popularity import with_popularity
 from rcllm.errors import ConfigError, DataError
+from rcllm.tune.config import ExampleConfig
 
 _VALIDATION_CANDIDATES = 20
-
-
-@dataclass(frozen=True, slots=True)
-class ExampleConfig:
-    num_candidates: int = 20
-    num_history: int = 10  # most events before a target
-    min_history: int = 2
-    targets_per_user: int = 4
-    prompts_per_batch: int = 16
-    negatives: tuple[Negatives, ...] = ("uniform", "popularity")  # taken in turns
-    borrowed: int = 0  # candidates that a prompt takes from the other prompts of its batch, instead of drawing its own
 
 
 class TrainingSet:
@@ -125,6 +115,10 @@ class TrainingSet:
             for item_id, item in self.dataset.catalogue.items()
         }
 
+    def field_shares(self, names: Sequence[str]) -> dict[str, float]:
+        """Of the items, how many have each field, to three digits: what the ranker came to expect."""
+        return {name: round(share, 3) for name, share in field_shares(self.dataset.catalogue, names).items()}
+
     def _name(self, number: int) -> ItemId:
         return ItemId(self.prefix + self.pool.item_ids[number])
 
@@ -141,16 +135,3 @@ def batch_of(sources: Sequence[TrainingSet], number: int, seed: int) -> list[Ran
     """Batch `number` of the training: of one source, all sources equally often."""
     rng = np.random.default_rng([seed, number])
     return sources[int(rng.integers(len(sources)))].batch(rng)
-
-
-def check(config: ExampleConfig) -> None:
-    """Raises ConfigError."""
-    if config.num_candidates < 2 or not 0 <= config.borrowed < config.num_candidates - 1:
-        raise ConfigError(
-            f"expected at least 2 candidates of which at least one is drawn, got {config.num_candidates} with "
-            f"{config.borrowed} borrowed"
-        )
-    if min(config.num_history, config.min_history, config.targets_per_user, config.prompts_per_batch) < 1:
-        raise ConfigError(f"expected num_history, min_history, targets and prompts of at least 1, got {config}")
-    if not config.negatives or set(config.negatives) - set(SAMPLERS):
-        raise ConfigError(f"expected negatives out of {', '.join(SAMPLERS)}, got {config.negatives}")

@@ -47,7 +47,9 @@ class Network(nn.Module):
             self.alpha,
             {
                 (layer, module): LowRank(
-                    self.down[f"{layer}_{module}"].detach().clone(), self.up[f"{layer}_{module}"].detach().clone()
+                    self.down[f"{layer}_{module}"].detach().clone(),
+                    self.up[f"{layer}_{module}"].detach().clone(),
+                    self.alpha / self.rank,
                 )
                 for layer in range(self.spec.num_layers)
                 for module in MODULES

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcllm.core.ranking import Block, BlockKind, BoolArray, IntArray, Mask, Prompt, TokenIds
+from rcllm.core.ranking import Block, BoolArray, IntArray, Mask, Prompt, TokenIds
+from rcllm.core.receipts import BlockKind
 from rcllm.errors import ConfigError
 from rcllm.prompt.keys import Context
 

@@ -9,36 +9,19 @@ import torch
 from blake3 import blake3
 
 from rcllm.config import Config, Hardware, ModelConfig, PromptConfig, resolve
-from rcllm.core.ranking import Mask
 from rcllm.data import Dataset
+from rcllm.engine.build import chosen_chat, load_tokenizer
 from rcllm.model.adapter import adapter_fingerprint
 from rcllm.model.pull import pull
 from rcllm.model.weights import fingerprint, load_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import Template, chat_format
-from rcllm.prompt.tokenizer import Tokenizer
-from rcllm.tune.examples import ExampleConfig, TrainingSet, joined_catalogue
+from rcllm.tune.config import TuneConfig, check_config
+from rcllm.tune.examples import TrainingSet, joined_catalogue
 from rcllm.tune.network import Network
-from rcllm.tune.train import Trainer, TuneConfig, check_config, warm_start
+from rcllm.tune.train import Trainer, warm_start
 
 _MAX_POSITIONS = 4096
-
-
-TEMPLATES: dict[Mask, str] = {"causal": "titles", "blocks": "echo"}  # that each mask learns well with
-
-
-def examples_for(mask: Mask) -> ExampleConfig:
-    """Batches that suit the mask: under `blocks` candidates are shared, so most are borrowed from other prompts."""
-    if mask == "blocks":
-        return ExampleConfig(
-            num_candidates=9,
-            num_history=8,
-            targets_per_user=3,
-            prompts_per_batch=12,
-            negatives=("uniform",),
-            borrowed=6,
-        )
-    return ExampleConfig(num_candidates=6, prompts_per_batch=16)
 
 
 def make_trainer(
@@ -55,11 +38,11 @@ def make_trainer(
     sources = [TrainingSet(dataset, config.examples) for dataset in datasets]
     files = pull(model.path)
     spec, weights = load_model(files, torch.float32, resolved.device)
-    tokenizer = Tokenizer.load(files)
-    chat = tokenizer.chat_format if prompt.chat == "auto" else prompt.chat
+    tokenizer = load_tokenizer(prompt, files, spec)
+    chat = chosen_chat(prompt, files, tokenizer)
     positions = min(spec.max_positions, resolved.max_positions, _MAX_POSITIONS)
     prompter = Prompter(
-        Template.load(prompt.template),
+        Template.of(prompt),
         chat_format(chat),
         tokenizer,
         joined_catalogue(sources),

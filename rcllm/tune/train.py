@@ -20,40 +20,21 @@ import torch
 from blake3 import blake3
 
 from rcllm.config import as_json
-from rcllm.core.ranking import Mask, Prompt, RankOptions, RankRequest, Readout, order
+from rcllm.core.ranking import Prompt, RankOptions, RankRequest, order
 from rcllm.errors import ConfigError, ModelError
 from rcllm.fidelity.measures import ndcg
 from rcllm.model.adapter import load_adapter, save_adapter
 from rcllm.model.checkpoint import Checkpoint
 from rcllm.model.training_folder import check_folder, not_numbers
 from rcllm.prompt.blocks import Prompter
-from rcllm.tune.examples import ExampleConfig, TrainingSet, batch_of, check
+from rcllm.tune.config import TuneConfig, check_config
+from rcllm.tune.examples import TrainingSet, batch_of
 from rcllm.tune.loss import listwise_loss, readout_scores
 from rcllm.tune.network import Network
 from rcllm.tune.pack import Packed, pack
 
 _BEST = "best"
 _VALIDATION_BATCH = 4
-
-
-@dataclass(frozen=True, slots=True)
-class TuneConfig:
-    """What to learn, from what, and for how long."""
-
-    mask: Mask = "causal"
-    readout: Readout = "pointwise"
-    rank: int = 16
-    alpha: float = 32.0
-    learning_rate: float = 1e-3
-    losses: int = 6000  # prompts learnt from, at most
-    minutes: float = math.inf  # of training, over all runs; the learning rate falls towards whichever end is nearer
-    warm_up: float = 0.05  # share of the training in which the learning rate rises
-    clip: float = 1.0  # largest norm of a gradient
-    evaluate_every: int = 480  # losses
-    validation_requests: int = 100
-    patience: int = 8  # evaluations without a better validation loss before it stops early
-    seed: int = 0
-    examples: ExampleConfig = field(default_factory=ExampleConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +198,19 @@ class Trainer:
             save_adapter(self.folder / _BEST, self.network.adapter(), self.base, self.record())
 
     def record(self) -> dict[str, Any]:
-        """How the adapter was made."""
+        """How the adapter was made; what `Learnt` reads of it is held against what the ranker is asked later."""
+        template = self.prompter.template
         return {
             "mask": self.config.mask,
-            "template": self.prompter.template.name,
-            "template_fingerprint": self.prompter.template.fingerprint.hex(),
+            "template": template.name,
+            "template_fingerprint": template.text_fingerprint.hex(),
+            "limits": dict(template.limits),
+            "fields": {source.dataset.name: source.field_shares(template.shown) for source in self.sources},
+            "chat": self.prompter.chat.fingerprint,
+            "context": self.prompter.context_name,
             "readout": self.config.readout,
+            "layout": self.options.layout,
+            "label_place": self.options.label_place,
             "started_from": self.started_from,
             "datasets": [source.dataset.name for source in self.sources],
             "settings": as_json(self.config),
@@ -264,20 +252,11 @@ def check_out(folder: Path) -> None:
 def warm_start(network: Network, folder: Path) -> None:
     """Begins at an adapter that exists, instead of at the model. Raises ModelError, ConfigError."""
     adapter = load_adapter(folder, network.spec)
-    if (adapter.rank, adapter.alpha) != (network.rank, network.alpha):
+    found = {(low_rank.down.shape[0], low_rank.scale) for low_rank in adapter.layers.values()}
+    if found != {(network.rank, network.alpha / network.rank)}:
+        several = ", or scales of another kind" if len(found) > 1 or adapter.rank == network.rank else ""
         raise ConfigError(
-            f"{folder} has rank {adapter.rank} and alpha {adapter.alpha:g}, expected {network.rank} and "
+            f"{folder} has rank {adapter.rank} and alpha {adapter.alpha:g}{several}, expected {network.rank} and "
             f"{network.alpha:g}: give the same to start from it"
         )
     network.load_adapter(adapter)
-
-
-def check_config(config: TuneConfig) -> None:
-    """Raises ConfigError."""
-    check(config.examples)
-    if config.readout == "likelihood":
-        raise ConfigError("likelihood needs no tuning: tune the read-out label or pointwise")
-    if config.rank < 1 or config.losses < 1 or config.minutes <= 0 or config.learning_rate <= 0:
-        raise ConfigError(f"expected rank, losses, minutes and learning_rate above 0, got {config}")
-    if config.evaluate_every < 1 or config.validation_requests < 1 or config.patience < 1:
-        raise ConfigError("expected evaluate_every, validation_requests and patience of at least 1")

@@ -1,34 +1,42 @@
 """Requests from a file with the line each stood on, and answers back as JSON lines.
 
-Knows nothing of engines. Invariant: every row comes out once, as a request or as a failure with its line; an output
-file is whole or not there.
+Knows nothing of engines. Invariant: every row comes out once, as a request or as a failure with its line; scores that
+are not numbers never become an answer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import math
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from rcllm.core.decoding import RecommendRequest, RecommendResponse
 from rcllm.core.ranking import ItemId, RankOptions, RankRequest, RankResponse
 from rcllm.data import Problem
-from rcllm.data.files import Row, iter_rows
-from rcllm.durable import renamed
-from rcllm.errors import DataError, RcllmError
-from rcllm.wire.requests import DEFAULTS, parse_recommend_request, parse_request
+from rcllm.data.files import iter_rows
+from rcllm.data.ids import read_ids
+from rcllm.data.raw import Fields
+from rcllm.durable import write, writing
+from rcllm.errors import DataError, ModelError, RcllmError
+from rcllm.plain_json import to_json, without_nan
+from rcllm.wire.answer_file import FAILED, LINE
+from rcllm.wire.requests import DEFAULTS, parse_request
 
+R = TypeVar("R")  # a request
 STDIO = "-"
 
 
 @dataclass(frozen=True, slots=True)
-class RequestLine:
+class RequestLine(Generic[R]):
     number: int  # from 1; the row in parquet
-    request: RankRequest
+    request: R
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +48,63 @@ class Failure:
     error: str
 
 
-def read_lines(path: str, defaults: RankOptions = DEFAULTS) -> list[RequestLine | Failure]:
-    """Reads `path`, or stdin for `-`, as JSON lines; other formats by the name's end.
+@dataclass(frozen=True, slots=True)
+class RequestFile(Generic[R]):
+    """Requests in a file, read anew by each loop over them, so that memory does not grow with their number."""
+
+    name: str  # as the user knows it
+    path: Path
+    parse: Callable[[Fields], R]  # raises RcllmError
+
+    def __iter__(self) -> Iterator[RequestLine[R] | Failure]:
+        for row in iter_rows(self.path):
+            if isinstance(row, Problem):
+                yield Failure(row.line, None, row.reason)
+                continue
+            fields = {name: value for name, value in row.fields.items() if value is not None}  # parquet has all columns
+            try:
+                yield RequestLine(row.line, self.parse(fields))
+            except RcllmError as error:
+                request_id = fields.get("request_id")
+                yield Failure(row.line, request_id if isinstance(request_id, str) else None, str(error))
+
+    @property
+    def good(self) -> Iterator[RequestLine[R]]:
+        """Those that could be read."""
+        return (line for line in self if isinstance(line, RequestLine))
+
+    def count(self, *, strict: bool = False) -> int:
+        """How many rows there are. Raises DataError for none and, where `strict`, for the first that is no request."""
+        total = 0
+        for line in self:
+            total += 1
+            if strict and isinstance(line, Failure):
+                raise DataError(f"{self.name}, line {line.number}: {line.error}")
+        if not total:
+            raise DataError(f"{self.name}: expected requests, one JSON object per line, got an empty file")
+        return total
+
+
+@contextlib.contextmanager
+def opened_requests(path: str, parse: Callable[[Fields], R]) -> Iterator[RequestFile[R]]:
+    """The requests in `path`, or of stdin for `-`, as JSON lines; other formats by the name's end."""
+    if path != STDIO:
+        yield RequestFile(path, Path(path), parse)
+        return
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as copy:
+        shutil.copyfileobj(sys.stdin.buffer, copy)
+        copy.flush()
+        yield RequestFile("stdin", Path(copy.name), parse)
+
+
+def read_lines(path: str, defaults: RankOptions = DEFAULTS) -> list[RequestLine[RankRequest] | Failure]:
+    """All ranking requests of `path`, or of stdin for `-`.
 
     `defaults`: what holds for options that a request leaves out. Raises DataError for no rows.
     """
-    lines = list(_parse(rows_of(path), defaults))
-    if not lines:
-        raise DataError(f"{path}: expected requests, one JSON object per line, got an empty file")
-    return lines
+    with opened_requests(path, partial(parse_request, defaults=defaults)) as requests:
+        requests.count()
+        return list(requests)
 
 
 def one_line(where: str, defaults: RankOptions = DEFAULTS) -> RankRequest:
@@ -67,33 +123,10 @@ def one_line(where: str, defaults: RankOptions = DEFAULTS) -> RankRequest:
     return found.request
 
 
-def rows_of(path: str) -> Iterator[Row | Problem]:
-    """Rows of a file, or of stdin for `-`, as JSON lines; other formats by the name's end."""
-    if path != STDIO:
-        yield from iter_rows(Path(path))
-        return
-    with tempfile.NamedTemporaryFile(suffix=".jsonl") as copy:
-        copy.write(sys.stdin.buffer.read())
-        copy.flush()
-        yield from iter_rows(Path(copy.name))
-
-
-def _parse(rows: Iterable[Row | Problem], defaults: RankOptions) -> Iterator[RequestLine | Failure]:
-    for row in rows:
-        if isinstance(row, Problem):
-            yield Failure(row.line, None, row.reason)
-            continue
-        fields = {name: value for name, value in row.fields.items() if value is not None}  # parquet has all columns
-        try:
-            yield RequestLine(row.line, parse_request(fields, defaults))
-        except RcllmError as error:
-            request_id = fields.get("request_id")
-            yield Failure(row.line, request_id if isinstance(request_id, str) else None, str(error))
-
-
 def response_to_json(response: RankResponse, *, receipts: bool = False) -> Mapping[str, object]:
-    """What `rcllm rank` writes of a response."""
+    """What `rcllm rank` writes of a response. Raises ModelError where a score is no number."""
     receipt = response.receipt
+    _check_numbers(response.request_id, response.scores)
     scores: dict[str, float] = {}
     for index in response.order:
         scores.setdefault(response.candidates[index], response.scores[index])
@@ -109,72 +142,47 @@ def response_to_json(response: RankResponse, *, receipts: bool = False) -> Mappi
         "ms": round(receipt.stage_ms["total"], 3),
         "batch_size": receipt.batch_size,
     }
-    return answer | {"receipt": asdict(receipt)} if receipts else answer
+    return answer | {"receipt": without_nan(asdict(receipt))} if receipts else answer
 
 
 def failure_to_json(failure: Failure) -> Mapping[str, object]:
-    return {"request_id": failure.request_id, "line": failure.number, "error": failure.error}
+    return {"request_id": failure.request_id, LINE: failure.number, FAILED: failure.error}
 
 
-@contextlib.contextmanager
-def writer(out: str) -> Iterator[Callable[[Mapping[str, object]], None]]:
-    """Writes objects as JSON lines: to stdout at once, or to a file that appears when all are written."""
+def _check_numbers(request_id: str, scores: Sequence[float]) -> None:
+    """Raises ModelError for scores that no order means anything for, and that JSON has no word for."""
+    if wrong := sum(not math.isfinite(score) for score in scores):
+        raise ModelError(
+            f"request {request_id!r}: the model gave scores that are not numbers for {wrong:,} of {len(scores):,} "
+            "items; its weights or their data type are broken"
+        )
 
-    def line(value: Mapping[str, object]) -> str:
-        return json.dumps(value, ensure_ascii=False) + "\n"
 
+def write_figures(out: str, figures: Mapping[str, object]) -> None:
+    """One JSON line, to stdout or to a file that is whole or not there; null is what could not be measured."""
+    line = to_json(without_nan(figures)) + "\n"
     if out == STDIO:
-        yield lambda value: print(line(value), end="", flush=True)
+        print(line, end="", flush=True)
         return
-    try:
-        with renamed(Path(out)) as partial, partial.open("w", encoding="utf-8") as file:
-            yield lambda value: print(line(value), end="", file=file)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error}") from error
+    with writing(Path(out)):
+        write(Path(out), line.encode())
 
 
-@dataclass(frozen=True, slots=True)
-class RecommendLine:
-    number: int  # from 1; the row in parquet
-    request: RecommendRequest
-
-
-def read_recommend_lines(path: str, defaults: RecommendRequest) -> list[RecommendLine | Failure]:
-    """Reads `path`, or stdin for `-`. `defaults`: what holds for what a request leaves out. Raises DataError."""
-    lines: list[RecommendLine | Failure] = []
-    for row in rows_of(path):
-        if isinstance(row, Problem):
-            lines.append(Failure(row.line, None, row.reason))
-            continue
-        fields = {name: value for name, value in row.fields.items() if value is not None}  # parquet has all columns
-        try:
-            lines.append(RecommendLine(row.line, parse_recommend_request(fields, defaults)))
-        except RcllmError as error:
-            request_id = fields.get("request_id")
-            lines.append(Failure(row.line, request_id if isinstance(request_id, str) else None, str(error)))
-    if not lines:
-        raise DataError(f"{path}: expected requests, one JSON object per line, got an empty file")
-    return lines
-
-
-def without_history(line: RecommendLine) -> RecommendLine:
+def without_history(request: RecommendRequest) -> RecommendRequest:
     """The same request, which none of the items in its own history may answer."""
-    seen = tuple(event.item_id for event in line.request.history if event.item_id is not None)
-    return replace(line, request=replace(line.request, deny=(*line.request.deny, *seen)))
+    seen = tuple(event.item_id for event in request.history if event.item_id is not None)
+    return replace(request, deny=(*request.deny, *seen))
 
 
 def read_item_ids(path: Path) -> tuple[ItemId, ...]:
-    """An item id per line. Raises DataError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a text file with an item id per line: {error}") from error
-    return tuple(ItemId(line.strip()) for line in lines if line.strip())
+    """An item id per line, see `read_ids`. Raises DataError."""
+    return tuple(map(ItemId, read_ids(path)))
 
 
 def recommendation_to_json(response: RecommendResponse, *, receipts: bool = False) -> Mapping[str, object]:
-    """What `rcllm recommend` writes of a response."""
+    """What `rcllm recommend` writes of a response. Raises ModelError where a score is no number."""
     receipt = response.receipt
+    _check_numbers(response.request_id, response.scores)
     answer: dict[str, object] = {
         "request_id": response.request_id,
         "items": list(response.items),
@@ -185,4 +193,6 @@ def recommendation_to_json(response: RecommendResponse, *, receipts: bool = Fals
         "ms": round(receipt.stage_ms["total"], 3),
         "batch_size": receipt.batch_size,
     }
-    return answer | {"receipt": asdict(receipt)} if receipts else answer
+    if receipt.notes:
+        answer["notes"] = list(receipt.notes)
+    return answer | {"receipt": without_nan(asdict(receipt))} if receipts else answer

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar
 
-from rcllm.config import from_mapping
-from rcllm.core.decoding import BeamRule, RecommendRequest
-from rcllm.core.ranking import Event, ItemId, Level, RankOptions, RankRequest, Selection, UserId
-from rcllm.data.files import Fields
+from rcllm.core.decoding import RecommendRequest
+from rcllm.core.ranking import Event, ItemId, RankOptions, RankRequest, UserId
+from rcllm.data.columns import HISTORY_NAMES
+from rcllm.data.raw import Fields
 from rcllm.data.rows import BadRowError, ReadReport, RowReader
-from rcllm.data.text import as_text, did_you_mean, shown
-from rcllm.durable import renamed
+from rcllm.data.text import as_id, as_text, well_formed
+from rcllm.durable import renamed, writing
 from rcllm.errors import RcllmError, RequestError
+from rcllm.fields import parse
+from rcllm.plain_json import to_json
+from rcllm.words import brief
 
 DEFAULTS = RankOptions()
-_OPTION_TYPES = get_type_hints(RankOptions)
-_CHOICES = {**_OPTION_TYPES, "rule": BeamRule}  # what `_option` reads
+_Request = TypeVar("_Request", RankRequest, RecommendRequest, RankOptions)
 
 
 def read_requests(path: str | Path, strict: bool = False) -> tuple[list[RankRequest], ReadReport]:
@@ -42,73 +44,46 @@ def read_requests(path: str | Path, strict: bool = False) -> tuple[list[RankRequ
 
 
 def write_requests(path: str | Path, requests: Iterable[RankRequest]) -> None:
-    """Writes JSON lines, gzipped where the name ends in .gz; the file is whole or not there."""
+    """Writes JSON lines, gzipped where the name ends in .gz; the file is whole or not there. Raises DataError."""
     target = Path(path)
-    with renamed(target) as partial, gzip.open(partial, "wb") if target.suffix == ".gz" else partial.open("wb") as file:
+    opened = gzip.open if target.suffix == ".gz" else open
+    with writing(target), renamed(target) as partial, opened(partial, "wb") as file:
         for request in requests:
-            file.write(json.dumps(request_to_json(request), ensure_ascii=False).encode("utf-8") + b"\n")
+            file.write(to_json(request_to_json(request)).encode("utf-8") + b"\n")
 
 
 def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS) -> RankRequest:
-    """The request that a JSON object describes; raises RequestError or ConfigError.
+    """The request that a JSON object describes; null is as good as left out. Raises RequestError.
 
-    `request_id` and `candidates` are needed. An event of `history` is an item id, `{"item_id": …}` or `{"text": …}`;
-    `options` holds fields of RankOptions, `volatile` texts by item id and name.
+    `request_id` and `candidates` are needed. An event of `history` (or `items`) is an item id, `{"item_id": …}` or
+    `{"text": …}`; `options` holds fields of RankOptions over `defaults`, `volatile` texts by item id and name.
     """
-    _refuse_unknown("request", value, [field.name for field in fields_of(RankRequest)])
-    candidates = _ids("candidates", value.get("candidates"))
-    if not candidates:
-        raise RequestError("expected one or more item ids in 'candidates', got none")
-    volatile = {
-        ItemId(item_id): {name: as_text(text) for name, text in _object("volatile", texts).items()}
-        for item_id, texts in _object("volatile", value.get("volatile")).items()
-    }
-    options, user_id, positive = value.get("options"), value.get("user_id"), value.get("positive")
-    return RankRequest(
-        request_id=_id("request_id", value.get("request_id")),
-        candidates=candidates,
-        history=tuple(map(_event, _list("history", value.get("history")))),
-        user_id=None if user_id is None else UserId(_id("user_id", user_id)),
-        volatile=volatile,
-        options=None if options is None else parse_options(_object("options", options), defaults),
-        positive=None if positive is None else ItemId(_id("positive", positive)),
-    )
+    given = _without_nulls(_with_history(value))
+    return _read(RankRequest, given, RankRequest("", (), options=defaults if "options" in given else None))
 
 
 def parse_recommend_request(value: Mapping[str, object], defaults: RecommendRequest) -> RecommendRequest:
-    """The request that a JSON object describes; raises RequestError or ConfigError.
+    """The request that a JSON object describes; null is as good as left out. Raises RequestError.
 
     `request_id` is needed. `history` as in `parse_request`; `allow` and `deny` are lists of item ids; what is denied by
     `defaults` stays so.
     """
-    _refuse_unknown("request", value, [field.name for field in fields_of(RecommendRequest)])
-    chosen: dict[str, Any] = {name: _count(name, value[name]) for name in ("n", "beam") if name in value}
-    if "allow" in value:
-        chosen["allow"] = _ids("allow", value["allow"])
-    for name in ("rule", "level"):
-        if name in value:
-            chosen[name] = _option(name, value[name])
-    user_id = value.get("user_id")
-    return replace(
-        defaults,
-        request_id=_id("request_id", value.get("request_id")),
-        history=tuple(map(_event, _list("history", value.get("history")))),
-        user_id=None if user_id is None else UserId(_id("user_id", user_id)),
-        deny=defaults.deny + _ids("deny", value.get("deny")),
-        **chosen,
-    )
+    request = _read(RecommendRequest, _without_nulls(_with_history(value)), replace(defaults, deny=()))
+    return replace(request, deny=defaults.deny + request.deny)
+
+
+def _with_history(value: Mapping[str, object]) -> Mapping[str, object]:
+    """The object with the user's list under its first name. Raises RequestError where it stands under two."""
+    usual, *others = HISTORY_NAMES
+    given = [name for name in others if name in value]
+    if given and usual in value:
+        raise RequestError(f"expected the user's list under one name, got both {usual!r} and {given[0]!r}")
+    return {usual if name in others else name: each for name, each in value.items()} if given else value
 
 
 def parse_options(value: Mapping[str, object], defaults: RankOptions = DEFAULTS) -> RankOptions:
-    """`defaults` with the fields of a JSON object over them.
-
-    Raises RequestError, and ConfigError for a level or a selection that does not exist.
-    """
-    _refuse_unknown("option", value, _OPTION_TYPES)
-    chosen = {name: _option(name, given) for name, given in value.items() if name != "selection"}
-    if "selection" in value:
-        chosen["selection"] = _selection(_object("selection", value["selection"]), defaults.selection)
-    return replace(defaults, **chosen)
+    """`defaults` with the fields of a JSON object over them. Raises RequestError."""
+    return _read(RankOptions, value, defaults)
 
 
 def request_to_json(request: RankRequest) -> dict[str, object]:
@@ -131,71 +106,44 @@ def _options_to_json(options: RankOptions) -> dict[str, object]:
     return values | {"level": str(options.level), "selection": asdict(options.selection)}
 
 
-def _option(name: str, given: object) -> Any:
-    kind = _CHOICES[name]
-    if kind is Level and isinstance(given, str):
-        return Level.parse(given)
-    if (kind is bool and isinstance(given, bool)) or given in get_args(kind):
-        return given
-    wanted = ", ".join(map(repr, get_args(kind))) or (
-        "true or false" if kind is bool else "a text such as 'linked(16)'"
-    )
-    raise RequestError(f"expected option {name!r} to be one of {wanted}, got {shown(given)}")
+def _read(kind: type[_Request], given: Mapping[str, object], base: _Request) -> _Request:
+    return parse(kind, given, base=base, error=RequestError, readers=_READERS)
 
 
-def _selection(given: Mapping[str, object], default: Selection) -> Selection:
-    parsed = from_mapping(Selection, given, "option selection")
-    return replace(default, **{name: getattr(parsed, name) for name in given})
+def _without_nulls(value: Mapping[str, object]) -> dict[str, object]:
+    return {name: inner for name, inner in value.items() if inner is not None}
 
 
-def _event(value: object) -> Event:
+def _read_event(value: object) -> Event:
     match value:
         case {"item_id": item_id, **rest} if not rest:
-            return Event(item_id=ItemId(_id("history", item_id)))
+            return Event(item_id=ItemId(_read_id(item_id)))
         case {"text": str(text), **rest} if not rest and text:
-            return Event(text=text)
-        case str() | int():
-            return Event(item_id=ItemId(_id("history", value)))
+            return Event(text=well_formed(text))
+        case str() | int() | float():
+            return Event(item_id=ItemId(_read_id(value)))
     wanted = 'an item id, {"item_id": …} or {"text": …}'
-    raise RequestError(f"expected each event in 'history' to be {wanted}, got {json.dumps(value)[:80]}")
+    raise RequestError(f"expected an event to be {wanted}, got {json.dumps(value, default=str)[:80]}")
 
 
-def _id(name: str, value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise RequestError(f"expected an id (a text or a whole number) in {name!r}, got {shown(value)}")
-    return str(value)
+def _read_id(value: object) -> str:
+    text = well_formed(value) if isinstance(value, str) else as_id(value)
+    if not text:
+        raise RequestError(f"expected an id (a text or a whole number), got {brief(value)}")
+    return text
 
 
-def _ids(name: str, value: object) -> tuple[ItemId, ...]:
-    return tuple(ItemId(_id(name, each)) for each in _list(name, value))
-
-
-def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RequestError(f"expected a whole number of at least 1 in {name!r}, got {shown(value)}")
-    return value
-
-
-def _list(name: str, value: object) -> list[object]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise RequestError(f"expected a list in {name!r}, got {shown(value)}")
-    return value
-
-
-def _object(name: str, value: object) -> Mapping[str, object]:
-    if value is None:
-        return {}
+def _read_texts(value: object) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise RequestError(f"expected an object in {name!r}, got {shown(value)}")
-    return value
+        raise RequestError(f"expected an object of texts by name, got {brief(value)}")
+    return {str(name): as_text(text) for name, text in value.items()}
 
 
-def _refuse_unknown(what: str, given: Mapping[str, object], known: Iterable[str]) -> None:
-    names = list(known)
-    for name in given:
-        if name not in names:
-            raise RequestError(
-                f"unknown {what} field {name!r}: expected {', '.join(names)}.{did_you_mean(name, names)}"
-            )
+# what JSON may write in more than one way: ids as numbers, prices as numbers
+_READERS: Mapping[Any, Callable[[Any], Any]] = {
+    str: _read_id,
+    ItemId: _read_id,
+    UserId: _read_id,
+    Event: _read_event,
+    Mapping[str, str]: _read_texts,
+}

@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from rcllm.cache.pool import Held, Pool
 from rcllm.core.ranking import ContentKey
 from rcllm.errors import CapacityError
-from rcllm.store.contract import StoredBlock
+from rcllm.store.codec import encode
+from rcllm.store.contract import Stored
 from rcllm.store.memory import MemoryStore
 from tests.engine.test_capacity import BrokenStore
 
@@ -40,7 +41,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @initialize(tier=st.sampled_from(["none", "memory", "broken"]))
     def make(self, tier: str) -> None:
-        stores = {"none": None, "memory": MemoryStore(10 * TOKEN_BYTES), "broken": BrokenStore()}
+        stores = {"none": None, "memory": MemoryStore(4 * len(encode(kv(0, 3)))), "broken": BrokenStore()}
         self.store = stores[tier]
         self.pool = Pool(BUDGET_TOKENS * TOKEN_BYTES, torch.float32, CPU, self.store)
         self.held: list[tuple[Held, set[int]]] = []
@@ -92,7 +93,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert isinstance(self.store, BrokenStore)
         gone = {n for n in range(12) if owner(n) == owner(number)}
         self.published -= gone
-        assert not any(self.pool.contains(key(n)) for n in gone)
+        assert not any((key(n) in self.pool.lookup_many([key(n)])) for n in gone)
 
     @rule()
     def clear(self) -> None:
@@ -154,7 +155,7 @@ def test_a_block_that_comes_back_from_below_and_does_not_fit_leaves_no_pin() -> 
     store = MemoryStore(1 << 20)
     target = pool(4, store)
     put(target, 0, size=3)
-    store.put_many({key(7): StoredBlock(kv(7, 3), 1.0, None)})
+    store.put_many({key(7): Stored(encode(kv(7, 3)), 1.0, None)})
     with target.hold() as held, pytest.raises(CapacityError):
         held.fetch([key(0), key(7)])
     target.check()
@@ -167,7 +168,7 @@ def test_evicted_blocks_go_below_and_come_back() -> None:
     put(target, 0, 1)
     put(target, 2)
     assert key(0) not in target._blocks
-    assert target.contains(key(0))
+    assert key(0) in target.lookup_many([key(0)])
     with target.hold() as held:
         assert held.fetch([key(0), key(0), key(5)]) == [key(5)]
         assert held.sources == {key(0): "host"}
@@ -192,7 +193,7 @@ def test_a_store_that_raises_is_a_miss_and_counted() -> None:
     target = pool(1, BrokenStore())
     put(target, 0)
     put(target, 1)  # evicts: put_many raises
-    assert not target.contains(key(5))  # contains_many raises
+    assert key(5) not in target.lookup_many([key(5)])  # lookup_many raises
     with target.hold() as held:
         assert held.fetch([key(5)]) == [key(5)]  # get_many raises
     assert target.stats().store.num_blocks == 0  # stats raises
@@ -205,7 +206,7 @@ class HalfStore(MemoryStore):
 
     reads = 0
 
-    def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, StoredBlock]:
+    def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Stored]:
         self.reads += 1
         if self.reads % 2:
             raise TimeoutError("slow")
@@ -236,7 +237,7 @@ def test_an_erased_block_lives_on_with_its_holder_alone() -> None:
 
 
 def test_a_lent_block_is_its_holders_alone_and_ends_with_it() -> None:
-    pool = Pool(BUDGET_TOKENS * TOKEN_BYTES, torch.float32, CPU, MemoryStore(10 * TOKEN_BYTES))
+    pool = Pool(BUDGET_TOKENS * TOKEN_BYTES, torch.float32, CPU, MemoryStore(4 * len(encode(kv(0, 3)))))
     with pool.hold() as held:
         held.publish(key(1), kv(1), 1.0, None)
         lent = kv(2)
@@ -244,12 +245,12 @@ def test_a_lent_block_is_its_holders_alone_and_ends_with_it() -> None:
         assert held.fetch([key(2)]) == []
         assert held.blocks[key(2)] is lent
         assert held.sources[key(2)] == "semantic"
-        assert not pool.contains(key(2))
+        assert key(2) not in pool.lookup_many([key(2)])
         with pytest.raises(AssertionError, match="never stands in for"):
             held.lend(key(1), lent, "semantic")
         with pool.hold() as other:
             assert other.fetch([key(2)]) == [key(2)]
     pool.check()
     assert not pool._index._pins
-    assert pool.contains(key(1))
-    assert not pool.contains(key(2))
+    assert key(1) in pool.lookup_many([key(1)])
+    assert key(2) not in pool.lookup_many([key(2)])

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
-from rcllm.fidelity.calibration import Calibration, Target
+from rcllm.fidelity.calibration import Calibration
+from rcllm.fidelity.target import Target
+from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 QUICK = ("--readouts", "label", "--layouts", "history_first", "--label-places", "after", "--context", "instruction")
 ON = ("--candidates", "5", "--history", "3", "--timed", "2", "--count", "4")

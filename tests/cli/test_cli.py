@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tests.cli.conftest import Run, Shop
 
 COMMANDS = ["pull", "warm", "rank", "explain", "bench ttft", "demo", "doctor"]
@@ -40,7 +41,7 @@ def test_version(run: Run) -> None:
         (["--level", "blok"], "unknown reuse level 'blok'"),
         (["--readout", "guess"], "readout must be one of label, pointwise, likelihood"),
         (["--layout", "items_first", "--readout", "likelihood"], "needs layout history_first"),
-        (["--kv-dtype", "int4"], "kv_dtype must be one of"),
+        (["--kv-dtype", "int4"], "--kv-dtype must be one of auto, fp32, fp16, bf16, got 'int4'"),
         (["--context", "average"], "unknown canonical context"),
         (["--context", "typical"], "give --dataset FOLDER"),
         (["--template", "shoping"], "did you mean 'shopping'?"),
@@ -79,6 +80,36 @@ def test_debug_lets_errors_through(run: Run, shop: Shop) -> None:
     shown = run("--debug", "rank", *shop.on_items, "--in", "nowhere.jsonl")
     assert shown.exit_code == 1
     assert type(shown.exception).__name__ == "DataError"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            PermissionError(13, "Permission denied", "/root/cache"),
+            1,
+            "error: [Errno 13] Permission denied: '/root/cache'",
+        ),
+    ],
+)
+def test_what_ends_a_command_has_no_traceback(
+    run: Run, shop: Shop, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
+) -> None:
+    def fail(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("rcllm.cli.rank.load_inputs", fail)
+    shown = run("rank", *shop.on_items, "--in", shop.requests)
+    assert shown.exit_code == code
+    assert shown.stderr.strip() == said
+    assert isinstance(shown.exception, SystemExit)
+
+
+def test_rank_tells_how_it_ends_and_goes_on(run: Run) -> None:
+    shown = " ".join(run("rank", "--help").stdout.split())
+    for words in ("--restart", "0 when all requests were answered", "130 when interrupted", "OUT.job.json"):
+        assert words in shown
 
 
 def test_options_win_over_the_configuration_file(run: Run, shop: Shop, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -226,8 +227,8 @@ def test_a_dry_run_writes_nothing(run: Run, shop: Shop, users: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--kind", "shop"), "unknown --kind 'shop'"),
-        (("--speculate", "wild"), "unknown speculation 'wild'"),
+        (("--kind", "shop"), "--kind must be one of user, item, got 'shop'"),
+        (("--speculate", "wild"), "--speculate must be one of strict, relaxed, none, got 'wild'"),
         (("--template", "shopping"), "is for rankings"),
         (("--kind", "item"), "leave out --items"),
         (("--speculate", "relaxed", "--temperature", "1"), "is for greedy decoding"),

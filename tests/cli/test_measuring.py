@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Run, Shop, write_lines
 
 from rcllm.cli.demo import QUICK_RUN
+from tests.cli.conftest import Run, Shop, write_lines
 
 
 def test_pull_a_folder_prints_it(run: Run, shop: Shop) -> None:
@@ -31,6 +31,10 @@ def test_warm_tells_what_a_catalogue_needs(run: Run, shop: Shop) -> None:
     assert "10 of 10 blocks of 5 items" in shown.stdout
     assert re.search(r"fits +yes", shown.stdout)
     assert re.search(r"time for all +about 0:00:\d\d", shown.stdout)
+    assert re.search(r"texts +all whole", shown.stdout)
+    assert re.search(r"fields +title 100%, brand \d+%, categories \d+%, description \d+%", shown.stdout)
+    cut = run("warm", *shop.on_items, "--limit", "5", "--max-item-tokens", "2")
+    assert re.search(r"texts +of 40 items: 40 cut to 2 tokens as candidates", cut.stdout)
 
 
 def test_warm_tells_that_a_catalogue_does_not_fit(run: Run, shop: Shop, tmp_path: Path) -> None:
@@ -58,6 +62,16 @@ def test_bench_ttft(run: Run, shop: Shop, tmp_path: Path, source: str) -> None:
     assert rows[0]["tau"] == rows[1]["tau"] == pytest.approx(1.0)
     assert rows[2]["fresh_tokens"] < rows[3]["fresh_tokens"] < rows[1]["fresh_tokens"] < rows[0]["fresh_tokens"]
     assert "prefix caching" in shown.stdout
+
+
+def test_what_cannot_be_measured_is_null(run: Run, shop: Shop, tmp_path: Path) -> None:
+    """Without what the users chose next there is no NDCG; NaN is not JSON."""
+    requests = write_lines(tmp_path / "requests.jsonl", [{"request_id": "r", "candidates": ["i5", "i6"]}])
+    out = tmp_path / "bench.json"
+    shown = run("bench", "ttft", *shop.on_items, "--in", requests, "--levels", "blocks", "--out", out)
+    assert shown.exit_code == 0, shown.stderr
+    assert "NaN" not in out.read_text(encoding="utf-8")
+    assert [row["ndcg"] for row in json.loads(out.read_text(encoding="utf-8"))["rows"]] == [None] * 3
 
 
 def test_bench_needs_requests(run: Run, shop: Shop) -> None:

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 from rcllm.core.ranking import UserId
 from rcllm.data import split_of
+from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 FEW = ("--prototypes", "200", "--bits", "6")
 
@@ -57,19 +57,20 @@ def test_users_can_be_left_out(run: Run, shop: Shop, tmp_path: Path) -> None:
     texts = write_lines(
         tmp_path / "reviews.jsonl", [{"user_id": user, "text": text} for user, text in (("a", "lamp"), ("b", "chair"))]
     )
-    (tmp_path / "gone").write_text("a\n", encoding="utf-8")
+    (tmp_path / "gone").write_bytes(b"\xef\xbb\xbfa\r\nz\r\n")
     words = ("--model", shop.model, "--memory-mb", "6000", "--texts", texts, "--exclude-users", tmp_path / "gone")
     shown = run("pool", "build", *words, *FEW, "--out", tmp_path / "pool")
     assert shown.exit_code == 0, shown.stderr
     assert "1 texts" in shown.stdout
+    assert "1 of 2 ids of the users to leave out is not in the data: 'z'" in shown.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--threshold", "1.5"), "threshold must be a cosine"),
+        (("--threshold", "1.5"), "--threshold"),
         (("--member-context", "nothing"), "history, instruction"),
-        (("--fresh-pattern", "("), "is not one"),
+        (("--fresh-pattern", "("), "--fresh-pattern: '(' is no regular expression"),
     ],
 )
 def test_options_that_cannot_work(run: Run, shop: Shop, tmp_path: Path, words: tuple[str, str], message: str) -> None:

@@ -6,13 +6,27 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tests.cli.conftest import Run, Shop, write_lines
 
 
 @pytest.mark.parametrize("source", ["requests", "dataset"])
 def test_position_shows_tables_and_ends_with_json(run: Run, shop: Shop, source: str) -> None:
     made = ["--in", str(shop.requests)] if source == "requests" else ["--candidates", "6", "--history", "3"]
-    shown = run("probe", "position", *shop.on_dataset, *made, "--count", "3", "--permutations", "2", "--seed", "4")
+    shown = run(
+        "probe",
+        "position",
+        *shop.on_dataset,
+        *made,
+        "--count",
+        "3",
+        "--permutations",
+        "2",
+        "--seed",
+        "4",
+        "--level",
+        "blocks",
+    )
     assert shown.exit_code == 0, shown.stderr
     figures = json.loads(shown.stdout.splitlines()[-1])
     assert (figures["name"], figures["level"], figures["readout"], figures["seed"]) == (

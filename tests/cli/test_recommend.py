@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from tests.cli.conftest import Run, Shop, read_lines, write_lines
 from tokenizers import AddedToken
 
 from rcllm.codes.index import CodeIndex
 from rcllm.codes.sid_files import write_codes
 from rcllm.core.ranking import ItemId
+from rcllm.sid.config import NetworkConfig
 from rcllm.sid.model_folder import save_model
-from rcllm.sid.network import CodeNetwork, NetworkConfig
+from rcllm.sid.network import CodeNetwork
 from rcllm.sid.vocabulary import Vocabulary
+from tests.cli.conftest import Run, Shop, read_lines, write_lines
 from tests.tiny_models import tiny_model
 
 SIZES = (5, 6, 4)
@@ -88,6 +89,20 @@ def test_files_of_items_hold_for_every_request(run: Run, decoder: Decoder, tmp_p
     assert [sorted(answer["items"]) for answer in answers] == [["i3", "i5"], ["i3"], ["i8"], ["i3", "i5"]]
 
 
+def test_lists_that_windows_editors_saved_hold_and_unknown_ids_are_told(
+    run: Run, decoder: Decoder, tmp_path: Path
+) -> None:
+    (tmp_path / "deny.txt").write_bytes(b"\xef\xbb\xbfi3\r\ni4\r\n")
+    shown = run(*decoder.words, "--n", 100, "--deny", tmp_path / "deny.txt")
+    assert shown.exit_code == 0, shown.stderr
+    assert not any({"i3", "i4"} & set(answer["items"]) for answer in read_lines(shown.stdout))
+    assert "not in the catalogue" not in shown.stderr
+    (tmp_path / "allow.txt").write_text("i3\nZ1\nZ2\n", encoding="utf-8")
+    shown = run(*decoder.words, "--allow", tmp_path / "allow.txt")
+    assert "2 of 3 ids of" in shown.stderr
+    assert "allow.txt are not in the catalogue: 'Z1', 'Z2'" in shown.stderr
+
+
 def test_unseen_leaves_out_each_users_own_history(run: Run, decoder: Decoder) -> None:
     answers = read_lines(run(*decoder.words, "--n", 100, "--unseen").stdout)
     for i, answer in enumerate(answers):
@@ -107,6 +122,41 @@ def test_explain_shows_items_levels_and_the_receipt(run: Run, decoder: Decoder, 
     assert receipt["beam"] == 64
 
 
+def test_ids_that_no_item_has_are_told_of(run: Run, decoder: Decoder, tmp_path: Path) -> None:
+    (tmp_path / "allow.txt").write_text("nope\nnever\n", encoding="utf-8")
+    (tmp_path / "deny.txt").write_text("i1\ngone\n", encoding="utf-8")
+    rows = [{"request_id": "r0"}, {"request_id": "r1", "allow": ["i3", "i99"], "deny": ["i3", "i77", "i78"]}]
+    requests = write_lines(tmp_path / "requests.jsonl", rows)
+    lists = ("--allow", tmp_path / "allow.txt", "--deny", tmp_path / "deny.txt")
+    shown = run(*decoder.words[:-1], requests, *lists)
+    assert shown.exit_code == 0, shown.stderr
+    allow = "--allow: all 2 ids are not in the catalogue, such as 'nope'"
+    deny = "--deny: 1 of 2 ids are not in the catalogue, such as 'gone'"
+    own_allow = "allow: 1 of 2 ids are not in the catalogue, such as 'i99'"
+    own_deny = "deny: 2 of 3 ids are not in the catalogue, such as 'i77'"
+    first, second = read_lines(shown.stdout)
+    assert first["items"] == []
+    assert first["notes"] == [allow, deny]
+    assert second["notes"] == [own_allow, deny, own_deny], "its own allow replaces that of the run"
+    for told in (allow, deny, "allow or deny names items that are not in the catalogue in 1 of the requests"):
+        assert shown.stderr.count(f"warning: {told}") == 1
+    assert "notes" not in read_lines(run(*decoder.words).stdout)[0]
+
+
+def test_answers_go_on(run: Run, decoder: Decoder, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    assert run(*decoder.words, "--out", out).exit_code == 0
+    whole = out.read_text(encoding="utf-8")
+    out.write_text("".join(whole.splitlines(keepends=True)[:3])[:-9], encoding="utf-8")  # two whole ones
+    shown = run(*decoder.words, "--out", out)
+    assert shown.exit_code == 0, shown.stderr
+    assert "2 of 4 requests are answered already" in shown.stderr
+    expected = read_lines(whole)
+    for answer, like in zip(read_lines(out.read_text(encoding="utf-8")), expected, strict=True):
+        assert (answer["line"], answer["items"]) == (like["line"], like["items"])
+    assert run(*decoder.words, "--out", out, "--n", 3).exit_code == 2
+
+
 def test_bad_requests_become_lines(run: Run, decoder: Decoder, tmp_path: Path) -> None:
     good = {"request_id": "good", "history": ["i1"]}
     rows = [good, {**good, "history": ["nope"]}, {**good, "n": 0}, {**good, "candidates": ["i1"]}, good]
@@ -116,7 +166,9 @@ def test_bad_requests_become_lines(run: Run, decoder: Decoder, tmp_path: Path) -
     answers = read_lines(shown.stdout)
     assert len(answers) == 5
     assert answers[0]["items"] == answers[4]["items"] != []
-    for answer, said in zip(answers[1:4], ("'nope' is not in the catalogue", "'n'", "'candidates'"), strict=True):
+    for answer, said in zip(
+        answers[1:4], ("'nope' is not in the catalogue", "n must be at least 1, got 0", "'candidates'"), strict=True
+    ):
         assert said in answer["error"]
     assert "3 of 5 requests failed" in shown.stderr
     assert run(*decoder.words[:-1], path, "--strict").exit_code == 1
@@ -127,7 +179,7 @@ def test_what_is_missing_is_said(run: Run, decoder: Decoder, shop: Shop, tmp_pat
     for words, said, code in (
         (("recommend", *requests), "rcllm sid train", 2),
         (("recommend", "--model", shop.model, *requests), "holds no catalogue", 1),
-        ((*decoder.words, "--deny", tmp_path / "none.txt"), "an item id per line", 1),
+        ((*decoder.words, "--deny", tmp_path / "none.txt"), "none.txt: no such file", 1),
         ((*decoder.words, "--codes", tmp_path / "codes.json"), "--template", 2),
     ):
         shown = run(*words)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.cli.conftest import Run, Shop, write_lines
 
 from rcllm.sid.model_folder import load_codes
+from tests.cli.conftest import Run, Shop, write_lines
 
 NUM_ITEMS = 40
 SMALL = ("--hidden-size", "32", "--layers", "1", "--epochs", "2", "--history", "4")
@@ -70,6 +70,20 @@ def test_interactions_of_one_row_each(run: Run, shop: Shop, embeddings: Path, tm
     assert "160 rows read, 1 skipped" in shown.stderr
     words = ("--codes", tmp_path / "codes.parquet", "--out", tmp_path / "model", *SMALL)
     assert run("sid", "train", *source, *words).exit_code == 0
+
+
+def test_interactions_with_columns_of_other_names(run: Run, shop: Shop, embeddings: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("who;what\n" + "".join(f"u{n % 40};i{n % NUM_ITEMS}\n" for n in range(160)), encoding="utf-8")
+    words = ("sid", "build", "--items", shop.items, "--interactions", log, "--embeddings", embeddings, "--levels", "2")
+    words = (*words, "--size", "8", "--out", tmp_path / "codes.parquet")
+    shown = run(*words)
+    assert shown.exit_code == 1
+    assert "--user-field" in shown.stderr
+    shown = run(*words, "--user-field", "who", "--item-field", "what")
+    assert shown.exit_code == 0, shown.stderr
+    assert "separated by a semicolon" in shown.stderr
+    assert "the order of the rows stands for it" in shown.stderr
 
 
 def test_what_cannot_be_built(run: Run, shop: Shop, embeddings: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.cli.conftest import Run, Shop, write_lines
 
 from rcllm.codes.sid_files import read_codes
+from tests.cli.conftest import Run, Shop, write_lines
 
 NUM_ITEMS = 200
 QUICK = ("--hidden-size", "32", "--layers", "1", "--history", "6")

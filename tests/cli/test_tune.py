@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tests.cli.conftest import Run, Shop, read_lines
 
 FEW = ("--losses", "32", "--evaluate-every", "16", "--rank", "2", "--candidates", "4", "--history", "3")
@@ -34,7 +35,7 @@ def test_tune_then_rank(run: Run, shop: Shop, tmp_path: Path, mask: str) -> None
     [
         (("--mask", "sideways"), "mask must be one of causal, blocks"),
         (("--readout", "likelihood"), "likelihood needs no tuning"),
-        (("--negatives", "nice"), "expected negatives out of uniform, popularity, retrieved"),
+        (("--negatives", "nice"), "--negatives must be one of uniform, popularity, retrieved, got 'nice'"),
         (("--minutes", "0"), "above 0"),
         (("--validation-requests", "500"), "expected 500 validation users"),
         (("--start", "nowhere"), "nowhere"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -124,6 +125,9 @@ def test_rows_of_other_shapes(tmp_path: Path) -> None:
         ("a.json", '{"1,2": ["x"], "1,3": ["x"]}', "got item 'x' twice"),
         ("a.json", '{"1,2": [{"name": "x"}]}', r"key '1,2': expected items as ids"),
         ("a.json", '{"1,": ["x"]}', r"key '1,': expected codes with commas"),
+        ("a.json", '{"1 2,3": ["x"]}', r"key '1 2,3': expected codes with commas"),
+        ("a.json", '{"' + "9" * 5000 + '": ["x"]}', r"key '999.*…': expected codes with commas"),
+        ("a.csv", "item_id,level_0,level_1,enabled\nx,1,2,maybe\n", r"line 2: expected true or false in enabled"),
         ("a.json", '{"1,2": ["x"], "9999999999999": ["y"]}', "packed in base 8192"),
         ("a.json", '[[1, "2"]]', r"entry 1: expected a list of codes"),
         ("a.jsonl", '{"item_id": "x", "codes": [1, 2]}\n{"item_id": "y"}\n', r"l, line 2: expected a column codes"),
@@ -132,7 +136,7 @@ def test_rows_of_other_shapes(tmp_path: Path) -> None:
         ("a.jsonl", '{"item_id": "x", "codes": [1, -2]}\n', r"item 'x': expected codes from 0 to .*got \(1, -2\)"),
         ("a.json", '{"1,99999999999999999999": ["x"]}', r"item 'x': expected codes from 0 to"),
         ("a.jsonl", "nothing\n", r"line 1: expected a JSON object"),
-        ("a.csv", "item_id,level_0,level_1\nx,1,two\n", r"line 2: invalid literal"),
+        ("a.csv", "item_id,level_0,level_1\nx,1,two\n", r"line 2: expected a whole number as a code, got 'two'"),
     ],
 )  # fmt: skip
 def test_malformed_files_say_where_and_what(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -148,6 +152,27 @@ def test_missing_files_and_unknown_layouts(tmp_path: Path) -> None:
     code_index = CodeIndex.build(np.zeros((1, 2), np.int32), [ItemId("x")], (1, 1))
     with pytest.raises(ConfigError, match="a layout of index, flashrec, parquet"):
         write_codes(tmp_path / "a.txt", code_index)
+
+
+def test_numbers_that_pandas_made_floats_are_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("item_id,level_0,level_1\nx,1.0,2.0\n")
+    pq.write_table(pa.table({"item_id": [10.0], "level_0": [1.0], "level_1": [2.0]}), tmp_path / "b.parquet")
+    assert _items(read_codes(tmp_path / "a.csv")) == {"x": (1, 2)}
+    assert _items(read_codes(tmp_path / "b.parquet")) == {"10": (1, 2)}
+
+
+def test_items_that_text_files_disable_are_disabled(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("item_id,level_0,level_1,enabled\na,1,2,False\nb,1,3,true\nc,1,4,0\nd,1,5,\n")
+    assert read_codes(path).enabled.tolist() == [False, True, False, True]
+
+
+def test_packed_files_and_byte_order_marks_are_read(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbf" + b'{"x": ["<a_1>", "<b_2>"]}'
+    (tmp_path / "a.index.json").write_bytes(content)
+    (tmp_path / "b.index.json.gz").write_bytes(gzip.compress(content))
+    for name in ("a.index.json", "b.index.json.gz"):
+        assert _items(read_codes(tmp_path / name)) == {"x": (1, 2)}
 
 
 @pytest.mark.parametrize(

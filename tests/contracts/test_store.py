@@ -6,14 +6,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
 from rcllm.core.ranking import ContentKey
-from rcllm.store.contract import Store, StoredBlock
+from rcllm.store.contract import Store, Stored
 from rcllm.store.memory import MemoryStore
 from rcllm.store.null import NullStore
 
-BLOCK_BYTES = 2 * 3 * 4 * 4
+BLOCK_BYTES = 96
 STORES: dict[str, Callable[[], Store]] = {
     "null": NullStore,
     "memory": lambda: MemoryStore(10 * BLOCK_BYTES),
@@ -30,26 +29,26 @@ def key(number: int) -> ContentKey:
     return ContentKey(number.to_bytes(32, "big"))
 
 
-def block(number: int, owner: str | None = None) -> StoredBlock:
-    return StoredBlock(torch.full((1, 2, 1, 3, 4), float(number)), 1.0 + number, owner)
+def block(number: int, owner: str | None = None) -> Stored:
+    return Stored(memoryview(bytes([number]) * BLOCK_BYTES), 1.0 + number, owner)
 
 
-def read(store: Store, *numbers: int) -> dict[int, StoredBlock]:
+def read(store: Store, *numbers: int) -> dict[int, Stored]:
     """What it has of `numbers`, checked to be what was put."""
     found = store.get_many([key(n) for n in numbers])
     assert found.keys() <= {key(n) for n in numbers}
     by_number = {int.from_bytes(k, "big"): stored for k, stored in found.items()}
     for number, stored in by_number.items():
-        assert torch.equal(stored.kv, block(number).kv)
+        assert stored.data == block(number).data
         assert stored.cost == block(number).cost
     return by_number
 
 
 def test_an_empty_store_has_nothing(store: Store) -> None:
     assert read(store, 1, 2) == {}
-    assert list(store.contains_many([key(1), key(2)])) == [False, False]
+    assert store.lookup_many([key(1), key(2)]) == {}
     assert store.get_many([]) == {}
-    assert list(store.contains_many([])) == []
+    assert store.lookup_many([]) == {}
     assert store.delete_owner("nobody") == 0
     assert store.stats().num_blocks == store.stats().num_bytes == 0
 
@@ -58,7 +57,9 @@ def test_what_it_has_is_what_was_put(store: Store) -> None:
     store.put_many({key(n): block(n, f"owner {n}") for n in range(5)})
     store.put_many({})
     found = read(store, *range(8))
-    assert [n in found for n in range(8)] == list(store.contains_many([key(n) for n in range(8)]))
+    looked_up = store.lookup_many([key(n) for n in range(8)])
+    assert looked_up.keys() == {key(n) for n in found}
+    assert all(each.num_bytes == BLOCK_BYTES and each.ms > 0 for each in looked_up.values())
     assert all(stored.owner == f"owner {n}" for n, stored in found.items())
     assert store.stats().num_blocks == len(found)
 
@@ -84,7 +85,7 @@ def test_after_an_owner_is_deleted_none_of_its_blocks_can_be_read(store: Store) 
     others = read(store, 0, 2, 4).keys()
     assert store.delete_owner("ann") == held
     assert read(store, 1, 3, 5) == {}
-    assert not any(store.contains_many([key(n) for n in (1, 3, 5)]))
+    assert store.lookup_many([key(n) for n in (1, 3, 5)]) == {}
     assert read(store, 0, 2, 4).keys() == others
     assert store.delete_owner("ann") == 0
 

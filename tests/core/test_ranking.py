@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.core.ranking import Block, BlockKind, Level, Piece, Plan, RankResponse
+from rcllm.core.ranking import Block, Level, Piece, Plan, RankResponse
+from rcllm.core.receipts import BlockKind
 from rcllm.errors import ConfigError
 
 

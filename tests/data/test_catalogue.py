@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rcllm.core.ranking import Item, ItemId
-from rcllm.data import Catalogue, Table
+from rcllm.core.ranking import Interaction, Item, ItemId, UserId
+from rcllm.data import Catalogue, Dataset, Table
 from rcllm.errors import DataError, UnknownItemError
 
 ROWS = [
@@ -98,3 +100,71 @@ def test_a_constructed_catalogue_refuses_an_item_twice() -> None:
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected items, got an empty file"):
         Catalogue.read(write_jsonl(tmp_path / "items.jsonl"))
+
+
+def test_fields_from_columns_of_other_names(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "items.jsonl",
+        {"item_id": "a", "Book-Title": "Orlando", "title": "a novel", "Cost": 7.5},
+        {"item_id": "b", "title": "only its own"},
+    )
+    catalogue, _ = Catalogue.read(path, "item_id", ("price",), names={"title": "Book-Title", "price": "Cost"})
+    assert catalogue[ItemId("a")] == Item(ItemId("a"), {"title": "Orlando"}, {"price": "7.5"})
+    assert catalogue[ItemId("b")] == Item(ItemId("b"), {"title": "only its own"})
+
+
+@pytest.mark.parametrize("given", [{"names": {"title": "Titel"}}, {"volatile_fields": ("Titel",)}])
+def test_a_column_that_was_asked_for_by_name_must_be_there(tmp_path: Path, given: dict[str, Any]) -> None:
+    """A regression: a misspelt volatile field was cached with the others, silently."""
+    path = write_jsonl(tmp_path / "items.jsonl", {"item_id": "a", "Title": "Orlando"})
+    with pytest.raises(DataError, match=r"no row has a column 'Titel'.*Did you mean 'Title'"):
+        Catalogue.read(path, **given)
+
+
+def test_a_data_sets_catalogue_knows_its_interactions() -> None:
+    rows = (Interaction(UserId("u"), ItemId("a"), 0.0),)
+    data = Dataset("shop", items := Catalogue([Item(ItemId("a"), {"title": "x"})]), rows)
+    assert data.catalogue.interactions is rows
+    assert data.catalogue == items
+    assert items.interactions == (), "the one that was given is left alone"
+    assert replace(data, interactions=()).catalogue.interactions == ()
+
+
+def test_a_volatile_field_that_no_row_has_is_told_with_the_nearest_name(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "items.jsonl", {"item_id": "a", "price": 1}, {"item_id": "b", "stock": 2})
+    assert Catalogue.read(path, volatile_fields=("price", "stock"))[1].notes == ()
+    with pytest.raises(DataError, match=r"no row has a column 'prise'.* 'item_id', 'price'\. Did you mean 'price'"):
+        Catalogue.read(path, volatile_fields=("prise", "stock"))
+
+
+def test_the_usual_names_of_an_id_are_tried_and_told(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "items.jsonl", {"asin": "a", "title": "A"})
+    catalogue, report = Catalogue.read(path)
+    assert list(catalogue.values()) == [Item(ItemId("a"), {"title": "A"})]
+    assert report.notes == ("the item's id was taken from the column 'asin' (--id-field names another)",)
+    assert Catalogue.read(path, "asin")[1].notes == ()
+    path = write_jsonl(tmp_path / "items.jsonl", {"asin": "a", "sku": "b"})
+    with pytest.raises(DataError, match=r"expected one field with the item's id, got 'asin', 'sku'; say which \(--id"):
+        Catalogue.read(path)
+
+
+def test_ids_that_pandas_made_floats_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,title\n10.0,A\n11.0,B\n")
+    catalogue, report = Catalogue.read(path)
+    assert list(catalogue) == ["10", "11"]
+    assert "every id is a whole number written as a float" in report.notes[0]
+    path.write_text("item_id,title\n10.0,A\n10.1,B\n")
+    assert list(Catalogue.read(path)[0]) == ["10.0", "10.1"]
+
+
+def test_one_huge_value_costs_no_more_than_reading_it(tmp_path: Path) -> None:
+    huge = "word " * 1_000_000
+    path = write_jsonl(tmp_path / "items.jsonl", {"item_id": "a", "title": huge}, {"item_id": huge}, {huge: "b"})
+    catalogue, report = Catalogue.read(path)
+    assert list(catalogue) == ["a"]
+    assert report.rows_skipped == 2
+    assert len(str(report)) < 2_000
+    with pytest.raises(UnknownItemError) as told:
+        catalogue[ItemId(huge)]
+    assert len(str(told.value)) < 200

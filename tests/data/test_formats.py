@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from rcllm.core.ranking import Interaction, Item, ItemId, UserId
-from rcllm.data import FORMATS, Dataset, detect_format, fetch_movielens, load_dataset, movielens
+from rcllm.data import (
+    FORMATS,
+    Dataset,
+    InteractionColumns,
+    detect_format,
+    fetch_movielens,
+    histories,
+    load_dataset,
+    movielens,
+)
 from rcllm.errors import ConfigError, DataError
 
 
@@ -278,7 +287,7 @@ def test_a_folder_without_the_files_says_what_is_missing(tmp_path: Path, name: s
         load_dataset(name, tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"expected a file named .*, got an empty folder"):
         load_dataset(name, tmp_path)
-    with pytest.raises(DataError, match="name the format"):
+    with pytest.raises(DataError, match="name the format, or call the files items and interactions"):
         load_dataset("auto", tmp_path)
 
 
@@ -305,3 +314,95 @@ def test_movielens_can_be_fetched(tmp_path: Path) -> None:
     assert (len(dataset.catalogue), len(dataset.interactions)) == (1682, 100_000)
     fields = {"title": "Toy Story", "year": "1995", "genres": "Animation Children's Comedy"}
     assert dataset.catalogue[ItemId("1")] == Item(ItemId("1"), fields)
+
+
+def test_recbole_without_a_clock_keeps_the_order_of_the_parts(tmp_path: Path) -> None:
+    header = "user_id:token\titem_id:token\trating:float"
+    write(tmp_path, "x.test.inter", header, "u\tc\t1")
+    write(tmp_path, "x.train.inter", header, "u\ta\t1")
+    write(tmp_path, "x.valid.inter", header, "u\tb\t1")
+    dataset = load_dataset("auto", tmp_path)
+    assert [each.item_id for each in histories(dataset.interactions)[UserId("u")]] == ["a", "b", "c"]
+    assert "the order of the rows stands for it" in str(dataset)
+
+
+def test_recbole_with_other_columns(tmp_path: Path) -> None:
+    write(tmp_path, "x.inter", "listener:token\tartist_id:token\twhen:float", "u\t7\t5", "u\t9\t3")
+    write(tmp_path, "x.item", "artist_id:token\tname:token_seq", "7\tThe Bees", "9\tThe Dees")
+    with pytest.raises(DataError, match=r"expected a field with the user .*'listener'.*--user-field"):
+        load_dataset("auto", tmp_path)
+    columns = InteractionColumns(user_id="listener", timestamp="when")
+    dataset = load_dataset("auto", tmp_path, columns=columns)
+    assert dataset.interactions == (row("u", "7", 5), row("u", "9", 3))
+    assert dataset.catalogue[ItemId("7")].fields == {"title": "The Bees"}
+    with pytest.raises(ConfigError, match="the columns of yelp are fixed"):
+        load_dataset("yelp", tmp_path, columns=columns)
+
+
+def test_a_folder_of_items_and_interactions_is_what_it_looks_like(tmp_path: Path) -> None:
+    write(tmp_path, "items.jsonl", '{"item_id": "1", "title": "A"}')
+    write(tmp_path, "inter.jsonl", '{"user_id": "u", "item_id": "1", "timestamp": 5}')
+    dataset = load("common", tmp_path, {"items.jsonl": [], "inter.jsonl": []})
+    assert dataset.interactions == (row("u", "1", 5),)
+    dataset = load_dataset("auto", tmp_path)
+    assert dataset.notes == ("the folder was read as common, because of inter.jsonl",)
+    assert str(dataset).splitlines()[1] == "  the folder was read as common, because of inter.jsonl"
+
+
+def test_a_folder_that_may_be_two_things_says_so(tmp_path: Path) -> None:
+    write(tmp_path, "ratings.csv", "userId,movieId,rating,timestamp", "1,1,2.5,1260759144")
+    write(tmp_path, "movies.csv", "movieId,title,genres", "1,A,War")
+    write(tmp_path, "ml.inter", *INTER)
+    assert load_dataset("auto", tmp_path).notes == (
+        "the folder was read as movielens_latest, because of ratings.csv",
+        "ml.inter points to recbole: to read it so, name the format (--format)",
+    )
+
+
+def test_any_other_json_lines_are_not_taken_for_amazon(tmp_path: Path) -> None:
+    write(tmp_path, "things.jsonl", '{"thing": 1}')
+    with pytest.raises(DataError, match=r"expected a folder with one of users\.jsonl \(common\).*got 'things\.jsonl'"):
+        load_dataset("auto", tmp_path)
+
+
+def test_amazon_2014_metadata_are_python_literals(tmp_path: Path) -> None:
+    write(tmp_path, "meta_X.json", "{'asin': '1', 'title': \"Kid's\", 'price': 9.5, 'categories': [['B', 'K'], ['B']]}")
+    write(
+        tmp_path, "reviews_X_5.json", '{"reviewerID": "A", "asin": "1", "overall": 5.0, "unixReviewTime": 1252800000}'
+    )
+    for name in ("auto", "amazon_2014"):
+        dataset = load_dataset(name, tmp_path)
+        expected = Item(ItemId("1"), {"title": "Kid's", "categories": "B, K"}, {"price": "9.5"})
+        assert list(dataset.catalogue.values()) == [expected]
+        assert "Python literals" in str(dataset)
+
+
+@pytest.mark.parametrize(
+    ("price", "kept"),
+    [
+        ("$12.99", True),
+        ("from 5.00", True),
+        ("$1.10 - $9.99", True),
+        ("1.299,00 €", True),
+        (".a-box-inner{background-color:#fff}", False),
+        ("<span>3</span>", False),
+        ("9" * 60, False),
+    ],
+)
+def test_a_style_sheet_is_no_price(tmp_path: Path, price: str, kept: bool) -> None:
+    write(tmp_path, "meta_X.json", f'{{"asin": "1", "price": "{price}"}}')
+    write(tmp_path, "X_5.json", '{"reviewerID": "A", "asin": "1", "overall": 5.0, "unixReviewTime": 1252800000}')
+    dataset = load_dataset("amazon_2018", tmp_path)
+    assert (dataset.catalogue[ItemId("1")].volatile == {"price": price}) is kept
+    assert (dataset.reports[0].notes == ()) is kept
+
+
+def test_files_that_are_passed_over_are_named(tmp_path: Path) -> None:
+    write(tmp_path, "items.jsonl", '{"item_id": "1"}')
+    write(tmp_path, "items.csv", "item_id", "2")
+    write(tmp_path, "users.jsonl", '{"user_id": "u", "history": ["1"]}')
+    write(tmp_path, "inter.jsonl", '{"user_id": "u", "item_id": "1"}')
+    assert load_dataset("common", tmp_path).notes == (
+        "'items.csv' stayed unread, because items.jsonl is there too",
+        "'inter.jsonl' stayed unread, because users.jsonl is there too",
+    )

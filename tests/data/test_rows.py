@@ -7,6 +7,7 @@ import gzip
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ import pytest
 from rcllm.data import BadRowError, ReadReport, RowReader, Table
 from rcllm.data.files import Fields
 from rcllm.data.rows import required_id, required_number, required_time
-from rcllm.data.text import as_seconds, as_text
+from rcllm.data.text import as_id, as_seconds, as_text, did_you_mean, listed
 from rcllm.errors import ConfigError, DataError
 
 ROWS: list[dict[str, object]] = [{"id": "a", "note": 'says "hi", twice'}, {"id": "b", "note": "žluťoučký\nkůň"}]
@@ -59,7 +60,7 @@ def test_every_text_layout_gives_the_same_rows_plain_and_gzipped(tmp_path: Path,
     for path in (plain, packed):
         reader = RowReader(path, strict=True)
         assert list(reader.parsed(same)) == ROWS
-        assert reader.report == ReadReport(path, 2, 0)
+        assert (reader.report.rows_read, reader.report.rows_skipped) == (2, 0)
 
 
 def test_parquet_keeps_types_and_counts_rows(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_parquet_keeps_types_and_counts_rows(tmp_path: Path) -> None:
     assert required_time(rows[0], "when") == when.timestamp()
     ids, report = read(path)
     assert (ids, problems(report), report.rows_skipped) == (["a", "c"], [2], 1)
-    assert "row 2: expected an id (text or number) in 'id', got null" in str(report)
+    assert "row 2: expected an id (text or whole number) in 'id', got null" in str(report)
     with pytest.raises(DataError, match=r"x\.parquet, row 2: expected an id"):
         read(path, strict=True)
 
@@ -120,7 +121,7 @@ def test_malformed_json_lines_are_reported_by_line(tmp_path: Path) -> None:
     assert told[1] == "expected a JSON object, got a list of 2"
     assert told[2] == "expected a field 'id', got only 'name'."
     assert told[3] == "expected UTF-8, got invalid start byte at byte 9"
-    assert told[4] == "expected an id (text or number) in 'id', got ''"
+    assert told[4] == "expected an id (text or whole number) in 'id', got ''"
     assert told[5] == "expected a JSON object, got 'd'"
     assert str(report).splitlines()[0] == f"{path}: 2 rows read, 6 skipped"
     with pytest.raises(DataError, match=r"x\.jsonl, line 3: expected a JSON object, got"):
@@ -129,11 +130,11 @@ def test_malformed_json_lines_are_reported_by_line(tmp_path: Path) -> None:
 
 def test_malformed_csv_rows_are_reported_by_the_line_they_start_on(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
-    path.write_bytes(b'id,n\na,"two\nlines"\nb\nc,1,2\nd,"x"y\ne,\xff\nf,1\n')
+    path.write_bytes('id,n\na,"two\nlinés"\nb\nc,1,2\nd,"x"y\ne,'.encode() + b"\xff\nf,1\n")
     ids, report = read(path)
     assert ids == ["a", "f"]
     assert problems(report) == [4, 5, 6, 7]
-    assert report.problems[0].reason == "expected 2 columns (id, n), got 1: 'b'"
+    assert report.problems[0].reason == "expected 2 columns ('id', 'n'), got 1: 'b'"
     assert "expected utf-8" in report.problems[3].reason
     with pytest.raises(DataError, match=r"x\.csv, line 4: expected 2 columns"):
         read(path, strict=True)
@@ -141,10 +142,11 @@ def test_malformed_csv_rows_are_reported_by_the_line_they_start_on(tmp_path: Pat
 
 def test_a_quote_that_never_closes_is_a_problem_of_its_line(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
-    path.write_text('id,n\na,1\nb,"open\nc,2\n')
+    path.write_text('id,n\na,1\nb,"open\nc,2\nd,"x"\ne,"open\nf,"open\ng,3\n')
     ids, report = read(path)
-    assert (ids, problems(report)) == (["a"], [3])
-    assert "up to line 4" in report.problems[0].reason
+    assert (ids, problems(report)) == (["a", "c", "d", "g"], [3, 6, 7])
+    assert report.rows_skipped == 3
+    assert "up to line 5" in report.problems[0].reason
 
 
 def test_unquoted_tables_take_any_delimiter_and_encoding(tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_unquoted_tables_take_any_delimiter_and_encoding(tmp_path: Path) -> None
     assert (ids, problems(report)) == (["a", "c"], [2])
     names = [fields["name"] for fields in RowReader(path, table=table).parsed(same)]
     assert names == ['café "noir', "z"]
-    _, report = read(path, table=Table("::", quoted=False, header=("id", "name")))
+    _, report = read(path, table=Table("::", quoted=False, header=("id", "name"), encoding="utf-8"))
     assert problems(report) == [1, 2]
 
 
@@ -171,12 +173,18 @@ def test_repeated_columns_are_refused(tmp_path: Path) -> None:
         read(path)
 
 
-def test_json_list_elements_are_reported_by_line_and_a_broken_list_is_an_error(tmp_path: Path) -> None:
+def test_json_list_elements_are_reported_by_number_and_a_broken_list_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('[\n {"id": "a"},\n 7,\n {"id": "b"}\n]\n')
     ids, report = read(path)
-    assert (ids, problems(report)) == (["a", "b"], [3])
-    for broken, line in [('[{"id": "a"},\n{"id": ', 2), ('[{"id": "a"}\n{"id": "b"}]', 1), ('[\n\n{"id": "a"}', 3)]:
+    assert (ids, problems(report)) == (["a", "b"], [2])
+    assert "entry 2: expected a JSON object, got 7" in str(report)
+    for broken, line in [
+        ('[{"id": "a"},\n{"id": ', 2),
+        ('[{"id": "a"}\n{"id": "b"}]', 2),
+        ('[\n\n{"id": "a"}', 3),
+        ('[{"id": 1}]\n{"id": 2}', 2),
+    ]:
         path.write_text(broken)
         with pytest.raises(DataError, match=rf"x\.json, line {line}: expected a JSON list"):
             read(path)
@@ -266,3 +274,40 @@ def test_what_is_not_a_number_is_refused(value: object) -> None:
         required_number({"n": value}, "n")
     with pytest.raises(BadRowError, match="expected a time"):
         required_time({"n": value}, "n")
+
+
+def test_half_letters_become_a_mark_that_can_be_written() -> None:
+    assert as_text("a\ud83d b") == "a\ufffd b"
+    assert as_text("\ud83d\ude00") == "😀"
+    assert as_id("u\ud83d") == "u\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (" a ", "a"),
+        (7, "7"),
+        (7.0, "7"),
+        (Decimal("7.00"), "7"),
+        (b"x", "x"),
+        (7.5, None),
+        (2.0**53, None),
+        (float("nan"), None),
+        (True, None),
+        (None, None),
+        ("", None),
+        ("x" * 20_000, None),
+        (["a"], None),
+    ],
+)
+def test_what_is_an_id(value: object, wanted: str | None) -> None:
+    assert as_id(value) == wanted
+
+
+def test_lists_that_are_cut_say_how_many_more() -> None:
+    assert listed("abc") == "'a', 'b', 'c'"
+    assert listed(map(str, range(11)), 2) == "'0', '1' and 9 more"
+
+
+def test_a_huge_name_has_no_near_ones() -> None:
+    assert did_you_mean("x" * 5_000_000, ["x" * 4_999_999, "y"]) == ""

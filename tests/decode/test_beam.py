@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rcllm.codes.index import CodeIndex, CodeTokens
-from rcllm.core.decoding import BeamRule
 from rcllm.core.ranking import ItemId
+from rcllm.core.receipts import BeamRule
 from rcllm.decode.beam import BeamPrompt, BeamSearch, BeamTask, Found, items_of
 from rcllm.decode.beam_kv import StepBuffer, joined
 from rcllm.model.attend.segments import Group, Segment
@@ -96,7 +97,14 @@ def _untimed(_: str) -> contextlib.AbstractContextManager[None]:
 
 
 def _search(decoder: Decoder, case: Case, *tasks: BeamTask) -> list[Found]:
-    return BeamSearch(decoder, case.tokens, 8).search(tasks, decoder.forward, _untimed)
+    return _run(BeamSearch(decoder, case.tokens, 8), decoder, tasks)
+
+
+def _run(search: BeamSearch, decoder: Decoder, tasks: Sequence[BeamTask]) -> list[Found]:
+    search.begin(tasks, _untimed)
+    while not search.ended:
+        search.take(decoder.forward(search.next_pass()), _untimed)
+    return search.found()
 
 
 @pytest.fixture(autouse=True)
@@ -175,9 +183,9 @@ def test_what_is_searched_together_is_found_alone() -> None:
     none, some = base.code_index.allowed((), (), None), base.code_index.allowed(ids[3:9], (ids[4],), None)
     tasks += [replace(tasks[1], allowed=none), replace(tasks[2], allowed=some)]
     search = BeamSearch(decoder, base.tokens, 4)  # too small at first
-    together = search.search(tasks, decoder.forward, _untimed)
+    together = _run(search, decoder, tasks)
     for task, found in zip(tasks, together, strict=True):
-        [alone] = search.search([task], decoder.forward, _untimed)
+        [alone] = _run(search, decoder, [task])
         np.testing.assert_array_equal(found.leaves, alone.leaves)
         np.testing.assert_allclose(found.scores, alone.scores, atol=1e-5)
         assert found.steps == alone.steps

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcllm.core.ranking import TokenIds, order
-from rcllm.engine.bias import RunningMean, centre
 from rcllm.engine.engine import Engine
+from rcllm.engine.jobs.bias import RunningMean, centre
 from tests.engine import tiny
 
 

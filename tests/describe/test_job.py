@@ -16,7 +16,9 @@ from rcllm import durable
 from rcllm.core.decoding import Speculation
 from rcllm.core.ranking import Event, ItemId
 from rcllm.describe import checkpoint
-from rcllm.describe.job import Answer, DescribeOptions, Progress, Provenance, Report, check, describe, row_seed
+from rcllm.describe.job import Answer, Progress, Provenance, Report, describe, row_seed
+from rcllm.describe.options import DescribeOptions
+from rcllm.describe.options import check_options as check
 from rcllm.describe.profiles import Profile, Reject
 from rcllm.errors import ConfigError, DataError
 from tests.describe.fake_writer import FakeWriter
@@ -268,9 +270,9 @@ def test_seeds_are_each_rows_own() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"batch": 0}, "batch must be 1 or more, got 0"),
-        ({"limit": 0}, "limit must be 1 or more"),
-        ({"temperature": -1.0}, "temperature must be 0"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"temperature": -1.0}, "temperature must be at least 0, got -1"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"speculation": Speculation("relaxed", 2, 0.1), "temperature": 1.0}, "is for greedy decoding"),
     ],

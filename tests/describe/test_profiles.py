@@ -94,4 +94,20 @@ def test_items_are_written_as_the_template_says(tmp_path: Path) -> None:
     )
     assert lamp == Profile(1, "1", (Event(text="Lamp\nred, old"),))
     assert isinstance(nothing, Reject)
-    assert "got only price" in nothing.reason
+    assert "got only 'price'" in nothing.reason
+
+
+def test_a_list_on_one_line_can_be_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "users.json"
+    path.write_text(json.dumps([{"user_id": user, "history": ["a"]} for user in "xyz"]))
+    assert [each.row for each in read_profiles(path, users(KNOWN, 5))] == [1, 2, 3]
+    assert [each.name for each in read_profiles(path, users(KNOWN, 5), after=1)] == ["y", "z"]
+
+
+def test_guesses_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "items.csv"
+    told: list[str] = []
+    path.write_text("item_id;title\n1;Lamp, red\n")
+    (lamp,) = read_profiles(path, items(("{title}",)), note=told.append)
+    assert lamp == Profile(2, "1", (Event(text="Lamp, red"),))
+    assert "semicolon" in told[0]

@@ -11,7 +11,8 @@ import pytest
 from rcllm.core.decoding import Speculation
 from rcllm.core.ranking import Event, ItemId
 from rcllm.describe.estimate import cost_per_million, estimate
-from rcllm.describe.job import Answer, DescribeOptions, describe, row_seed
+from rcllm.describe.job import Answer, describe, row_seed
+from rcllm.describe.options import DescribeOptions
 from rcllm.describe.profiles import Profile, Reject
 from rcllm.describe.writer import GeneratorWriter, make_router, provenance_of, to_route
 from rcllm.engine.engine import Engine

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.drafts import lightgcn
 from rcllm.drafts.folder import DraftPools, read_manifest
 from rcllm.drafts.groups import GroupOptions, Member, Router, build_router, commonest_values, majority, one_group
-from rcllm.drafts.lightgcn import interaction_matrix, item_vectors, user_vector
+from rcllm.drafts.lightgcn import _LAYERS, interaction_matrix, item_vectors, numbered, user_vector
 from rcllm.errors import ConfigError, DataError
 from tests.reference import lightgcn
 
@@ -55,7 +54,7 @@ def test_vectors_are_a_lightgcn_without_training(histories: list[list[int]]) -> 
     if values[dimensions - 1] < 1e-3 or values[dimensions - 1] - values[dimensions] < 1e-3:
         return  # which vectors lead is left open by the data
     vectors = item_vectors(touched, dimensions)
-    wanted = lightgcn.item_cosines(histories, 8, dimensions, lightgcn._LAYERS)
+    wanted = lightgcn.item_cosines(histories, 8, dimensions, _LAYERS)
     np.testing.assert_allclose(vectors @ vectors.T, wanted, atol=1e-4)
 
 
@@ -65,7 +64,7 @@ def lightgcn_normal(touched: np.ndarray) -> np.ndarray:
 
 
 def test_items_of_the_same_users_lie_close_and_seeds_are_kept() -> None:
-    _, numbers = lightgcn.numbered(world())
+    _, numbers = numbered(world())
     touched = interaction_matrix(numbers, 30)
     vectors = item_vectors(touched, 4, seed=1)
     assert (vectors == item_vectors(touched, 4, seed=1)).all()

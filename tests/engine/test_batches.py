@@ -16,9 +16,10 @@ import torch
 
 from rcllm.core.ranking import Block, Prompt, RankRequest, RankResponse
 from rcllm.engine.engine import Engine
-from rcllm.metrics import Stopwatch
+from rcllm.errors import answered
 from rcllm.store.memory import MemoryStore
 from tests.engine import tiny
+from tests.engine.opening import RankPrompt
 
 TOLERANCE = 1e-5
 
@@ -63,7 +64,7 @@ def singly(requests: list[RankRequest], family: str = tiny.NATIVE) -> list[RankR
 def test_a_batch_answers_as_each_request_alone(any_engine: Engine) -> None:
     requests = mixed(14)
     family = tiny.NATIVE if any_engine.decoder.kernels else tiny.TORCH
-    batch = any_engine.rank_batch(requests)
+    batch = answered(any_engine.rank_batch(requests))
     assert {response.receipt.batch_size for response in batch} == {14}
     for got, wanted in zip(batch, singly(requests, family), strict=True):
         assert_same(got, wanted)
@@ -74,7 +75,7 @@ def test_a_batch_that_splits_into_parts_answers_the_same() -> None:
     small = replace(engine.config, cache=replace(engine.config.cache, pass_tokens=300))
     engine = Engine(small, engine.decoder, engine.prompter, engine.pool, engine.model_id)
     requests = mixed(14)
-    batch = engine.rank_batch(requests)
+    batch = answered(engine.rank_batch(requests))
     sizes = [response.receipt.batch_size for response in batch]
     assert len(batch) == 14
     assert max(sizes) < 14
@@ -89,7 +90,7 @@ def test_a_part_that_evicts_the_chain_planned_for_the_next_is_made_good() -> Non
     engine = tiny.fresh(pool_tokens=700)
     chained = [replace(r, options=requests[3].options) for r in requests]
     for _ in range(3):
-        for got, expected in zip(engine.rank_batch(chained), wanted, strict=True):
+        for got, expected in zip(answered(engine.rank_batch(chained)), wanted, strict=True):
             assert_same(got, expected)
     engine.pool.check()
 
@@ -98,7 +99,7 @@ def test_the_number_of_compute_threads_does_not_change_an_answer(any_engine: Eng
     requests = mixed(7)
     wanted = singly(requests, tiny.NATIVE if any_engine.decoder.kernels else tiny.TORCH)
     torch.set_num_threads(2)
-    for got, expected in zip(any_engine.rank_batch(requests), wanted, strict=True):
+    for got, expected in zip(answered(any_engine.rank_batch(requests)), wanted, strict=True):
         assert_same(got, expected)
 
 
@@ -141,7 +142,7 @@ def test_parallel_labelled_candidates_may_be_listed_in_any_order_if_they_keep_th
     asked = tiny.request((0, 1, 7, 9), layout=layout, label_place=place, level=level, parallel=True)
     prompt = engine.prompter.build(asked)
     moved = _moved(prompt, [2, 0, 3, 1])
-    scores = [engine._run([asked], [engine._plan(p)], Stopwatch())[0].scores for p in (prompt, moved)]
+    scores = [answered(engine.run(RankPrompt(engine, p), [asked]))[0].scores for p in (prompt, moved)]
     assert np.allclose(scores[0], scores[1], atol=TOLERANCE)
 
 
@@ -155,9 +156,11 @@ def test_labels_belong_to_slots_so_other_labels_are_another_question(engine: Eng
 
 def test_a_slot_under_parallel_hides_its_place_from_its_item(engine: Engine) -> None:
     """exact: what stands between a label and the history does not depend on the slot; only the label tells."""
-    blocks = engine.prompter.build(tiny.request((3, 3, 3), parallel=True)).blocks
+    orders = ((3, 4, 5), (5, 3, 4), (4, 5, 3))
+    blocks = [b for order in orders for b in engine.prompter.build(tiny.request(order, parallel=True)).blocks]
     items = [b for b in blocks if b.kind == "item"]
-    assert len({(b.base, b.token_ids, b.key) for b in items}) == 1
+    assert len(items) == 9
+    assert len({(b.owner, b.base, b.token_ids, b.key) for b in items}) == 3
 
 
 @pytest.mark.parametrize("host", [False, True])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from rcllm.core.ranking import ContentKey
 from rcllm.engine.engine import Engine
 from rcllm.errors import CapacityError, ConfigError
-from rcllm.store.contract import StoredBlock, StoreStats
+from rcllm.store.contract import Found, Stored, StoreStats
 from tests.conftest import assert_no_pins
 from tests.engine import tiny
 
@@ -56,13 +56,13 @@ def test_history_that_does_not_fit_is_not_kept_and_the_request_is_served() -> No
 class BrokenStore:
     """Raises at everything."""
 
-    def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, StoredBlock]:
+    def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Stored]:
         raise OSError("broken")
 
-    def put_many(self, blocks: Mapping[ContentKey, StoredBlock]) -> None:
+    def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
         raise OSError("broken")
 
-    def contains_many(self, keys: Sequence[ContentKey]) -> Sequence[bool]:
+    def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
         raise OSError("broken")
 
     def delete_owner(self, owner: str) -> int:
@@ -75,8 +75,8 @@ class BrokenStore:
 class LyingStore(BrokenStore):
     """Says that it has everything, and has nothing."""
 
-    def contains_many(self, keys: Sequence[ContentKey]) -> Sequence[bool]:
-        return [True] * len(keys)
+    def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
+        return dict.fromkeys(keys, Found("host", 1, 0.0))
 
 
 @pytest.mark.parametrize("store", [BrokenStore(), LyingStore()])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rcllm.core.ranking import BlockKind, ContentKey, RankRequest
+from rcllm.core.ranking import ContentKey, RankRequest
+from rcllm.core.receipts import BlockKind
 from rcllm.engine.engine import Engine
 from rcllm.engine.warming import WarmProgress
 from rcllm.errors import ConfigError

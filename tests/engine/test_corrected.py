@@ -15,7 +15,8 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from rcllm.core.ranking import BlockKind, ItemId, Level, Policy, RankRequest, RankResponse, Reduction, Selection, UserId
+from rcllm.core.ranking import ItemId, Level, Policy, RankRequest, RankResponse, Reduction, Selection, UserId
+from rcllm.core.receipts import BlockKind
 from rcllm.engine import rankings
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError
@@ -131,7 +132,7 @@ def served() -> Engine:
     window=st.sampled_from([0, 0, 1, 5, 1000]),
     check_layer=st.integers(0, 1),
     shares=st.tuples(st.floats(0, 1), st.floats(0, 1)),
-    candidates=st.lists(st.integers(0, 58), min_size=1, max_size=4).map(tuple),
+    candidates=st.lists(st.integers(0, 58), min_size=1, max_size=4, unique=True).map(tuple),
     events=st.lists(st.one_of(st.integers(0, 58), st.sampled_from(["my words", "no more"])), max_size=4).map(tuple),
 )
 def test_any_selection_computes_what_the_dense_twin_computes(
@@ -179,7 +180,7 @@ def test_rounding_is_no_divergence(kv_dtype: str) -> None:
     """exact: in layer 0 the same text differs by rounding alone, and the choice is the question's."""
     engine = tiny.fresh(kv_dtype=kv_dtype)
     asked = [
-        tiny.request(level="corrected(.3,.3)", selection=Selection(policy, divergence=0.9))
+        tiny.request(level="corrected(.3,.3)", selection=Selection(policy, divergence=0.5))
         for policy in ("rcllm", "question")
     ]
     fresh = [[b.num_fresh for b in engine.rank(request).receipt.blocks] for request in asked]
@@ -338,7 +339,7 @@ def test_the_bytes_that_a_request_read(engine: Engine) -> None:
 def test_static_ranks_a_block_once_and_forgets_it_with_its_owner(engine: Engine) -> None:
     asked = tiny.request((0, 1), (30, "my own words"), level="corrected(.3,.3)", selection=Selection("static"))
     engine.rank(asked)
-    known = engine._corrector.rankings
+    known = engine._prefill.corrector.rankings
     assert len(known) == 4
     assert engine.rank(asked).receipt.notes == (), "nothing was ranked the second time"
     engine.erase_user(UserId("u1"))
@@ -361,14 +362,14 @@ def test_static_ranks_are_there_after_warming() -> None:
 
 
 def test_static_remembers_a_bounded_number_of_ranks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rankings, "_MOST_RANKINGS", 3)
+    monkeypatch.setattr(rankings, "_MAX_RANKINGS", 3)
     static = {"level": "corrected(.3,.3)", "selection": Selection("static")}
     for start in range(0, 20, 5):
         asked = tiny.request(tuple(range(start, start + 5)), (30,), **static)
         engine.rank(asked)
-        assert len(engine._corrector.rankings) == 6, "those that a request needs, at least"
+        assert len(engine._prefill.corrector.rankings) == 6, "those that a request needs, at least"
     engine.rank(tiny.request((0,), (), **static))
-    assert len(engine._corrector.rankings) == 3
+    assert len(engine._prefill.corrector.rankings) == 3
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -377,15 +378,15 @@ def test_static_remembers_a_bounded_number_of_ranks(engine: Engine, monkeypatch:
 @pytest.mark.parametrize(
     ("level", "chosen", "message"),
     [
-        ("corrected", Selection("best"), "unknown policy 'best'; known: first"),  # type: ignore[arg-type]
-        ("corrected", Selection(reduction="max"), "unknown reduction 'max'"),  # type: ignore[arg-type]
-        ("corrected", Selection(divergence=1.5), "selection.divergence must be from 0 to 1, got 1.5"),
-        ("corrected", Selection(window=-1), "selection.window must be 0 or more, got -1"),
-        ("corrected", Selection(check_layer=-1), "selection.check_layer must be 0 or more, got -1"),
+        ("corrected", Selection("best"), "selection.policy must be one of rcllm, .*, got 'best'"),  # type: ignore[arg-type]
+        ("corrected", Selection(reduction="max"), "selection.reduction must be one of question, mean, sum, got 'max'"),  # type: ignore[arg-type]
+        ("corrected", Selection(divergence=1.5), "selection.divergence must be at most 1, got 1.5"),
+        ("corrected", Selection(window=-1), "selection.window must be at least 0, got -1"),
+        ("corrected", Selection(check_layer=-1), "selection.check_layer must be at least 0, got -1"),
         ("corrected", Selection(check_layer=2), r"check_layer is 2; the model has the layers 0 to 2, of which .* last"),
         ("corrected", Selection("k_difference"), "k_difference needs selection.check_layer of 1 or more"),
-        (Level("corrected", 1.5), Selection(), "r_item must be from 0 to 1, got 1.5"),
-        (Level("corrected", 0.5, -1), Selection(), "r_history must be from 0 to 1, got -1"),
+        (Level("corrected", 1.5), Selection(), r"unknown reuse level 'corrected\(1\.5, 0\.0\)'.* shares from 0 to 1"),
+        (Level("corrected", 0.5, -1), Selection(), r"unknown reuse level 'corrected\(0\.5, -1\)'.* shares from 0 to 1"),
     ],
 )
 def test_wrong_selections_are_refused(engine: Engine, level: Any, chosen: Selection, message: str) -> None:

@@ -22,13 +22,15 @@ from rcllm.core.ranking import Event, Level, TokenIds, UserId
 from rcllm.decode.verify import accept, ancestors
 from rcllm.drafts.draft import EMPTY, Drafter, DraftTree, PromptLookup, chain
 from rcllm.engine.engine import Engine
-from rcllm.engine.generate import Generator
-from rcllm.engine.sequences import SequenceKV, next_pass
-from rcllm.errors import ConfigError, UnknownItemError
+from rcllm.engine.jobs.generate import Generator
+from rcllm.engine.jobs.sequences import SequenceKV, next_pass
+from rcllm.errors import ConfigError, UnknownItemError, answered
 from rcllm.model.attend.segments import Group
 from rcllm.model.decoder import Keep, Pass
 from rcllm.model.pull import pull
 from rcllm.schedule.draft_budget import DraftBudget, Drafted, PassCosts, Trust
+from tests.conftest import assert_no_pins
+from tests.engine.opening import opened
 from tests.engine.tiny import IDS, NATIVE, TORCH, VOCAB, catalogue, fresh, model_folder
 from tests.reference.generate import decode, distribution, likeliest
 
@@ -129,7 +131,9 @@ def test_a_batch_equals_one_at_a_time(engine: Engine, limits: dict[str, int], te
     alone = [Generator(engine).generate([request])[0] for request in requests]
     assert tokens(Generator(engine, **limits).generate(requests)) == tokens(alone)  # type: ignore[arg-type]
     streamed = Generator(engine, **limits).stream(requests)  # type: ignore[arg-type]
-    assert {answer.request_id: answer.token_ids for answer in streamed} == {a.request_id: a.token_ids for a in alone}
+    assert {request.request_id: answer.token_ids for request, answer in streamed} == {
+        answer.request_id: answer.token_ids for answer in alone
+    }
 
 
 def test_the_answer_ends_with_the_end_of_sequence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,19 +195,21 @@ def test_answers_end_with_the_models_context(engine: Engine, monkeypatch: pytest
     assert guess.generate([ask("a")])[0].token_ids == plain.token_ids
 
 
-def test_wrong_requests_are_refused_before_anything_is_computed(engine: Engine) -> None:
+def test_wrong_requests_fail_alone(engine: Engine) -> None:
     generator = Generator(engine)
     wrong = {"max_tokens": 0, "temperature": -1.0, "top_p": 0.0, "seed": -1, "stop": ("",)}
     for name, value in wrong.items():
+        good, refused = generator.generate([ask("a"), ask("b", **{name: value})])
+        assert isinstance(good, Generated)
         with pytest.raises(ConfigError, match=name):
-            generator.generate([ask("a"), ask("b", **{name: value})])
+            answered([refused])
     with pytest.raises(ConfigError, match="distribution"):
         generator.check(ask("a", temperature=1.0, speculation=Speculation("relaxed", 2, 0.1)))
     with pytest.raises(UnknownItemError):
         generator.check(replace(ask("a"), history=(Event(IDS[0]), Event("no such item"))))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="batch_size"):
         Generator(engine, batch_size=0)
-    assert engine.stats().num_blocks == 0
+    assert_no_pins(engine)
 
 
 @pytest.mark.parametrize("text", ["none", "strict", "relaxed(2, 0.1)"])
@@ -259,7 +265,7 @@ def test_right_drafts_save_passes_and_the_receipt_says_so(engine: Engine) -> Non
     assert answer.receipt.passes == 4  # 24 tokens after the first, six at a time
     assert (answer.receipt.drafted, answer.receipt.accepted, answer.receipt.accepted_length_mean) == (20, 20, 6.0)
     assert answer.receipt.divergences == ()
-    assert {"open", "draft", "forward", "readout", "total"} <= set(answer.receipt.stage_ms)
+    assert {"join", "draft", "forward", "readout", "total"} <= set(answer.receipt.stage_ms)
 
 
 def test_the_adaptive_budget_gives_the_plain_answers_too(engine: Engine) -> None:
@@ -374,13 +380,12 @@ def test_the_buffer_equals_the_kv_of_a_full_recompute(any_engine: Engine) -> Non
     engine, request = any_engine, ask("a", (4, 5, 6))
     decoder, prompt = engine.decoder, prompt_of(engine, request)
     opened_request = OpenRequest("a", request.history, request.user_id)
-    with engine.open([opened_request]):
-        pass
+    opened(engine, [opened_request])
     kv = SequenceKV(decoder, len(prompt) + 8)
-    with engine.open([opened_request]) as batch:  # from cached blocks
-        kv.fill(batch.prompts[0].segments, decoder.rope)
+    [from_cached_blocks] = opened(engine, [opened_request])
+    kv.fill(from_cached_blocks.segments, decoder.rope)
     tree = DraftTree(np.array([9, 8, 7, 6, 5], np.int32), np.array([0, 0, 1, 3, 3], np.int32), np.ones(5, np.float32))
-    passed = engine.forward(next_pass([kv.segment], [11], [len(prompt)], [tree]))
+    passed = decoder.forward(next_pass([kv.segment], [11], [len(prompt)], [tree]))
     accepted = accept(tree, [9, 7, 0, 5, 0, 3])
     kv.append(passed.kept[0], [0, *accepted.rows])
     sequence = [*prompt, 11, 9, 7, 5]
@@ -401,9 +406,8 @@ def test_a_draft_changes_no_bit_of_what_plain_decoding_computes() -> None:
     prompt = rng.integers(0, VOCAB, 90).tolist()  # what follows crosses the end of a tile of keys
     right = rng.integers(0, VOCAB, 30).tolist()
     other = OpenRequest("b", ask("b", range(6)).history)
-    with engine.open([other]) as batch:
-        beside = SequenceKV(decoder, 200)
-        beside.fill(batch.prompts[0].segments, decoder.rope)
+    beside = SequenceKV(decoder, 200)
+    beside.fill(opened(engine, [other])[0].segments, decoder.rope)
     rows = torch.arange(len(prompt))
     work = Pass(torch.tensor(prompt), rows, (Group.causal(len(prompt)),), rows[-1:], (Keep(0, len(prompt), 0),))
     kept = decoder.forward(work).kept[0]
@@ -412,14 +416,14 @@ def test_a_draft_changes_no_bit_of_what_plain_decoding_computes() -> None:
         kv.append(kept, range(len(prompt)))
     hidden = []
     for token in right:
-        passed = engine.forward(next_pass([plain.segment], [token], [plain.length], [EMPTY]))
+        passed = decoder.forward(next_pass([plain.segment], [token], [plain.length], [EMPTY]))
         plain.append(passed.kept[0], [0])
         hidden.append(passed.hidden[0])
     at = 0
     while at < len(right):
         tree = _random_tree(rng, right[at + 1 :])
         segments, positions = [drafted.segment, beside.segment], [drafted.length, beside.length]
-        passed = engine.forward(next_pass(segments, [right[at], 5], positions, [tree, tree]))
+        passed = decoder.forward(next_pass(segments, [right[at], 5], positions, [tree, tree]))
         path = accept(tree, _following(tree, right[at + 1 :])).rows
         drafted.append(passed.kept[0], [0, *path])
         logits = decoder.logits(passed.hidden)
@@ -445,7 +449,7 @@ def test_nothing_stays_pinned_while_answers_are_decoded(engine: Engine) -> None:
 
 def test_prompts_of_other_levels_are_decoded_apart(engine: Engine) -> None:
     requests = [replace(ask("a"), level=Level.parse("full")), ask("b"), replace(ask("c"), level=Level.parse("full"))]
-    answers = Generator(engine).generate(requests)
+    answers = answered(Generator(engine).generate(requests))
     assert [answer.receipt.level for answer in answers] == ["full", "exact", "full"]
     assert answers[0].token_ids == answers[2].token_ids == answers[1].token_ids
 

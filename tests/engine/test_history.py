@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rcllm.core.ranking import BlockKind, RankRequest, RankResponse, UserId
+from rcllm.core.ranking import RankRequest, RankResponse, UserId
+from rcllm.core.receipts import BlockKind
 from rcllm.engine.engine import Engine
 from tests.engine import tiny
 

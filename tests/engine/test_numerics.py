@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from rcllm.core.ranking import BlockKind
+from rcllm.core.receipts import BlockKind
 from rcllm.engine.engine import Engine
 from tests.engine import tiny
 

@@ -6,12 +6,24 @@ import itertools
 
 import pytest
 
-from rcllm.core.ranking import BlockKind
+from rcllm.core.receipts import BlockKind
 from rcllm.engine.engine import Engine
 from rcllm.store.memory import MemoryStore
 from tests.engine import tiny
 
-STAGES = {"prompt", "wait", "plan", "materialise", "select", "assemble", "forward", "readout", "publish", "total"}
+STAGES = {
+    "prompt",
+    "lookup",
+    "wait",
+    "plan",
+    "materialise",
+    "select",
+    "assemble",
+    "forward",
+    "readout",
+    "publish",
+    "total",
+}
 
 
 @pytest.mark.parametrize("level", ["full", "exact", "linked(3)", "tail(0.3)", "blocks"])
@@ -81,8 +93,10 @@ def test_chains_are_named(engine: Engine) -> None:
 
 def test_cut_text_is_noted(engine: Engine) -> None:
     response = engine.rank(tiny.request((59, 0), ("so many words " * 40,)))
-    assert "item i59 cut to 40 tokens" in response.receipt.notes
-    assert "event text cut to 24 tokens" in response.receipt.notes
+    assert response.receipt.notes == (
+        "1 of 1 events cut to 24 tokens: own words",
+        "1 of 2 candidates cut to 40 tokens: i59",
+    )
 
 
 def test_the_ranking_is_by_score(engine: Engine) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import threading
-import time
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +14,10 @@ from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core.decoding import RecommendRequest, RecommendResponse
 from rcllm.core.ranking import Event, ItemId, Level, UserId
-from rcllm.engine.beam_schedule import run_overlapped
 from rcllm.engine.engine import Engine
-from rcllm.engine.recommend import Recommender
-from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
-from rcllm.metrics import WAITING, Trace
+from rcllm.engine.jobs.recommend import BEAM_ROWS, Recommender
+from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError, answered
 from rcllm.model.decoder import Pass, Passed
-from rcllm.schedule.batches import BeamLimits, Load, beam_batches
 from rcllm.sid.vocabulary import Vocabulary, items_of_codes
 from tests.engine.tiny import folder
 from tests.tiny_models import tiny_model
@@ -57,8 +51,8 @@ def _engine() -> Engine:
     return Engine.build(items_of_codes(_code_index()), config)
 
 
-def _recommender(**limits: int) -> Recommender:
-    return Recommender(_engine(), LiveCodes(_code_index()), Vocabulary(SIZES).code_tokens, BeamLimits(**limits))
+def _recommender(beam_rows: int = BEAM_ROWS) -> Recommender:
+    return Recommender(_engine(), LiveCodes(_code_index()), Vocabulary(SIZES).code_tokens, beam_rows=beam_rows)
 
 
 def _ask(name: str, *events: int, **fields: object) -> RecommendRequest:
@@ -98,7 +92,7 @@ def test_an_answer_and_its_receipt() -> None:
     assert (receipt.beam, receipt.rule, receipt.level, receipt.batch_size) == (20, "renormalise", "exact", 1)
     assert len(receipt.steps) == 3
     assert receipt.kv_bytes_read < receipt.kv_bytes_naive
-    for stage in ("allow", "prefill", "prefill_forward", "join", "gather", "readout", "sort", "step", "items", "total"):
+    for stage in ("allow", "wait", "forward", "join", "gather", "readout", "sort", "reorder", "step", "items", "total"):
         assert receipt.stage_ms[stage] >= 0.0
     _engine().pool.check()
     assert not _engine().pool._index._pins
@@ -111,18 +105,17 @@ def test_the_exact_prompt_does_not_depend_on_what_is_cached() -> None:
     _same(recommender.recommend(_ask("w", 5, 6, 7, 8, level=Level("full"))), warm)
 
 
-@pytest.mark.parametrize(
-    "limits", [{}, {"beam_rows": 50}, {"prompt_tokens": 1}, {"beam_rows": 50, "num_overlapped": 4}]
-)
-def test_batches_answer_as_each_request_alone(limits: dict[str, int]) -> None:
+@pytest.mark.parametrize("beam_rows", [BEAM_ROWS, 50, 1])
+def test_batches_answer_as_each_request_alone(beam_rows: int) -> None:
     requests = _many(12)
     alone = _recommender()
-    for ours, request in zip(_recommender(**limits).recommend_batch(requests), requests, strict=True):
+    together = answered(_recommender(beam_rows).recommend_batch(requests))
+    for ours, request in zip(together, requests, strict=True):
         _same(ours, alone.recommend(request))
 
 
 def test_no_invalid_item_ever_comes() -> None:
-    for request, answer in zip(requests := _many(40), _recommender().recommend_batch(requests), strict=True):
+    for request, answer in zip(requests := _many(40), answered(_recommender().recommend_batch(requests)), strict=True):
         valid = set(_code_index().item_ids) - set(request.deny)
         assert set(answer.items) <= valid
         assert len(answer.items) == min(request.n, len(valid))
@@ -147,8 +140,8 @@ def test_long_lists_are_remembered_for_one_epoch_alone() -> None:
     assert first == again
     assert sorted(first) == sorted(ItemId(f"i{i}") for i in range(0, 120, 2))
     assert set(recommender.recommend(_ask("s", 1, n=100, allow=stock, deny=first[:50])).items) == set(first[50:])
-    recommender.catalogue.remove([first[0]])
-    recommender.catalogue.flush()
+    recommender.codes.remove([first[0]])
+    recommender.codes.flush()
     assert set(recommender.recommend(_ask("s", 1, n=100, allow=stock)).items) == set(first[1:])
 
 
@@ -168,11 +161,11 @@ def test_a_history_and_a_batch_may_be_empty() -> None:
         ({"history": (Event(ItemId("i1")),) * 130}, PromptTooLongError, "positions"),
     ],
 )
-def test_what_is_asked_wrongly_is_said_before_anything_is_computed(
-    fields: dict[str, object], error: type[Exception], said: str
-) -> None:
+def test_what_is_asked_wrongly_fails_alone(fields: dict[str, object], error: type[Exception], said: str) -> None:
+    good, wrong = _recommender().recommend_batch([_ask("good", 1), _ask("bad", 1, **fields)])
+    assert isinstance(good, RecommendResponse), "a wrong request fails alone"
     with pytest.raises(error, match=said):
-        _recommender().recommend_batch([_ask("good", 1), _ask("bad", 1, **fields)])
+        answered([wrong])
 
 
 def test_a_model_without_the_codes_of_the_catalogue_is_refused() -> None:
@@ -190,13 +183,14 @@ def test_a_model_without_the_codes_of_the_catalogue_is_refused() -> None:
 def test_items_come_and_go_and_a_request_sees_one_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Removed and disabled items never come again; a request that runs keeps the epoch that it began with."""
     recommender = _recommender()
-    live = recommender.catalogue
+    live = recommender.codes
     before = recommender.recommend(_ask("e", 1, 2))
     gone, hidden = before.items[:2]
-    forward, changed = recommender.engine.forward, threading.Event()
+    decoder, changed = recommender.engine.decoder, threading.Event()
+    forward = decoder.forward
 
     def change_once(work: Pass) -> Passed:
-        if not changed.is_set():
+        if not changed.is_set() and len(work.wanted) > 1:  # a step of the beams
             changed.set()
             live.remove([gone])
             live.disable([hidden])
@@ -204,7 +198,7 @@ def test_items_come_and_go_and_a_request_sees_one_epoch(monkeypatch: pytest.Monk
         return forward(work)
 
     with monkeypatch.context() as patched:
-        patched.setattr(recommender.engine, "forward", change_once)
+        patched.setattr(decoder, "forward", change_once)
         during = recommender.recommend(_ask("e", 1, 2))
     assert changed.is_set()
     _same(during, before)
@@ -214,49 +208,3 @@ def test_items_come_and_go_and_a_request_sees_one_epoch(monkeypatch: pytest.Monk
     live.enable([hidden])
     live.flush()
     assert hidden in recommender.recommend(_ask("e", 1, 2)).items
-
-
-# ---- scheduling ------------------------------------------------------------------------------------------------------
-
-
-def test_batches_keep_order_and_limits() -> None:
-    loads = [Load(*each) for each in ((10, 4), (10, 4), (5, 9), (500, 1), (1, 1), (1, 99), (1, 1))]
-    assert beam_batches(loads, BeamLimits(20, 10)) == [[0, 1], [2], [3], [4], [5], [6]]
-    assert beam_batches(loads, BeamLimits(1000, 1000)) == [[0, 1, 2, 3, 4, 5, 6]]
-    assert beam_batches([], BeamLimits()) == []
-
-
-def test_results_come_in_order_and_errors_come_out() -> None:
-    slow, fast = threading.Event(), lambda: 2
-
-    def waits() -> int:
-        assert slow.wait(10)
-        return 1
-
-    def releases() -> int:
-        slow.set()
-        return 3
-
-    assert run_overlapped([waits, releases, fast], 2) == [1, 3, 2]
-    with pytest.raises(ZeroDivisionError):
-        run_overlapped([fast, lambda: 1 // 0, fast], 2)
-
-
-def test_host_work_of_a_batch_falls_under_a_pass_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trace, recommender = Trace(), _recommender(beam_rows=40)
-    forward = recommender.engine.forward
-
-    def long_pass(work: Pass) -> Passed:
-        time.sleep(0.005)
-        return forward(work)
-
-    monkeypatch.setattr(recommender.engine, "forward", long_pass)
-    recommender.recommend_batch(_many(24), trace)
-    assert trace.overlap_s("step") > 0.0
-    passes = sorted((s.start_s, s.end_s) for s in trace.spans if s.stage in ("step", "prefill"))
-    assert all(one[1] <= two[0] for one, two in pairwise(passes)), "one pass at a time"
-    trace.write(tmp_path / "trace.json")
-    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
-    assert {event["name"] for event in events} >= {"prefill", "step", "gather", "sort", "items", WAITING}
-    assert len({event["tid"] for event in events}) == 2
-    assert all(event["ph"] == "X" and event["dur"] >= 0 for event in events)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rcllm.core.ranking import BlockKind, Level, Prompt, RankRequest, TokenIds
+from rcllm.core.ranking import Level, Prompt, RankRequest, TokenIds
+from rcllm.core.receipts import BlockKind
 from rcllm.engine.engine import Engine
 from rcllm.reuse.plan import plan
 from tests.engine import tiny

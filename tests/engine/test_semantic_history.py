@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rcllm.core.ranking import BlockKind, RankRequest, RankResponse
+from rcllm.core.ranking import RankRequest, RankResponse
+from rcllm.core.receipts import BlockKind
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError
-from rcllm.prototypes.build import PrototypeBuilder, PrototypeConfig
+from rcllm.prototypes.build import PrototypeBuilder
+from rcllm.prototypes.config import PrototypeConfig
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.prototypes.texts import token_runs
 from tests.conftest import assert_no_pins
@@ -31,7 +33,7 @@ def with_pool(engine: Engine, path: Path, histories: list[tuple[int | str, ...]]
     builder.run(token_runs(engine.prompter, events, config.member_context), "histories")
     pool = PrototypePool.open(path, engine.decoder, engine.prompter.namespace)
     parts = engine.config, engine.decoder, engine.prompter, engine.pool, engine.model_id
-    return Engine(*parts, semantic_pool=pool)
+    return Engine(*parts, prototypes=pool)
 
 
 @pytest.fixture
@@ -114,7 +116,11 @@ def test_nothing_approximate_is_kept(semantic: Engine) -> None:
     semantic.rank(asked())
     kept = [block for block in prompt.blocks if block.kind is BlockKind.HISTORY and block.chain_key is not None]
     assert kept
-    assert not any(semantic.pool.contains(block.chain_key) for block in kept if block.chain_key is not None)
+    assert not any(
+        (block.chain_key in semantic.pool.lookup_many([block.chain_key]))
+        for block in kept
+        if block.chain_key is not None
+    )
     assert_no_pins(semantic)
 
 

@@ -6,6 +6,7 @@ equal scores.
 
 from __future__ import annotations
 
+import copy
 import functools
 import shutil
 import tempfile
@@ -156,7 +157,8 @@ def train_tokenizer() -> BackendTokenizer:
 def config(family: str = NATIVE, **sections: Any) -> Config:
     """A configuration for `build`; `kv_dtype`, `context`, `mask`, … override fields of the sections they belong to."""
     model = {key: sections.pop(key) for key in ("mask", "attention", "max_positions") if key in sections}
-    prompt = {key: sections.pop(key) for key in ("context", "max_candidates", "template") if key in sections}
+    names = ("context", "max_candidates", "max_item_tokens", "template")
+    prompt = {key: sections.pop(key) for key in names if key in sections}
     cache = {"kv_dtype": "fp32", "pool_mb": 64, **sections}
     return Config(
         ModelConfig(path=str(model_folder(family)), device="cpu", **model),
@@ -175,12 +177,21 @@ def _prototype(family: str) -> Engine:
 
 
 def fresh(
-    family: str = NATIVE, *, pool_tokens: int | None = None, kv_dtype: str = "fp32", store: Store | None = None
+    family: str = NATIVE,
+    *,
+    pool_tokens: int | None = None,
+    kv_dtype: str = "fp32",
+    store: Store | None = None,
+    items: dict[ItemId, Item] | None = None,
 ) -> Engine:
     """An engine with an empty pool (of `pool_tokens` tokens) over a model that is loaded once."""
     engine = _prototype(family)
+    prompter = engine.prompter
+    if items is not None:
+        prompter = copy.copy(prompter)
+        prompter.catalogue = items
     dtype: torch.dtype = DTYPES[kv_dtype]
     per_token = engine.decoder.spec.kv_bytes_per_token(dtype.itemsize)
     budget = engine.pool.budget if pool_tokens is None else pool_tokens * per_token
     made = Pool(budget, dtype, engine.decoder.device, store)
-    return Engine(engine.config, engine.decoder, engine.prompter, made, engine.model_id)
+    return Engine(engine.config, engine.decoder, prompter, made, engine.model_id)

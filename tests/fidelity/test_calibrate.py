@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from rcllm.core.ranking import Level, RankOptions, RankRequest
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError
 from rcllm.fidelity.calibrate import CalibrateProgress, Space, Trial, calibrate
-from rcllm.fidelity.calibration import Calibrated, Calibration, Rung, Target
+from rcllm.fidelity.calibration import Calibrated, Calibration, Rung
 from rcllm.fidelity.pareto import fronts
 from rcllm.fidelity.records import RecordFile
+from rcllm.fidelity.target import Target
+from rcllm.prompt.learnt import Learnt
 from tests.engine import tiny
 
 
@@ -199,3 +202,14 @@ def test_fronts() -> None:
 def test_a_bias_that_remembers_cannot_be_calibrated(engine: Engine) -> None:
     with pytest.raises(ConfigError, match="running_mean"):
         search(engine, space("blocks", base=RankOptions(bias="running_mean")))
+
+
+def test_what_is_cut_and_what_the_ranker_did_not_learn_is_noted(engine: Engine) -> None:
+    cut = tiny.build(max_item_tokens=3)
+    cut.prompter.learnt = Learnt(readout="pointwise")
+    cut.prompter.notes = ("the adapter was tuned with template titles, this is tiny",)
+    found = search(cut, space("blocks", readouts=("label", "pointwise")), requests=TRIAL.requests[:4], num_timed=0)
+    template, readout, texts, *_ = found.notes
+    assert template == cut.prompter.notes[0]
+    assert readout == "the adapter was tuned for read-out pointwise, this is label"
+    assert re.search(r"of \d+ items: \d+ cut to 3 tokens as candidates \(max_item_tokens\)", texts)

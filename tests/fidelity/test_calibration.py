@@ -11,11 +11,12 @@ import pytest
 
 from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError, DataError, UncalibratedError
-from rcllm.fidelity.calibration import Calibrated, Calibration, Rung, Target, passing
+from rcllm.fidelity.calibration import Calibrated, Calibration, Rung, passing
 from rcllm.fidelity.intervals import Interval
 from rcllm.fidelity.measures import QUALITY
 from rcllm.fidelity.records import Configuration
 from rcllm.fidelity.summary import CLOSENESS, Summary, Timing
+from rcllm.fidelity.target import Target
 from rcllm.schedule.admission import Identity
 
 IDENTITY = Identity("0a1b2c3d4e5f", "tok", "tem", "cha", "fp32", "fp16", "causal")
@@ -145,7 +146,7 @@ def test_what_one_semantic_pool_gave_says_nothing_of_another() -> None:
     found = replace(CALIBRATION, identity=replace(IDENTITY, semantic_pool="one"), rungs=(*RUNGS, semantic))
     asked = options("auto", history="semantic")
     for pool, level in (("one", "blocks"), ("two", "exact"), ("", "exact")):
-        admission = Calibrated.of(found, replace(IDENTITY, semantic_pool=pool), CONTEXT)
+        admission = Calibrated.of(found, replace(IDENTITY, prototypes=pool), CONTEXT)
         assert admission.admit(asked).options.level == Level(level)  # type: ignore[arg-type]
         assert admission.admit(options("auto")).options.level == Level("tail", 0.1)
 

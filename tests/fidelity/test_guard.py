@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse, Receipt
+from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
+from rcllm.core.receipts import RankReceipt
 from rcllm.errors import CapacityError, ConfigError
 from rcllm.fidelity.guard import Guard, append_to
 from rcllm.fidelity.monitor import GuardEvent, GuardPolicy
@@ -51,7 +52,7 @@ class Ranker:
         return self.answer(request)
 
     def answer(self, request: RankRequest) -> RankResponse:
-        level = str((request.options or RankOptions()).level)
+        level = str((request.options or RankOptions(level=Level("blocks"))).level)
         scores = BAD if level in self.drifted else GOOD
         return RankResponse(request.request_id, request.candidates, scores, (0, 1, 2), receipt(level))
 
@@ -60,13 +61,13 @@ class Ranker:
         return [str(request.options.level) for _, request in self.passes if request.options]
 
 
-def receipt(level: str) -> Receipt:
+def receipt(level: str) -> RankReceipt:
     names = dict.fromkeys(("readout", "layout", "label_place", "context", "history", "bias", "backend"), "")
     names |= dict.fromkeys(("node", "model"), "")
     numbers = dict.fromkeys(("num_tokens", "num_fresh", "num_reused", "num_computed"), 1)
     numbers |= dict.fromkeys(("kv_bytes_read", "kv_bytes_copied", "batch_size"), 1)
     values: dict[str, Any] = {**names, **numbers}
-    return Receipt(level=level, stage_ms={}, blocks=(), **values)
+    return RankReceipt(level=level, stage_ms={}, blocks=(), **values)
 
 
 def make(ranker: Ranker, policy: GuardPolicy = POLICY, **options: Any) -> GuardCore:
@@ -203,7 +204,7 @@ def test_a_running_bias_is_left_alone(ranker: Ranker) -> None:
 
 
 def test_requests_without_options_take_the_defaults(ranker: Ranker) -> None:
-    core = make(ranker, defaults=RankOptions(readout="pointwise"))
+    core = make(ranker, defaults=RankOptions(level=Level("blocks"), readout="pointwise"))
     asked = replace(tiny.request(3), options=None)
     shadow = core.sample(asked, ranker.answer(asked))
     assert shadow is not None
@@ -213,7 +214,7 @@ def test_requests_without_options_take_the_defaults(ranker: Ranker) -> None:
 
 def test_nothing_to_lose_is_counted(ranker: Ranker) -> None:
     core = make(ranker)
-    asked = replace(tiny.request(1), options=RankOptions())
+    asked = replace(tiny.request(1), options=RankOptions(level=Level("blocks")))
     alone = replace(ranker.answer(asked), scores=(1.0,))
     core._rank = lambda request: alone
     shadow = core.sample(asked, alone)

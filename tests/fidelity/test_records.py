@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from rcllm.core.ranking import Item, ItemId, Level, RankOptions, RankRequest, Selection
-from rcllm.errors import ConfigError, DataError
+from rcllm.errors import ConfigError, DataError, ModelError
 from rcllm.fidelity.records import Configuration, Record, RecordFile, request_fingerprint
 from tests.engine import tiny
 
 RECORDS = {
-    f"key{n}": Record(f"r{n}", (0.1 * n, -1.5, float("-inf")), n if n % 2 else None, 100, 10, 1e9, 0.1 if n else None)
+    f"key{n}": Record(f"r{n}", (0.1 * n, -1.5, -1e300), n if n % 2 else None, 100, 10, 1e9, 0.1 if n else None)
     for n in range(4)
 }
 
@@ -119,3 +119,11 @@ def test_fingerprints_change_with_all_that_a_prompt_is_made_from() -> None:
     for item_id in (asked.candidates[0], tiny.IDS[30]):  # a candidate, an event
         found.add(request_fingerprint(asked, catalogue | {item_id: Item(ItemId(item_id), {"title": "new"})}))
     assert len(found | {base}) == 7
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("-inf")])
+def test_scores_that_are_not_numbers_are_refused(tmp_path: Path, score: float) -> None:
+    path = tmp_path / "records.jsonl"
+    with RecordFile(path) as file, pytest.raises(ModelError, match="not numbers"):
+        file.add("key", Record("r", (0.5, score), 0, 100, 10, 1e9))
+    assert path.read_bytes() == b""

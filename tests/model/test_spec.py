@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rcllm.errors import ModelError, UnsupportedModelError
@@ -39,6 +41,7 @@ SMOLLM2: dict[str, Any] = {  # as published, by transformers 4
 QWEN3: dict[str, Any] = SMOLLM2 | {
     "architectures": ["Qwen3ForCausalLM"],
     "head_dim": 128,
+    "vocab_size": 151_936,
     "eos_token_id": [151645, 151643],
     "bos_token_id": None,
     "use_sliding_window": False,
@@ -128,6 +131,17 @@ def test_max_positions_end_where_the_decoder_stops_being_exact(fields: dict[str,
         ({"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}, "mrope"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "layer type"),
         ({"partial_rotary_factor": 0.5}, "partial RoPE"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.LlamaForCausalLM"}}, "brings its own code"),
+        ({"is_causal": False}, "the model is an encoder"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping = 50\.0 is not understood"),
+        ({"attention_multiplier": 0.015}, "attention_multiplier"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier"),
+        ({"logits_scaling": 8}, "logits_scaling"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"use_qk_norm": True}, "use_qk_norm"),
+        ({"clip_qkv": 8}, "clip_qkv"),
     ],
 )
 def test_a_variant_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
@@ -149,6 +163,81 @@ def test_a_broken_config_is_an_error(fields: dict[str, Any], message: str) -> No
     with pytest.raises(ModelError, match=message) as caught:
         ModelSpec.from_hf(SMOLLM2 | fields)
     assert not isinstance(caught.value, UnsupportedModelError)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_logit_softcapping": None, "use_qk_norm": False, "residual_multiplier": 1.0, "embedding_multiplier": 1},
+        {"is_causal": True, "attention_dropout": 0.1, "_attn_implementation": "sdpa", "pretraining_tp": 2},
+        {
+            "unsloth_version": "2026.1",
+            "auto_map": {"AutoConfig": "x.Y"},
+            "use_cache": True,
+            "transformers.js_config": {},
+        },
+    ],
+    ids=["switched off", "without effect", "remarks"],
+)
+def test_settings_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None:
+    assert ModelSpec.from_hf(SMOLLM2 | fields) == ModelSpec.from_hf(SMOLLM2)
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+def test_whatever_transformers_writes_by_itself_is_understood(config_class: type[PreTrainedConfig]) -> None:
+    config = config_class(architectures=[config_class.__name__.removesuffix("Config") + "ForCausalLM"])
+    assert ModelSpec.from_hf(config.to_dict()).family == config.model_type
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "eos_ids"),
+    [
+        ({"eos_token_id": 2}, {}, (2,)),
+        ({"eos_token_id": 2}, {"eos_token_id": [2, 7]}, (2, 7)),
+        ({"eos_token_id": None}, {"eos_token_id": 7}, (7,)),
+        ({"eos_token_id": [3, 4]}, {"eos_token_id": None}, (3, 4)),
+        ({"eos_token_id": None}, {"eos_token_id": [0, 7]}, (0, 7)),
+    ],
+)
+def test_end_tokens_of_both_files_count(
+    config: dict[str, Any], generation: dict[str, Any], eos_ids: tuple[int, ...]
+) -> None:
+    assert ModelSpec.from_hf(SMOLLM2 | config, generation).eos_ids == eos_ids
+
+
+@pytest.mark.parametrize("token", [-1, 49_152, "</s>", 2.0, True, [[2]]])
+def test_an_end_token_that_is_none_is_named(token: object) -> None:
+    for config, generation in (({"eos_token_id": token}, {}), ({}, {"eos_token_id": token})):
+        with pytest.raises(ModelError, match="is not a token of the model, which has 49,152"):
+            ModelSpec.from_hf(SMOLLM2 | config, generation)
+
+
+WRONG: list[Any] = [
+    True,
+    -1,
+    0,
+    2.5,
+    math.nan,
+    math.inf,
+    "x",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    {"factor": "x"},
+    {"type": [1]},
+    10**30,
+]
+
+
+@pytest.mark.parametrize(
+    "key", [*SMOLLM2, "rope_parameters", "head_dim", "layer_types", "quantization_config", "auto_map"]
+)
+@pytest.mark.parametrize("base", [SMOLLM2, QWEN3 | {"use_sliding_window": True}], ids=["llama", "qwen3"])
+def test_no_value_of_a_config_ends_in_another_error(base: dict[str, Any], key: str) -> None:
+    for value in WRONG:
+        with contextlib.suppress(ModelError):
+            ModelSpec.from_hf(base | {key: value})
 
 
 def test_the_deciding_plane_needs_no_torch() -> None:

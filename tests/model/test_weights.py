@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rcllm import fetch
-from rcllm.errors import ConfigError, FetchError, ModelError
+from rcllm.errors import ConfigError, FetchError, ModelError, UnsupportedModelError
 from rcllm.model import pull as pull_module
 from rcllm.model.gguf_file import convert_gguf
 from rcllm.model.pull import KNOWN, pull
-from rcllm.model.weights import Weights, fingerprint, load_model
+from rcllm.model.weights import Weights, fingerprint, load_model, load_spec
 from tests.tiny_models import tiny_gguf, tiny_model
 
 
@@ -103,6 +103,123 @@ def test_a_tied_head_that_is_stored_again_and_old_rope_buffers_are_accepted(tmp_
     edit(folder, repeat)
     _, weights = load_model(folder)
     assert weights.lm_head is weights.embed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> None:
+    folder = tiny_model("llama", tmp_path)
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][3, 4] = value
+
+    edit(folder, spoil)
+    with pytest.raises(ModelError, match=rf"{name}: 1 of [0-9,]+ values are NaN or infinite"):
+        load_model(folder)
+
+
+def test_values_that_overflow_the_dtype_are_named(tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path)
+
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"][:2] = 1e6
+
+    edit(folder, enlarge)
+    load_model(folder, torch.bfloat16)
+    with pytest.raises(
+        ModelError, match=r"model\.norm\.weight: 2 of [0-9,]+ values are NaN or infinite.*larger numbers than fp16"
+    ):
+        load_model(folder, torch.float16)
+
+
+def test_a_gguf_with_values_that_are_no_numbers_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path, vocab_size=264)
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+
+    edit(model, spoil)
+    with pytest.raises(ModelError, match=r"blk\.1\.ffn_down\.weight: 1 of [0-9,]+ values are NaN or infinite"):
+        convert_gguf(tiny_gguf(model, tmp_path / "tiny.gguf"), tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("model.layers.0.self_attn.q_proj.qweight", "model.layers.0.self_attn.q_proj.qzeros"), "GPTQ or AWQ"),
+        (("model.layers.0.self_attn.q_proj.weight_scale_inv",), "fp8 with scales"),
+        (("model.layers.0.self_attn.q_proj.weight.absmax",), "bitsandbytes"),
+    ],
+)
+def test_quantised_weights_that_the_config_does_not_name_are_refused(
+    names: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    folder = tiny_model("llama", tmp_path)
+    edit(folder, lambda tensors: tensors.update({name: torch.ones(2) for name in names}))
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.int64])
+def test_weights_of_another_type_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    """They have the right names and shapes, and would be read as if they were the weights themselves."""
+    folder = tiny_model("llama", tmp_path)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    edit(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(UnsupportedModelError, match=r"quantised weights \((I8|F8_E4M3|I64)\)"):
+        load_model(folder)
+
+
+def test_a_classifier_is_told_from_a_language_model(tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path)
+
+    def classify(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["lm_head.weight"]
+        tensors["score.weight"] = torch.zeros(2, 64)
+
+    edit(folder, classify)
+    with pytest.raises(ModelError, match=r"it is a classifier, not a language model: missing lm_head\.weight"):
+        load_model(folder)
+
+
+def test_a_head_that_is_not_tied_though_the_config_says_so_is_named(tmp_path: Path) -> None:
+    folder = tiny_model("llama-tied", tmp_path)
+    edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] * 2}))
+    with pytest.raises(ModelError, match=r"lm_head\.weight differs from embed_tokens\.weight"):
+        load_model(folder)
+
+
+def test_a_tensor_that_is_stored_twice_is_named(tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path)
+    edit(folder, lambda tensors: tensors.update({"norm.weight": torch.zeros(64)}))
+    with pytest.raises(ModelError, match=r"norm\.weight is stored twice"):
+        load_model(folder)
+
+
+def test_what_is_no_folder_of_safetensors_is_told(tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path)
+    with pytest.raises(
+        ModelError, match=r"config\.json is missing; expected a Hugging Face .*model\.safetensors is a file"
+    ):
+        load_model(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"model\.safetensors is missing.*converted by transformers"):
+        load_model(folder)
+    for index in ("{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
+        (folder / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(ModelError, match="weight_map"):
+            load_model(folder)
+
+
+def test_end_tokens_of_the_generation_config_count(tmp_path: Path) -> None:
+    folder = tiny_model("qwen3", tmp_path)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [5, 9]}))
+    assert load_spec(folder).eos_ids == (5, 9)
+    path.write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json cannot be read as JSON"):
+        load_spec(folder)
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
@@ -232,6 +349,13 @@ def test_a_hub_model_is_fetched_once(home: Path, tmp_path: Path, monkeypatch: py
     assert [call["name"] for call in hub.calls] == ["Qwen/Qwen3-tiny"]
     assert not (folder / ".cache").exists()
     load_model(folder)
+
+
+def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_model("llama", tmp_path)
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is a file; expected a \.gguf file, or the folder"):
+        pull(f"{folder.name}/model.safetensors")
 
 
 def test_a_hub_that_fails_leaves_no_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rcllm.core.ranking import Block, BlockKind, ContentKey, Event, Item, ItemId, Layout, Prompt, RankRequest, Readout
+from rcllm.core.ranking import Block, ContentKey, Event, Item, ItemId, Layout, Prompt, RankRequest, Readout
+from rcllm.core.receipts import BlockKind
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
-from rcllm.prompt.blocks import EMPTY_TEXT, Prompter
+from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.keys import content_key
 from rcllm.prompt.template import Template, chat_format
+from rcllm.prompt.texts import EMPTY_TEXT, Written
 from rcllm.prompt.tokenizer import Tokenizer
 from tests.engine import tiny
 
@@ -56,7 +58,7 @@ def test_a_prompt_reads_as_the_template_says() -> None:
     assert "".join(texts(made, prompt)) == (
         "<|im_start|>system\nYou rank things.<|im_end|>\n<|im_start|>user\nPick one."
         "\nBought:\n- old chair 🪑 30"
-        "\nOffers:"
+        "\nOffers:\n"
         "blue kettle 1 | brand 1 | home, garden (A)\n"
         "blue crème brûlée 5 | brand 5 | home, garden | price: 5.99 (B)\n"
         "\nWhich one?<|im_end|>\n<|im_start|>assistant\nAnswer: ("
@@ -64,8 +66,17 @@ def test_a_prompt_reads_as_the_template_says() -> None:
 
 
 @all_shapes
+def test_no_item_is_glued_to_a_heading(shape: dict[str, Any]) -> None:
+    made = prompter()
+    said = "".join(texts(made, made.build(tiny.request((1, 5), (30,), **shape))))
+    for heading in ("\nBought:", "\nOffers:", "\nNext:\n- "):
+        after = said.partition(heading)[2]
+        assert not after or after[0] == "\n" or heading.endswith(" ")
+
+
+@all_shapes
 def test_every_prompt_is_well_formed(shape: dict[str, Any]) -> None:
-    prompt = prompter().build(tiny.request((0, 1, 1, 58), (30, 31), **shape))
+    prompt = prompter().build(tiny.request((0, 1, 2, 58), (30, 31), **shape))
     count = len(prompt.blocks)
     assert prompt.sees.shape == (count, count)
     assert not np.triu(prompt.sees).any(), "a block sees only what stands before it"
@@ -147,7 +158,7 @@ def test_text_of_users_and_items_never_becomes_control(shape: dict[str, Any]) ->
 @given(st.text(st.characters(), max_size=12))
 def test_any_text_gives_an_event_of_at_least_one_token(text: str) -> None:
     made = prompter()
-    ids, _ = made.event_ids(Event(text=text))
+    ids = made.event(Event(text=text)).ids
     assert 1 <= len(ids) <= made.template.max_event_tokens
     assert not control_ids(made) & set(ids)
 
@@ -165,7 +176,7 @@ def test_text_that_gives_no_tokens_is_written_as_no_text() -> None:
     plain.__class__ = _Deaf
     made = prompter(tokenizer=plain, catalogue={ItemId("blank"): Item(ItemId("blank"), {"title": " "})})
     empty = made.tokenizer.encode(EMPTY_TEXT)
-    assert made.item_ids(made.catalogue[ItemId("blank")]) == (empty, False)
+    assert made.texts.item(made.catalogue[ItemId("blank")]) == Written(empty, empty=True)
     prompt = made.build(replace(tiny.request(1, (), readout="likelihood"), candidates=(ItemId("blank"),)))
     assert [read.token_ids[0] for read in prompt.reads] == list(empty)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.prompt.labels import choices, label_names
+from rcllm.errors import ConfigError
+from rcllm.prompt.labels import check_told_apart, choices, label_names
 
 
 @given(st.integers(1, 1200))
@@ -44,3 +46,20 @@ def test_every_label_is_one_path(labels: set[tuple[int, ...]]) -> None:
     for prefix in nodes:
         assert prefix in seen
         seen |= {(*prefix, token) for token in nodes[prefix]}
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        ([(0,), (0,), (0,)], "cannot write the labels A, B, C,"),  # all unknown
+        ([(5,), (), (6,)], "cannot write the labels B,"),
+        ([(5,), (5, 0), (6,)], "cannot write the labels B,"),
+        ([(5,), (6,), (5,)], "'A' and 'C' alike"),
+        ([(5,), (6, 7), (6,)], "'B' and 'C' alike"),
+    ],
+)
+def test_labels_that_no_score_tells_apart_are_refused(token_ids: list[tuple[int, ...]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_told_apart("ABC", token_ids, unknown_id=0)
+    check_told_apart("ABC", [(5, 6), (5, 7), (8,)], unknown_id=0)
+    check_told_apart("AB", [(0,), (1,)], unknown_id=None)

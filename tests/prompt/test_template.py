@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rcllm.config import PromptConfig
 from rcllm.errors import ConfigError
 from rcllm.prompt.template import Template, bundled, chat_format, placeholders, render
 from tests.engine.tiny import TEMPLATE
@@ -57,10 +58,10 @@ def test_missing_keys_are_all_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "line", "message"),
     [
-        ("system", "system = 3", "system must be str, got 3"),
-        ("version", "version = true", "version must be int, got True"),
-        ("item", 'item = "{title}"', "item must be list"),
-        ("item", "item = [3]", "item must be a list of texts, got 3"),
+        ("system", "system = 3", "system must be a text, got 3"),
+        ("version", "version = true", "version must be a whole number, got true"),
+        ("item", 'item = "{title}"', "item must be a list"),
+        ("item", "item = [3]", r"item\[0\] must be a text, got 3"),
         ("item", 'item = ["{title"]', "not a plain {field}"),
         ("item", 'item = ["{}"]', "not a plain {field}"),
         ("item", 'item = ["{title.upper}"]', "not a plain {field}"),
@@ -73,6 +74,8 @@ def test_missing_keys_are_all_named(tmp_path: Path) -> None:
         ("pointwise_question", 'pointwise_question = ""', "pointwise_question must not be empty"),
         ("likelihood_head", 'likelihood_head = ""', "likelihood_head must not be empty"),
         ("event_text", 'event_text = "- text"', "event_text must hold {text}"),
+        ("item", 'item = ["a thing"]', "item shows no {field}"),
+        ("likelihood_item", "likelihood_item = []", "likelihood_item shows no {field}"),
         ("name", "name = ", r"mine\.toml"),
     ],
 )
@@ -129,3 +132,19 @@ def test_templates_for_open_prompts_leave_out_what_rankings_have(tmp_path: Path)
     with pytest.raises(ConfigError, match="missing answer, item"):
         Template.load(write(tmp_path, "\n".join(lines)))
     assert Template.load(write(tmp_path, "\n".join([*lines, "open = true"]))).open
+
+
+def test_limits_of_a_configuration_stand_over_those_of_the_template() -> None:
+    plain = Template.load("shopping")
+    assert Template.of(PromptConfig()) == plain
+    assert plain.limits == {"max_item_tokens": 96, "max_event_tokens": 96, "max_volatile_tokens": 32}
+    longer = Template.of(PromptConfig(max_item_tokens=200, max_event_tokens=96))
+    assert longer.limits == {"max_item_tokens": 200, "max_event_tokens": 96, "max_volatile_tokens": 32}
+    assert longer.text_fingerprint == plain.text_fingerprint == plain.fingerprint != longer.fingerprint
+    assert Template.of(PromptConfig(max_item_tokens=96)) == plain, "its own limit is no other"
+
+
+def test_the_fields_that_are_shown() -> None:
+    assert Template.load("titles").shown == ("chosen", "title", "genres", "categories")
+    assert Template.load("shopping").shown_fresh == ("price", "stock")
+    assert Template.load("describe_user").shown == ("title", "year", "brand", "genres", "categories"), "open: of events"

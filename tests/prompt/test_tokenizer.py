@@ -133,7 +133,7 @@ def test_begin_of_sequence(config: dict[str, Any], processed: bool, bos_ids: tup
         (CHATML, {}, "chatml"),
         (("<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>"), {}, "llama3"),
         (("<s>", "</s>", "[INST]", "[/INST]"), {}, "mistral"),
-        (("<s>", "</s>"), {"chat_template": "{{ '[INST] ' + message['content'] }}"}, "mistral"),
+        (("<s>", "</s>"), {"chat_template": "{{ '[INST] ' + message['content'] + ' [/INST]' }}"}, "mistral"),
         (("<s>", "</s>"), {"chat_template": None}, "plain"),
     ],
 )
@@ -141,6 +141,60 @@ def test_the_chat_format_follows_from_the_special_tokens(
     controls: tuple[str, ...], config: dict[str, Any], chat_format: str, tmp_path: Path
 ) -> None:
     assert Tokenizer.load(save(tmp_path, byte_level(controls), **config)).chat_format == chat_format
+
+
+LLAMA2 = "{{ '[INST] <<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + user + ' [/INST]' }}"
+ZEPHYR = "{{ '<|system|>\\n' + m + eos_token }}{{ '<|user|>\\n' + m + eos_token }}{{ '<|assistant|>' }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "chat_format"),
+    [
+        ("{{ '<|im_start|>' + role + content + '<|im_end|>' }}", "chatml"),
+        ("{{ '<|start_header_id|>' + role + '<|end_header_id|>' + content + '<|eot_id|>' }}", "llama3"),
+        ("{{ '[INST] ' + content + ' [/INST]' }}", "mistral"),
+        (LLAMA2, "llama2"),
+        (ZEPHYR, "zephyr"),
+        ("{{ 'USER: ' + content + ' ASSISTANT:' }}", None),
+        ("{{ '[SYSTEM_PROMPT]' + s + '[/SYSTEM_PROMPT][INST]' + content + '[/INST]' }}", None),
+        ("{{ '<|im_start|>' + role + '<|im_sep|>' + content + '<|im_end|>' }}", None),
+        ("{{ '<|user|>' + content + '<|end|><|assistant|>' + '<|system|>' }}", None),
+    ],
+)
+def test_the_chat_format_is_that_of_the_models_own_template(
+    template: str, chat_format: str | None, tmp_path: Path
+) -> None:
+    """The vocabulary has the marks of ChatML, as base models and others have them too."""
+    named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": template}]
+    for i, written in enumerate((template, named)):
+        folder = save(tmp_path / str(i), byte_level(), chat_template=written)
+        assert Tokenizer.load(folder).chat_format == chat_format
+    folder = save(tmp_path / "file", byte_level(), chat_template="{{ other }}")
+    (folder / "chat_template.jinja").write_text(template)
+    assert Tokenizer.load(folder).chat_format == chat_format, "the file goes first, as transformers reads it"
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match=r"chat_template\.jinja cannot be read"):
+        Tokenizer.load(folder)
+
+
+def test_special_tokens_that_the_configuration_alone_names_are_control(tmp_path: Path) -> None:
+    backend = byte_level(("<s>", "</s>"), words=False)  # `</s>` is a merge as well
+    described = json.loads(backend.to_str())
+    described["added_tokens"] = []
+    folder = save(tmp_path, backend, eos_token="</s>", additional_special_tokens=[{"content": "<s>"}, "<absent>"])
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.encode_control("he</s>")[-1] == 1
+    assert 1 not in tokenizer.encode("he</s>")
+    assert tokenizer.encode_control("<s>") == (0,)
+    assert tokenizer.decode(tokenizer.encode("he</s><absent>")) == "he</s><absent>"
+
+
+def test_the_size_is_one_more_than_the_highest_id(tmp_path: Path) -> None:
+    """An id beyond the model's embedding would be read from foreign memory, however few tokens there are."""
+    backend = BackendTokenizer(models.WordLevel({"[UNK]": 0, "hello": 900}, unk_token="[UNK]"))
+    tokenizer = Tokenizer.load(save(tmp_path, backend))
+    assert (tokenizer.vocab_size, tokenizer.unknown_id) == (901, 0)
 
 
 def test_the_fingerprint_is_that_of_the_file(tmp_path: Path) -> None:
@@ -157,7 +211,7 @@ def test_threads_share_a_tokenizer(chatml: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "is missing"), ("{}", "is not a tokenizer"), ("not json", "is not a tokenizer")]
+    ("content", "message"), [(None, "is missing"), ("{}", "is not a tokenizer"), ("not json", "cannot be read as JSON")]
 )
 def test_a_broken_file_is_named(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:

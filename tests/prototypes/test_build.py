@@ -15,7 +15,8 @@ from rcllm.core.ranking import Event, Interaction, Item, ItemId, TokenIds, UserI
 from rcllm.data import Catalogue, Dataset, split_of
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError, ModelError
-from rcllm.prototypes.build import BuildProgress, BuildReport, PrototypeBuilder, PrototypeConfig
+from rcllm.prototypes.build import BuildProgress, BuildReport, PrototypeBuilder
+from rcllm.prototypes.config import PrototypeConfig
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.prototypes.texts import dataset_histories, file_histories, token_runs
 from rcllm.reuse.assemble import assemble_blocks
@@ -278,8 +279,11 @@ def test_rows_of_a_user_form_a_history_and_users_can_be_left_out(tmp_path: Path)
     ]
     assert report is not None
     assert report.rows_skipped == 1
-    without, _ = file_histories(path, 2, {"a"})  # type: ignore[arg-type]
-    assert [[event.text for event in history] for history in without] == [["two"], ["four"], ["five"]]
+    without, told = file_histories(path, 2, {"a", "z"})  # type: ignore[arg-type]
+    assert [[event.text for event in history] for history in without] == [["two"]]
+    assert told is not None
+    assert told.rows_skipped == 3, "a text of nobody may be one of theirs"
+    assert told.notes == ("1 of 2 ids of the users to leave out is not in the data: 'z'.",)
 
 
 def test_lines_of_a_text_file_are_histories_of_nobody(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rcllm.core.ranking import BlockKind, Level, Prompt, TokenIds
+from rcllm.core.ranking import Level, Prompt, TokenIds
+from rcllm.core.receipts import BlockKind
 from tests.reference.full_model import Computed, Dense, FullModel
 
 Contexts = dict[int, Sequence[TokenIds]]

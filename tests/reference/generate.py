@@ -1,4 +1,4 @@
-"""The slow twin of `rcllm.engine.generate` and its decisions: each token by a full recompute, each path tried.
+"""The slow twin of `rcllm.engine.jobs.generate` and its decisions: each token by a full recompute, each path tried.
 
 Exact: equal token ids in fp32.
 """

@@ -11,7 +11,8 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rcllm.core.ranking import Block, BlockKind, ContentKey, Level, Plan, Prompt, RankOptions
+from rcllm.core.ranking import Block, ContentKey, Level, Plan, Prompt, RankOptions
+from rcllm.core.receipts import BlockKind
 from rcllm.reuse.plan import plan
 
 LEVELS = st.one_of(
@@ -46,7 +47,7 @@ CACHED = st.sets(st.integers(1, 4))
 
 
 def planned(prompt: Prompt, level: Level, chain: set[int]) -> Plan:
-    return plan(prompt, level, lambda k: k in {key("c", i) for i in chain})
+    return plan(prompt, level, {key("c", i) for i in chain})
 
 
 @given(prompts(), LEVELS, CACHED)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.core.ranking import Block, BlockKind, Level, Plan, Policy, Prompt, RankOptions, Selection
+from rcllm.core.ranking import Block, Level, Plan, Policy, Prompt, RankOptions, Selection
+from rcllm.core.receipts import BlockKind
 from rcllm.reuse.plan import plan
 from rcllm.reuse.select import RULES, Signals, Tokens, choose, relative_ranks, window
 from tests.reuse.test_plan import CACHED, key, prompts
@@ -21,7 +22,7 @@ SHARES = st.one_of(st.sampled_from([0.0, 0.3, 1.0]), st.floats(0, 1))
 
 
 def draft(prompt: Prompt, chain: set[int]) -> Plan:
-    return plan(prompt, Level("corrected", 0.3, 0.3), lambda k: k in {key("c", i) for i in chain})
+    return plan(prompt, Level("corrected", 0.3, 0.3), {key("c", i) for i in chain})
 
 
 def asking(prompt: Prompt, **selection: object) -> Prompt:

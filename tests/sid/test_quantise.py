@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rcllm.errors import ConfigError, DataError
-from rcllm.sid.quantise import CodeConfig, enough_levels, kmeans, quantise, tell_apart
+from rcllm.sid.config import CodeConfig
+from rcllm.sid.quantise import enough_levels, kmeans, quantise, tell_apart
 
 
 def _vectors(count: int, seed: int = 0, dimensions: int = 8) -> np.ndarray:
@@ -71,9 +72,9 @@ def test_an_empty_cluster_takes_the_vector_that_fits_worst() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (CodeConfig(levels=1), "levels from 2 to 6"),
-        (CodeConfig(levels=7), "levels from 2 to 6"),
-        (CodeConfig(size=1), "size ≥ 2"),
+        (CodeConfig(levels=1), "levels must be at least 2, got 1"),
+        (CodeConfig(levels=7), "levels must be at most 6, got 7"),
+        (CodeConfig(size=1), "size must be at least 2, got 1"),
         (CodeConfig(levels=2, size=2), "tell 4 items apart, the catalogue has 5"),
     ],
 )

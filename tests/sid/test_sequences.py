@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from rcllm.sid.sequences import SequenceConfig, Sequences
+from rcllm.sid.config import SequenceConfig
+from rcllm.sid.sequences import Sequences
 from rcllm.sid.vocabulary import Vocabulary
 from tests.sid.toys import SIZES, TRAIN, toy_codes
 

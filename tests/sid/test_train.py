@@ -16,10 +16,10 @@ from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError, ModelError
 from rcllm.model.checkpoint import CHECKPOINT
 from rcllm.model.weights import load_model
+from rcllm.sid.config import NetworkConfig, TrainConfig
 from rcllm.sid.load import load_recommender
 from rcllm.sid.model_folder import load_codes
-from rcllm.sid.network import NetworkConfig
-from rcllm.sid.train import CodeTrainer, TrainConfig
+from rcllm.sid.train import CodeTrainer
 from rcllm.sid.vocabulary import items_of_codes, sid_text
 from tests.sid.toys import HELD_OUT, IDS, NUM_ITEMS, QUICK, SIZES, TRAIN, toy_codes, toy_index
 
@@ -159,9 +159,9 @@ def test_what_cannot_be_trained(tmp_path: Path) -> None:
     for config, message in (
         (replace(QUICK, network=NetworkConfig(head_dim=48)), "multiple of 32"),
         (replace(QUICK, network=NetworkConfig(num_heads=4, num_kv_heads=3)), "multiple of num_kv_heads"),
-        (replace(QUICK, epochs=0), "above 0"),
+        (replace(QUICK, epochs=0), "epochs must be at least 1, got 0"),
         (replace(QUICK, sequences=replace(QUICK.sequences, max_items=5000)), "lower it"),
-        (replace(QUICK, sequences=replace(QUICK.sequences, skip=1.0)), "skip from 0"),
+        (replace(QUICK, sequences=replace(QUICK.sequences, skip=1.0)), r"sequences\.skip must be below 1, got 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             _trainer(tmp_path, config)

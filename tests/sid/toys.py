@@ -6,9 +6,7 @@ import numpy as np
 
 from rcllm.codes.index import CodeIndex
 from rcllm.core.ranking import IntArray, ItemId
-from rcllm.sid.network import NetworkConfig
-from rcllm.sid.sequences import SequenceConfig
-from rcllm.sid.train import TrainConfig
+from rcllm.sid.config import NetworkConfig, SequenceConfig, TrainConfig
 
 NUM_ITEMS, SIZES = 12, (4, 4)
 IDS = tuple(ItemId(f"item {n}, é") for n in range(NUM_ITEMS))

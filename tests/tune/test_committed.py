@@ -14,11 +14,11 @@ from benchmarks.harness import SHARED
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core.ranking import Level, RankOptions
 from rcllm.data import build_requests, load_dataset
-from rcllm.data.popularity import with_popularity
 from rcllm.engine.engine import Engine
 from rcllm.fidelity.measures import chance_ndcg, ndcg, order
 from rcllm.model.adapter import adapter_mask
-from rcllm.prompt.template import Template
+from rcllm.prompt.learnt import Learnt
+from rcllm.prompt.template import Template, chat_format
 
 FOLDERS = sorted((Path(__file__).resolve().parents[2] / "adapters").iterdir())
 
@@ -29,6 +29,11 @@ def test_an_adapter_has_its_record_and_fits_its_template(folder: Path) -> None:
     assert record["mask"] == adapter_mask(folder) == folder.name.rpartition("-")[2]
     assert record["template_fingerprint"] == Template.load(record["template"]).fingerprint.hex()
     assert record["curve"][-1]["losses"] > 0
+    template, learnt = Template.load(record["template"]), Learnt.of(record, str(folder))
+    assert learnt.text_differences(template, chat_format("chatml"), "instruction") == ()
+    assert learnt.option_differences(RankOptions(readout="pointwise")) == ()
+    assert set(learnt.fields) == set(record["datasets"])
+    assert learnt.missing({"title": 1.0, "chosen": 0.0, "categories": 0.0}) == ("chosen",)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 10_000_000
 
 
@@ -36,7 +41,7 @@ def test_an_adapter_has_its_record_and_fits_its_template(folder: Path) -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data sets")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_an_adapter_ranks_held_out_users_better_than_popularity(folder: Path) -> None:
-    data = with_popularity(load_dataset("common", SHARED / "amazon_scientific"))
+    data = load_dataset("common", SHARED / "amazon_scientific")
     template = json.loads((folder / "rcllm.json").read_text(encoding="utf-8"))["template"]
     config = Config(ModelConfig(adapter=str(folder)), PromptConfig(template), CacheConfig(pool_mb=1000))
     engine = Engine.build(data.catalogue, config)

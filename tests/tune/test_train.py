@@ -16,9 +16,12 @@ from rcllm.data import Catalogue, Dataset, split_of
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError
 from rcllm.model.adapter import load_adapter
-from rcllm.tune.examples import ExampleConfig, TrainingSet, batch_of
+from rcllm.prompt.learnt import Learnt
+from rcllm.prompt.template import Template
+from rcllm.tune.config import ExampleConfig, TuneConfig
+from rcllm.tune.examples import TrainingSet, batch_of
 from rcllm.tune.setup import make_trainer
-from rcllm.tune.train import Trainer, TuneConfig, TuneProgress
+from rcllm.tune.train import Trainer, TuneProgress
 from tests.engine import tiny
 
 EXAMPLES = ExampleConfig(num_candidates=4, num_history=3, targets_per_user=2, prompts_per_batch=4)
@@ -101,6 +104,15 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path: Path, one_compu
         trainer(tmp_path, replace(CONFIG, losses=16, learning_rate=0.5)).run()
 
 
+def test_another_text_does_not_go_on_from_a_checkpoint(tmp_path: Path, one_compute_thread: None) -> None:
+    """A regression: with another template the checkpoint of the first went on, silently."""
+    trainer(tmp_path, replace(CONFIG, losses=16)).run()
+    model = ModelConfig(path=str(tiny.model_folder()), device="cpu")
+    prompt = PromptConfig(template=str(tiny.template_path()), max_item_tokens=9)
+    with pytest.raises(ConfigError, match=r"other settings: template \w{12} → \w{12}"):
+        make_trainer(model, prompt, [log()], replace(CONFIG, losses=16), tmp_path).run()
+
+
 def test_it_stops_early_when_validation_stalls(tmp_path: Path, one_compute_thread: None) -> None:
     made = trainer(tmp_path, replace(CONFIG, losses=10_000, learning_rate=1e-9, patience=2, evaluate_every=4))
     curve = made.run()
@@ -117,6 +129,13 @@ def test_the_record_says_how_the_adapter_was_made(tmp_path: Path, one_compute_th
     assert record["datasets"] == ["log"]
     assert record["settings"]["rank"] == 4
     assert record["curve"][0]["losses"] == 0
+    template = Template.load(str(tiny.template_path()))
+    assert (record["template"], record["template_fingerprint"]) == ("tiny", template.fingerprint.hex())
+    assert record["limits"] == template.limits
+    assert record["fields"]["log"]["title"] == 1.0
+    assert 0.3 < record["fields"]["log"]["description"] < 0.4
+    assert record["context"] == "instruction"
+    assert Learnt.of(record, "here").text_differences(template, None, "instruction") == ()
 
 
 def test_batches_hold_training_users_alone_and_repeat_exactly() -> None:

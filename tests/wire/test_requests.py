@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import tempfile
 from pathlib import Path
 
@@ -10,9 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rcllm.core.decoding import RecommendRequest
 from rcllm.core.ranking import Event, ItemId, Level, RankOptions, RankRequest, Selection, UserId
-from rcllm.errors import ConfigError, DataError, RequestError
-from rcllm.wire.requests import parse_options, parse_request, read_requests, request_to_json, write_requests
+from rcllm.errors import DataError, RequestError
+from rcllm.wire.requests import (
+    parse_options,
+    parse_recommend_request,
+    parse_request,
+    read_requests,
+    request_to_json,
+    write_requests,
+)
 
 names = st.text(min_size=1, max_size=8)
 ids = names.map(ItemId)
@@ -36,7 +45,7 @@ texts = names.map(str.strip).filter(bool)
 requests = st.builds(
     RankRequest,
     request_id=names,
-    candidates=st.lists(ids, min_size=1, max_size=5).map(tuple),
+    candidates=st.lists(ids, min_size=1, max_size=5, unique=True).map(tuple),
     history=st.lists(st.one_of(st.builds(Event, item_id=ids), st.builds(Event, text=names)), max_size=4).map(tuple),
     user_id=st.none() | names.map(UserId),
     volatile=st.dictionaries(ids, st.dictionaries(names, texts, max_size=2), max_size=2),
@@ -102,35 +111,37 @@ def test_malformed_rows_are_reported_by_line(tmp_path: Path) -> None:
     found, report = read_requests(path)
     assert [request.request_id for request in found] == ["ok"]
     assert [problem.line for problem in report.problems] == [2, 4, 5, 6, 7, 8]
-    with pytest.raises(
-        DataError, match=r"requests\.jsonl, line 2: unknown request field 'candidate'.*Did you mean 'cand"
-    ):
+    with pytest.raises(DataError, match=r"requests\.jsonl, line 2: unknown key 'candidate'; did you mean 'candidates"):
         read_requests(path, strict=True)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"candidates": None}, "expected one or more item ids in 'candidates', got none"),
-        ({"candidates": "a"}, "expected a list in 'candidates', got 'a'"),
-        ({"candidates": [None]}, "expected an id .* in 'candidates', got null"),
-        ({"candidates": [True]}, "expected an id .* in 'candidates', got True"),
-        ({"request_id": ""}, "expected an id .* in 'request_id', got ''"),
-        ({"positive": ["a"]}, "expected an id .* in 'positive', got a list of 1"),
-        ({"history": [{"item_id": "a", "text": "b"}]}, "expected each event in 'history' to be an item id"),
-        ({"history": [{"text": ""}]}, "expected each event in 'history' to be an item id"),
-        ({"history": [{}]}, "expected each event in 'history' to be an item id"),
-        ({"volatile": ["a"]}, "expected an object in 'volatile', got a list of 1"),
-        ({"volatile": {"a": "cheap"}}, "expected an object in 'volatile', got 'cheap'"),
-        ({"options": "fast"}, "expected an object in 'options', got 'fast'"),
+        ({"candidates": None}, "missing candidates"),
+        ({"candidates": []}, "candidates must be a list of at least 1, got a list of 0"),
+        ({"candidates": "a"}, "candidates must be a list, got 'a'"),
+        ({"candidates": [None]}, r"candidates\[0\]: expected an id .*, got null"),
+        ({"candidates": [True]}, r"candidates\[0\]: expected an id .*, got true"),
+        ({"request_id": ""}, "request_id: expected an id .*, got ''"),
+        ({"positive": ["a"]}, "positive: expected an id .*, got a list of 1"),
+        ({"history": [{"item_id": "a", "text": "b"}]}, r"history\[0\]: expected an event to be an item id"),
+        ({"history": [{"text": ""}]}, r"history\[0\]: expected an event to be an item id"),
+        ({"history": [{}]}, r"history\[0\]: expected an event to be an item id"),
+        ({"volatile": ["a"]}, "volatile must be an object, got a list of 1"),
+        ({"volatile": {"a": "cheap"}}, r"volatile\.a: expected an object of texts by name, got 'cheap'"),
+        ({"options": "fast"}, "options must be a section, got 'fast'"),
         (
             {"options": {"readout": "labels"}},
-            "expected option 'readout' to be one of 'label', 'pointwise', 'likelihood'",
+            r"options\.readout must be one of label, pointwise, likelihood, got 'labels'; did you mean 'label'",
         ),
-        ({"options": {"parallel": 1}}, "expected option 'parallel' to be one of true or false, got 1"),
-        ({"options": {"level": 3}}, "expected option 'level' to be one of a text such as"),
-        ({"options": {"layout": ["items_first"]}}, "expected option 'layout'"),
-        ({"options": {"readouts": "label"}}, "unknown option field 'readouts': .*Did you mean 'readout'"),
+        ({"options": {"parallel": 1}}, r"options\.parallel must be true or false, got 1"),
+        ({"options": {"level": 3}}, r"options\.level: expected a text, got 3"),
+        (
+            {"options": {"layout": ["items_first"]}},
+            r"options\.layout must be one of history_first, items_first, got a list of 1",
+        ),
+        ({"options": {"readouts": "label"}}, "unknown key 'readouts' in options; did you mean 'readout'"),
     ],
 )
 def test_malformed_requests_are_refused(change: dict[str, object], message: str) -> None:
@@ -146,7 +157,7 @@ def test_options_that_a_request_leaves_out_are_the_given_defaults() -> None:
 
 
 def test_an_unknown_level_names_the_levels() -> None:
-    with pytest.raises(ConfigError, match=r"unknown reuse level 'fast': expected full"):
+    with pytest.raises(RequestError, match=r"level: unknown reuse level 'fast': expected full"):
         parse_options({"level": "fast"})
 
 
@@ -167,7 +178,34 @@ def test_a_selection_is_read_over_the_defaults() -> None:
     assert asked.selection == Selection(policy="tail", window=3, divergence=0.25)
 
 
-@pytest.mark.parametrize("selection", [{"polcy": "tail"}, {"policy": "best"}, {"window": "3"}])
-def test_a_wrong_selection_is_refused(selection: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="option selection"):
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"polcy": "tail"}, "unknown key 'polcy' in options.selection; did you mean 'policy'"),
+        ({"policy": "best"}, r"options\.selection\.policy must be one of rcllm, .*, got 'best'"),
+        ({"window": "3"}, r"options\.selection\.window must be a whole number, got '3'"),
+        ({"divergence": math.nan}, r"options\.selection\.divergence must be a finite number, got nan"),
+    ],
+)
+def test_a_wrong_selection_is_refused(selection: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
         parse_request({"request_id": "r", "candidates": ["a"], "options": {"selection": selection}})
+
+
+@pytest.mark.parametrize("name", ["history", "items"])
+def test_a_users_list_goes_by_either_name(name: str) -> None:
+    history = (Event(ItemId("a")), Event(ItemId("7")))
+    assert parse_request({"request_id": "r", "candidates": ["b", 10.0], name: ["a", 7.0]}).history == history
+    asked = parse_recommend_request({"request_id": "r", name: ["a", 7]}, RecommendRequest(""))
+    assert asked.history == history
+
+
+def test_a_list_under_two_names_is_refused() -> None:
+    with pytest.raises(RequestError, match="under one name, got both 'history' and 'items'"):
+        parse_request({"request_id": "r", "candidates": ["b"], "history": ["a"], "items": ["b"]})
+
+
+def test_half_letters_cannot_reach_a_tokenizer() -> None:
+    request = parse_request({"request_id": "r\ud83d", "candidates": ["b"], "history": [{"text": "hm \ud83d"}]})
+    assert request.request_id == "r\ufffd"
+    assert request.history == (Event(text="hm \ufffd"),)

@@ -6,24 +6,18 @@ Invariant: the choice changes times, never what is computed, beyond the toleranc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
 
 import torch
 
 from rcllm.model.attend.compiled import NativeGather, NativeSegmented
-from rcllm.model.attend.contract import Attend
+from rcllm.model.attend.contract import Attend, Attended
 from rcllm.model.attend.native import Kernels
 from rcllm.model.attend.on_torch import Gather, Segmented
 from rcllm.model.attend.segments import Group
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
-
-# ---- compiled -------------------------------------------------------------------------------------------------------
-
-
-# ---- plain torch ----------------------------------------------------------------------------------------------------
-
-
-# ---- choice ---------------------------------------------------------------------------------------------------------
 
 TORCH_BACKENDS: dict[str, Callable[[ModelSpec, Rope, Sequence[Group]], Attend]] = {
     "gather": Gather,
@@ -39,29 +33,68 @@ def native_fits(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> bo
     return device.type == "cpu" and dtype == torch.float32 and spec.head_dim % 32 == 0 and grouped
 
 
-def prepare(name: str, spec: ModelSpec, rope: Rope, groups: Sequence[Group], kernels: Kernels | None) -> Attend:
+def prepare(
+    name: str,
+    spec: ModelSpec,
+    rope: Rope,
+    groups: Sequence[Group],
+    kernels: Kernels | None,
+    merged: Sequence[bool] = (),
+) -> Attend:
     """The attention of one pass. `name`: one of BACKENDS; `kernels`: None where they do not fit or do not exist.
+
+    `merged`: per group, whether its output is merged with more keys, for which a backend that knows its logsumexp is
+    needed; empty: none is. Each group is read as it would be alone, so that what else is in the pass changes no bit.
 
     The measured rule (`python -m benchmarks.attend`): with kernels, `segmented` wins for whole blocks of every size; on
     torch alone `gather` does, because a launch per segment and layer costs more than the copy.
     """
-    if name == "auto":
-        name = "segmented" if kernels and not _scattered(groups) else "gather"
+    ways = [
+        "segmented" if needs_lse else _way(name, group, kernels)
+        for group, needs_lse in zip(groups, merged or [False] * len(groups), strict=True)
+    ]
+    runs = [(way, list(run)) for way, run in groupby(range(len(groups)), key=ways.__getitem__)]
+    attends = [_backend(way, kernels)(spec, rope, [groups[i] for i in run]) for way, run in runs]
+    if len(attends) == 1:
+        return attends[0]
+    return Several(attends, [sum(groups[i].num_rows for i in run) for _, run in runs])
+
+
+class Several:
+    """Runs of groups, each with a backend of its own."""
+
+    def __init__(self, attends: Sequence[Attend], num_rows: Sequence[int]) -> None:
+        self._attends, self._num_rows = attends, list(num_rows)
+        self.name = " + ".join(dict.fromkeys(attend.name for attend in attends))
+
+    @property
+    def bytes_copied(self) -> int:
+        return sum(attend.bytes_copied for attend in self._attends)
+
+    def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
+        parts = [attend(layer, rows) for attend, rows in zip(self._attends, qkv.split(self._num_rows), strict=True)]
+        return Attended(torch.cat([part.output for part in parts]), torch.cat([part.lse for part in parts]))
+
+
+def _backend(way: str, kernels: Kernels | None) -> Callable[[ModelSpec, Rope, Sequence[Group]], Attend]:
     if kernels:
-        return (NativeSegmented if name == "segmented" else NativeGather)(spec, rope, groups, kernels)
-    return TORCH_BACKENDS[name](spec, rope, groups)
+        return partial(NativeSegmented if way == "segmented" else NativeGather, kernels=kernels)
+    return TORCH_BACKENDS[way]
 
 
-def _scattered(groups: Sequence[Group]) -> bool:
+def _way(name: str, group: Group, kernels: Kernels | None) -> str:
+    if name != "auto":
+        return name
+    return "segmented" if kernels and not _scattered(group) else "gather"
+
+
+def _scattered(group: Group) -> bool:
     """Whether copying the segments first pays: scraps of blocks, most of which most rows see.
 
     Level `corrected` leaves such scraps between the tokens that it makes fresh. Where candidates are isolated a row
     sees few of them; `segmented` skips the others, `gather` computes and masks them (docs/log.md has the times).
     """
-    segments = [segment for group in groups for segment in group.segments]
-    num_blocks = sum(len({segment.block for segment in group.segments}) for group in groups)
-    num_tokens = sum(map(len, segments))
-    if len(segments) <= 1.5 * num_blocks or num_tokens >= SCRAP * len(segments):
+    num_segments, num_blocks = len(group.segments), len({segment.block for segment in group.segments})
+    if num_segments <= 1.5 * num_blocks or sum(map(len, group.segments)) >= SCRAP * num_segments:
         return False
-    masks = [group.segment_mask() for group in groups]
-    return sum(int(mask.sum()) for mask in masks) > 0.5 * sum(mask.size for mask in masks)
+    return bool(group.segment_mask().mean() > 0.5)

@@ -6,17 +6,18 @@ token of the answer but the last, at their positions; the last one is the root o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from rcllm.core.decoding import Divergence, FinishReason, GenerateRequest
+from rcllm.core.decoding import FinishReason, Generated
+from rcllm.core.receipts import Divergence, GenerateReceipt
 from rcllm.decode.verify import Accepted, ancestors
 from rcllm.drafts.draft import Drafter, DraftTree
-from rcllm.engine.ending import Ending
-from rcllm.engine.opened import Opened
+from rcllm.engine.job import Entered
+from rcllm.engine.jobs.ending import Ending
 from rcllm.model.attend.segments import Group, Segment, copy_segments
 from rcllm.model.decoder import Decoder, Keep, Pass
 from rcllm.model.rope import Rope
@@ -71,23 +72,16 @@ class Counts:
 class Live:
     """One request that is being decoded."""
 
-    def __init__(
-        self,
-        number: int,
-        request: GenerateRequest,
-        opened: Opened,
-        ending: Ending,
-        drafter: Drafter | None,
-        entered_ms: Mapping[str, float],
-    ) -> None:
-        """number: among the requests; drafter: None where nothing is to be drafted; entered_ms: stage times so far."""
-        self.number, self.request, self.opened, self.ending, self.drafter = number, request, opened, ending, drafter
-        self.prompt_len = opened.end
-        self.context = list(opened.planned.prompt.token_ids)
+    def __init__(self, entered: Entered, kv: SequenceKV, ending: Ending, drafter: Drafter | None) -> None:
+        """drafter: None where nothing is to be drafted."""
+        self.number, self.request = entered.ticket.number, entered.ticket.request
+        self.kv, self.ending, self.drafter = kv, ending, drafter
+        self.prompt_len = entered.end
+        self.context = list(entered.planned.prompt.token_ids)
         self.answer = list[int]()
         self.finish_reason: FinishReason | None = None
         self.counts, self.trust = Counts(), Trust()
-        self.entered_ms = entered_ms
+        self._shared = entered.shared
 
     @property
     def root_position(self) -> int:
@@ -98,20 +92,40 @@ class Live:
         """Of a draft: the pass gives one token more."""
         return self.ending.max_tokens - len(self.answer) - 1
 
+    def would_take(self, accepted: Accepted) -> tuple[int, ...]:
+        """Of what a pass decided, the tokens up to the one that ends the answer."""
+        answer = list(self.answer)
+        for number, token in enumerate(accepted.token_ids, 1):
+            answer.append(token)
+            if self.ending.reason(answer) is not None:
+                return accepted.token_ids[:number]
+        return accepted.token_ids
+
     def take(self, accepted: Accepted) -> tuple[int, ...]:
         """Adds what a pass, or the prompt's, decided, up to the token that ends the answer; returns what was added."""
-        before = len(self.answer)
-        for token in accepted.token_ids:
-            self.answer.append(token)
-            self.finish_reason = self.ending.reason(self.answer)
-            if self.finish_reason is not None:
-                break
-        after = len(self.answer)
-        taken = accepted.token_ids[: after - before]
+        taken = self.would_take(accepted)
+        self.answer.extend(taken)
+        self.finish_reason = self.ending.reason(self.answer)
         self.context.extend(taken)
         self.counts.accepted += min(len(taken), len(accepted.rows))
-        self.counts.divergences += [each for each in accepted.divergences if each.position < after]
+        self.counts.divergences += [each for each in accepted.divergences if each.position < len(self.answer)]
         return taken
+
+    def generated(self) -> Generated:
+        """The answer, which is complete, without the times."""
+        assert self.finish_reason is not None
+        counts = self.counts
+        receipt = GenerateReceipt(
+            **self._shared,
+            speculation=str(self.request.options.speculation),
+            passes=counts.passes,
+            drafted=counts.drafted,
+            accepted=counts.accepted,
+            accepted_length_mean=(len(self.answer) - 1) / counts.passes if counts.passes else 0.0,
+            divergences=tuple(counts.divergences),
+        )
+        text = self.ending.text(self.answer)
+        return Generated(self.request.request_id, text, tuple(self.answer), self.finish_reason, receipt)
 
 
 def tree_group(segment: Segment, tree: DraftTree) -> Group:

@@ -6,27 +6,22 @@ Knows nothing of requests. Invariant: it changes nothing, in the model or in the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from rcllm.decode.sample import likeliest
 from rcllm.drafts.draft import EMPTY, DraftTree
-from rcllm.engine.sequences import SequenceKV, next_pass
-from rcllm.model.decoder import Decoder, Pass, Passed
+from rcllm.engine.jobs.sequences import SequenceKV, next_pass
+from rcllm.metrics import Clock
+from rcllm.model.decoder import Decoder
 from rcllm.schedule.draft_budget import PassCosts
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 _ROUNDS = 4  # the quickest counts; the first prepares what a row count needs
 
 
-def measure(
-    decoder: Decoder,
-    forward: Callable[[Pass], Passed],
-    context_len: int = 256,
-    clock: Callable[[], float] = time.perf_counter,
-) -> PassCosts:
+def measure(decoder: Decoder, context_len: int = 256, *, clock: Clock = time.perf_counter) -> PassCosts:
     """Times passes, with the choice of their tokens, after a context of `context_len` tokens; seconds of work."""
     context_len = min(context_len, decoder.max_positions - 2)
     kv = SequenceKV(decoder, context_len)
@@ -37,7 +32,7 @@ def measure(
     for _ in range(_ROUNDS):  # in rounds, so that other load on the machine meets every row count
         for rows, work in passes.items():
             start = clock()
-            passed = forward(work)
+            passed = decoder.forward(work)
             with torch.inference_mode():
                 likeliest(decoder.logits(passed.hidden))
             times[rows].append((clock() - start) * 1e3)

@@ -1,0 +1,129 @@
+"""Rank: one pass, whose last rows say how the candidates score.
+
+Decides how a request is answered, reads its scores, and builds its receipt. Invariant: nothing of it outlives the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rcllm.config import Config, check_options
+from rcllm.core.ranking import ContentKey, RankOptions, RankRequest, RankResponse, order
+from rcllm.core.receipts import BlockReceipt, RankReceipt, Source
+from rcllm.decode.finite import not_numbers
+from rcllm.decode.rank import score
+from rcllm.engine.job import Answer, Entered, Opening
+from rcllm.engine.jobs.bias import LabelBias
+from rcllm.engine.prefill import Prefill
+from rcllm.errors import ConfigError, ModelError
+from rcllm.metrics import Stage
+from rcllm.model.decoder import Decoder, Pass, Passed
+from rcllm.prompt.blocks import Prompter
+from rcllm.reuse.plan import Planned
+from rcllm.schedule.admission import Admission
+from rcllm.schedule.work import KindLimits
+
+
+class Rank:
+    """The job of `Engine.rank`. `admission`: which reuse levels may be used; it may be replaced at any time."""
+
+    kind = "rank"
+    limits = KindLimits()
+
+    def __init__(
+        self, config: Config, decoder: Decoder, prompter: Prompter, prefill: Prefill, admission: Admission
+    ) -> None:
+        self.admission = admission
+        self._config, self._decoder, self._prompter, self._prefill = config, decoder, prompter, prefill
+        self._bias = LabelBias(prefill.score_content_free)
+
+    def open(self, request: RankRequest) -> Opening:
+        """The prompt at the level that the request is admitted to. Raises RequestError, ConfigError."""
+        options = request.options or self._config.rank
+        check_options(options)
+        admitted = self.admission.admit(options)
+        self._check(admitted.options)
+        prompt = self._prompter.build(replace(request, options=admitted.options))
+        return Opening(replace(prompt, notes=prompt.notes + admitted.notes))
+
+    def _check(self, options: RankOptions) -> None:
+        """Raises ConfigError for options that this model, or what was loaded with it, cannot serve."""
+        if options.history == "semantic" and not self._prefill.has_prototypes:
+            raise ConfigError(
+                "history 'semantic' needs a semantic pool: build one with `rcllm pool build` and name it in "
+                "cache.semantic_pool"
+            )
+        check_layer, last = options.selection.check_layer, self._decoder.spec.num_layers - 1
+        if options.level.name == "corrected" and check_layer >= last:
+            raise ConfigError(
+                f"selection.check_layer is {check_layer}; the model has the layers 0 to {last}, of which at least the "
+                "last must be left to run for the chosen tokens alone"
+            )
+
+    def enter(self, entered: Sequence[Entered], stage: Stage) -> Iterator[Answer]:
+        for each in entered:
+            with stage("readout"):
+                outcome = self._outcome(each)
+            yield Answer(each.ticket.number, outcome)
+
+    def _outcome(self, entered: Entered) -> RankResponse | ModelError:
+        request, planned = entered.ticket.request, entered.planned
+        options = planned.prompt.options
+        scores = score(self._decoder, planned.prompt, entered.hidden, entered.read_rows)
+        if not np.isfinite(scores).all():
+            return not_numbers()
+        scores = self._bias.correct(options, scores)
+        values = tuple(float(value) for value in scores)
+        receipt = _receipt(entered, self._prompter.context_name)
+        return RankResponse(request.request_id, request.candidates, values, order(values), receipt)
+
+    def passes(self, stage: Stage) -> Sequence[Pass]:
+        return ()
+
+    def take(self, passed: Sequence[Passed], stage: Stage) -> Iterable[Answer]:
+        return ()
+
+    def drop(self, number: int) -> None:
+        pass
+
+
+def _receipt(entered: Entered, context: str) -> RankReceipt:
+    options = entered.planned.prompt.options
+    shared = dict(entered.shared)
+    if options.bias == "running_mean":
+        shared["notes"] += ("bias running_mean: the scores depend on the requests before this one",)
+    return RankReceipt(
+        **shared,
+        readout=options.readout,
+        layout=options.layout + (" parallel" if options.parallel else ""),
+        label_place=options.label_place if options.readout == "label" else "none",
+        context=context,
+        bias=options.bias,
+        kv_bytes_read=entered.kv_bytes_read,
+        kv_bytes_copied=entered.kv_bytes_copied,
+        blocks=_block_receipts(entered.planned, entered.held.sources),
+    )
+
+
+def _block_receipts(planned: Planned, sources: Mapping[ContentKey, Source]) -> tuple[BlockReceipt, ...]:
+    receipts = []
+    for index, block in enumerate(planned.prompt.blocks):
+        pieces = [piece for piece in planned.plan.pieces if piece.block == index]
+        reused = [piece for piece in pieces if piece.key is not None]
+        key = reused[0].key if reused else None
+        receipts.append(
+            BlockReceipt(
+                kind=block.kind,
+                owner=block.owner,
+                slot=block.slot,
+                source=sources[key] if key is not None else "fresh",
+                num_fresh=sum(len(piece) for piece in pieces if piece.key is None),
+                num_reused=sum(len(piece) for piece in reused),
+                key=key.hex()[:12] if key is not None else None,
+                why="; ".join(dict.fromkeys(piece.why for piece in pieces)),
+            )
+        )
+    return tuple(receipts)

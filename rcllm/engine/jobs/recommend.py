@@ -1,0 +1,218 @@
+"""Recommend: a wide beam search over the codes of a live catalogue, as many passes as there are levels.
+
+Knows nothing of how items got their semantic IDs, or of files. Requests that enter together are searched together, in
+one buffer. Invariant: a request sees one epoch of the codes from its first step to its last, and every item of its
+answer was in that epoch and allowed; batches and what else runs change the time alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import get_args
+
+from rcllm.cache.pool import Held
+from rcllm.codes.allowed import Allowed
+from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
+from rcllm.config import nearest
+from rcllm.core.decoding import OpenRequest, RecommendRequest, RecommendResponse
+from rcllm.core.ranking import ItemId
+from rcllm.core.receipts import BeamRule, RecommendReceipt
+from rcllm.decode.beam import BeamPrompt, BeamSearch, BeamTask, Found, items_of
+from rcllm.decode.beam_kv import joined
+from rcllm.engine.engine import Engine
+from rcllm.engine.job import Answer, Entered, Opening
+from rcllm.errors import ConfigError, ModelError, PromptTooLongError, RcllmError, RequestError, answered
+from rcllm.metrics import Stage
+from rcllm.model.decoder import Pass, Passed
+from rcllm.schedule.work import KindLimits
+
+_LONG_LIST, _FILTERS = 1000, 16  # items that make a list long; filters that are remembered
+BEAM_ROWS = 512  # beams of all requests that are searched at a time
+
+
+class Recommender:
+    """Beam search over live codes, on an engine whose template is for open prompts. Threads may share it."""
+
+    kind = "recommend"
+
+    def __init__(self, engine: Engine, codes: LiveCodes, tokens: CodeTokens, *, beam_rows: int = BEAM_ROWS) -> None:
+        """`tokens`: which token of the model's vocabulary stands for which code. Raises ConfigError.
+
+        `beam_rows`: beams of all requests that are searched at a time; a request that has more is searched alone.
+        """
+        self.engine, self.codes, self.tokens, self.beam_rows = engine, codes, tokens, beam_rows
+        self.limits = KindLimits(step_rows=beam_rows, own_bytes=engine.pool.budget // 4)
+        _check_tokens(tokens, codes.epoch(), engine.decoder.spec.vocab_size)
+        self._filters = _Filters()
+        self._searching: list[_Searched] = []
+        self._idle: list[BeamSearch] = []  # with their buffers, while nobody uses them
+
+    def recommend(self, request: RecommendRequest) -> RecommendResponse:
+        """The best items for one request. Raises RequestError, ConfigError, CapacityError."""
+        return answered(self.recommend_batch([request]))[0]
+
+    def recommend_batch(self, requests: Sequence[RecommendRequest]) -> list[RecommendResponse | RcllmError]:
+        """Per request its response, or its error."""
+        return self.engine.run(self, requests)
+
+    # ---- the job ----
+
+    def open(self, request: RecommendRequest) -> Opening:
+        """Raises RequestError, ConfigError."""
+        _check(request)
+        prompt = self.engine.prompter.build_open(
+            OpenRequest(request.request_id, request.history, request.user_id, request.level)
+        )
+        needed, limit = prompt.num_tokens + self.codes.epoch().num_levels - 1, self.engine.decoder.max_positions
+        if needed > limit:
+            raise PromptTooLongError(
+                f"request {request.request_id!r} needs {needed} positions with its answer, the limit is {limit}: send "
+                "fewer or shorter events"
+            )
+        num_bytes = self.engine.decoder.spec.kv_bytes_per_token(self.engine.pool.dtype.itemsize) * prompt.num_tokens
+        return Opening(prompt, _beam(request), num_bytes)
+
+    def enter(self, entered: Sequence[Entered], stage: Stage) -> Iterator[Answer]:
+        """Begins a search; what its prompts read of the pool stays in place until it ends."""
+        with stage("allow"):
+            code_index = self.codes.epoch()
+            allowed = [self._filters.of(code_index, each.ticket.request) for each in entered]
+        with stage("join"):
+            tasks = [
+                BeamTask(self._prompt(each), code_index, some, _beam(each.ticket.request), each.ticket.request.rule)
+                for each, some in zip(entered, allowed, strict=True)
+            ]
+        search = self._idle.pop() if self._idle else BeamSearch(self.engine.decoder, self.tokens, self.beam_rows)
+        read = [piece.key for each in entered for piece in each.planned.plan.pieces if piece.key is not None]
+        self._searching.append(_Searched(entered, tasks, search, entered[0].held.also(read)))
+        search.begin(tasks, stage)
+        yield from self._ended(stage)
+
+    def passes(self, stage: Stage) -> Sequence[Pass]:
+        with stage("reorder"):
+            return [searched.search.next_pass() for searched in self._searching]
+
+    def take(self, passed: Sequence[Passed], stage: Stage) -> Iterator[Answer]:
+        for searched, rows in zip(self._searching, passed, strict=True):
+            searched.search.take(rows, stage)
+        yield from self._ended(stage)
+
+    def drop(self, number: int) -> None:
+        """Its beams go on while others of the same search are waited for."""
+        for searched in list(self._searching):
+            searched.dropped.add(number)
+            if searched.abandoned:
+                self._close(searched)
+
+    # ---- searches ----
+
+    def _prompt(self, entered: Entered) -> BeamPrompt:
+        decoder = self.engine.decoder
+        return BeamPrompt(joined(entered.segments, decoder.rope, decoder.dtype), entered.end, entered.last)
+
+    def _ended(self, stage: Stage) -> Iterator[Answer]:
+        for searched in [each for each in self._searching if each.search.ended]:
+            with stage("items"):
+                answers = list(self._answers(searched))
+            self._close(searched)
+            yield from answers
+
+    def _close(self, searched: _Searched) -> None:
+        """Lets go of its blocks; its buffer waits for the next search."""
+        self._searching.remove(searched)
+        searched.held.release()
+        searched.search.reset()
+        self._idle.append(searched.search)
+
+    def _answers(self, searched: _Searched) -> Iterator[Answer]:
+        for entered, task, found in zip(searched.entered, searched.tasks, searched.search.found(), strict=True):
+            if entered.ticket.number not in searched.dropped:
+                yield Answer(entered.ticket.number, _outcome(entered, task, found))
+
+
+@dataclass(slots=True, eq=False)
+class _Searched:
+    """Requests that are searched together."""
+
+    entered: Sequence[Entered]
+    tasks: Sequence[BeamTask]
+    search: BeamSearch
+    held: Held
+    dropped: set[int] = field(default_factory=set)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for any of them."""
+        return all(each.ticket.number in self.dropped for each in self.entered)
+
+
+def _outcome(entered: Entered, task: BeamTask, found: Found) -> RecommendResponse | ModelError:
+    request = entered.ticket.request
+    if found.error is not None:
+        return found.error
+    items, scores = items_of(task.code_index, task.allowed, found, request.n)
+    return RecommendResponse(request.request_id, items, scores, _receipt(entered, task, found))
+
+
+def _receipt(entered: Entered, task: BeamTask, found: Found) -> RecommendReceipt:
+    joined_bytes = task.prompt.num_bytes if task.prompt.segments is not entered.segments else 0
+    return RecommendReceipt(
+        **entered.shared,
+        rule=task.rule,
+        beam=task.beam,
+        epoch=task.code_index.epoch,
+        kv_bytes_read=found.bytes_read,
+        kv_bytes_naive=found.bytes_naive,
+        kv_bytes_copied=entered.kv_bytes_copied + joined_bytes,
+        steps=found.steps,
+    )
+
+
+class _Filters:
+    """What requests are allowed, remembered for long lists, such as the stock of a region, that many of them share."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._code_index: CodeIndex | None = None  # the epoch of those that are remembered
+        self._known: dict[tuple[tuple[ItemId, ...] | None, tuple[ItemId, ...]], Allowed | None] = {}
+
+    def of(self, code_index: CodeIndex, request: RecommendRequest) -> Allowed | None:
+        key = request.allow, request.deny
+        if len(request.allow or ()) + len(request.deny) < _LONG_LIST:
+            return code_index.allowed(*key)
+        with self._lock:
+            if self._code_index is not code_index or len(self._known) == _FILTERS:
+                self._code_index, self._known = code_index, {}
+            if key not in self._known:
+                self._known[key] = code_index.allowed(*key)
+            return self._known[key]
+
+
+def _beam(request: RecommendRequest) -> int:
+    """A search that keeps fewer prefixes than items are asked for could not answer."""
+    return max(request.beam, request.n)
+
+
+def _check(request: RecommendRequest) -> None:
+    for name, value in (("n", request.n), ("beam", request.beam)):
+        if value < 1:
+            raise RequestError(f"request {request.request_id!r}: {name} must be at least 1, got {value}")
+    if request.rule not in (known := get_args(BeamRule)):
+        wrong = f"request {request.request_id!r}: unknown rule {request.rule!r}"
+        raise ConfigError(f"{wrong}; {nearest(request.rule, known)}")
+
+
+def _check_tokens(tokens: CodeTokens, code_index: CodeIndex, vocab_size: int) -> None:
+    """Raises ConfigError where the codes of the catalogue have no tokens in the model."""
+    given = tuple(len(ids) for ids in tokens.ids)
+    if len(given) != code_index.num_levels or any(
+        have < need for have, need in zip(given, code_index.sizes, strict=True)
+    ):
+        raise ConfigError(
+            f"the catalogue has {code_index.sizes} codes per level, the model has tokens for {given}; they do not "
+            "belong together"
+        )
+    if (last := max(int(ids.max()) for ids in tokens.ids)) >= vocab_size:
+        raise ConfigError(f"a code stands for token {last}, but the model has the tokens 0 to {vocab_size - 1}")

@@ -1,0 +1,49 @@
+"""Who computes: one thread at a time, in the order in which they came.
+
+Knows nothing of what is computed. Invariant: a thread that waits is let in before any that came later, and one whose
+wish came true while it waited leaves the queue at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Turns:
+    """A fair lock that can be left when it is no longer needed."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._queue = deque[object]()
+        self._busy = False
+
+    def acquire(self, unless: Callable[[], bool] = lambda: False) -> bool:
+        """Waits for this thread's turn; False where `unless` holds first, which then need not be released."""
+        me = object()
+        with self._changed:
+            self._queue.append(me)
+            self._changed.wait_for(lambda: unless() or (not self._busy and self._queue[0] is me))
+            self._queue.remove(me)
+            if unless():
+                self._changed.notify_all()  # somebody else may be first now
+                return False
+            self._busy = True
+            return True
+
+    def release(self) -> None:
+        """Lets the next one in, and everybody look whether what they wait for has come true."""
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else computes inside."""
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()

@@ -1,0 +1,114 @@
+"""Items and events as token ids: rendered by the template, tokenised, cut to the limits.
+
+Knows nothing of prompts. Invariant: a text has at least one token and at most its limit, and what was cut or had
+nothing to show is said beside it; the time that a text takes is bounded, however long it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from rcllm.core.ranking import Item, TokenIds
+from rcllm.prompt.template import Parts, Template, render
+from rcllm.prompt.tokenizer import Tokenizer
+
+EMPTY_TEXT = "(no text)"  # an item none of whose template fields is known still needs a block
+_WHOLE_CHARS = 1 << 14  # what is longer is tokenised from its start, only as far as its limit reaches
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The tokens of one text."""
+
+    ids: TokenIds
+    cut: bool = False  # there was more
+    empty: bool = False  # there was nothing: it reads EMPTY_TEXT
+
+
+@dataclass(frozen=True, slots=True)
+class TextCounts:
+    """What befell the texts of some items."""
+
+    items: int
+    cut: int  # as candidates
+    cut_events: int  # as events
+    empty: int  # as candidates
+
+    def told(self, template: Template) -> str:
+        """One line for people; empty where every text is whole."""
+        pairs = (
+            (self.cut, f"cut to {template.max_item_tokens} tokens as candidates (max_item_tokens)"),
+            (self.cut_events, f"cut to {template.max_event_tokens} tokens as events (max_event_tokens)"),
+            (self.empty, f"without a text that template {template.name} shows"),
+        )
+        told = ", ".join(f"{count:,} {what}" for count, what in pairs if count)
+        return f"of {self.items:,} items: {told}" if told else ""
+
+
+class Texts:
+    """Writes as one template and tokenizer do. Safe to share."""
+
+    def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
+        self.template, self.tokenizer = template, tokenizer
+
+    def item(self, item: Item) -> Written:
+        """The cached text of a candidate."""
+        return self._of(self.template.item, item, self.template.max_item_tokens)
+
+    def continued(self, item: Item) -> Written:
+        """What read-out `likelihood` scores of a candidate."""
+        return self._of(self.template.likelihood_item, item, self.template.max_item_tokens)
+
+    def event(self, item: Item) -> Written:
+        """An item as something that a user chose."""
+        return self._of(self.template.event, item, self.template.max_event_tokens, f"\n- {EMPTY_TEXT}")
+
+    def own_words(self, text: str) -> Written:
+        """An event in a user's words, of which the tokenizer keeps no copy."""
+        t = self.template
+        rendered = t.event_text.replace("{text}", text or EMPTY_TEXT)
+        written = self._cut(rendered, t.max_event_tokens, self.tokenizer.encode_unremembered)
+        return Written(written.ids, written.cut, written.empty or not text.strip())
+
+    def volatile(self, item: Item) -> Written:
+        """The fresh text after a candidate; `empty`, without a token, where it shows nothing."""
+        text = render(self.template.volatile, item.volatile)
+        ids, cut = self._start(text, self.template.max_volatile_tokens, self.tokenizer.encode)
+        return Written(ids, cut, not ids)
+
+    def echo(self, item: Item) -> TokenIds:
+        """The candidate's first words, to stand before its question."""
+        text = render(self.template.pointwise_echo, item.fields)
+        return self._start(text, self.template.max_echo_tokens, self.tokenizer.encode)[0]
+
+    def counts(self, items: Iterable[Item]) -> TextCounts:
+        """What befalls the texts of `items`."""
+        written = [(self.item(item), self.event(item)) for item in items]
+        return TextCounts(
+            items=len(written),
+            cut=sum(candidate.cut for candidate, _ in written),
+            cut_events=sum(event.cut for _, event in written),
+            empty=sum(candidate.empty for candidate, _ in written),
+        )
+
+    def _of(self, parts: Parts, item: Item, max_tokens: int, instead: str = EMPTY_TEXT) -> Written:
+        if text := render(parts, item.fields):
+            return self._cut(text, max_tokens, self.tokenizer.encode)
+        ids, cut = self._start(instead, max_tokens, self.tokenizer.encode)
+        return Written(ids, cut, empty=True)
+
+    def _cut(self, text: str, max_tokens: int, encode: Callable[[str], TokenIds]) -> Written:
+        """At least one token: a tokenizer may make nothing of white space or of what its normaliser drops."""
+        ids, cut = self._start(text, max_tokens, encode)
+        return Written(ids, cut) if ids else Written(self.tokenizer.encode(EMPTY_TEXT)[:max_tokens], empty=True)
+
+    def _start(self, text: str, max_tokens: int, encode: Callable[[str], TokenIds]) -> tuple[TokenIds, bool]:
+        """The first `max_tokens` ids of a text, and whether there are more."""
+        size = max(_WHOLE_CHARS, 16 * max_tokens)
+        while size < len(text):  # tokens are that long in no language, but white space and what is dropped may be
+            if len(ids := self.tokenizer.encode_unremembered(text[:size])) > max_tokens:
+                return ids[:max_tokens], True
+            size *= 8
+        ids = encode(text)
+        return ids[:max_tokens], len(ids) > max_tokens

@@ -1,0 +1,53 @@
+"""How the scheduler sees a request: what it needs, and since when it waits. No tensors, no prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+from rcllm.core.ranking import ContentKey
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request that waits for its prompt to be computed, and may run on for several passes after that."""
+
+    number: int  # names it; later ones are larger
+    kind: str  # rank, recommend, generate: which limits hold for it
+    rows: int  # most rows that its prompt has in one layer
+    phase: Hashable = None  # prompts that go through the layers together agree in it
+    keys: Mapping[ContentKey, int] = field(default_factory=dict)  # KV blocks that its prompt reads, and their bytes
+    step_rows: int = 0  # rows of each later pass; 0: it ends with the pass of its prompt
+    own_bytes: int = 0  # of KV that it keeps while it runs
+    tenant: str = ""
+    arrival_s: float = 0.0
+    deadline_s: float | None = None  # of its first token
+
+
+@dataclass(frozen=True, slots=True)
+class PassLimits:
+    """Of the prompts that are computed in one pass; one that exceeds them is computed alone."""
+
+    rows: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KindLimits:
+    """Of the requests of one kind that run at a time; one that exceeds them runs alone."""
+
+    requests: int = 1 << 30
+    step_rows: int = 1 << 30
+    own_bytes: int = 1 << 60
+    share: float = 1.0  # of the rows of prompts, where other kinds wait as well
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the next pass holds."""
+
+    enter: tuple[int, ...] = ()  # whose prompts are computed
+    step: tuple[int, ...] = ()  # who takes a step besides
+
+    def __bool__(self) -> bool:
+        return bool(self.enter or self.step)

@@ -1,0 +1,64 @@
+"""From options to catalogue and data set: layouts and columns as they are said, and what was guessed is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rcllm.cli.inputs import load_inputs
+from rcllm.cli.options import ItemOptions
+from rcllm.core.ranking import UserId
+from rcllm.data import histories
+from rcllm.errors import ConfigError, DataError
+
+
+def test_books_in_latin_1_with_semicolons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "books.dat"
+    path.write_bytes('"ISBN";"title"\n"1";"Caf\xe9, Noir"\n"2";"B"\n'.encode("latin-1"))
+    with pytest.raises(DataError, match="--delimiter"):
+        load_inputs(ItemOptions(items=path))
+    path = path.rename(tmp_path / "books.csv")
+    for options in (ItemOptions(items=path), ItemOptions(items=path, delimiter=";", encoding="latin-1")):
+        catalogue = load_inputs(options).catalogue
+        assert [item.fields["title"] for item in catalogue.values()] == ["Café, Noir", "B"]
+        told = capsys.readouterr().err
+        assert "note: " in told
+        assert "from the column 'ISBN'" in told
+        assert ("separated by a semicolon" in told) is (options.delimiter is None)
+
+
+def test_a_tab_can_be_typed(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("item_id\ttitle\n1\ta, b\n")
+    for word in ("\\t", "tab"):
+        assert list(load_inputs(ItemOptions(items=path, delimiter=word)).catalogue) == ["1"]
+    with pytest.raises(ConfigError, match="expected a delimiter of one character, got ';;'"):
+        load_inputs(ItemOptions(items=path, delimiter=";;"))
+
+
+def test_columns_of_a_data_set_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.inter").write_text("listener:token\tsong:token\twhen:float\nu\t7\t5\nu\t9\t3\n")
+    with pytest.raises(DataError, match="--user-field"):
+        load_inputs(ItemOptions(dataset=tmp_path))
+    options = ItemOptions(dataset=tmp_path, user_field="listener", item_field="song", time_field="when")
+    dataset = load_inputs(options).dataset
+    assert dataset is not None
+    assert [row.item_id for row in histories(dataset.interactions)[UserId("u")]] == ["9", "7"]
+    assert "the folder was read as recbole, because of x.inter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ItemOptions(dataset=Path(), encoding="latin-1"), ItemOptions(items=Path("x.csv"), user_field="who")],
+)
+def test_options_about_what_is_not_given_are_refused(options: ItemOptions) -> None:
+    with pytest.raises(ConfigError, match="or leave them out"):
+        load_inputs(options)
+
+
+def test_a_misspelt_volatile_field_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"item_id": "a", "price": 3}\n')
+    load_inputs(ItemOptions(items=path, volatile=["prise"]))
+    assert "Did you mean 'price'?" in capsys.readouterr().err
