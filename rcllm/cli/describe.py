@@ -129,10 +129,10 @@ def _check_out(out: Path, *reads: object) -> None:
 
     Raises ConfigError, DataError.
     """
-    if out.suffix not in (".parquet", ".pq"):
-        raise ConfigError(f"expected --out to be named .parquet, which is what is written, got {out.name}")
     for path in (out, rejects_file(out)):
         check_file(path, *reads, beside=out)
+    if out.suffix not in (".parquet", ".pq"):
+        raise ConfigError(f"expected --out to be named .parquet, which is what is written, got {out.name}")
 
 
 def _told_rejects(report: Report) -> str:

@@ -28,7 +28,7 @@ def check_file(out: Path | str | None, *reads: object, beside: Path | None = Non
     path = Path(out)
     check_writable(path)
     if path.is_dir():
-        raise ConfigError(f"--out {path} is a folder: expected the name of a file, such as {path / 'answers.jsonl'}")
+        raise ConfigError(f"--out {path} is a folder: expected the name of a file, which may lie in that folder")
     if not path.exists():
         return
     own = beside is not None and beside.exists()

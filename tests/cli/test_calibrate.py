@@ -180,7 +180,7 @@ def test_an_output_that_cannot_be_is_said_before_the_model_is_loaded(run: Run, s
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     (tmp_path / "broken.json").write_text("{", encoding="utf-8")
     for out, message in (
-        ("folder", "expected the name of a .json file"),
+        ("folder", "is a folder: expected the name of a file"),
         ("report.html", "expected the name of a .json file"),
         ("file", "exists and is no calibration"),
         ("broken.json", "exists and is no calibration"),

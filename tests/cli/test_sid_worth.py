@@ -90,7 +90,7 @@ def test_folders_and_files_that_are_in_the_way(run: Run, shop: Shop, source: Pat
     words = ("sid", "build", "--items", source / "items.jsonl", "--embeddings", source / "circle.npy", "--out")
     (tmp_path / "folder.parquet").mkdir()
     shown = run(*words, tmp_path / "folder.parquet")
-    assert (shown.exit_code, "expected --out to be a file" in shown.stderr) == (2, True)
+    assert (shown.exit_code, "is a folder: expected the name of a file" in shown.stderr) == (2, True)
     shown = run(*words, tmp_path / "file" / "codes.parquet")
     assert (shown.exit_code, "cannot be written" in shown.stderr) == (1, True)
 

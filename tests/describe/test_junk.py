@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rcllm.describe.checkpoint import JobCheckpoint
-from rcllm.errors import ConfigError, DataError
+from rcllm.errors import ConfigError
 
 pytest.importorskip("pyarrow", reason="a job writes parquet")
 
@@ -17,7 +17,10 @@ def test_settings_that_are_no_settings(tmp_path: Path, content: bytes) -> None:
     work = tmp_path / "out.parquet.work"
     work.mkdir()
     (work / "settings.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"settings\.json"), JobCheckpoint(tmp_path / "out.parquet", {"kind": "user"}):
+    with (
+        pytest.raises(ConfigError, match=r"out\.parquet\.work exists and is not of `rcllm describe`.*remove it"),
+        JobCheckpoint(tmp_path / "out.parquet", {"kind": "user"}),
+    ):
         pass
 
 
