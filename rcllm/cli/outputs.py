@@ -52,7 +52,7 @@ def _paths(value: object) -> Iterator[Path]:
     if isinstance(value, str | Path):
         path = Path(value)
         try:
-            there = str(value) != STDIO and path.exists()
+            there = value not in ("", STDIO) and path.exists()  # an option left empty would be the current folder
         except (OSError, ValueError):  # a text that no file can have as its name
             there = False
         if there:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rcllm.cli.outputs import check_file, check_folder
+from rcllm.config import Config
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError
 from tests.cli.conftest import Run, Shop, write_lines
@@ -64,6 +65,13 @@ def test_no_name_of_an_input_is_written_to(own: Shop, tmp_path: Path, way: str) 
     (tmp_path / "other").mkdir()
     with pytest.raises(ConfigError, match="would overwrite"):
         check_file(WAYS[way](own.items, tmp_path / "other"), [own.requests, own.items])
+
+
+def test_an_option_left_empty_is_not_the_current_folder(own: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(own.items.parent)
+    check_file(own.items, Config(), "")
+    with pytest.raises(ConfigError, match="would overwrite"):
+        check_file(own.items, Path())
 
 
 def _commands(own: Shop) -> dict[str, tuple[list[object], list[Path]]]:
