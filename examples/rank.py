@@ -4,9 +4,8 @@ from rcllm.config import Config, PromptConfig
 from rcllm.core.ranking import RankOptions
 from rcllm.data import build_requests, fetch_movielens
 from rcllm.engine.engine import Engine
-from rcllm.fetch import cache_dir
 
-films = fetch_movielens(cache_dir() / "data" / "ml-100k")  # downloads once
+films = fetch_movielens()  # downloads once
 [request] = build_requests(films, count=1, num_candidates=20, num_history=10)
 
 config = Config(prompt=PromptConfig(template="movies"), rank=RankOptions(readout="likelihood"))

@@ -1,4 +1,4 @@
-"""The data formats by name: `load_dataset` and what it chooses from.
+"""The data formats by name: `load_dataset` and what it chooses from; and the one data set that has a name itself.
 
 Knows nothing of what the formats mean. A new one is a loader and a line in each of the two tables here.
 """
@@ -11,10 +11,18 @@ from typing import Protocol
 from rcllm.data.catalogue import generic_item
 from rcllm.data.dataset import Dataset, InteractionSource, ItemSource, assemble
 from rcllm.data.interactions import parse_user
-from rcllm.data.movielens import load_movielens_1m, load_movielens_100k, load_movielens_latest, load_recbole
+from rcllm.data.movielens import (
+    fetch_movielens,
+    load_movielens_1m,
+    load_movielens_100k,
+    load_movielens_latest,
+    load_recbole,
+)
 from rcllm.data.reviews import load_amazon_2018, load_amazon_2023, load_goodreads, load_yelp
 from rcllm.data.text import did_you_mean
 from rcllm.errors import ConfigError, DataError
+
+MOVIELENS = "movielens"  # the data set that can be named where a folder is expected
 
 
 class Loader(Protocol):
@@ -59,9 +67,12 @@ _MARKS = {
 def load_dataset(name: str, folder: str | Path, strict: bool = False) -> Dataset:
     """Reads the data set in `folder`, in the format called `name`, or `auto`.
 
-    Malformed rows are skipped and reported in `Dataset.reports`; where `strict`, the first one raises DataError.
+    `movielens` in place of a folder that is there stands for MovieLens-100K, which is fetched once. Malformed rows are
+    skipped and reported in `Dataset.reports`; where `strict`, the first one raises DataError. Raises FetchError.
     """
     path = Path(folder)
+    if str(folder) == MOVIELENS and name in ("auto", "recbole") and not path.exists():
+        return fetch_movielens()
     chosen = detect_format(path) if name == "auto" else name
     if chosen not in FORMATS:
         known = ", ".join(FORMATS)
@@ -76,4 +87,7 @@ def detect_format(folder: str | Path) -> str:
         if any(path.glob(pattern)):
             return name
     looked_for = ", ".join(f"{pattern} ({name})" for name, pattern in _MARKS.items())
-    raise DataError(f"{path}: expected a folder with one of {looked_for}; check the path, or name the format")
+    raise DataError(
+        f"{path}: expected a folder with one of {looked_for}; check the path, or name the format. To try things, give "
+        f"{MOVIELENS}, a small data set that is fetched"
+    )
