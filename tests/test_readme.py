@@ -1,4 +1,4 @@
-"""The README is true: its files, commands and snippets are used as they stand, in the order in which they stand.
+"""The README is true: its files, commands and snippets are used as they stand. All pages: their names and sentences.
 
 They run in a sandbox. Its cache folder holds a tiny random model under the name of the default one, and its working
 folder a small data set under the name of the one that would be fetched. Long commands are told to do less.
@@ -31,6 +31,7 @@ COMMANDS = [
     for line in block.splitlines()
     if (words := shlex.split(line, comments=True))
 ]
+PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md")]
 NUM_FILMS, NUM_USERS = 200, 80
 LESS = {  # what is added to a command, so that it takes seconds
     "calibrate": "--count 6 --timed 1 --levels blocks --readouts label --layouts history_first --label-places after",
@@ -112,15 +113,10 @@ def test_the_targets_of_make_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_the_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-
-
-PAGES = [
-    "README.md",
-    *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if page.name not in ("log.md", "numerics.md")),
-]
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        assert ((ROOT / page).parent / target).exists(), target
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -130,6 +126,13 @@ def test_sentences_are_read_once(page: str) -> None:
     longest = max(lengths, key=lambda sentence: lengths[sentence])
     assert lengths[longest] <= 36, longest
     assert sum(lengths.values()) / len(lengths) < 20
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_pages_name_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:[\w-]+/)+(?:[\w-]+\.(?:py|cpp|json|toml))?)`", text):
+        assert (ROOT / name).exists() or (ROOT / "rcllm" / name).exists(), f"{page} names {name}, which does not exist"
 
 
 def _sentences(page: str) -> list[str]:
