@@ -1,11 +1,8 @@
 """Ranks 20 films for one real viewer, from Python: python examples/rank.py"""
 
-from rcllm.config import Config, PromptConfig
-from rcllm.core.ranking import RankOptions
-from rcllm.data import build_requests, fetch_movielens
-from rcllm.engine.engine import Engine
+from rcllm import Config, Engine, PromptConfig, RankOptions, build_requests, load_dataset
 
-films = fetch_movielens()  # downloads once
+films = load_dataset("auto", "movielens")  # fetched once
 [request] = build_requests(films, count=1, num_candidates=20, num_history=10)
 
 config = Config(prompt=PromptConfig(template="movies"), rank=RankOptions(readout="likelihood"))

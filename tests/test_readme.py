@@ -1,4 +1,4 @@
-"""The README is true: its files, commands and snippets are used as they stand. All pages: their names and sentences.
+"""The README is true: its files, commands and snippets are used as they stand, and so are the examples.
 
 They run in a sandbox. Its cache folder holds a tiny random model under the name of the default one, and its working
 folder a small data set under the name of the one that would be fetched. Long commands are told to do less.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_what_is_tested_here_was_found() -> None:
 def test_the_snippets_run(sandbox: Path, capsys: pytest.CaptureFixture[str], one_compute_thread: None) -> None:
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), {})
+    assert "tokens reused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_the_examples_run(
+    sandbox: Path, capsys: pytest.CaptureFixture[str], one_compute_thread: None, example: Path
+) -> None:
+    runpy.run_path(str(example), run_name="__main__")
     assert "tokens reused" in capsys.readouterr().out
 
 
