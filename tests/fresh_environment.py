@@ -29,8 +29,12 @@ class FreshEnvironment:
         """An environment in which `wheel` is installed with `extras`."""
         venv.create(folder, symlinks=True)
         made = cls(folder)
+        linked = folder.with_name(f"{folder.name}-linked")  # outside, where pip removes nothing
+        linked.mkdir()
         for distribution in _closure(wheel, extras).values():
-            _link(distribution, made._site_packages)
+            _link(distribution, linked)
+        (site_packages,) = folder.glob("lib/python*/site-packages")
+        (site_packages / "linked.pth").write_text(str(linked), encoding="utf-8")
         pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
         wanted = f"rcllm[{','.join(extras)}] @ {wheel.as_uri()}"
         ran = subprocess.run([*pip, "--no-index", wanted], capture_output=True, text=True)
@@ -44,11 +48,6 @@ class FreshEnvironment:
         return subprocess.run(
             [self.folder / "bin" / program, *arguments], cwd=away, env=variables, capture_output=True, text=True
         )
-
-    @property
-    def _site_packages(self) -> Path:
-        (found,) = (self.folder / "lib").glob("python*/site-packages")
-        return found
 
 
 def _closure(wheel: Path, extras: Iterable[str]) -> Mapping[str, metadata.Distribution]:
@@ -78,9 +77,9 @@ def _applies(requirement: Requirement, extras: Iterable[str]) -> bool:
     return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
-def _link(distribution: metadata.Distribution, site_packages: Path) -> None:
-    """Links every file and folder that the distribution put at the top of its own site-packages."""
+def _link(distribution: metadata.Distribution, folder: Path) -> None:
+    """Links every file and folder that the distribution has at the top of its own site-packages."""
     tops = {file.parts[0] for file in distribution.files or ()} - {os.pardir, "__pycache__"}
     for top in tops:
-        if not (site_packages / top).exists():
-            (site_packages / top).symlink_to(str(distribution.locate_file(top)))
+        if not (folder / top).exists():
+            (folder / top).symlink_to(str(distribution.locate_file(top)))
