@@ -41,10 +41,10 @@ class FreshEnvironment:
         assert ran.returncode == 0, ran.stderr
         return made
 
-    def run(self, *words: object, away: Path, path: str = "", home: Path) -> subprocess.CompletedProcess[str]:
-        """Runs a program of the environment in the folder `away`; `path` is where it finds other programs."""
+    def run(self, *words: object, away: Path, path: str = "") -> subprocess.CompletedProcess[str]:
+        """Runs a program of the environment at home in the folder `away`; `path`: where it finds other programs."""
         program, *arguments = map(str, words)
-        variables = {"PATH": path, "HOME": str(home), "RCLLM_HOME": str(home), "OMP_NUM_THREADS": "1"}
+        variables = {"PATH": path, "HOME": str(away), "RCLLM_HOME": str(away), "OMP_NUM_THREADS": "1"}
         return subprocess.run(
             [self.folder / "bin" / program, *arguments], cwd=away, env=variables, capture_output=True, text=True
         )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,6 @@ from tests.engine import tiny
 from tests.fresh_environment import FreshEnvironment
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("rcllm", "tests", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
-NO_CACHES = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Built from a copy, since builds leave files behind; by the setuptools that is installed here."""
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
-    source.mkdir()
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name, **({"ignore": NO_CACHES} if copy is shutil.copytree else {}))
+    shutil.copytree(ROOT / "rcllm", source / "rcllm", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     sdist = _build("sdist", source, folder)
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "unpacked", filter="data")
@@ -123,7 +121,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return Shop(folder)
 
 
-def _write(path: Path, rows: list[dict[str, object]]) -> None:
+def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -135,8 +133,8 @@ def environment(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Fresh
 
 def test_the_environment_holds_nothing_that_is_not_declared(environment: FreshEnvironment, tmp_path: Path) -> None:
     for package in ("transformers", "pytest", "pyarrow", "gguf"):
-        assert environment.run("python", "-c", f"import {package}", away=tmp_path, home=tmp_path).returncode == 1
-    told = environment.run("python", "-c", "import rcllm; print(rcllm.__file__)", away=tmp_path, home=tmp_path)
+        assert environment.run("python", "-c", f"import {package}", away=tmp_path).returncode == 1
+    told = environment.run("python", "-c", "import rcllm; print(rcllm.__file__)", away=tmp_path)
     assert told.stdout.startswith(str(environment.folder))
 
 
@@ -152,10 +150,10 @@ COMPILERS = [
 def test_the_wheel_ranks_and_recommends(
     environment: FreshEnvironment, shop: Shop, tmp_path: Path, path: str, compiles: bool
 ) -> None:
-    ranked = environment.run(*shop.rank, away=tmp_path, path=path, home=tmp_path)
+    ranked = environment.run(*shop.rank, away=tmp_path, path=path)
     assert ranked.returncode == 0, ranked.stderr
     assert set(json.loads(ranked.stdout)["ranking"]) == set(tiny.IDS[:4])
-    recommended = environment.run(*shop.recommend, away=tmp_path, path=path, home=tmp_path)
+    recommended = environment.run(*shop.recommend, away=tmp_path, path=path)
     assert recommended.returncode == 0, recommended.stderr
     assert len(set(json.loads(recommended.stdout)["items"]) & set(tiny.IDS)) == 5
     assert bool(list(tmp_path.glob("native/*.so"))) == compiles
@@ -163,7 +161,7 @@ def test_the_wheel_ranks_and_recommends(
 
 def test_the_wheel_says_what_describing_needs(environment: FreshEnvironment, shop: Shop, tmp_path: Path) -> None:
     """Answers go to a parquet file, whose library comes with the extra `data`."""
-    refused = environment.run(*shop.describe(tmp_path / "knowledge.parquet"), away=tmp_path, home=tmp_path)
+    refused = environment.run(*shop.describe(tmp_path / "knowledge.parquet"), away=tmp_path)
     assert refused.returncode == 1
     assert "rcllm[data]" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -171,6 +169,6 @@ def test_the_wheel_says_what_describing_needs(environment: FreshEnvironment, sho
 
 def test_the_wheel_describes(built: Built, shop: Shop, tmp_path: Path) -> None:
     with_data = FreshEnvironment.create(tmp_path / "env", built.wheel, "data")
-    described = with_data.run(*shop.describe(tmp_path / "knowledge.parquet"), away=tmp_path, home=tmp_path)
+    described = with_data.run(*shop.describe(tmp_path / "knowledge.parquet"), away=tmp_path)
     assert described.returncode == 0, described.stderr
     assert (tmp_path / "knowledge.parquet").stat().st_size > 0
