@@ -138,6 +138,12 @@ def test_the_environment_holds_nothing_that_is_not_declared(environment: FreshEn
     assert told.stdout.startswith(str(environment.folder))
 
 
+def test_an_environment_without_pip_is_told_what_fetching_needs(environment: FreshEnvironment, tmp_path: Path) -> None:
+    script = "from pathlib import Path; from rcllm.fetch import from_wheel; from_wheel('a==1', 'b', Path('c'))"
+    refused = environment.run("python", "-c", script, away=tmp_path)
+    assert "needs pip, which this environment lacks" in refused.stderr
+
+
 COMPILERS = [
     pytest.param(
         os.environ["PATH"], True, id="compiler", marks=pytest.mark.skipif(not find_compiler(), reason="no g++")
