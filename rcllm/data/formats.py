@@ -1,4 +1,4 @@
-"""The data formats by name: `load_dataset` and what it chooses from; and the one data set that has a name itself.
+"""The data formats by name: `load_dataset` and what it chooses from. One data set has a name itself: `movielens`.
 
 Knows nothing of what the formats mean. A new one is a loader and a line in each of the two tables here.
 """
@@ -67,8 +67,8 @@ _MARKS = {
 def load_dataset(name: str, folder: str | Path, strict: bool = False) -> Dataset:
     """Reads the data set in `folder`, in the format called `name`, or `auto`.
 
-    `movielens` in place of a folder that is there stands for MovieLens-100K, which is fetched once. Malformed rows are
-    skipped and reported in `Dataset.reports`; where `strict`, the first one raises DataError. Raises FetchError.
+    Where no folder is called `movielens`, that name stands for MovieLens-100K, which is fetched once. Malformed rows
+    are skipped and reported in `Dataset.reports`; where `strict`, the first one raises DataError. Raises FetchError.
     """
     path = Path(folder)
     if str(folder) == MOVIELENS and name in ("auto", "recbole") and not path.exists():
