@@ -104,8 +104,8 @@ def calibrate_command(
     options to go on after an interruption, or with another target to judge the same figures by that. Hours on 2 cores
     for 1,000 requests and everything to try; name fewer --readouts, --layouts and --contexts to be done sooner.
 
-    Example: `rcllm calibrate --dataset movielens --template titles --readouts pointwise --count 1000`, then
-    `rcllm rank --dataset movielens --template titles --readout pointwise --in requests.jsonl`
+    Example: `rcllm calibrate --dataset amazon --template titles --readouts pointwise --count 1000`, then
+    `rcllm rank --dataset amazon --template titles --readout pointwise --in requests.jsonl`
     """
     target = Target(ndcg_delta, tau, _one_of("cost", cost, ("ttft", "flops")))
     config = make_config(engine_options)

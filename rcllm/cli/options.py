@@ -91,8 +91,8 @@ class ItemOptions:
     dataset: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER|movielens",
-            help="Data set: a catalogue (unless --items is given) and users' histories. `movielens` is fetched once.",
+            metavar="FOLDER",
+            help="Data set: a catalogue (unless --items is given) and users' histories.",
             rich_help_panel=_ITEMS,
         ),
     ] = None

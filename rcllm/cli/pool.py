@@ -98,7 +98,7 @@ def build_command(
     names never get into it. Prototypes are made of users' texts: to erase a user, build it again with --exclude-users.
     Of a data set, training users alone are used.
 
-    Example: `rcllm pool build --dataset movielens --out history.pool`, or
+    Example: `rcllm pool build --dataset amazon --out history.pool`, or
     `rcllm pool build --texts reviews.jsonl --prototypes 20000 --out history.pool`
     """
     config = make_config(engine_options)

@@ -58,7 +58,7 @@ class SourceOptions:
     ] = None
     dataset: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER|movielens", help="Both of them, instead of the files.", rich_help_panel=_DATA),
+        typer.Option(metavar="FOLDER", help="Both of them, instead of the files.", rich_help_panel=_DATA),
     ] = None
     format: Annotated[
         str, typer.Option(metavar="NAME", help="Format of the data set; auto tells it.", rich_help_panel=_DATA)

@@ -24,7 +24,7 @@ def tune_command(
     dataset: Annotated[
         list[Path],
         typer.Option(
-            metavar="FOLDER|movielens",
+            metavar="FOLDER",
             help="Interaction data; may repeat. Ids are prefixed by the folder's name.",
             rich_help_panel=_DATA,
         ),
@@ -92,9 +92,8 @@ def tune_command(
     more; OUT/best is the best adapter so far, in peft's format, with a record of how it was made. Hours on 2 cores for
     the bundled model.
 
-    Example: `rcllm tune --dataset movielens --mask blocks --start adapters/smollm2-135m-causal --out rankers/films`,
-    then
-    `rcllm rank --adapter rankers/films/best --template echo --readout pointwise …`
+    Example: `rcllm tune --dataset amazon --mask blocks --start adapters/smollm2-135m-causal --out rankers/amazon`, then
+    `rcllm rank --adapter rankers/amazon/best --template echo --readout pointwise …`
     """
     values = {
         "mask": mask,
