@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from rcllm.cli.app import app
 from rcllm.config import ModelConfig
-from rcllm.data import MOVIELENS
+from rcllm.data.formats import MOVIELENS
 from tests.engine import tiny
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,8 @@ from rcllm.cli.screen import busy, console, warm_with_progress
 from rcllm.cli.tables import item_title, levels_table, scores_table
 from rcllm.config import Config, PromptConfig
 from rcllm.core.ranking import Level, RankRequest
-from rcllm.data import MOVIELENS, build_requests, fetch_movielens, named_items
+from rcllm.data import build_requests, fetch_movielens, named_items
+from rcllm.data.formats import MOVIELENS
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
 from rcllm.model.ceilings import describe_hardware

@@ -7,7 +7,7 @@ reader returns a ReadReport, or raises DataError that names file and line.
 from rcllm.data.catalogue import Catalogue
 from rcllm.data.dataset import Dataset
 from rcllm.data.files import Problem, Table
-from rcllm.data.formats import FORMATS, MOVIELENS, detect_format, load_dataset
+from rcllm.data.formats import FORMATS, detect_format, load_dataset
 from rcllm.data.interactions import InteractionColumns, histories, read_interactions, read_users
 from rcllm.data.movielens import fetch_movielens
 from rcllm.data.negatives import Negatives
@@ -16,7 +16,6 @@ from rcllm.data.rows import BadRowError, ReadReport, RowReader
 
 __all__ = [
     "FORMATS",
-    "MOVIELENS",
     "BadRowError",
     "Catalogue",
     "Dataset",
