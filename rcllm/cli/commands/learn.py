@@ -123,8 +123,8 @@ def tune(
     more; OUT/best is the best adapter so far, in peft's format, with a record of how it was made. Hours on 2 cores for
     the bundled model.
 
-    Example: `rcllm tune --dataset movielens --mask blocks --start adapters/smollm2-135m-causal --out rankers/films`, then
-    `rcllm rank --adapter rankers/films/best --template echo --readout pointwise …`
+    Example: `rcllm tune --dataset movielens --mask blocks --start adapters/smollm2-135m-causal --out rankers/films`,
+    then `rcllm rank --adapter rankers/films/best --template echo --readout pointwise …`
     """
 
 
