@@ -20,7 +20,6 @@ from rcllm.model.decoder import Decoder, Pass, Passed, joined, parted
 from rcllm.reuse.assemble import Assembled
 from rcllm.reuse.plan import Planned
 
-
 _NOTHING = Selected(())
 
 
