@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from rcllm.data import Dataset, fetch_movielens, load_dataset
-from rcllm.fetch import cache_dir
 from rcllm.model.ceilings import describe_hardware
 
 A = TypeVar("A")
@@ -63,7 +62,7 @@ def dataset(name: str) -> Dataset:
     if (SHARED / name).is_dir():
         return load_dataset("common", SHARED / name)
     console.print(f"[yellow]{name} is not here; using MovieLens-100K: the prompts are shorter than the paper's")
-    return fetch_movielens(cache_dir() / "data" / "ml-100k")
+    return fetch_movielens()
 
 
 def timed(run: Callable[[A], R], argument: A) -> tuple[float, R]:

@@ -1,12 +1,8 @@
 """Ranks 20 films for one real viewer, from Python: python examples/rank.py"""
 
-from rcllm.config import Config, PromptConfig
-from rcllm.core.ranking import Level, RankOptions
-from rcllm.data import build_requests, fetch_movielens
-from rcllm.engine.engine import Engine
-from rcllm.fetch import cache_dir
+from rcllm import Config, Engine, Level, PromptConfig, RankOptions, build_requests, load_dataset
 
-films = fetch_movielens(cache_dir() / "data" / "ml-100k")  # downloads once
+films = load_dataset("auto", "movielens")  # fetched once
 [request] = build_requests(films, count=1, num_candidates=20, num_history=10)
 
 # the default level is exact until `rcllm calibrate` says that more may be reused; here all of it is, to show what is

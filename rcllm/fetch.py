@@ -7,6 +7,7 @@ another name until it is renamed into place.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -53,6 +54,11 @@ def digest(path: Path) -> str:
 
 
 def _download(requirement: str, folder: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise FetchError(
+            f"fetching {requirement} needs pip, which this environment lacks: run {sys.executable} -m ensurepip, "
+            "or install pip with the tool that made the environment"
+        )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     ran = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))

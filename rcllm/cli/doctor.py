@@ -31,6 +31,7 @@ from rcllm.model.pull import local_folder
 _ITEM_TOKENS = 100
 _ROWS = (64, 1024)  # fresh tokens of a request that reuses, and of one that does not
 _BUSY = 0.5  # of the cores, by other processes
+LEAST_MEMORY_GB = 3  # of a machine that serves the bundled model with default settings: a process takes 60 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,14 @@ def _machine(machine: Machine) -> dict[str, str]:
 
 def _about_machine(machine: Machine, busy_share: float) -> list[Finding]:
     findings = []
+    if machine.memory_bytes < LEAST_MEMORY_GB * 1e9:
+        findings.append(
+            Finding(
+                "advice",
+                f"this machine has {machine.memory_bytes / 1e9:.1f} GB of memory; the bundled model needs "
+                f"{LEAST_MEMORY_GB} GB with default settings, else --memory-mb 1700",
+            )
+        )
     if busy_share > _BUSY:
         findings.append(
             Finding(

@@ -80,8 +80,8 @@ class ItemOptions:
     dataset: Annotated[
         Path | None,
         Opt(
-            "Data set: a catalogue (unless --items is given) and users' histories.",
-            metavar="FOLDER",
+            "Data set: a catalogue (unless --items is given) and users' histories; movielens is fetched once.",
+            metavar="FOLDER|movielens",
             panel=_ITEMS,
         ),
     ] = None

@@ -1,4 +1,4 @@
-"""The data formats by name: `load_dataset` and what it chooses from.
+"""The data formats by name: `load_dataset` and what it chooses from. One data set has a name itself: `movielens`.
 
 Knows nothing of what the formats mean. A new one is a loader and a line in each of the two tables here. Invariant: what
 was guessed of a folder is in the notes of the data set.
@@ -17,11 +17,19 @@ from rcllm.data.content import COMPRESSED
 from rcllm.data.dataset import Dataset, InteractionSource, ItemSource, assemble
 from rcllm.data.files import iter_rows
 from rcllm.data.interactions import log_rows
-from rcllm.data.movielens import load_movielens_1m, load_movielens_100k, load_movielens_latest, load_recbole
+from rcllm.data.movielens import (
+    fetch_movielens,
+    load_movielens_1m,
+    load_movielens_100k,
+    load_movielens_latest,
+    load_recbole,
+)
 from rcllm.data.raw import Fields, Notes, Row
 from rcllm.data.reviews import load_amazon_2018, load_amazon_2023, load_goodreads, load_yelp
 from rcllm.data.text import did_you_mean, listed
 from rcllm.errors import ConfigError, DataError
+
+MOVIELENS = "movielens"  # the data set that can be named where a folder is expected
 
 
 class Loader(Protocol):
@@ -124,10 +132,13 @@ def load_dataset(
 ) -> Dataset:
     """Reads the data set in `folder`, in the format called `name`, or `auto`.
 
-    Malformed rows are skipped and reported in `Dataset.reports`; where `strict`, the first one raises DataError.
-    `columns`: the names in formats whose columns may have any name (common, recbole); None tries the usual ones.
+    Where no folder is called `movielens`, that name stands for MovieLens-100K, which is fetched once. Malformed rows
+    are skipped and reported in `Dataset.reports`; where `strict`, the first one raises DataError. `columns`: the names
+    in formats whose columns may have any name (common, recbole); None tries the usual ones. Raises FetchError.
     """
     path = Path(folder)
+    if str(folder) == MOVIELENS and name in ("auto", "recbole") and not path.exists():
+        return fetch_movielens()
     notes: tuple[str, ...] = ()
     chosen = name
     if name == "auto":
@@ -165,7 +176,7 @@ def _detected(folder: Path) -> dict[str, Path]:
         raise DataError(
             f"{folder}: expected a folder with one of {looked_for}, got {listed(there) or 'no folder or no files'}; "
             "check the path, name the format, or call the files items and interactions, with one of "
-            f"{', '.join(_SUFFIXES)} after it"
+            f"{', '.join(_SUFFIXES)} after it. To try things, give {MOVIELENS}, a small data set that is fetched"
         )
     return found
 

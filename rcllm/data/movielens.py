@@ -16,7 +16,7 @@ from rcllm.data.interactions import generic_interactions
 from rcllm.data.raw import Fields, Notes, Table
 from rcllm.data.rows import BadRowError, required_id
 from rcllm.data.text import as_text, shown
-from rcllm.fetch import from_wheel
+from rcllm.fetch import cache_dir, from_wheel
 
 _GENRE_FLAGS = (
     "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
@@ -43,9 +43,12 @@ _RECBOLE_NAMES = {
 }
 
 
-def fetch_movielens(folder: str | Path) -> Dataset:
-    """MovieLens-100K, from the copy that the package `recbole` carries; downloads once. Raises FetchError."""
-    target = Path(folder)
+def fetch_movielens(folder: str | Path | None = None) -> Dataset:
+    """MovieLens-100K, from the copy that the package `recbole` carries; downloads once. Raises FetchError.
+
+    folder: where its files go; by default below `$RCLLM_HOME/data`, else `~/.cache/rcllm/data`.
+    """
+    target = Path(folder) if folder is not None else cache_dir() / "data" / "ml-100k"
     for name, sha256 in _RECBOLE_FILES.items():
         from_wheel(_RECBOLE, f"{_RECBOLE_FOLDER}/{name}", target / name, sha256)
     return load_recbole(target, strict=True)

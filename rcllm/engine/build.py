@@ -6,6 +6,7 @@ so that the process as a whole stays within it.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ import torch
 from blake3 import blake3
 
 from rcllm.cache.pool import Pool
-from rcllm.config import MIB, Config, PromptConfig
+from rcllm.config import MIB, CacheConfig, Config, PromptConfig
 from rcllm.core.ranking import RankRequest
 from rcllm.engine.fit import Fitted
 from rcllm.errors import ConfigError, ModelError, ModelWarning
@@ -158,16 +159,28 @@ def make_pool(config: Config, decoder: Decoder) -> Pool:
     workspace = decoder.max_positions * activations + 2 * cache.pass_tokens * spec.kv_bytes_per_token(4) + 64 * MIB
     workspace += decoder.lm_head.nbytes if decoder.kernels else 0  # its packed copy, once something is generated
     resident = psutil.Process().memory_info().rss
+    least = spec.kv_bytes_per_token(4) * _SMALLEST_POOL_TOKENS
     if decoder.device.type == "cuda":
         free = torch.cuda.mem_get_info(decoder.device)[0] - workspace
     else:
         free = cache.memory_mb * MIB - resident - workspace
     budget = cache.pool_mb * MIB or int(free)
-    if budget < spec.kv_bytes_per_token(4) * _SMALLEST_POOL_TOKENS:
-        raise ConfigError(
-            f"cache.memory_mb = {cache.memory_mb} leaves {budget / MIB:.0f} MB for cached KV: the process with its "
-            f"model takes {resident / MIB:.0f} MB and passes need {workspace / MIB:.0f} MB. "
-            "Raise cache.memory_mb, or lower cache.pass_tokens or model.max_positions"
-        )
+    if budget < least:
+        raise ConfigError(_too_little(cache, resident, workspace, least, decoder.device.type))
     store = MemoryStore(cache.host_mb * MIB) if cache.host_mb else None
     return Pool(budget, DTYPES[cache.kv_dtype], decoder.device, store)
+
+
+def _too_little(cache: CacheConfig, resident: int, workspace: int, least: int, device: str) -> str:
+    """Why there is no room for KV, and how much would be enough; all in bytes."""
+    if cache.pool_mb:
+        return f"cache.pool_mb = {cache.pool_mb} is too small: give at least {math.ceil(least / MIB)}"
+    needed = f"passes need {workspace / MIB:,.0f} MB and cached KV at least {math.ceil(least / MIB)} MB"
+    smaller = "lower cache.pass_tokens or model.max_positions"
+    if device == "cuda":
+        return f"the GPU has too little free memory: beside the model, {needed}. Free some, or {smaller}"
+    enough = math.ceil((resident + workspace + least) / MIB)
+    return (
+        f"cache.memory_mb = {cache.memory_mb:,} is too small: the process with its model takes "
+        f"{resident / MIB:,.0f} MB, {needed}. Raise cache.memory_mb (--memory-mb) to at least {enough}, or {smaller}"
+    )

@@ -15,14 +15,14 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import psutil
 import torch
 
-from rcllm.cache.pool import Held, Pool, PoolStats
+from rcllm.cache.pool import Pool, PoolStats
 from rcllm.config import Config, Hardware, resolve
 from rcllm.core.ranking import Item, ItemId, Mask, RankRequest, RankResponse, UserId
 from rcllm.engine.build import (
@@ -34,22 +34,20 @@ from rcllm.engine.build import (
     model_fingerprint,
     open_prototypes,
 )
-from rcllm.engine.correct import Selected
 from rcllm.engine.fit import fit
-from rcllm.engine.job import Answer, Entered, Job, Opening, Ticket
+from rcllm.engine.job import Answer, Job, Refused, Ticket
 from rcllm.engine.jobs.rank import Rank
-from rcllm.engine.prefill import Prefill, whole_prompts
+from rcllm.engine.passes import Prompts, Steps, enter, forward
+from rcllm.engine.prefill import Prefill
 from rcllm.engine.turns import Turns
 from rcllm.engine.warming import Warming, WarmProgress
 from rcllm.errors import CancelledError, RcllmError, answered
-from rcllm.metrics import Clock, Stage, Stopwatch, Trace
-from rcllm.model.decoder import Decoder, Pass, Passed, joined, parted
+from rcllm.metrics import Clock, Stopwatch, Trace
+from rcllm.model.decoder import Decoder
 from rcllm.model.pull import pull
 from rcllm.prompt.blocks import Prompter
 from rcllm.prototypes.pool import PrototypePool
-from rcllm.reuse.assemble import Assembled
 from rcllm.reuse.missing import item_owner, user_owner
-from rcllm.reuse.plan import Planned
 from rcllm.reuse.select import first_phase, max_rows
 from rcllm.schedule.admission import Admission, AdmissionFactory, Identity, Open
 from rcllm.schedule.scheduler import Scheduler
@@ -94,6 +92,7 @@ class Engine:
         self._turns = Turns()  # who computes
         self._numbers = itertools.count()
         self._num_passes = 0
+        self._names = {"node": self.node, "model": model_id}  # of receipts
 
     @classmethod
     def build(
@@ -162,7 +161,7 @@ class Engine:
         self, job: Job[Request, Response], requests: Iterable[Request], ahead: int
     ) -> Iterator[tuple[Request, Response | RcllmError]]:
         """Requests with what became of them, as they are done; takes more in while fewer than `ahead` are under way."""
-        source, alive = iter(requests), list[Ticket]()
+        source, alive = iter(requests), list[Ticket | Refused]()
         try:
             while True:
                 for request in itertools.islice(source, ahead - len(alive)):
@@ -177,20 +176,19 @@ class Engine:
 
     # ---- the loop ----
 
-    def submit(self, job: Job[Request, Response], request: Request) -> Ticket:
+    def submit(self, job: Job[Request, Response], request: Request) -> Ticket | Refused:
         """Takes a request in, in the caller's thread; a wrong one is done at once, with its error."""
-        ticket, watch = Ticket(next(self._numbers), job, request, self.clock()), Stopwatch(self.clock)
+        number, start, watch = next(self._numbers), self.clock(), Stopwatch(self.clock)
         try:
             with watch.stage("prompt"):
-                ticket.opening = job.open(request)
+                opening = job.open(request)
             with watch.stage("lookup"):
-                ticket.lookup = self._prefill.lookup(ticket.opening.prompt)
+                lookup = self._prefill.lookup(opening.prompt)
             with watch.stage("plan"):
-                ticket.planned = self._prefill.plan(ticket.opening.prompt, ticket.lookup)
+                planned = self._prefill.plan(opening.prompt, lookup)
         except RcllmError as error:
-            ticket.outcome = error
-            return ticket
-        ticket.add(watch.stages)
+            return Refused(request, error)
+        ticket = Ticket(number, job, request, start, opening, lookup, planned, watch.stages)
         with self._lock:
             self._scheduler.open(job.kind, job.limits)
             self._scheduler.add(self._work(ticket))
@@ -199,24 +197,25 @@ class Engine:
 
     def step(self) -> bool:
         """One pass over the rows of whoever's turn it is; False where nobody waits. One thread at a time."""
-        entering, running = self._schedule()
+        entering, running = self._schedule()  # schedule
         if not entering and not running:
             return False
         watch = Stopwatch(self.clock, self.trace, self._num_passes)
         self._num_passes += 1
         answers: list[Answer] = []
         try:
-            with self._prefill.pool_of([_planned(ticket) for ticket in entering]).hold() as held:
-                prompts = self._prompts(entering, held, answers, watch.stage)
-                steps = self._steps(running, watch.stage)
-                passed = self._forward(prompts, steps, watch.stage)
-                answers += self._read(prompts, steps, passed, held, watch.stage)
+            with self._prefill.pool_of([ticket.planned for ticket in entering]).hold() as held:
+                prompts = Prompts.of(entering, self._prefill, held, watch.stage)  # plan, materialise, select, assemble
+                steps = Steps.of(running, watch.stage)  # assemble
+                first, passed = forward(self.decoder, prompts, steps, watch.stage)  # forward
+                answers += steps.take(passed, watch.stage)  # read
+                answers += enter(prompts, first, self._prefill, held, self._names, watch.stage)  # publish, read
         except BaseException as error:  # a pass that broke is told to everybody in it, and an interrupt to its thread
             answers = [Answer(ticket.number, error) for ticket in (*entering, *running)]
             if not isinstance(error, Exception):
                 raise
         finally:
-            self._reply(answers, (*entering, *running), watch.stages)
+            self._reply(answers, (*entering, *running), watch.stages)  # reply
         return True
 
     def _schedule(self) -> tuple[list[Ticket], list[Ticket]]:
@@ -228,105 +227,6 @@ class Engine:
             waited = (self.clock() - ticket.submitted_s) * 1e3 - sum(ticket.stage_ms.values())
             ticket.stage_ms["wait"] = max(0.0, waited)
         return entering, running
-
-    def _prompts(self, entering: Sequence[Ticket], held: Held, failed: list[Answer], stage: Stage) -> _Prompts | None:
-        """The pass of the prompts that enter; an error here is theirs alone, and what runs goes on."""
-        if not entering:
-            return None
-        try:
-            with stage("plan"):
-                batch = [self._prefill.replan(_planned(ticket), ticket.lookup) for ticket in entering]
-            with stage("materialise"):
-                num_computed = self._prefill.materialise(batch, held)
-            with stage("select"):
-                selected = self._prefill.select(batch, held)
-            with stage("assemble"):
-                going_on = [_opening(ticket).goes_on for ticket in entering]
-                assembled = self._prefill.assemble(selected.batch, held, going_on)
-        except RcllmError as error:
-            failed += [Answer(ticket.number, error) for ticket in entering]
-            return None
-        return _Prompts(entering, selected, assembled, num_computed)
-
-    def _steps(self, running: Sequence[Ticket], stage: Stage) -> list[_Step]:
-        """The next passes of what runs, by job."""
-        jobs = dict.fromkeys(ticket.job for ticket in running)
-        return [_Step(job, list(job.passes(stage))) for job in jobs]
-
-    def _forward(self, prompts: _Prompts | None, steps: Sequence[_Step], stage: Stage) -> list[Passed]:
-        """What the prompts' pass gave, if there is one, then each of the others; all in one forward pass.
-
-        Rows of level `corrected` are on their way already, and go on alone.
-        """
-        passes = [work for step in steps for work in step.passes]
-        alone: list[Passed] = []
-        with stage("forward" if prompts is not None else "step"):
-            if prompts is not None and prompts.selected.carried is not None:
-                alone = [self.decoder.forward(prompts.assembled.work, prompts.selected.carried)]
-            elif prompts is not None:
-                passes = [prompts.assembled.work, *passes]
-            return alone + (parted(self.decoder.forward(joined(passes)), passes) if passes else [])
-
-    def _read(
-        self,
-        prompts: _Prompts | None,
-        steps: Sequence[_Step],
-        passed: Sequence[Passed],
-        held: Held,
-        stage: Stage,
-    ) -> list[Answer]:
-        """Hands every job the rows of its requests; publishes what was computed exactly."""
-        answers, left = list[Answer](), iter(passed)
-        first = next(left) if prompts is not None else None
-        for step in steps:
-            answers += step.job.take(list(itertools.islice(left, len(step.passes))), stage)
-        if prompts is not None and first is not None:
-            with stage("publish"):
-                entered = self._entered(prompts, first, held)
-            for job in dict.fromkeys(each.ticket.job for each in entered):
-                answers += job.enter([each for each in entered if each.ticket.job is job], stage)
-        return answers
-
-    def _entered(self, prompts: _Prompts, passed: Passed, held: Held) -> list[Entered]:
-        selected, assembled = prompts.selected, prompts.assembled
-        kept = iter(passed.kept)
-        self._prefill.publish(selected.batch, list(itertools.islice(kept, assembled.num_published)), held)
-        segments = whole_prompts(selected.batch, held.blocks, assembled.fresh, kept)
-        read = selected.bytes_read(assembled.work.groups, self.decoder.spec.num_layers)
-        return [
-            Entered(
-                ticket,
-                planned,
-                passed.hidden,
-                rows,
-                some,
-                self._shared(planned, notes, passed, prompts),
-                held,
-                num_bytes,
-                passed.bytes_copied + selected.bytes_copied,
-            )
-            for ticket, planned, rows, some, notes, num_bytes in zip(
-                prompts.tickets, selected.batch, assembled.read_rows, segments, selected.notes, read, strict=True
-            )
-        ]
-
-    def _shared(self, planned: Planned, notes: tuple[str, ...], passed: Passed, prompts: _Prompts) -> Mapping[str, Any]:
-        """The fields of a receipt that every job fills alike; times are filled in with the reply."""
-        prompt, options = planned.prompt, planned.prompt.options
-        return {
-            "level": str(options.level),
-            "history": options.history,
-            "node": self.node,
-            "model": self.model_id,
-            "backend": passed.backend,
-            "num_tokens": prompt.num_tokens,
-            "num_fresh": planned.plan.num_fresh,
-            "num_reused": planned.plan.num_reused,
-            "num_computed": prompts.num_computed,
-            "stage_ms": {},
-            "batch_size": len(prompts.tickets),
-            "notes": prompt.notes + self._prefill.notes(options) + notes,
-        }
 
     def _reply(self, answers: Sequence[Answer], took_part: Sequence[Ticket], stage_ms: Mapping[str, float]) -> None:
         """Gives every answer to its ticket, with the times of all passes that the request took part in."""
@@ -341,15 +241,15 @@ class Engine:
                 total_ms = (self.clock() - ticket.submitted_s) * 1e3
                 receipt = replace(answer.outcome.receipt, stage_ms={**ticket.stage_ms, "total": total_ms})
                 ticket.outcome = replace(answer.outcome, receipt=receipt)
-        self._prefill.forget_erased((_planned(ticket).prompt, ticket.lookup) for ticket in took_part)
         with self._lock:
             for answer in answers:
                 self._scheduler.end(answer.number)
                 del self._tickets[answer.number]
+        self._prefill.forget_erased((ticket.planned.prompt, ticket.lookup) for ticket in took_part)
 
-    def cancel(self, tickets: Iterable[Ticket]) -> None:
+    def cancel(self, tickets: Iterable[Ticket | Refused]) -> None:
         """Ends requests that are not done; waits for the pass that runs."""
-        if undone := [ticket for ticket in tickets if not ticket.done]:
+        if undone := [ticket for ticket in tickets if isinstance(ticket, Ticket) and not ticket.done]:
             with self._turns.alone(), self._lock:
                 for ticket in undone:
                     if not ticket.done and self._scheduler.cancel(ticket.number):
@@ -366,7 +266,7 @@ class Engine:
                 self._turns.release()
 
     def _work(self, ticket: Ticket) -> Work:
-        opening, planned = _opening(ticket), _planned(ticket)
+        opening, planned = ticket.opening, ticket.planned
         blocks = planned.prompt.blocks
         per_token = self._kv_bytes_per_token
         return Work(
@@ -427,43 +327,15 @@ class Engine:
         return self.decoder.spec.kv_bytes_per_token(self.pool.dtype.itemsize)
 
 
-@dataclass(frozen=True, slots=True)
-class _Prompts:
-    """The prompts that enter with a pass."""
-
-    tickets: Sequence[Ticket]
-    selected: Selected
-    assembled: Assembled
-    num_computed: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """The passes of one job."""
-
-    job: Job[Any, Any]
-    passes: Sequence[Pass]
-
-
-def _any_done(tickets: Sequence[Ticket]) -> bool:
+def _any_done(tickets: Sequence[Ticket | Refused]) -> bool:
     return any(ticket.done for ticket in tickets)
 
 
-def _result(ticket: Ticket) -> Any:
+def _result(ticket: Ticket | Refused) -> Any:
     """A response or one of our errors; raises what is neither, such as a mistake of ours."""
     if isinstance(ticket.outcome, BaseException) and not isinstance(ticket.outcome, RcllmError):
         raise ticket.outcome
     return ticket.outcome
-
-
-def _opening(ticket: Ticket) -> Opening:
-    assert ticket.opening is not None, "a refused request is in no queue"
-    return ticket.opening
-
-
-def _planned(ticket: Ticket) -> Planned:
-    assert ticket.planned is not None, "a refused request is in no queue"
-    return ticket.planned
 
 
 def _mask(config: Config) -> Mask:

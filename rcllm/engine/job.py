@@ -8,7 +8,7 @@ one request, and a request gets one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from rcllm.cache.lookup import Lookup
 from rcllm.cache.pool import Held
 from rcllm.core.ranking import IntArray, Prompt
+from rcllm.errors import RcllmError
 from rcllm.metrics import Stage
 from rcllm.model.attend.segments import Segment
 from rcllm.model.decoder import Pass, Passed
@@ -48,10 +49,10 @@ class Ticket:
     job: Job[Any, Any]
     request: Any
     submitted_s: float
-    opening: Opening | None = None  # None where the request was refused
-    lookup: Lookup = field(default_factory=Lookup)  # where its blocks were when it was submitted
-    planned: Planned | None = None
-    stage_ms: dict[str, float] = field(default_factory=dict)  # of the passes that it took part in
+    opening: Opening
+    lookup: Lookup  # where its blocks were when it was submitted
+    planned: Planned  # by that look-up
+    stage_ms: dict[str, float]  # of the passes that it took part in, too
     outcome: object = None  # a response or an exception; None: not yet
 
     @property
@@ -62,6 +63,18 @@ class Ticket:
         """Adds the stages of a pass."""
         for stage, ms in stage_ms.items():
             self.stage_ms[stage] = self.stage_ms.get(stage, 0.0) + ms
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that entered no queue, because it is wrong."""
+
+    request: Any
+    outcome: RcllmError
+
+    @property
+    def done(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True)

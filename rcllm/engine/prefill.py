@@ -46,6 +46,7 @@ class Prefill:
         self._decoder, self._prompter, self._pool = decoder, prompter, pool
         self._mask, self._prototypes = mask, prototypes
         self.kv_bytes_per_token = decoder.spec.kv_bytes_per_token(pool.dtype.itemsize)  # as the pool keeps it
+        self.num_layers = decoder.spec.num_layers
         self.materialiser = Materialiser(decoder, prompter.namespace, cache.pass_tokens)
         self.corrector = Corrector(decoder, prompter, self.materialiser, cache.pass_tokens)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rcllm.cli.demo import QUICK_RUN
+from rcllm.cli.doctor import _about_machine
+from rcllm.model.ceilings import describe_hardware
 from tests.cli.conftest import Run, Shop, write_lines
 
 
@@ -88,6 +91,13 @@ def test_doctor_on_a_tiny_model(run: Run, shop: Shop, monkeypatch: pytest.Monkey
         assert words in shown.stdout
 
 
+def test_doctor_tells_that_memory_is_short() -> None:
+    machine = describe_hardware()
+    assert not any("memory" in each.text for each in _about_machine(replace(machine, memory_bytes=4 * 10**9), 0.0))
+    (found,) = _about_machine(replace(machine, memory_bytes=2 * 10**9), 0.0)
+    assert "2.0 GB of memory; the bundled model needs 3 GB" in found.text
+
+
 def test_doctor_misses_a_model(run: Run) -> None:
     shown = run("doctor", "--model", "nobody/nothing")
     assert shown.exit_code == 1
@@ -105,5 +115,7 @@ def test_demo_quick_on_the_real_model(run: Run) -> None:
     shown = run("demo", "--quick")
     assert shown.exit_code == 0, shown.stderr
     assert f"{QUICK_RUN.num_requests} requests" in shown.stdout
+    introduction = shown.stdout.splitlines()[:8]
+    assert any("under a minute" in line and "GB of memory" in line for line in introduction)
     for words in ("label", "likelihood", "blocks", "Kendall", "watched", "what the user chose next", "rcllm explain"):
         assert words in shown.stdout

@@ -291,21 +291,49 @@ def test_a_folder_without_the_files_says_what_is_missing(tmp_path: Path, name: s
         load_dataset("auto", tmp_path)
 
 
-def test_fetched_movielens_is_loaded_from_pinned_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What was fetched, as requirement and member; a file of one row comes."""
     asked: list[tuple[str, str]] = []
 
     def from_wheel(requirement: str, member: str, destination: Path, sha256: str) -> Path:
         asked.append((requirement, member))
+        destination.parent.mkdir(parents=True, exist_ok=True)
         write(destination.parent, destination.name, *(ITEM if destination.suffix == ".item" else INTER))
         assert len(sha256) == 64
         return destination
 
     monkeypatch.setattr(movielens, "from_wheel", from_wheel)
+    return asked
+
+
+def test_fetched_movielens_is_loaded_from_pinned_files(tmp_path: Path, fetched: list[tuple[str, str]]) -> None:
     assert len(fetch_movielens(tmp_path).interactions) == 1
-    assert asked == [
+    assert fetched == [
         ("recbole==1.2.1", "recbole/dataset_example/ml-100k/ml-100k.item"),
         ("recbole==1.2.1", "recbole/dataset_example/ml-100k/ml-100k.inter"),
     ]
+
+
+def test_movielens_stands_for_a_folder_that_is_fetched(
+    tmp_path: Path, fetched: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RCLLM_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert len(load_dataset("auto", "movielens").interactions) == 1
+    assert (tmp_path / "home" / "data" / "ml-100k" / "ml-100k.item").is_file()
+    with pytest.raises(DataError, match="expected a folder with"):
+        load_dataset("yelp", "movielens")
+
+
+def test_a_folder_called_movielens_is_read_itself(
+    tmp_path: Path, fetched: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "movielens").mkdir()
+    with pytest.raises(DataError, match="give movielens, a small data set that is fetched"):
+        load_dataset("auto", "movielens")
+    assert not fetched
 
 
 @pytest.mark.slow

@@ -68,8 +68,8 @@ def calibrate(
     options to go on after an interruption, or with another target to judge the same figures by that. Hours on 2 cores
     for 1,000 requests and everything to try; name fewer --readouts, --layouts and --contexts to be done sooner.
 
-    Example: `rcllm calibrate --dataset amazon --template titles --readouts pointwise --count 1000`, then
-    `rcllm rank --dataset amazon --template titles --readout pointwise --in requests.jsonl`
+    Example: `rcllm calibrate --dataset movielens --template titles --readouts pointwise --count 1000`, then
+    `rcllm rank --dataset movielens --template titles --readout pointwise --in requests.jsonl`
     """
 
 
@@ -96,8 +96,8 @@ def tune(
     dataset: Annotated[
         tuple[Path, ...],
         Opt(
-            "Interaction data; may repeat. Ids are prefixed by the folder's name.",
-            metavar="FOLDER",
+            "Interaction data; may repeat. Ids are prefixed by the folder's name. movielens is fetched once.",
+            metavar="FOLDER|movielens",
             panel=_DATA,
         ),
     ],
@@ -123,8 +123,8 @@ def tune(
     more; OUT/best is the best adapter so far, in peft's format, with a record of how it was made. Hours on 2 cores for
     the bundled model.
 
-    Example: `rcllm tune --dataset amazon --mask blocks --start adapters/smollm2-135m-causal --out rankers/amazon`, then
-    `rcllm rank --adapter rankers/amazon/best --template echo --readout pointwise …`
+    Example: `rcllm tune --dataset movielens --mask blocks --start adapters/smollm2-135m-causal --out rankers/films`,
+    then `rcllm rank --adapter rankers/films/best --template echo --readout pointwise …`
     """
 
 
@@ -171,6 +171,6 @@ def pool_build(
     names never get into it. Prototypes are made of users' texts: to erase a user, build it again with --exclude-users.
     Of a data set, training users alone are used.
 
-    Example: `rcllm pool build --dataset amazon --out history.pool`, or
+    Example: `rcllm pool build --dataset movielens --out history.pool`, or
     `rcllm pool build --texts reviews.jsonl --prototypes 20000 --out history.pool`
     """

@@ -32,7 +32,10 @@ class SourceOptions:
             panel=_DATA,
         ),
     ] = None
-    dataset: Annotated[Path | None, Opt("Both of them, instead of the files.", metavar="FOLDER", panel=_DATA)] = None
+    dataset: Annotated[
+        Path | None,
+        Opt("Both of them, instead of the files; movielens is fetched once.", metavar="FOLDER|movielens", panel=_DATA),
+    ] = None
     format: Annotated[str, Opt("Format of the data set; auto tells it.", metavar="NAME", panel=_DATA)] = "auto"
     id_field: IdField = None
     user_field: UserField = None
