@@ -11,9 +11,9 @@ import torch
 from rcllm.core.ranking import Interaction, Item, ItemId, UserId
 from rcllm.data import Catalogue, Dataset, split_of
 from rcllm.errors import ConfigError, DataError
-from rcllm.tune.examples import ExampleConfig, TrainingSet, batch_of, check, joined_catalogue
+from rcllm.tune.config import ExampleConfig, check_examples, examples_for
+from rcllm.tune.examples import TrainingSet, batch_of, joined_catalogue
 from rcllm.tune.loss import listwise_loss
-from rcllm.tune.setup import examples_for
 from tests.tune.test_train import EXAMPLES, log
 
 
@@ -94,24 +94,24 @@ def test_one_user_and_no_user() -> None:
 
 @pytest.mark.parametrize("mask", ["causal", "blocks"])
 def test_what_suits_a_mask_can_be(mask: str) -> None:
-    check(examples_for(mask))  # type: ignore[arg-type]
+    check_examples(examples_for(mask))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (replace(EXAMPLES, num_candidates=1), "at least 2 candidates"),
+        (replace(EXAMPLES, num_candidates=1), "num_candidates must be at least 2, got 1"),
         (replace(EXAMPLES, borrowed=3), "at least one is drawn"),
-        (replace(EXAMPLES, borrowed=-1), "at least one is drawn"),
-        (replace(EXAMPLES, num_history=0), "of at least 1"),
-        (replace(EXAMPLES, prompts_per_batch=0), "of at least 1"),
-        (replace(EXAMPLES, negatives=()), "expected negatives out of"),
-        (replace(EXAMPLES, negatives=("nice",)), "expected negatives out of"),
+        (replace(EXAMPLES, borrowed=-1), "borrowed must be at least 0, got -1"),
+        (replace(EXAMPLES, num_history=0), "num_history must be at least 1, got 0"),
+        (replace(EXAMPLES, prompts_per_batch=0), "prompts_per_batch must be at least 1, got 0"),
+        (replace(EXAMPLES, negatives=()), "negatives must be a list of at least 1"),
+        (replace(EXAMPLES, negatives=("nice",)), "must be one of uniform, popularity, retrieved, got 'nice'"),
     ],
 )
 def test_settings_that_cannot_be(config: ExampleConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check(config)
+        check_examples(config)
 
 
 def test_the_loss_is_that_of_the_softmax() -> None:
