@@ -49,6 +49,7 @@ def _ended_by(number: signal.Signals, words: list[object], out: Path, num_lines:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )
     until = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < until:

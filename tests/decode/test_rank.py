@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.core.ranking import TokenIds, order
+from rcllm.core.ranking import Item, ItemId, TokenIds, order
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.bias import RunningMean, centre
 from tests.engine import tiny
@@ -44,8 +45,13 @@ def test_label_scores_are_the_chain_rule_over_plain_prompts(any_engine: Engine, 
 
 @pytest.mark.parametrize("level", ["blocks", "linked(4)", "exact"])
 @pytest.mark.parametrize("count", [26, 27, 60, 120])
-def test_label_probabilities_sum_to_one_at_every_level(any_engine: Engine, level: str, count: int) -> None:
-    asked = tiny.request(tuple(i % 60 for i in range(count)), (40,), level=level, parallel=True)
+def test_label_probabilities_sum_to_one_at_every_level(
+    any_engine: Engine, level: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [ItemId(f"n{i}") for i in range(count)]
+    texts = {name: Item(name, {"title": f"lamp {i}"}) for i, name in enumerate(names)}
+    monkeypatch.setattr(any_engine.prompter, "catalogue", dict(any_engine.prompter.catalogue) | texts)
+    asked = replace(tiny.request(1, (40,), level=level, parallel=True), candidates=tuple(names))
     assert math.isclose(sum(map(math.exp, any_engine.rank(asked).scores)), 1.0, abs_tol=1e-6)
 
 

@@ -172,8 +172,8 @@ def test_limits_are_part_of_keys_and_of_what_a_calibration_belongs_to() -> None:
 
 @pytest.mark.parametrize("name", ["max_item_tokens", "max_event_tokens", "max_volatile_tokens"])
 def test_limits_below_zero_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} = -1: expected a number of tokens"):
-        fit({}, Config(prompt=PromptConfig(**{name: -1})))
+    with pytest.raises(ConfigError, match=rf"prompt\.{name}.*-1"):
+        Engine.build(tiny.catalogue(), Config(prompt=PromptConfig(**{name: -1})))
 
 
 def test_nothing_is_warned_of_where_all_is_as_it_should_be() -> None:

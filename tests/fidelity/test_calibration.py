@@ -146,7 +146,7 @@ def test_what_one_semantic_pool_gave_says_nothing_of_another() -> None:
     found = replace(CALIBRATION, identity=replace(IDENTITY, semantic_pool="one"), rungs=(*RUNGS, semantic))
     asked = options("auto", history="semantic")
     for pool, level in (("one", "blocks"), ("two", "exact"), ("", "exact")):
-        admission = Calibrated.of(found, replace(IDENTITY, prototypes=pool), CONTEXT)
+        admission = Calibrated.of(found, replace(IDENTITY, semantic_pool=pool), CONTEXT)
         assert admission.admit(asked).options.level == Level(level)  # type: ignore[arg-type]
         assert admission.admit(options("auto")).options.level == Level("tail", 0.1)
 

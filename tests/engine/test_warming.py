@@ -1,0 +1,51 @@
+"""What is computed ahead of requests: all that fits, block by block, and nothing at the cost of what is there."""
+
+from __future__ import annotations
+
+from rcllm.core.ranking import UserId
+from rcllm.engine.engine import Engine
+from rcllm.engine.warming import WarmProgress, blocks_to_warm
+from tests.conftest import assert_no_pins
+from tests.engine import tiny
+
+
+def sizes(engine: Engine) -> list[int]:
+    """Tokens of the blocks that a whole catalogue is, in the order in which they are computed."""
+    return [len(missing.token_ids) for missing in blocks_to_warm(engine.prompter, engine.config.rank, None)]
+
+
+def test_a_full_pool_is_filled_to_the_last_block_that_fits() -> None:
+    """A regression: a chunk of blocks that did not fit as a whole was given up, down to its first block."""
+    whole = tiny.fresh()
+    instruction = len(whole.prompter.instructions["history_first"])
+    wanted = sizes(whole)
+    room = instruction + sum(wanted[:7]) + wanted[7] - 1  # seven blocks and almost an eighth
+    engine = tiny.fresh(pool_tokens=room)
+    told = list[WarmProgress]()
+    last = engine.warm(on_progress=told.append)
+    assert (last.done_blocks, last.full) == (7, True)
+    assert told[-1] == last
+    assert engine.stats().num_blocks == 7 + 1, "and the instruction"
+    assert engine.stats().evictions == 0
+    assert_no_pins(engine)
+
+
+def test_warming_again_computes_nothing(engine: Engine) -> None:
+    first = engine.warm()
+    assert (first.done_blocks, first.full, first.eta_s) == (first.total_blocks, False, 0.0)
+    assert first.computed_tokens >= sum(sizes(engine))
+    again = engine.warm()
+    assert (again.done_blocks, again.computed_tokens) == (again.total_blocks, 0)
+
+
+def test_requests_that_name_warmed_items_compute_none_of_them(engine: Engine) -> None:
+    engine.warm(tiny.IDS[:5])
+    receipt = engine.rank(tiny.request(5, (1, 2), level="blocks")).receipt
+    assert receipt.num_computed == 0
+    assert {block.source for block in receipt.blocks if block.num_reused} == {"device"}
+
+
+def test_warming_evicts_nothing_that_a_user_left(engine: Engine) -> None:
+    engine.rank(tiny.request(3, ("my own words",), level="exact", user="ann"))
+    engine.warm()
+    assert engine.erase_user(UserId("ann")) > 0
