@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
 from rcllm.cli.screen import busy, say
@@ -51,7 +51,7 @@ def load_inputs(options: ItemOptions) -> Inputs:
     dataset = None
     with busy("reading items"):
         if options.dataset is not None:
-            dataset = load_dataset(options.format, options.dataset, columns=_columns(options))
+            dataset = load_dataset(options.format, options.dataset, columns=columns_of(options))
             tell_read(dataset.reports, dataset.notes)
         if options.items is not None:
             names, volatile = _names(options.field or ()), options.volatile or ()
@@ -170,14 +170,26 @@ def _check_used(options: ItemOptions) -> None:
         raise ConfigError(
             "--delimiter and --encoding say how --items is laid out: give --items FILE, or leave them out"
         )
-    if options.dataset is None and _columns(options) != InteractionColumns():
+    if options.dataset is None and columns_of(options) != InteractionColumns():
         raise ConfigError(
             "--user-field, --item-field and --time-field name columns of --dataset: give --dataset FOLDER, or leave "
             "them out (--id-field names the id of --items)"
         )
 
 
-def _columns(options: ItemOptions) -> InteractionColumns:
+class _Named(Protocol):
+    """Options that say what the columns of interactions are called."""
+
+    @property
+    def user_field(self) -> str | None: ...
+    @property
+    def item_field(self) -> str | None: ...
+    @property
+    def time_field(self) -> str | None: ...
+
+
+def columns_of(options: _Named) -> InteractionColumns:
+    """What the columns are called; None where that is left to the usual names."""
     return InteractionColumns(options.user_field, options.item_field, options.time_field)
 
 

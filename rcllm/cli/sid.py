@@ -11,7 +11,7 @@ import numpy as np
 
 from rcllm.cli.codes import code_facts, code_warnings, comparison_table, levels_of, verdict
 from rcllm.cli.commands.sid import LevelOptions, SourceOptions, VectorOptions
-from rcllm.cli.inputs import tell_read
+from rcllm.cli.inputs import columns_of, tell_read
 from rcllm.cli.outputs import check_file, check_folder
 from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
@@ -19,7 +19,6 @@ from rcllm.codes.index import CodeIndex
 from rcllm.codes.sid_files import read_codes, write_codes
 from rcllm.core.ranking import Interaction, ItemId
 from rcllm.data import Catalogue, ReadReport, load_dataset, read_interactions
-from rcllm.data.columns import InteractionColumns
 from rcllm.errors import ConfigError, DataError
 from rcllm.sid.build import build_codes, code_index_of, item_texts, split_histories
 from rcllm.sid.collaborative import FloatArray
@@ -148,16 +147,14 @@ def _told(point: CodeEvaluation | None) -> str:
     return "" if point is None else f"validation loss {point.validation_loss:.3f}"
 
 
-def _columns(source: SourceOptions) -> InteractionColumns:
-    return InteractionColumns(source.user_field, source.item_field, source.time_field)
-
-
 def _read(source: SourceOptions) -> tuple[Catalogue, Sequence[Interaction]]:
     """The catalogue, and the interactions where there are any; tells of rows that could not be used."""
     if source.items is None and source.dataset is None:
         raise ConfigError("there are no items: give --items FILE (a catalogue) or --dataset FOLDER")
     with busy("reading items"):
-        columns = None if source.interactions is not None else _columns(source)  # they are those of what holds the log
+        columns = (
+            None if source.interactions is not None else columns_of(source)
+        )  # they are those of what holds the log
         data = None if source.dataset is None else load_dataset(source.format, source.dataset, columns=columns)
         reports: list[ReadReport] = list(data.reports) if data else []
         if source.items is not None:
@@ -168,7 +165,7 @@ def _read(source: SourceOptions) -> tuple[Catalogue, Sequence[Interaction]]:
             catalogue = data.catalogue
         rows: Sequence[Interaction] = data.interactions if data else ()
         if source.interactions is not None:
-            rows, report = read_interactions(source.interactions, _columns(source), items=catalogue)
+            rows, report = read_interactions(source.interactions, columns_of(source), items=catalogue)
             reports.append(report)
     tell_read(reports, data.notes if data else ())
     return catalogue, rows

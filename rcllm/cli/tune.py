@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rcllm.cli.commands.learn import ColumnOptions, ShapeOptions
-from rcllm.cli.inputs import tell_read
+from rcllm.cli.inputs import columns_of, tell_read
 from rcllm.cli.outputs import check_folder
 from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
 from rcllm.config import ModelConfig, PromptConfig
-from rcllm.data import InteractionColumns, load_dataset
+from rcllm.data import load_dataset
 from rcllm.tune.config import TEMPLATES, ExampleConfig, TuneConfig, examples_for
 from rcllm.tune.setup import make_trainer
 from rcllm.tune.train import Evaluation, TuneProgress, check_out
@@ -36,7 +36,7 @@ def tune_command(
         check_folder(folder, dataset, model, template, start)
     check_out(out)
     with busy("reading data and model"):
-        datasets = [load_dataset(format, folder, columns=_columns(columns)) for folder in dataset]
+        datasets = [load_dataset(format, folder, columns=columns_of(columns)) for folder in dataset]
         for each in datasets:
             tell_read(each.reports, each.notes)
         prompt = PromptConfig(template=template or TEMPLATES[config.mask])
@@ -66,10 +66,6 @@ def _told(point: Evaluation | None) -> str:
     return (
         "" if point is None else f"validation loss {point.validation_loss:.3f}, NDCG@10 {point.validation_ndcg10:.3f}"
     )
-
-
-def _columns(given: ColumnOptions) -> InteractionColumns:
-    return InteractionColumns(given.user_field, given.item_field, given.time_field)
 
 
 def _examples(config: TuneConfig, shape: ShapeOptions) -> ExampleConfig:
