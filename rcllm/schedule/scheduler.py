@@ -166,23 +166,34 @@ class Scheduler:
 
 
 class _Taken:
-    """What the prompts of one pass take of its limits; the first one always fits."""
+    """What the prompts of one pass take of its limits; the first one always fits.
+
+    Blocks that prompts share count once. They are told apart only where the pass would be too large without sharing.
+    """
 
     def __init__(self, limits: PassLimits) -> None:
         self._limits = limits
-        self._first: Work | None = None
-        self._rows = self._kv_bytes = 0
-        self._keys = set[ContentKey]()
+        self._works: list[Work] = []
+        self._rows = self._kv_bytes = 0  # bytes: no fewer than it takes
+        self._keys: dict[ContentKey, int] = {}  # of the first `_num_merged` works
+        self._num_merged = 0
 
     def add(self, work: Work) -> bool:
         """Takes work in, if it fits."""
-        rows = self._rows + work.rows
-        if self._first is not None and (work.phase != self._first.phase or rows > self._limits.rows):
-            return False
-        new = work.keys.keys() - self._keys
-        kv_bytes = self._kv_bytes + sum(map(work.keys.__getitem__, new))
-        if self._first is not None and kv_bytes > self._limits.kv_bytes:
-            return False
-        self._first, self._rows, self._kv_bytes = self._first or work, rows, kv_bytes
-        self._keys |= new
+        rows, kv_bytes = self._rows + work.rows, self._kv_bytes + sum(work.keys.values())
+        if self._works:
+            if work.phase != self._works[0].phase or rows > self._limits.rows:
+                return False
+            if kv_bytes > self._limits.kv_bytes:
+                kv_bytes = self._kv_bytes_with(work)
+                if kv_bytes > self._limits.kv_bytes:
+                    return False
+        self._works.append(work)
+        self._rows, self._kv_bytes = rows, kv_bytes
         return True
+
+    def _kv_bytes_with(self, work: Work) -> int:
+        for taken in self._works[self._num_merged :]:
+            self._keys.update(taken.keys)
+        self._num_merged = len(self._works)
+        return sum(self._keys.values()) + sum(n for key, n in work.keys.items() if key not in self._keys)
