@@ -61,7 +61,6 @@ class Stopwatch:
     def __init__(self, clock: Clock = time.perf_counter, trace: Trace | None = None, batch: int = 0) -> None:
         """`trace`: told of every stage, under the number `batch`."""
         self._clock, self._trace, self._batch = clock, trace, batch
-        self._start = clock()
         self._stages: dict[str, float] = {}
 
     @contextmanager
@@ -80,7 +79,3 @@ class Stopwatch:
     def stages(self) -> dict[str, float]:
         """Milliseconds per stage so far."""
         return dict(self._stages)
-
-    def read_ms(self) -> dict[str, float]:
-        """Milliseconds per stage so far, and `total` since the stopwatch was made."""
-        return {**self._stages, "total": (self._clock() - self._start) * 1e3}

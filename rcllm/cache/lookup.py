@@ -22,8 +22,3 @@ class Lookup(Container[ContentKey]):
 
     def __contains__(self, key: object) -> bool:
         return key in self.found
-
-    @property
-    def fetch_ms(self) -> float:
-        """Estimated time until all that was found is on the device."""
-        return sum(found.ms for found in self.found.values())

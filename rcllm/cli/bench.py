@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rcllm.cli.inputs import load_inputs, load_requests, make_config, make_engine
+from rcllm.cli.inputs import make_config, warm_engine
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
 from rcllm.cli.outputs import check_file
-from rcllm.cli.screen import console, progress, say, warm_with_progress
+from rcllm.cli.screen import console, progress, say
 from rcllm.cli.tables import levels_table
 from rcllm.core.ranking import Level, RankOptions, RankRequest
-from rcllm.data import named_items
 from rcllm.engine.engine import Engine
 from rcllm.fidelity.compare import LevelRow, compare_levels
 from rcllm.model.ceilings import describe_hardware
@@ -36,10 +35,7 @@ def ttft_command(
     chosen = [Level.parse(level) for level in levels.split()]
     config = make_config(engine_options, ranking)
     check_file(out, requests, config, engine_options, item_options)
-    inputs = load_inputs(item_options)
-    asked = load_requests(requests, inputs, count, candidates, history, seed)
-    engine = make_engine(config, inputs, asked, asked=[config.rank])
-    warm_with_progress(engine, named_items(asked))
+    engine, asked = warm_engine(config, item_options, requests, count, candidates, history, seed)
     rows = measure(engine, asked, chosen, config.rank)
     num_candidates = min(len(request.candidates) for request in asked)
     console().print(levels_table(f"{len(asked)} requests, one at a time, warm cache", rows, num_candidates))

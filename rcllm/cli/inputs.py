@@ -13,7 +13,7 @@ from statistics import median_low
 from typing import Any, Protocol, TypeVar
 
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
-from rcllm.cli.screen import busy, say
+from rcllm.cli.screen import busy, say, warm_with_progress
 from rcllm.config import Config, check_options, context_samples
 from rcllm.core.ranking import RankOptions, RankRequest
 from rcllm.data import (
@@ -132,6 +132,23 @@ def make_engine(
     if told := engine.prompter.text_counts(named_items(like)[:_COUNTED]).told(engine.prompter.template):
         say(told, "dim")
     return engine
+
+
+def warm_engine(
+    config: Config,
+    items: ItemOptions,
+    requests: str | None,
+    count: int,
+    num_candidates: int,
+    num_history: int,
+    seed: int,
+) -> tuple[Engine, list[RankRequest]]:
+    """An engine, and the requests of `load_requests` to measure it with, whose items are warm."""
+    inputs = load_inputs(items)
+    asked = load_requests(requests, inputs, count, num_candidates, num_history, seed)
+    engine = make_engine(config, inputs, asked, asked=[config.rank])
+    warm_with_progress(engine, named_items(asked))
+    return engine, asked
 
 
 def context_requests(context: str, inputs: Inputs, like: Sequence[RankRequest]) -> Sequence[RankRequest]:

@@ -9,12 +9,11 @@ from dataclasses import asdict
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from rcllm.cli.inputs import load_inputs, load_requests, make_config, make_engine
+from rcllm.cli.inputs import make_config, warm_engine
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
 from rcllm.cli.outputs import check_file
-from rcllm.cli.screen import console, progress, warm_with_progress
+from rcllm.cli.screen import console, progress
 from rcllm.cli.tables import facts_table, number
-from rcllm.data import named_items
 from rcllm.fidelity.position import PositionBias, SlotMean, position_bias
 from rcllm.wire.lines import STDIO, write_figures
 
@@ -37,10 +36,7 @@ def position_command(
     """Measures what the order of the candidates does."""
     config = make_config(engine_options, ranking)
     check_file(out, requests, config, engine_options, item_options)
-    inputs = load_inputs(item_options)
-    asked = load_requests(requests, inputs, count, candidates, history, seed)
-    engine = make_engine(config, inputs, asked, asked=[config.rank])
-    warm_with_progress(engine, named_items(asked))
+    engine, asked = warm_engine(config, item_options, requests, count, candidates, history, seed)
     with progress() as bar:
         task = bar.add_task("ranking under other orders", total=len(asked))
         found = position_bias(

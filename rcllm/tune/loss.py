@@ -5,11 +5,11 @@ Invariant: the scores are those that `decode/rank.py` reads from the same hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
-from rcllm.core.ranking import IntArray, Prompt, TokenIds
+from rcllm.core.ranking import Prompt, TokenIds
 from rcllm.prompt.labels import choices
 
 Logits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # hidden [n, d], token ids [k] -> [n, k]
@@ -31,11 +31,6 @@ def readout_scores(prompt: Prompt, hidden: torch.Tensor, logits: Logits) -> torc
         for token, value in zip(read.token_ids, among, strict=True):
             log_probs[(*choice.prefix, token)] = log_probs[choice.prefix] + value
     return torch.stack([log_probs[label] for label in prompt.label_ids])
-
-
-def wanted_rows(read_rows: Sequence[IntArray]) -> list[int]:
-    """All prompts' rows, one after another."""
-    return [int(row) for rows in read_rows for row in rows]
 
 
 def _ids(token_ids: TokenIds, like: torch.Tensor) -> torch.Tensor:
