@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from rcllm.core.requests import BeamRule as BeamRule
+
 Source = Literal["fresh", "computed", "device", "host", "semantic"]  # where the KV of a block came from
 
 
@@ -63,9 +65,6 @@ class RankReceipt(Receipt):
     kv_bytes_read: int  # cached KV that attention read
     kv_bytes_copied: int  # published KV that the whole batch copied or converted before reading; 0 when read in place
     blocks: tuple[BlockReceipt, ...]
-
-
-BeamRule = Literal["renormalise", "mask"]
 
 
 @dataclass(frozen=True, slots=True)
