@@ -98,6 +98,7 @@ def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) ->
         cache=_over(config.cache, memory_mb=engine.memory_mb, kv_dtype=engine.kv_dtype),
     )
     if ranking is not None:
+        check_ranks(config.prompt.template)
         given = {"level": ranking.level, "readout": ranking.readout, "layout": ranking.layout}
         config = replace(config, rank=_over(config.rank, **given, label_place=ranking.label_place))
         if ranking.semantic_pool is not None:
@@ -106,6 +107,12 @@ def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) ->
     check_options(config.rank)
     Template.of(config.prompt)
     return config
+
+
+def check_ranks(template: str) -> None:
+    """Raises ConfigError for a template that asks for a text, before a model is loaded for it."""
+    if Template.load(template).open:
+        raise ConfigError(f"template {template!r} is for open prompts and ranks no candidates; use another")
 
 
 def make_engine(
