@@ -53,7 +53,7 @@ def calibrate_command(
 ) -> None:
     """Searches, saves and reports."""
     config = make_config(engine_options)
-    check_ranks(config.prompt.template)
+    check_ranks(config.prompt)
     records = out.with_name(f"{out.name}.records.jsonl")
     _check_out(out, records, requests, config, engine_options, item_options)
     inputs = load_inputs(item_options)

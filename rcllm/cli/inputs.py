@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
 from rcllm.cli.screen import busy, say, warm_with_progress
-from rcllm.config import Config, check_options, context_samples
+from rcllm.config import Config, PromptConfig, check_options, context_samples
 from rcllm.core.ranking import RankOptions, RankRequest
 from rcllm.data import (
     Catalogue,
@@ -98,7 +98,7 @@ def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) ->
         cache=_over(config.cache, memory_mb=engine.memory_mb, kv_dtype=engine.kv_dtype),
     )
     if ranking is not None:
-        check_ranks(config.prompt.template)
+        check_ranks(config.prompt)
         given = {"level": ranking.level, "readout": ranking.readout, "layout": ranking.layout}
         config = replace(config, rank=_over(config.rank, **given, label_place=ranking.label_place))
         if ranking.semantic_pool is not None:
@@ -109,10 +109,10 @@ def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) ->
     return config
 
 
-def check_ranks(template: str) -> None:
+def check_ranks(prompt: PromptConfig) -> None:
     """Raises ConfigError for a template that asks for a text, before a model is loaded for it."""
-    if Template.load(template).open:
-        raise ConfigError(f"template {template!r} is for open prompts and ranks no candidates; use another")
+    if Template.of(prompt).open:
+        raise ConfigError(f"template {prompt.template!r} is for open prompts and ranks no candidates; use another")
 
 
 def make_engine(

@@ -32,8 +32,8 @@ def tune_command(
 ) -> None:
     """Trains, and says what became better."""
     config = replace(config, alpha=2.0 * config.rank, examples=_examples(config, shape))
-    template = template or TEMPLATES[config.mask]
-    check_ranks(template)
+    prompt = PromptConfig(template=template or TEMPLATES[config.mask])
+    check_ranks(prompt)
     for folder in (out, out / "best"):
         check_folder(folder, dataset, model, template, start)
     check_out(out)
@@ -41,7 +41,6 @@ def tune_command(
         datasets = [load_dataset(format, folder, columns=columns_of(columns)) for folder in dataset]
         for each in datasets:
             tell_read(each.reports, each.notes)
-        prompt = PromptConfig(template=template)
         trainer = make_trainer(ModelConfig(path=model), prompt, datasets, config, out, start)
     with interruptible(GOES_ON), progress("loss", "validation") as bar:
         task = bar.add_task("tuning, percent", total=100, loss="", validation="")

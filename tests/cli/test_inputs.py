@@ -11,6 +11,7 @@ from rcllm.cli.options import ItemOptions
 from rcllm.core.ranking import UserId
 from rcllm.data import histories
 from rcllm.errors import ConfigError, DataError
+from tests.cli.conftest import Run, Shop
 
 
 def test_books_in_latin_1_with_semicolons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
