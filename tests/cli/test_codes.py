@@ -67,7 +67,17 @@ def test_items_with_one_text_are_told() -> None:
     vectors = np.zeros((60, 4), dtype=np.float32)
     vectors[:10] = np.random.default_rng(0).normal(size=(10, 4))
     told = code_warnings(quantise(vectors, CodeConfig(2, 16)))
-    assert any("many items have the same text: embed more fields, or give --interactions" in text for text in told)
+    assert any("; 49 have the same text as another: embed more fields, or give --interactions" in text for text in told)
+
+
+def test_codes_that_are_too_coarse_are_not_laid_on_equal_texts() -> None:
+    vectors = np.random.default_rng(0).normal(size=(8, 32))
+    noise = 0.01 * np.random.default_rng(1).normal(size=(400, 32))
+    codes = quantise((np.repeat(vectors, 50, axis=0) + noise).astype(np.float32), CodeConfig(2, 22))
+    assert codes.twins == 0
+    (warning,) = code_warnings(codes)
+    assert f"{codes.moved} of 400 items" in warning
+    assert "too coarse for what tells items apart: give --interactions, or more --levels" in warning
 
 
 WAYS = Comparison(
