@@ -16,6 +16,8 @@ from typer.core import TyperCommand, TyperGroup
 from rcllm.cli.markup import to_markup
 from rcllm.late import look_up
 
+_WORK = "Work"
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -24,7 +26,7 @@ class Listed:
     name: str  # as it is typed: `rank`, or `bench ttft` for a command of a group
     where: str  # its declaration in `commands/`, at `module:function`
     about: str  # the first line of the declaration's docstring
-    panel: str = "Work"  # the heading under which --help lists it
+    panel: str = _WORK  # the heading under which --help lists it
 
     def load(self) -> Any:
         """The command with its options, of Typer's class. Imports its module."""
@@ -57,14 +59,17 @@ class Group(TyperGroup):
 
 
 def fill(group: Group, commands: Iterable[Listed], about: Mapping[str, str]) -> None:
-    """Puts a stand-in for every command into the group, or into a group within it that `about` says a line of."""
+    """Puts a stand-in for every command into the group, or into the one within it that its name begins with.
+
+    `about`: a line about each group within it.
+    """
+    inner = {name: _inner(name, line) for name, line in about.items()}
     for listed in commands:
-        *path, _ = listed.name.split()
-        owner = group
-        for word in path:
-            owner = owner.commands.setdefault(word, _inner(word, about[word], listed.panel))
-        owner.add_command(_StandIn(listed))
+        word, _, _ = listed.name.rpartition(" ")
+        if word:
+            group.add_command(inner[word])
+        (inner[word] if word else group).add_command(_StandIn(listed))
 
 
-def _inner(name: str, about: str, panel: str) -> Group:
-    return Group(name=name, help=about, no_args_is_help=True, rich_markup_mode="rich", rich_help_panel=panel)
+def _inner(name: str, about: str) -> Group:
+    return Group(name=name, help=about, no_args_is_help=True, rich_markup_mode="rich", rich_help_panel=_WORK)
