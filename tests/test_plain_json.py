@@ -63,7 +63,7 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "it is not JSON"), (b"[1]", "got a list of 1"), (b"", "it is not JSON"), (b"\xff\xfe{", "fetch it again")],
+    [(b"{", "cannot be read as JSON"), (b"[1]", "got list"), (b"", "fetch it again"), (b"\xff\xfe{", "fetch it again")],
 )
 def test_what_is_no_json_object_names_the_file(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "config.json"
