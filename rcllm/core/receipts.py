@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-Source = Literal["fresh", "computed", "device", "host", "semantic"]  # where the KV of a block came from
+# where the KV of a block came from; host, disk and shared are the tiers of the store
+Source = Literal["fresh", "computed", "device", "host", "disk", "shared", "semantic"]
 
 
 class BlockKind(StrEnum):

@@ -7,7 +7,7 @@ best-effort.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,9 +19,10 @@ from rcllm.core.receipts import Source
 class Stored:
     """A published block as the codec wrote it, with what its keeper must know. Immutable."""
 
-    data: memoryview  # header, checksum and KV; see store/codec.py
+    data: memoryview  # header, checksum and KV, see store/sealed.py; it keeps alive whatever it is a view of
     cost: float  # of computing it again, in FLOPs
     owner: str | None  # item or user, by whom it is erased
+    space: str = ""  # names the model, adapter, template and dtypes that it was made by; see prompt/keys.py
 
     @property
     def num_bytes(self) -> int:
@@ -30,33 +31,48 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where a block is, and what it takes to have it on the device."""
+    """Where a block is."""
 
     tier: Source
     num_bytes: int
-    ms: float  # estimated until it is there; 0 for what is
 
 
 @dataclass(frozen=True, slots=True)
-class StoreStats:
+class TierStats:
+    """What one tier has, and what became of the rest. Counts are since it was opened."""
+
+    tier: Source
     num_blocks: int
     num_bytes: int
     budget_bytes: int
+    evictions: int = 0
+    dropped: int = 0  # blocks that it was given and could not take
+    errors: int = 0  # calls that failed
 
 
 class Store(Protocol):
     """Keeps blocks by content key. Safe to call from several threads; every method may raise."""
 
     def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
-        """Those of `keys` that it has. Reads no block, and is a hint: another thread's eviction may outdate it."""
+        """Those of `keys` that it has. A hint: another thread's eviction may outdate it.
+
+        Reads no block, but announces that they will be read: a keeper may begin to bring them nearer.
+        """
 
     def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Stored]:
         """Those of `keys` that it has."""
 
     def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
-        """Takes what it can; may drop other blocks, or these."""
+        """Takes what it can, in place of what it has under the same keys; may drop other blocks, or these.
+
+        It copies what it keeps, for `data` may be a view of another tier.
+        """
 
     def delete_owner(self, owner: str) -> int:
         """Removes every block of an item or user; returns how many. After it returns, none can be read."""
 
-    def stats(self) -> StoreStats: ...
+    def stats(self) -> Sequence[TierStats]:
+        """Of each tier, the nearest first."""
+
+    def close(self) -> None:
+        """Ends what it began; what it had taken by then is kept where it lasts. Nothing is asked of it afterwards."""

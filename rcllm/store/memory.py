@@ -6,13 +6,12 @@ Knows nothing of tensors. Invariant: index and blocks name the same keys.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from rcllm.core.ranking import ContentKey
-from rcllm.store.contract import Found, Stored, StoreStats
+from rcllm.store.contract import Found, Stored, TierStats
 from rcllm.store.index import Entry, Index
-
-_BYTES_PER_MS = 10e6  # of a copy from host memory: 10 GB/s
 
 
 class MemoryStore:
@@ -21,12 +20,13 @@ class MemoryStore:
     def __init__(self, budget: int) -> None:
         self._index = Index(budget)
         self._blocks: dict[ContentKey, Stored] = {}
+        self._dropped = 0
         self._lock = threading.Lock()
 
     def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
         with self._lock:
             sizes = {key: self._blocks[key].num_bytes for key in keys if key in self._blocks}
-        return {key: Found("host", size, size / _BYTES_PER_MS) for key, size in sizes.items()}
+        return {key: Found("host", size) for key, size in sizes.items()}
 
     def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Stored]:
         with self._lock:
@@ -36,9 +36,13 @@ class MemoryStore:
             return found
 
     def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
+        copies = {key: replace(block, data=_owned(block.data)) for key, block in blocks.items()}
         with self._lock:
-            for key, block in blocks.items():
-                if key in self._blocks or block.num_bytes > self._index.budget:
+            for key, block in copies.items():
+                if key in self._blocks:
+                    self._drop(key)
+                if block.num_bytes > self._index.budget:
+                    self._dropped += 1
                     continue
                 for victim in self._index.make_room(block.num_bytes):
                     del self._blocks[victim]
@@ -49,13 +53,20 @@ class MemoryStore:
         with self._lock:
             owned = self._index.owned_by(owner)
             for key in owned:
-                self._index.remove(key)
-                del self._blocks[key]
+                self._drop(key)
             return len(owned)
 
-    def stats(self) -> StoreStats:
+    def _drop(self, key: ContentKey) -> None:
+        self._index.remove(key)
+        del self._blocks[key]
+
+    def stats(self) -> Sequence[TierStats]:
         with self._lock:
-            return StoreStats(len(self._blocks), self._index.used, self._index.budget)
+            index = self._index
+            return (TierStats("host", len(index), index.used, index.budget, index.evictions, self._dropped),)
+
+    def close(self) -> None:
+        pass
 
     def check(self) -> None:
         """Asserts that index and blocks agree."""
@@ -63,3 +74,8 @@ class MemoryStore:
             self._index.check()
             assert set(self._index) == set(self._blocks)
             assert all(block.num_bytes == self._index[key].num_bytes for key, block in self._blocks.items())
+
+
+def _owned(data: memoryview) -> memoryview:
+    """The bytes themselves where nobody else may take them away or change them, else a copy."""
+    return data if isinstance(data.obj, bytes | bytearray) else memoryview(bytes(data))
