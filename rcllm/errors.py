@@ -7,6 +7,7 @@
     ├── FetchError               a package or model could not be downloaded
     ├── ModelError               a model folder cannot be used
     │   └── UnsupportedModelError    the architecture, or a variant of it, is not implemented
+    ├── StoreError               a tier of the store cannot be opened, read or written
     ├── RequestError             one request is wrong; the engine and other requests go on
     │   ├── UnknownItemError         a candidate or event names an item the catalogue lacks
     │   ├── PromptTooLongError       the prompt exceeds the model's context
@@ -53,6 +54,10 @@ class ModelError(RcllmError):
 
 class UnsupportedModelError(ModelError):
     """The model is intact, but it is a variant that rcllm does not implement."""
+
+
+class StoreError(RcllmError):
+    """A tier below the pool cannot be opened, read or written. Whoever asks for a request goes on without it."""
 
 
 class RequestError(RcllmError):
