@@ -53,7 +53,7 @@ class TierStats:
     budget_bytes: int
     evictions: int = 0
     dropped: int = 0  # blocks that it was given and could not take
-    errors: int = 0  # calls that failed
+    errors: int = 0  # calls that failed, and blocks that were found not to be whole
     hits: int = 0  # blocks that were read from it; counted where tiers stand above each other
     promoted: int = 0  # of them, those that were copied into nearer tiers
     waiting_bytes: int = 0  # of blocks that are still to be written to it

@@ -98,6 +98,11 @@ class GuardedStore:
         self._breaker.worked()
         return count
 
+    def note_corrupt(self) -> None:
+        """Counts a block of it that was not whole."""
+        with self._lock:
+            self._errors += 1
+
     def stats(self) -> Sequence[TierStats]:
         """What it has, or had when it could last tell; errors, and what was dropped while it was left alone, added."""
         stats = self._asked(self.store.stats)
@@ -135,5 +140,5 @@ class GuardedStore:
                     f"on; it is asked again after {pause_s:g} s, then ever more rarely while it fails. Its errors are "
                     "counted in the statistics of the store, and this is said once",
                     StoreWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )

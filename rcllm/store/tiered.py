@@ -30,6 +30,7 @@ from rcllm.store.behind import Batch, Waiting, WriteBehind
 from rcllm.store.contract import Found, Store, Stored, TierStats
 from rcllm.store.guarded import GuardedStore
 from rcllm.store.memory import MemoryStore
+from rcllm.store.sealed import is_whole
 
 
 @dataclass(eq=False, slots=True)
@@ -110,15 +111,22 @@ class Tiered:
                 self._reads.remove(read)
 
     def _from_lasting(self, keys: Sequence[ContentKey]) -> dict[ContentKey, _Placed]:
-        """Those of `keys` that a lasting tier has; with bytes of their own where nearer tiers will have them too."""
+        """Those of `keys` that a lasting tier has.
+
+        What nearer tiers will have too gets bytes of its own, and must be whole: where it is not, the next tier is
+        asked.
+        """
         found: dict[ContentKey, _Placed] = {}
         for place, tier in enumerate(self._lasting):
-            blocks = tier.get_many(key for key in keys if key not in found)
-            found |= {key: self._ready(_Placed(place, block)) for key, block in blocks.items()}
+            for key, block in tier.get_many(key for key in keys if key not in found).items():
+                placed = _Placed(place, block)
+                if not self._is_copied(placed):
+                    found[key] = placed
+                elif is_whole(block.data):
+                    found[key] = _Placed(place, block.owned())
+                else:
+                    tier.note_corrupt()
         return found
-
-    def _ready(self, placed: _Placed) -> _Placed:
-        return replace(placed, block=placed.block.owned()) if self._is_copied(placed) else placed
 
     def _is_copied(self, placed: _Placed) -> bool:
         """Whether nearer tiers are to have it."""

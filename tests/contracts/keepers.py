@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 from rcllm.core.ranking import ContentKey
+from rcllm.core.receipts import Source
 from rcllm.store.contract import Store, Stored
 from rcllm.store.faulty import Faults, FaultyStore
 from rcllm.store.memory import MemoryStore
@@ -20,6 +21,7 @@ from rcllm.store.valkey import ValkeyStore
 KV_BYTES = 48
 BLOCK_BYTES = 48 + KV_BYTES  # with its header
 BUDGET = 10 * BLOCK_BYTES
+NO_QUEUE = "tiered, no queue"  # what it has may be older than what was put last
 _prefixes = itertools.count()
 
 
@@ -40,7 +42,8 @@ def memory() -> MemoryStore:
 
 
 def tiered(place: Place) -> Tiered:
-    return Tiered({"disk": memory(), "shared": MemoryStore(4 * BUDGET)}, memory_bytes=BUDGET // 2, queue_bytes=BUDGET)
+    lasting: dict[Source, Store] = {"disk": memory(), "shared": MemoryStore(4 * BUDGET)}
+    return Tiered(lasting, memory_bytes=BUDGET // 2, queue_bytes=4 * BUDGET)
 
 
 def over_a_server(place: Place) -> Tiered:
@@ -55,11 +58,27 @@ KEEPERS: dict[str, Callable[[Place], Store]] = {
     "tiered": tiered,
     "tiered, behind alone": lambda place: Tiered({"disk": memory()}, queue_bytes=4 * BUDGET),
     "tiered, memory alone": lambda place: Tiered({}, memory_bytes=BUDGET, queue_bytes=0),
-    "tiered, no queue": lambda place: Tiered({"disk": memory()}, memory_bytes=BUDGET, queue_bytes=0),
+    NO_QUEUE: lambda place: Tiered({"disk": memory()}, memory_bytes=BUDGET, queue_bytes=0),
     "tiered, over a server": over_a_server,
     "faulty, without faults": lambda place: FaultyStore(memory(), Faults(), Random(0)),
 }
 LASTING = {"valkey", "tiered, over a server"}  # made anew at the same place, they have what they had
+
+FAULTS = Faults(failed=0.1, slow=0.1, dropped=0.1, lost=0.1, flipped=0.1, truncated=0.1)
+
+
+def faulty(rng: Random, faults: Faults = FAULTS) -> FaultyStore:
+    return FaultyStore(memory(), faults, rng, sleep=lambda seconds: None)
+
+
+def faulty_tiers(rng: Random) -> Tiered:
+    """Under a clock by which pauses end soon."""
+    ticks = itertools.count()
+    lasting: dict[Source, Store] = {"disk": faulty(rng), "shared": faulty(rng)}
+    return Tiered(lasting, memory_bytes=BUDGET // 2, queue_bytes=BUDGET, clock=lambda: 0.2 * next(ticks))
+
+
+FAULTY: dict[str, Callable[[Random], Store]] = {"faulty": faulty, "tiered, over faulty tiers": faulty_tiers}
 
 
 def key(number: int) -> ContentKey:
