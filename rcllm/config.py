@@ -157,7 +157,12 @@ class StoreConfig:
     enabled: bool | None = None  # None: on for commands that rank, recommend, warm and serve; off in Python
     folder: Annotated[
         str,
-        Opt("Where it is kept; default $RCLLM_HOME/store, else ~/.cache/rcllm/store.", metavar="FOLDER", name="--store-folder", panel=_STORE),
+        Opt(
+            "Where it is kept; default $RCLLM_HOME/store, else ~/.cache/rcllm/store.",
+            metavar="FOLDER",
+            name="--store-folder",
+            panel=_STORE,
+        ),
     ] = ""
     disk_mb: Annotated[
         int, Ge(0), Opt("Disk that it may use; default a quarter of what is free. 0: default.", panel=_STORE)
@@ -165,7 +170,12 @@ class StoreConfig:
     host_mb: Annotated[int, Ge(0)] = 0  # a tier in host memory above the disk, for pools on a GPU
     shared: Annotated[
         str,
-        Opt("A Valkey or Redis server that several machines share: valkey://host:port/0.", metavar="URL", name="--shared-store", panel=_STORE),
+        Opt(
+            "A Valkey or Redis server that several machines share: valkey://host:port/0.",
+            metavar="URL",
+            name="--shared-store",
+            panel=_STORE,
+        ),
     ] = ""
     queue_mb: Annotated[int, Ge(1)] = 256  # of blocks that wait to be written; what exceeds it is dropped, and counted
 
