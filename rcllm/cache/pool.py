@@ -20,6 +20,7 @@ import torch
 from rcllm.cache.lookup import Lookup
 from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
+from rcllm.model.kv_int8 import kept, kept_bytes
 from rcllm.store.codec import CorruptBlockError, decode, encode
 from rcllm.store.contract import Found, Store, Stored, StoreStats
 from rcllm.store.index import Entry, Index
@@ -44,7 +45,7 @@ class PoolStats:
 class Block:
     """A published KV block. The tensor is immutable from here on."""
 
-    kv: torch.Tensor  # [layers, 2, kv_heads, len, head_dim], in the pool's dtype
+    kv: torch.Tensor  # [layers, 2, kv_heads, len, columns], in the pool's dtype
     cost: float  # of computing it again, in FLOPs
     owner: str | None
 
@@ -173,10 +174,9 @@ class Pool:
                 return None
             evicted: dict[ContentKey, Block] = {}
             if key not in self._index:
-                num_bytes = block.kv.numel() * self.dtype.itemsize
+                num_bytes = kept_bytes(block.kv, self.dtype)
                 evicted = {victim: self._blocks.pop(victim) for victim in self._index.make_room(num_bytes)}
-                kv = torch.empty(block.kv.shape, dtype=self.dtype, device=self.device)
-                kv.copy_(block.kv)
+                kv = kept(block.kv, self.dtype, self.device)
                 self._blocks[key] = Block(kv, block.cost, block.owner)
                 self._index.add(key, Entry(num_bytes, block.cost, block.owner))
             self._index.pin(key)
