@@ -81,7 +81,7 @@ class Engine:
         self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id
         self.prototypes, self.node, self.trace = prototypes, node or platform.node(), trace
         self.clock = clock
-        self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes)
+        self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes, clock)
         self._rank = Rank(
             config, decoder, prompter, self._prefill, admission or Open.of(self.identity, prompter.context_name)
         )
@@ -216,6 +216,7 @@ class Engine:
                 raise
         finally:
             self._reply(answers, (*entering, *running), watch.stages)  # reply
+        self.pool.write_through()  # what was published, for whoever comes after this process
         return True
 
     def _schedule(self) -> tuple[list[Ticket], list[Ticket]]:

@@ -42,7 +42,7 @@ class Prompts:
             with stage("plan"):
                 batch = [prefill.replan(ticket.planned, ticket.lookup) for ticket in tickets]
             with stage("materialise"):
-                num_computed = prefill.materialise(batch, held)
+                num_computed = prefill.materialise(batch, [ticket.lookup for ticket in tickets], held)
             with stage("select"):
                 selected = prefill.select(batch, held)
             with stage("assemble"):

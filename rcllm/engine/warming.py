@@ -60,6 +60,7 @@ class Warming:
             with alone():
                 fitting = self._fitting(chunk)
                 tokens += self._compute(fitting)
+                self._pool.write_through()
             left, full = left - len(fitting), len(fitting) < len(chunk)
             yield progress()
             if full:
@@ -76,7 +77,7 @@ class Warming:
         """Returns how many tokens went through the layers."""
         with self._pool.hold() as held:
             absent = set(held.fetch(missing.key for missing in blocks))
-            tokens = self._prefill.materialiser.compute([each for each in blocks if each.key in absent], held)
+            tokens = self._prefill.compute([each for each in blocks if each.key in absent], held)
             self._prefill.corrector.warm(blocks, self._config.rank, held)
             return tokens
 
@@ -84,7 +85,7 @@ class Warming:
         layout = self._config.rank.layout
         instruction = canonical(self._prompter, self._prompter.instruction_block(layout), layout)
         with self._pool.hold() as held:
-            return self._prefill.materialiser.compute([instruction] if held.fetch([instruction.key]) else [], held)
+            return self._prefill.compute([instruction] if held.fetch([instruction.key]) else [], held)
 
 
 def blocks_to_warm(prompter: Prompter, options: RankOptions, item_ids: Iterable[ItemId] | None) -> list[Missing]:

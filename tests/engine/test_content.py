@@ -9,13 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rcllm.cache.lookup import Lookup
+from rcllm.cache.lookup import Located, Lookup
 from rcllm.cache.pool import Held, Pool
 from rcllm.core.ranking import ContentKey, Item, ItemId, RankRequest, UserId
 from rcllm.core.receipts import BlockKind
 from rcllm.engine.engine import Engine
 from rcllm.reuse.missing import user_owner
-from rcllm.store.contract import Found
 from rcllm.store.memory import MemoryStore
 from tests.engine import tiny
 
@@ -166,7 +165,7 @@ class _Forgetful(Pool):
     """Says that it has whatever it is asked for."""
 
     def lookup_many(self, keys: Iterable[ContentKey]) -> Lookup:
-        return Lookup({key: Found("device", 1, 0.0) for key in keys})
+        return Lookup({key: Located("device", 1, 0.0) for key in keys})
 
     def refreshed(self, lookup: Lookup, keys: Iterable[ContentKey]) -> Lookup:
         return self.lookup_many(keys)
