@@ -25,7 +25,8 @@ def quantise(kv: torch.Tensor) -> torch.Tensor:
     values = F.pad(kv.float(), (0, num_groups * GROUP - head_dim)).unflatten(-1, (num_groups, GROUP))
     scales = (values.abs().amax(-1) / 127).bfloat16()
     levels = (values / scales.float()[..., None]).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
-    return torch.cat([levels.flatten(-2)[..., :head_dim], scales.view(torch.int8)], dim=-1)
+    ends = scales.clone(memory_format=torch.contiguous_format).view(torch.int8)  # two bytes each
+    return torch.cat([levels.flatten(-2)[..., :head_dim], ends], dim=-1)
 
 
 def widen(block: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,8 @@ constexpr int MIN_TOKENS = 12;  // a tile with fewer spends its time on reading 
 constexpr int KEY_TILE = 96;    // keys per softmax step
 constexpr int LINE = 16;        // floats of a cache line
 constexpr float HIDDEN = -1048576.f;  // score of a masked pair: far below any other, and still within exp2v
+// A masked key weighs up to 2^-126 (exp2v). That is lost in any sum but one of zeros, which values in int8 often are.
+constexpr float NOTHING = 0x1p-80f;
 
 inline vec splat(float x) { return vec{} + x; }
 inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
@@ -363,7 +365,10 @@ void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v
           const float norm = any ? 1.f / w.l[r] : 0.f;
           const int64_t row = group.row_start + first + t;
           float* o = out + (row * heads + head * share + h) * dim;
-          for (int d = 0; d < dim; d++) o[d] = w.o[d * ROW_TILE + r] * norm;
+          for (int d = 0; d < dim; d++) {
+            const float x = w.o[d * ROW_TILE + r] * norm;
+            o[d] = std::fabs(x) < NOTHING ? 0.f : x;
+          }
           if (lse) lse[row * heads + head * share + h] = any ? (w.m[r] + std::log2(w.l[r])) * 0.69314718056f : -INFINITY;
         }
     }

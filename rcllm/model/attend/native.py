@@ -33,7 +33,8 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self.panel: int = library.rcllm_panel()  # outputs of a packed matrix that are stored together
-        assert library.rcllm_int8_group() == INT8_GROUP, "both sides read the same blocks"
+        self.int8_group: int = library.rcllm_int8_group()
+        assert self.int8_group == INT8_GROUP, "blocks have one layout"
 
     def call(self, name: str, *arguments: torch.Tensor | int | float | None) -> None:
         """Calls `rcllm_<name>`; tensors go as pointers (None as null), ints as int64, floats as float."""
