@@ -58,10 +58,8 @@ class Rates:
 
     def told(self) -> str:
         """For people: «disk 1.10 GB/s, computing 95 GFLOP/s»; what nothing was timed of is called a guess."""
-        return ", ".join(
-            [*(f"{tier} {rate.per_s / 1e9:,.2f} GB/s{_guessed(rate)}" for tier, rate in self.bytes_of.items())]
-            + [f"computing {self.flops.per_s / 1e9:,.0f} GFLOP/s{_guessed(self.flops)}"]
-        )
+        tiers = (f"{tier} {rate.per_s / 1e9:,.2f} GB/s{_guessed(rate)}" for tier, rate in self.bytes_of.items())
+        return ", ".join([*tiers, f"computing {self.flops.per_s / 1e9:,.0f} GFLOP/s{_guessed(self.flops)}"])
 
     # ---- kept beside a store, so that the next process need not learn them again ----
 

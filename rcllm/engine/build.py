@@ -20,6 +20,7 @@ from blake3 import blake3
 from rcllm.cache.pool import Pool
 from rcllm.config import MIB, CacheConfig, Config, PromptConfig
 from rcllm.core.ranking import RankRequest
+from rcllm.data.live import LiveCatalogue
 from rcllm.engine.fit import Fitted
 from rcllm.errors import ConfigError, ModelError, ModelWarning
 from rcllm.model.adapter import adapter_fingerprint, adapter_mask, load_adapter, merge
@@ -118,7 +119,7 @@ def make_prompter(
         template,
         chat_format(chat),
         tokenizer,
-        fitted.catalogue,
+        LiveCatalogue(fitted.catalogue),
         namespace,
         decoder.max_positions,
         config.prompt.max_candidates,
