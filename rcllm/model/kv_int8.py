@@ -16,17 +16,26 @@ from rcllm.model.spec import INT8_GROUP as GROUP
 from rcllm.model.spec import kv_row_bytes
 
 _SCALE_BYTES = 2
+_CHUNK = 32  # tokens that are quantised at once: what is between stays in the caches
 
 
 def quantise(kv: torch.Tensor) -> torch.Tensor:
-    """[…, head_dim] in floats → […, columns] in int8, contiguous. A group that holds NaN or infinity is all NaN."""
-    *_, head_dim = kv.shape
+    """[…, len, head_dim] in floats → […, len, columns] in int8, contiguous. A group with NaN or infinity is all NaN."""
+    columns = kv_row_bytes(kv.shape[-1], torch.int8.itemsize)
+    block = torch.empty(*kv.shape[:-1], columns, dtype=torch.int8, device=kv.device)
+    for some, to in zip(kv.split(_CHUNK, dim=-2), block.split(_CHUNK, dim=-2), strict=True):
+        _quantise(some, to)
+    return block
+
+
+def _quantise(kv: torch.Tensor, block: torch.Tensor) -> None:
+    head_dim = kv.shape[-1]
     num_groups = -(-head_dim // GROUP)
     values = F.pad(kv.float(), (0, num_groups * GROUP - head_dim)).unflatten(-1, (num_groups, GROUP))
-    scales = (values.abs().amax(-1) / 127).bfloat16()
-    levels = (values / scales.float()[..., None]).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
-    ends = scales.clone(memory_format=torch.contiguous_format).view(torch.int8)  # two bytes each
-    return torch.cat([levels.flatten(-2)[..., :head_dim], ends], dim=-1)
+    scales = (values.abs().amax(-1) / 127).bfloat16().clone(memory_format=torch.contiguous_format)
+    levels = (values / scales.float()[..., None]).nan_to_num_(0.0).round_().clamp_(-127, 127)
+    block[..., :head_dim] = levels.flatten(-2)[..., :head_dim]
+    block[..., head_dim:] = scales.view(torch.int8)
 
 
 def widen(block: torch.Tensor) -> torch.Tensor:
