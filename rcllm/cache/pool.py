@@ -76,6 +76,11 @@ class Pool:
         return self._index.budget
 
     @property
+    def keeps_below(self) -> bool:
+        """Whether a store takes what is published."""
+        return not self._below.keeps_nothing
+
+    @property
     def free_bytes(self) -> int:
         return self._index.budget - self._index.used
 
@@ -101,6 +106,12 @@ class Pool:
     def _on_device(self, keys: Iterable[ContentKey]) -> dict[ContentKey, Located]:
         with self._lock:
             return {key: Located("device", self._index[key].num_bytes, 0.0) for key in keys if key in self._index}
+
+    def beside(self, num_bytes: int) -> Pool:
+        """An empty pool of this size over the same store: for blocks that are computed for the store alone."""
+        other = Pool(num_bytes, self.dtype, self.device)
+        other._below, other.rates = self._below, self.rates
+        return other
 
     @contextmanager
     def hold(self) -> Iterator[Held]:

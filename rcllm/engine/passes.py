@@ -115,7 +115,8 @@ def _entered(
             hidden=passed.hidden,
             read_rows=rows,
             segments=some,
-            shared=dict(names) | _shared(planned, prefill.notes(planned.prompt.options) + notes, passed, prompts),
+            shared=dict(names)
+            | _shared(planned, prefill.notes(planned.prompt.options, ticket.lookup, held) + notes, passed, prompts),
             held=held,
             kv_bytes_read=read,
             kv_bytes_copied=copied,

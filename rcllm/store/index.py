@@ -49,7 +49,7 @@ class Index:
     def touch(self, key: ContentKey) -> None:
         """Notes a use."""
         entry = self._entries[key]
-        self._order.touch(key, entry.cost / entry.num_bytes)
+        self._order.touch(key, entry.cost / max(entry.num_bytes, 1))
 
     def pin(self, key: ContentKey) -> None:
         """Keeps an entry from eviction until `unpin` was called as often."""
