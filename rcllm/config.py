@@ -133,8 +133,8 @@ class CacheConfig:
     pool_mb: Annotated[int, Ge(0)] = 0  # 0: what memory_mb leaves
     # auto: fp16 beside fp32 compute, else the compute dtype
     kv_dtype: Annotated[
-        Literal["auto", "fp32", "fp16", "bf16"],
-        Opt("How cached KV is stored.", metavar="fp32|fp16|bf16", panel=_PANEL),
+        Literal["auto", "fp32", "fp16", "bf16", "int8"],
+        Opt("How cached KV is stored.", metavar="fp32|fp16|bf16|int8", panel=_PANEL),
     ] = "auto"
     semantic_pool: Annotated[
         str,

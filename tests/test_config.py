@@ -118,6 +118,8 @@ def test_resolving_keeps_what_is_given() -> None:
     given = Config(ModelConfig(device="cpu", dtype="bf16"), cache=CacheConfig(memory_mb=7, kv_dtype="fp32"))
     assert resolve(given, LARGE) == given
     assert resolve(replace(given, cache=CacheConfig(memory_mb=7)), LARGE).cache.kv_dtype == "bf16"
+    for hardware in (SMALL, LARGE):
+        assert resolve(Config(cache=CacheConfig(kv_dtype="int8")), hardware).cache.kv_dtype == "int8"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from rcllm.cache.rates import Rates
 from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
 from rcllm.metrics import Clock
+from rcllm.model.kv_int8 import kept, kept_bytes
 from rcllm.store.contract import Store, TierStats
 from rcllm.store.disk.store import Erased
 from rcllm.store.index import Entry, Index
@@ -239,11 +240,10 @@ class Pool:
             if since is not None and self._erasures.hit(block.owner, since):
                 return None
             if key not in self._index:
-                num_bytes = block.kv.numel() * self.dtype.itemsize
+                num_bytes = kept_bytes(block.kv, self.dtype)
                 for victim in self._index.make_room(num_bytes):
                     del self._blocks[victim]
-                kv = torch.empty(block.kv.shape, dtype=self.dtype, device=self.device)
-                kv.copy_(block.kv)
+                kv = kept(block.kv, self.dtype, self.device)
                 self._blocks[key] = Block(kv, block.cost, block.owner)
                 self._index.add(key, Entry(num_bytes, block.cost, block.owner))
                 if not written and not self._below.keeps_nothing:

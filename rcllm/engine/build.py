@@ -35,7 +35,7 @@ from rcllm.prototypes.pool import PrototypePool
 from rcllm.schedule.admission import Identity
 from rcllm.store.contract import Store
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}  # int8: KV alone
 _SMALLEST_POOL_TOKENS = 256
 
 

@@ -28,7 +28,7 @@ from tests.tiny_models import tiny_model
 
 NATIVE, TORCH = "qwen3", "llama"  # head_dim 32: the compiled kernels; head_dim 16: plain torch
 VOCAB = 512
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = r"""
 name = "tiny"
