@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from rcllm.annotated import Opt, Rule, bare, check_regex, hints_of
 from rcllm.core.ranking import Level, RankOptions, Selection
@@ -148,15 +148,31 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ScheduleConfig:
+    """What is taken in, by when it is answered, and who shares. By default nothing is limited, and 0 is no limit."""
+
+    max_waiting: Annotated[int, Ge(0)] = 0  # requests that wait; one more is refused with OverloadedError
+    max_wait_ms: Annotated[float, Ge(0)] = 0.0  # a request that would wait longer, by estimate, is refused as well
+    deadline_ms: Annotated[float, Ge(0)] = 0.0  # of requests that bring none
+    min_candidates: Annotated[int, Ge(1)] = 10  # fewer are never ranked to keep a deadline
+    last_scores: Annotated[int, Ge(0)] = 0  # users whose last scores are kept, for when nothing else keeps a deadline
+    other_rows: Annotated[int, Ge(0)] = 0  # of texts and searches, in a pass that rankings enter
+    replays: Annotated[int, Ge(0)] = 0  # answered requests that are kept, so that they can be run again
+    # of the rows of prompts, where other tenants wait as well; 1 for those that are not named
+    tenant_shares: Mapping[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     rank: RankOptions = field(default_factory=RankOptions)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     @classmethod
     def load(cls, path: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:
-        """A TOML file with the sections [model], [prompt], [cache] and [rank], and the variables RCLLM_… over it.
+        """A TOML file with the sections [model], [prompt], [cache], [rank] and [schedule]; variables RCLLM_… over it.
 
         A variable is named after its section and key, such as RCLLM_CACHE_MEMORY_MB. Raises ConfigError.
         """

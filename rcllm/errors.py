@@ -11,7 +11,9 @@
     │   ├── UnknownItemError         a candidate or event names an item the catalogue lacks
     │   ├── PromptTooLongError       the prompt exceeds the model's context
     │   └── CancelledError           the request was withdrawn before it was answered
-    └── CapacityError            the request is fine but does not fit the memory budget
+    ├── CapacityError            the request is fine but does not fit the memory budget
+    ├── OverloadedError          the request is fine, but others are ahead of it: ask again in `retry_after_s`
+    └── DeadlineError            the request cannot be answered by its deadline, or was not
 
 Beside it two warnings: TextWarning, a model is asked with other text than it should be; ModelWarning, what fits and is
 used may not have been made for each other.
@@ -73,6 +75,19 @@ class CancelledError(RequestError):
 
 class CapacityError(RcllmError):
     """The KV that one request needs at once is larger than the cache budget."""
+
+
+class OverloadedError(RcllmError):
+    """A request was not taken in, because too much waits already. Nothing was computed for it."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        """retry_after_s: by estimate, when there will be room."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(RcllmError):
+    """A request has less time than any way of answering it takes, or its time was over before its turn came."""
 
 
 def answered(outcomes: Iterable[Response | RcllmError]) -> list[Response]:

@@ -9,6 +9,15 @@ from rcllm.core.ranking import ContentKey
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """How a request wants to be served, apart from what it asks."""
+
+    tenant: str = ""  # who shares with whom
+    deadline_ms: float | None = None  # from now until its answer, for a text its first token; None: as configured
+    prior: tuple[float, ...] = ()  # of each candidate, higher is better; empty: the better the earlier it was named
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """One request that waits for its prompt to be computed, and may run on for several passes after that."""
 
