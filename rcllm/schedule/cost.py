@@ -1,8 +1,8 @@
 """What a pass will take: milliseconds from what it asks of the device, by rates that are learned from passes that ran.
 
 Knows nothing of models or prompts, is given no clock, and never imports torch. Admission, the degradation ladder and
-routing ask the same object. Invariant: an estimate is a sum over parts, so that a pass costs what its requests cost, and
-no part costs less than nothing; a request that asks for more is never estimated cheaper.
+routing ask the same object. Invariant: an estimate is a sum over parts, so that a pass costs what its requests cost,
+and no part costs less than nothing; a request that asks for more is never estimated cheaper.
 """
 
 from __future__ import annotations

@@ -31,6 +31,12 @@ class Work:
     tenant: str = ""
     arrival_s: float = 0.0
     deadline_s: float | None = None  # of its first token
+    ms: float = 0.0  # that its prompt takes, by estimate; 0: unknown
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it runs on after the pass of its prompt."""
+        return self.step_rows > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,7 @@ class PassLimits:
 
     rows: int
     kv_bytes: int
+    other_rows: int = 1 << 30  # of what goes on, where work of a single pass enters; what it leaves is saved up
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,7 @@ class KindLimits:
     step_rows: int = 1 << 30
     own_bytes: int = 1 << 60
     share: float = 1.0  # of the rows of prompts, where other kinds wait as well
+    idle: bool = False  # enters alone, and only where nothing of another kind waits or runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,18 @@ class Turn:
 
     enter: tuple[int, ...] = ()  # whose prompts are computed
     step: tuple[int, ...] = ()  # who takes a step besides
+    expired: tuple[int, ...] = ()  # who left the queue unanswered, for its deadline can no longer be kept
 
     def __bool__(self) -> bool:
         return bool(self.enter or self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What new work would find before it, were it added now. Work that only fills idle time does not count."""
+
+    num_waiting: int = 0
+    num_own: int = 0  # of its own tenant
+    num_tenants: int = 1  # that would have work waiting, its own among them
+    ahead_ms: float = 0.0  # of prompts that are computed before it, by estimate
+    ahead_rows: int = 0  # of all prompts that wait
