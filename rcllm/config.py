@@ -157,7 +157,6 @@ class ScheduleConfig:
     min_candidates: Annotated[int, Ge(1)] = 10  # fewer are never ranked to keep a deadline
     last_scores: Annotated[int, Ge(0)] = 0  # users whose last scores are kept, for when nothing else keeps a deadline
     other_rows: Annotated[int, Ge(0)] = 0  # of texts and searches, in a pass that rankings enter
-    replays: Annotated[int, Ge(0)] = 0  # answered requests that are kept, so that they can be run again
     # of the rows of prompts, where other tenants wait as well; 1 for those that are not named
     tenant_shares: Mapping[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
 

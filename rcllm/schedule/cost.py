@@ -101,6 +101,11 @@ class CostModel:
         """The estimated time of a pass, or of what a request adds to one."""
         return float(self._scaled @ demand.array())
 
+    def each_ms(self, demands: FloatArray) -> list[float]:
+        """The same of many parts; [parts, rates]."""
+        found: list[float] = (demands @ self._scaled).tolist()
+        return found
+
     def observe(self, demand: Demand, ms: float) -> None:
         """A pass ran."""
         ms = max(ms, _SHORTEST_MS)

@@ -2,8 +2,8 @@
 
     as asked → a cheaper level that is calibrated → fewer candidates at the cheapest → last known scores → refused
 
-Pure decisions over estimates; never imports torch. Invariants: the first rung that is in time is taken, so that a looser
-deadline never yields a cheaper one; a level stands on the ladder only where an admission named it.
+Pure decisions over estimates; never imports torch. Invariants: the first rung that is in time is taken, so that a
+looser deadline never yields a cheaper one; a level stands on the ladder only where an admission named it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
-Step = Literal["level", "candidates", "last_scores"]  # what is given up, in this order
-STEPS: tuple[Step, ...] = ("level", "candidates", "last_scores")
+from rcllm.core.receipts import Step
+
 MARGIN = 1.25  # what an estimate is taken times, since a tenth more or less is its usual error
 
 T = TypeVar("T")

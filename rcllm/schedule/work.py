@@ -13,8 +13,11 @@ class Terms:
     """How a request wants to be served, apart from what it asks."""
 
     tenant: str = ""  # who shares with whom
-    deadline_ms: float | None = None  # from now until its answer, for a text its first token; None: as configured
+    deadline_ms: float | None = None  # until the pass of its prompt ends: a ranking, a first token; None: as configured
     prior: tuple[float, ...] = ()  # of each candidate, higher is better; empty: the better the earlier it was named
+
+
+DEFAULT_TERMS = Terms()
 
 
 @dataclass(frozen=True, slots=True)
