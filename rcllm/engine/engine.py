@@ -53,7 +53,7 @@ from rcllm.reuse.missing import item_owner, user_owner
 from rcllm.schedule.admission import Admission, AdmissionFactory, Identity, Open
 from rcllm.schedule.cost import CostModel, Demand, Rates
 from rcllm.schedule.scheduler import Scheduler
-from rcllm.schedule.work import DEFAULT_TERMS, PassLimits, Queue, Terms
+from rcllm.schedule.work import DEFAULT_TERMS, NO_LIMITS, KindLimits, PassLimits, Queue, Terms
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -146,6 +146,10 @@ class Engine:
     def admission(self, admission: Admission) -> None:
         self._rank.admission = admission
 
+    def ranking(self, admission: Admission, kind: str = "rank", limits: KindLimits = NO_LIMITS) -> Rank:
+        """A job that ranks under another admission, such as a guard's shadows, or a replay of what was answered."""
+        return Rank(self.config, self.decoder, self.prompter, self._prefill, admission, kind, limits)
+
     # ---- asking ----
 
     def rank(self, request: RankRequest) -> RankResponse:
@@ -220,7 +224,8 @@ class Engine:
     def _enqueue(self, ticket: Ticket) -> Ticket:
         self._scheduler.add(self._make.work(ticket, self.intake))
         self._tickets[ticket.number] = ticket
-        self.intake.count_accepted(ticket.opening.degraded)
+        if not ticket.job.limits.idle:
+            self.intake.count_accepted(ticket.opening.degraded)
         return ticket
 
     def step(self) -> bool:
@@ -247,6 +252,7 @@ class Engine:
             if not isinstance(error, Exception):
                 raise
         finally:
+            self._pass_ends_s = 0.0
             self._reply(answers, (*entering, *running), watch.stages)  # reply
         return True
 

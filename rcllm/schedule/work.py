@@ -62,6 +62,9 @@ class KindLimits:
     idle: bool = False  # enters alone, and only where nothing of another kind waits or runs
 
 
+NO_LIMITS = KindLimits()
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """What the next pass holds."""

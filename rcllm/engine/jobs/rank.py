@@ -24,19 +24,23 @@ from rcllm.model.decoder import Decoder, Pass, Passed
 from rcllm.prompt.blocks import Prompter
 from rcllm.reuse.plan import Planned
 from rcllm.schedule.admission import Admission
-from rcllm.schedule.work import KindLimits
+from rcllm.schedule.work import NO_LIMITS, KindLimits
 
 
 class Rank:
     """The job of `Engine.rank`. `admission`: which reuse levels may be used; it may be replaced at any time."""
 
-    kind = "rank"
-    limits = KindLimits()
-
     def __init__(
-        self, config: Config, decoder: Decoder, prompter: Prompter, prefill: Prefill, admission: Admission
+        self,
+        config: Config,
+        decoder: Decoder,
+        prompter: Prompter,
+        prefill: Prefill,
+        admission: Admission,
+        kind: str = "rank",
+        limits: KindLimits = NO_LIMITS,
     ) -> None:
-        self.admission = admission
+        self.admission, self.kind, self.limits = admission, kind, limits
         self._config, self._decoder, self._prompter, self._prefill = config, decoder, prompter, prefill
         self._bias = LabelBias(prefill.score_content_free)
 
