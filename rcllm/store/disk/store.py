@@ -71,6 +71,7 @@ class DiskStore:
         self._writer = threading.Lock()  # of this process; LMDB's own lets one process write at a time
         self._notes = threading.Lock()
         self._pid = os.getpid()
+        self._last_page = 0  # of the file, when it was last looked for
         self._fits = budget_bytes  # what the disk has room for, where it was once found full
         self._touches: dict[ContentKey, None] = {}  # in order of their last use
         self._bad: set[ContentKey] = set()  # to be dropped with the next write
@@ -285,6 +286,14 @@ class DiskStore:
                 yield edit
                 edit.finish()
             self._evictions += edit.evictions
+            self._look_for_dead_readers()
+
+    def _look_for_dead_readers(self) -> None:
+        """Where the file grew: a process that was killed while it read would keep pages from being used again."""
+        last_page = self._opened.env.info()["last_pgno"]
+        if last_page > self._last_page:
+            self._last_page = last_page
+            self._opened.env.reader_check()
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
