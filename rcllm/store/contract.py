@@ -8,7 +8,7 @@ best-effort.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rcllm.core.ranking import ContentKey
@@ -27,6 +27,12 @@ class Stored:
     @property
     def num_bytes(self) -> int:
         return self.data.nbytes
+
+    def owned(self) -> Stored:
+        """The same block with bytes that nobody else may take away or change: a copy, unless they are so already."""
+        if isinstance(self.data.obj, bytes | bytearray):
+            return self
+        return replace(self, data=memoryview(bytes(self.data)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,10 @@ class TierStats:
     budget_bytes: int
     evictions: int = 0
     dropped: int = 0  # blocks that it was given and could not take
-    errors: int = 0  # calls that failed
+    errors: int = 0  # calls that failed, and blocks that were found not to be whole
+    hits: int = 0  # blocks that were read from it; counted where tiers stand above each other
+    promoted: int = 0  # of them, those that were copied into nearer tiers
+    waiting_bytes: int = 0  # of blocks that are still to be written to it
 
 
 class Store(Protocol):
@@ -69,7 +78,10 @@ class Store(Protocol):
         """
 
     def delete_owner(self, owner: str) -> int:
-        """Removes every block of an item or user; returns how many. After it returns, none can be read."""
+        """Removes every block of an item or user; returns how many. After it returns, none can be read.
+
+        Where several tiers had copies, it returns the most that one of them had.
+        """
 
     def stats(self) -> Sequence[TierStats]:
         """Of each tier, the nearest first."""

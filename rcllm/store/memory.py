@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from rcllm.core.ranking import ContentKey
 from rcllm.store.contract import Found, Stored, TierStats
@@ -36,18 +35,23 @@ class MemoryStore:
             return found
 
     def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
-        copies = {key: replace(block, data=_owned(block.data)) for key, block in blocks.items()}
+        self.put_evicting(blocks)
+
+    def put_evicting(self, blocks: Mapping[ContentKey, Stored]) -> Mapping[ContentKey, Stored]:
+        """The same; returns the blocks that had to make way, which a farther tier may want."""
+        copies = {key: block.owned() for key, block in blocks.items()}
+        evicted: dict[ContentKey, Stored] = {}
         with self._lock:
+            for key in copies.keys() & self._blocks.keys():
+                self._drop(key)
             for key, block in copies.items():
-                if key in self._blocks:
-                    self._drop(key)
                 if block.num_bytes > self._index.budget:
                     self._dropped += 1
                     continue
-                for victim in self._index.make_room(block.num_bytes):
-                    del self._blocks[victim]
+                evicted |= {victim: self._blocks.pop(victim) for victim in self._index.make_room(block.num_bytes)}
                 self._index.add(key, Entry(block.num_bytes, block.cost, block.owner))
                 self._blocks[key] = block
+        return evicted
 
     def delete_owner(self, owner: str) -> int:
         with self._lock:
@@ -74,8 +78,3 @@ class MemoryStore:
             self._index.check()
             assert set(self._index) == set(self._blocks)
             assert all(block.num_bytes == self._index[key].num_bytes for key, block in self._blocks.items())
-
-
-def _owned(data: memoryview) -> memoryview:
-    """The bytes themselves where nobody else may take them away or change them, else a copy."""
-    return data if isinstance(data.obj, bytes | bytearray) else memoryview(bytes(data))

@@ -66,6 +66,15 @@ def open_sealed(data: memoryview) -> Sealed:
     return Sealed(dtype, tuple(shape), data[_HEADER.size :])
 
 
+def is_whole(data: memoryview) -> bool:
+    """Whether `open_sealed` would take it."""
+    try:
+        open_sealed(data)
+    except CorruptBlockError:
+        return False
+    return True
+
+
 def _checksum(data: memoryview) -> int:
     """Of the header, but for the checksum's own place, and of the KV."""
     return xxhash.xxh3_64_intdigest(data[_HEADER.size :], seed=xxhash.xxh3_64_intdigest(data[:_CHECKED]))
