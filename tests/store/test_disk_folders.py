@@ -10,8 +10,8 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from rcllm.errors import StoreError
-from rcllm.store.disk import DiskStore, StoreWarning
+from rcllm.errors import StoreError, StoreWarning
+from rcllm.store.disk import DiskStore
 from tests.store.disks import MB, put, run, served
 
 
@@ -76,8 +76,8 @@ def _fill(file: Path) -> None:
 
 READ_ONLY = """
 import os, sys, warnings
-from rcllm.store.disk import DiskStore, StoreWarning
-from rcllm.errors import StoreError
+from rcllm.store.disk import DiskStore
+from rcllm.errors import StoreError, StoreWarning
 from tests.store.disks import *
 os.setuid(65534)
 with warnings.catch_warnings(record=True) as said:
@@ -192,7 +192,7 @@ def test_a_process_with_little_address_space_gets_a_smaller_map(tmp_path: Path) 
 FORK = """
 import os, sys, warnings
 warnings.simplefilter("ignore")
-from rcllm.errors import StoreError
+from rcllm.errors import StoreError, StoreWarning
 from rcllm.store.disk import DiskStore
 from tests.store.disks import *
 store = DiskStore.open(sys.argv[1], MB)
