@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
-from rcllm.annotated import Ge, Opt, Rule, bare, check_regex, hints_of
+from rcllm.annotated import Ge, Gt, Opt, Rule, bare, check_regex, hints_of
 from rcllm.core.requests import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
 from rcllm.fields import check, parse
@@ -180,12 +180,27 @@ class StoreConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ScheduleConfig:
+    """What is taken in, by when it is answered, and who shares. By default nothing is limited, and 0 is no limit."""
+
+    max_waiting: Annotated[int, Ge(0)] = 0  # requests that wait; one more is refused with OverloadedError
+    max_wait_ms: Annotated[float, Ge(0)] = 0.0  # a request that would wait longer, by estimate, is refused as well
+    deadline_ms: Annotated[float, Ge(0)] = 0.0  # of requests that bring none
+    min_candidates: Annotated[int, Ge(1)] = 10  # fewer are never ranked to keep a deadline
+    last_scores: Annotated[int, Ge(0)] = 0  # users whose last scores are kept, for when nothing else keeps a deadline
+    other_rows: Annotated[int, Ge(0)] = 0  # of texts and searches, in a pass that rankings enter
+    # of the rows of prompts, where other tenants wait as well; 1 for those that are not named
+    tenant_shares: Mapping[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     rank: RankOptions = field(default_factory=RankOptions)
     store: StoreConfig = field(default_factory=StoreConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     @classmethod
     def load(cls, path: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:

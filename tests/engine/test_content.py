@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rcllm.cache.below import nameless
 from rcllm.cache.lookup import Located, Lookup
 from rcllm.cache.pool import Held, Pool
 from rcllm.core.ranking import ContentKey, Item, ItemId, RankRequest, UserId
@@ -26,7 +27,7 @@ def keys(engine: Engine, request: RankRequest, kind: BlockKind = BlockKind.ITEM)
 
 
 def owned(engine: Engine, user: str) -> list[ContentKey]:
-    return engine.pool._index.owned_by(user_owner(user) or "")
+    return engine.pool._index.owned_by(nameless(user_owner(user)) or "")
 
 
 @pytest.mark.parametrize("readout", ["label", "pointwise"])
