@@ -21,7 +21,7 @@ from rcllm.store.contract import Stored
 from rcllm.store.disk.environment import Opened
 from rcllm.store.disk.lease import address_of
 from rcllm.store.disk.pages import DIRTY, OVERFLOW, OVERFLOW_HEADER
-from rcllm.store.disk.records import Entry, mark, rank_key, read_entry, read_state, write_entry, write_state
+from rcllm.store.disk.records import Entry, State, mark, rank_key, read_entry, read_state, write_entry, write_state
 from rcllm.store.owners import DIGEST_BYTES, NOBODY, OwnerDigest, digest
 
 NUMBER = struct.Struct(">Q")  # of an erasure
@@ -43,9 +43,9 @@ class Removed:
 class Edit:
     """Changes within one write transaction. Nothing counts before `finish`."""
 
-    def __init__(self, opened: Opened, txn: Any, now: Callable[[], float]) -> None:
+    def __init__(self, opened: Opened, txn: Any, now: Callable[[], float], state: State | None = None) -> None:
         self._opened, self._dbs, self._txn, self._now = opened, opened.dbs, txn, now
-        state = read_state(txn.get(b"state", db=self._dbs.facts))
+        state = state or read_state(txn.get(b"state", db=self._dbs.facts))
         if state is None:
             raise StoreError("the store's totals are damaged; repair it: rcllm cache verify --repair")
         self.state = state
@@ -179,6 +179,11 @@ class Edit:
             self._txn.put(space_key(space), json.dumps(record).encode(), db=self._dbs.spaces)
         self._spaces = {}
 
+    def empty_spaces(self) -> list[str]:
+        with self._txn.cursor(self._dbs.spaces) as cursor:
+            names = [space_of(bytes(key)) for key in cursor.iternext(values=False)]
+        return [name for name in names if not self._space(name)["blocks"]]
+
     def finish(self) -> None:
         """Writes the totals; commit afterwards."""
         for space, more in self._spaces.items():
@@ -190,9 +195,7 @@ class Edit:
         self._txn.put(b"state", write_state(self.state), db=self._dbs.facts)
 
     def _space(self, space: str) -> dict[str, Any]:
-        record = self._txn.get(space_key(space), db=self._dbs.spaces)
-        empty: dict[str, Any] = {"about": {}, "blocks": 0, "bytes": 0, "used": 0.0}
-        return empty if record is None else empty | json.loads(bytes(record))
+        return read_space(self._txn.get(space_key(space), db=self._dbs.spaces))
 
     def _count(self, entry: Entry, sign: int) -> None:
         state = self.state
@@ -203,13 +206,30 @@ class Edit:
 
 def space_key(space: str) -> bytes:
     """LMDB has no empty key."""
-    return b"/" + space.encode()
+    return b"/" + space.encode("utf-8", "surrogatepass")
+
+
+def read_space(record: bytes | memoryview | None) -> dict[str, Any]:
+    """An empty one where there is none, or it is damaged: then `inspect.rebuild` counts anew."""
+    empty: dict[str, Any] = {"about": {}, "blocks": 0, "bytes": 0, "used": 0.0}
+    try:
+        return empty if record is None else empty | json.loads(bytes(record))
+    except (ValueError, TypeError):
+        return empty
 
 
 def space_of(key: bytes) -> str:
-    return key[1:].decode()
+    return key[1:].decode("utf-8", "surrogatepass")
 
 
-def read_erasure(record: bytes) -> tuple[OwnerDigest, float]:
+@dataclass(frozen=True, slots=True)
+class ErasedOwner:
+    """Whom somebody erased, and when."""
+
+    owner: OwnerDigest
+    when: float
+
+
+def read_erasure(record: bytes) -> ErasedOwner:
     owner, when = _ERASED.unpack(record)
-    return OwnerDigest(owner), when
+    return ErasedOwner(OwnerDigest(owner), when)

@@ -55,8 +55,9 @@ class Opened:
 
     @property
     def least_bytes(self) -> int:
-        """Smaller values would lie among keys: out of line with 64 bytes, and moved about. So they are filled up."""
-        return self.page_bytes // 2
+        """To which smaller values are filled up. Less than half a page would lie among keys, out of line with 64 bytes;
+        and LMDB uses the memory of a single page again without clearing it, so that erased bytes could come back."""
+        return self.page_bytes
 
     def close(self) -> None:
         self.env.close()
@@ -86,7 +87,7 @@ def open_environment(folder: Path, *, write: bool = True) -> Opened:
         try:
             if alone and (folder / DATA).exists():
                 pages.check(folder / DATA)
-            opened = _open(folder, write, users)
+            opened = _open(folder, write, write or os.access(folder / _READERS, os.W_OK), users)
             if alone and users is not None:
                 fcntl.flock(users, fcntl.LOCK_SH)
             return opened
@@ -94,6 +95,13 @@ def open_environment(folder: Path, *, write: bool = True) -> Opened:
             if users is not None:
                 os.close(users)
             raise
+
+
+def open_copy(folder: Path) -> Opened:
+    """A store that nobody writes, to read it; leaves nothing beside it. Raises StoreError."""
+    with told(folder):
+        pages.check(folder / DATA)
+        return _open(folder, write=False, lock=False, users=None)
 
 
 @contextlib.contextmanager
@@ -134,19 +142,19 @@ def _join(folder: Path, wait: bool = True) -> tuple[int | None, bool]:
         return users, False
 
 
-def _open(folder: Path, write: bool, users: int | None) -> Opened:
-    env, in_place, map_bytes = _map(folder, write)
+def _open(folder: Path, write: bool, lock: bool, users: int | None) -> Opened:
+    """`lock`: whether writers are told of what is read here."""
+    env, map_bytes = _map(folder, write, lock)
     try:
         env.reader_check()  # readers that were killed hold no pages
-        return Opened(env, _databases(env, folder, write), users, write, in_place, map_bytes, env.stat()["psize"])
+        return Opened(env, _databases(env, folder, write), users, write, lock, map_bytes, env.stat()["psize"])
     except BaseException:
         env.close()
         raise
 
 
-def _map(folder: Path, write: bool) -> tuple[lmdb.Environment, bool, int]:
-    """The environment, whether its readers are known to writers, and the address space that it got."""
-    lock = write or os.access(folder / _READERS, os.W_OK)
+def _map(folder: Path, write: bool, lock: bool) -> tuple[lmdb.Environment, int]:
+    """The environment, and the address space that it got."""
     size = _MAX_MAP_BYTES
     least = (folder / DATA).stat().st_size if (folder / DATA).exists() else 1 << 20
     while True:
@@ -163,7 +171,7 @@ def _map(folder: Path, write: bool) -> tuple[lmdb.Environment, bool, int]:
                 create=write,
                 mode=0o644,
             )
-            return env, lock, size
+            return env, size
         except (lmdb.MemoryError, MemoryError):
             if size // 2 < least:
                 raise

@@ -7,13 +7,12 @@ Knows nothing of processes. Invariant: after `rebuild`, `differences` finds none
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from rcllm.core.ranking import ContentKey
-from rcllm.store.disk.edit import Edit, Removed
+from rcllm.store.disk.edit import NUMBER, Edit, Removed, read_space, space_of
 from rcllm.store.disk.environment import Databases, Opened
 from rcllm.store.disk.records import Entry, State, read_entry, read_state
 from rcllm.store.owners import NOBODY
@@ -36,6 +35,10 @@ def differences(txn: Any, opened: Opened) -> list[str]:
     state, true = read_state(txn.get(b"state", db=dbs.facts)), totals(State(), entries.values())
     if state is None or (state.num_blocks, state.num_bytes) != (true.num_blocks, true.num_bytes):
         found.append(f"totals say {state}, and are {true.num_blocks} blocks of {true.num_bytes} bytes")
+    said = {space_of(key): read_space(value) for key, value in _items(txn, dbs.spaces)}
+    counted = {name: Removed(each["blocks"], each["bytes"]) for name, each in said.items() if each["blocks"]}
+    if _held(entries.values()) != counted:
+        found.append("the spaces' counts are others than those of their blocks")
     return found
 
 
@@ -55,12 +58,18 @@ def rebuild(txn: Any, opened: Opened, edit: Edit) -> int:
         if entry.owner != NOBODY:
             txn.put(entry.owner + key, b"", db=dbs.owners)
     edit.state = totals(edit.state, whole.values())
-    counts: Counter[str] = Counter(each.space for each in whole.values())
-    sizes_of_spaces: Counter[str] = Counter()
-    for each in whole.values():
-        sizes_of_spaces[each.space] += each.num_bytes
-    edit.recount_spaces({space: Removed(counts[space], sizes_of_spaces[space]) for space in counts})
+    edit.recount_spaces(_held(whole.values()))
     return len(gone)
+
+
+def recovered_state(txn: Any, dbs: Databases) -> State:
+    """What the totals said; where they are damaged, what can be told of them without a count of the blocks."""
+    if (state := read_state(txn.get(b"state", db=dbs.facts))) is not None:
+        return state
+    with txn.cursor(dbs.erasures) as cursor:
+        last = NUMBER.unpack(bytes(cursor.key()))[0] if cursor.last() else 0
+    entries, _ = _entries(txn, dbs)
+    return State(clock=min((entry.priority for entry in entries.values()), default=0.0), erasures=last)
 
 
 def totals(state: State, entries: Iterable[Entry]) -> State:
@@ -69,6 +78,14 @@ def totals(state: State, entries: Iterable[Entry]) -> State:
     uses = max((entry.use for entry in listed), default=0)
     num_bytes = sum(entry.num_bytes for entry in listed)
     return replace(state, num_blocks=len(listed), num_bytes=num_bytes, uses=max(state.uses, uses))
+
+
+def _held(entries: Iterable[Entry]) -> dict[str, Removed]:
+    """Blocks and bytes of each space."""
+    held: dict[str, Removed] = {}
+    for entry in entries:
+        held[entry.space] = held.get(entry.space, Removed()) + Removed(1, entry.num_bytes)
+    return held
 
 
 def _entries(txn: Any, dbs: Databases) -> tuple[dict[ContentKey, Entry], int]:

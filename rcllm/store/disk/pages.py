@@ -67,6 +67,7 @@ class Walked:
 
     first: list[Numbers] = field(default_factory=list)  # of runs of pages that it uses
     count: list[Numbers] = field(default_factory=list)
+    values: list[tuple[Numbers, Numbers]] = field(default_factory=list)  # those runs of them that hold one value each
     trees: list[Tree] = field(default_factory=list)  # named in it
     free: list[Numbers] = field(default_factory=list)  # pages that it lists as free, where it is the free list
 
@@ -143,6 +144,19 @@ def live(file: PageFile, snapshot: Snapshot, free: Walked | None = None) -> tupl
     nothing = np.zeros(0, np.int64)
     first = np.concatenate([nothing, *(run for each in walked for run in each.first)])
     return first, np.concatenate([nothing, *(run for each in walked for run in each.count)])
+
+
+def unused(file: PageFile) -> Numbers:
+    """Pages that neither of the last two transactions reads: whatever lies in them, nobody will see it through LMDB."""
+    newest, before = file.snapshots()
+    num_pages = min(newest.num_pages, file.num_bytes // file.page_bytes)
+    used = np.zeros(max(newest.num_pages, before.num_pages) + 1, np.int32)  # how many runs begin less those that end
+    for snapshot in (newest, before):
+        first, count = live(file, snapshot)
+        np.add.at(used, first, 1)
+        np.add.at(used, first + count, -1)
+    free = np.flatnonzero(np.cumsum(used)[:num_pages] == 0)
+    return free[free >= 2]
 
 
 def walk(file: PageFile, snapshot: Snapshot, tree: Tree) -> Walked:
@@ -253,6 +267,7 @@ class _Nodes:
         inside = (first >= 2) & (first < snapshot.num_pages) & (first.astype(np.int64) + count <= snapshot.num_pages)
         self._need(bool(inside.all()), "names a value that is not there")
         found.use(first.astype(np.int64), count)
+        found.values.append((first.astype(np.int64), count))
         for node in np.flatnonzero(named):
             self._need(size[node] == _DB.size, "names no tree")
             name = self._bytes[self.at[node] + 8 : start[node]].tobytes().decode(errors="replace")

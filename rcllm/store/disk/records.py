@@ -61,7 +61,7 @@ def mark(data: memoryview) -> int:
 
 def write_entry(key: ContentKey, entry: Entry) -> bytes:
     fixed = _ENTRY.pack(entry.num_bytes, entry.cost, entry.priority, entry.use, entry.mark, entry.owner)
-    return _checked(key, fixed + entry.space.encode())
+    return _checked(key, fixed + entry.space.encode("utf-8", "surrogatepass"))
 
 
 def read_entry(key: ContentKey, record: bytes) -> Entry | None:
@@ -69,7 +69,15 @@ def read_entry(key: ContentKey, record: bytes) -> Entry | None:
     if (content := _content(key, record)) is None or len(content) < _ENTRY.size:
         return None
     num_bytes, cost, priority, use, marked, owner = _ENTRY.unpack_from(content)
-    return Entry(num_bytes, cost, priority, use, marked, OwnerDigest(owner), content[_ENTRY.size :].decode())
+    return Entry(
+        num_bytes,
+        cost,
+        priority,
+        use,
+        marked,
+        OwnerDigest(owner),
+        content[_ENTRY.size :].decode("utf-8", "surrogatepass"),
+    )
 
 
 def rank_key(rank: bytes) -> ContentKey:

@@ -10,35 +10,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import lmdb
 
 from rcllm.core.ranking import ContentKey
-from rcllm.errors import StoreError
+from rcllm.errors import StoreError, StoreWarning
 from rcllm.store.contract import Found, Stored, TierStats
-from rcllm.store.disk import ahead, inspect, reserve
+from rcllm.store.disk import ahead, care, inspect, reserve, spaces, travel
+from rcllm.store.disk.access import Access
 from rcllm.store.disk.audit import Erasure, append
-from rcllm.store.disk.edit import NUMBER, Edit, Removed, read_erasure
-from rcllm.store.disk.environment import DATA, Opened, open_environment, told
+from rcllm.store.disk.edit import NUMBER, Removed, read_erasure
+from rcllm.store.disk.environment import Opened, open_environment
 from rcllm.store.disk.lease import Leases
-from rcllm.store.disk.records import Entry, State, mark, read_entry, read_state
-from rcllm.store.owners import NOBODY, OwnerDigest, alias, digest
+from rcllm.store.owners import OwnerDigest, alias, digest
 
 T = TypeVar("T")
 _BATCH_BYTES = 64 << 20  # LMDB keeps what a transaction writes in memory until it ends
 _SLACK_BYTES = 1 << 20  # a disk with less room than this is full
-_MAX_TOUCHES = 100_000  # uses that wait for the next write
-
-
-class StoreWarning(UserWarning):
-    """A store goes on with less than it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +60,10 @@ class DiskStore:
     """At most `budget_bytes` of blocks in `folder`. Use `DiskStore.open`, a context manager."""
 
     def __init__(self, folder: Path, budget_bytes: int, clock: Callable[[], float], opened: Opened) -> None:
-        self.folder, self._budget, self._clock, self._opened = folder, budget_bytes, clock, opened
-        self._leases = Leases(opened.env, clock, opened.close)
-        self._writer = threading.Lock()  # of this process; LMDB's own lets one process write at a time
-        self._notes = threading.Lock()
-        self._pid = os.getpid()
+        self.folder, self._budget = folder, budget_bytes
         self._fits = budget_bytes  # what the disk has room for, where it was once found full
-        self._touches: dict[ContentKey, None] = {}  # in order of their last use
-        self._bad: set[ContentKey] = set()  # to be dropped with the next write
-        self._evictions = self._dropped = self._errors = 0
+        self._access = Access(folder, opened, clock)
+        self._leases = Leases(opened.env, clock, opened.close)
 
     @classmethod
     def open(
@@ -101,37 +90,38 @@ class DiskStore:
 
     def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
         found: dict[ContentKey, Found] = {}
-        with self._telling(), self._reading() as txn:
-            dbs = self._opened.dbs
+        access = self._access
+        with access.telling(), access.reading() as txn:
             for key in keys:
-                entry = self._entry(txn, key)
-                if entry is not None and (data := txn.get(key, db=dbs.blocks)) is not None:
+                entry = access.entry(txn, key)
+                if entry is not None and (data := txn.get(key, db=access.opened.dbs.blocks)) is not None:
                     found[key] = Found("disk", entry.num_bytes)
                     ahead.announce(data)
         return found
 
     def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Stored]:
         found: dict[ContentKey, Stored] = {}
-        with self._telling():
+        access = self._access
+        with access.telling():
             lease = self._leases.begin()
             for key in keys:
-                entry = self._entry(lease.txn, key)
-                data = None if entry is None else self._block(lease.txn, key, entry)
+                entry = access.entry(lease.txn, key)
+                data = None if entry is None else access.block(lease.txn, key, entry)
                 if entry is None or data is None:
                     continue
-                view = lease.lend(data) if self._opened.in_place else memoryview(bytes(data))
+                view = lease.lend(data) if access.opened.in_place else memoryview(bytes(data))
                 found[key] = Stored(view, entry.cost, alias(entry.owner), entry.space)
-            self._note_uses(found)
+            access.note_uses(found)
         return found
 
     def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
         for batch in _batches(blocks):
             try:
-                with self._telling(), self._writing() as edit:
+                with self._access.telling(), self._access.writing() as edit:
                     taken = [edit.put(key, block, self.budget_bytes) for key, block in batch.items()]
-                self._drop(taken.count(False))
+                self._access.drop(taken.count(False))
             except StoreError as error:
-                self._drop(len(batch))
+                self._access.drop(len(batch))
                 num_bytes = sum(block.num_bytes for block in batch.values())
                 if not self._is_full(error, num_bytes):
                     raise
@@ -144,22 +134,21 @@ class DiskStore:
         """Removes every block of several items or users, in one transaction. It is on the disk when this returns."""
         unique = list(dict.fromkeys(map(digest, owners)))
         erased = self._whatever_the_room(lambda: self._erase(unique))
-        self._whatever_the_room(lambda: append(self.folder, erased, self._clock()))
+        self._audit(erased)
         return Removed(sum(each.blocks for each in erased), sum(each.bytes for each in erased))
 
     def stats(self) -> Sequence[TierStats]:
-        state = self._state()
-        counts = (self._evictions, self._dropped, self._errors)
+        access = self._access
+        with access.telling(), access.reading() as txn:
+            state = access.state(txn)
+        counts = (access.evictions, access.dropped, access.errors)
         return (TierStats("disk", state.num_blocks, state.num_bytes, self.budget_bytes, *counts),)
 
     def close(self) -> None:
         """Blocks that are in use stay in place; the file is let go when the last of them is."""
-        if os.getpid() != self._pid:
-            return
-        if self._opened.writable and (self._touches or self._bad):
-            with contextlib.suppress(StoreError), self._telling(), self._writing():
-                pass
-        self._leases.close()
+        if not self._access.is_fork:
+            self._access.flush()
+            self._leases.close()
 
     # ---- beyond the contract ----
 
@@ -173,145 +162,86 @@ class DiskStore:
         self._budget = self._fits = budget_bytes
 
     def use(self) -> DiskUse:
-        opened = self._opened
-        size = (self.folder / DATA).stat().st_size
-        return DiskUse(
-            size, opened.map_bytes, len(self._leases), self._leases.oldest_s(), opened.writable, opened.in_place
-        )
+        opened, leases = self._access.opened, self._leases
+        size = self._access.file.stat().st_size
+        return DiskUse(size, opened.map_bytes, len(leases), leases.oldest_s(), opened.writable, opened.in_place)
 
     def erased_since(self, number: int) -> Erased:
         """Owners that any process erased after `number`, which is 0 or what the last call said is now."""
         owners = set()
-        with self._telling(), self._reading() as txn:
-            now = self._state_of(txn).erasures
-            with txn.cursor(self._opened.dbs.erasures) as cursor:
+        access = self._access
+        with access.telling(), access.reading() as txn:
+            now = access.state(txn).erasures
+            with txn.cursor(access.opened.dbs.erasures) as cursor:
                 found = cursor.set_range(NUMBER.pack(number + 1))
                 while found:
-                    owners.add(read_erasure(bytes(cursor.value()))[0])
+                    owners.add(read_erasure(bytes(cursor.value())).owner)
                     found = cursor.next()
                 oldest = NUMBER.unpack(bytes(cursor.key()))[0] if cursor.first() else now + 1
         return Erased(now, frozenset(owners), oldest <= number + 1)
 
+    def name_space(self, space: str, about: Mapping[str, str]) -> None:
+        """What blocks of a space are made by, for people: model, template, dtype."""
+        with self._access.telling(), self._access.writing() as edit:
+            edit.name_space(space, about)
+
+    def spaces(self) -> Mapping[str, spaces.Space]:
+        with self._access.telling(), self._access.reading() as txn:
+            return spaces.read_all(txn, self._access.opened.dbs)
+
+    def prune(self, keep: Collection[str]) -> Removed:
+        """Removes the blocks of all other spaces, and what is known of these."""
+        return spaces.prune(self._access, keep)
+
+    def verify(self, *, repair: bool, on_progress: care.OnProgress | None = None) -> care.Verified:
+        """Reads every block. With `repair`: drops those that are damaged, and makes all records agree."""
+        return care.verify(self._access, repair=repair, on_progress=on_progress)
+
+    def scrub(self) -> care.Scrubbed:
+        """Overwrites whatever was removed, so that no byte of it is in the file. Raises StoreError while it is read."""
+        scrubbed, erasures = care.scrub(self._access)
+        self._audit([Erasure(erasures, None, scrubbed.num_pages, scrubbed.num_bytes, scrubbed=True)])
+        return scrubbed
+
+    def export_to(self, folder: Path) -> travel.Manifest:
+        """A copy to take elsewhere, with a manifest, of the store as it is now; others go on using it."""
+        return travel.export_to(self._access, folder)
+
+    def import_from(self, folder: Path) -> travel.Imported:
+        """Takes the blocks of an export, each of them checked. Raises StoreError for what is no whole export."""
+        return travel.import_from(self._access, folder, self.put_many)
+
     def check(self) -> None:
         """Asserts that all records agree. Reads every key, and no block."""
-        with self._telling(), self._reading() as txn:
-            found = inspect.differences(txn, self._opened)
+        with self._access.telling(), self._access.reading() as txn:
+            found = inspect.differences(txn, self._access.opened)
         assert not found, "; ".join(found)
 
     # ---- inside ----
 
     def _erase(self, owners: Iterable[OwnerDigest]) -> list[Erasure]:
         erased = []
-        with self._writing() as edit:
+        with self._access.writing() as edit:
             for owner in owners:
                 gone = edit.remove_owner(owner)
                 number = edit.note_erasure(owner)
                 erased.append(Erasure(number, alias(owner), gone.num_blocks, gone.num_bytes, scrubbed=False))
-        self._opened.env.sync(True)
+        self._access.opened.env.sync(True)
         return erased
+
+    def _audit(self, erasures: Sequence[Erasure]) -> None:
+        self._whatever_the_room(lambda: append(self.folder, erasures, self._access.clock()))
 
     def _whatever_the_room(self, act: Callable[[], T]) -> T:
         """What `act` returns; where the disk is full, once more with the room that was kept for it."""
         try:
-            with self._telling():
+            with self._access.telling():
                 return act()
         except StoreError as error:
             if not self._is_full(error, 0) or not reserve.release(self.folder):
                 raise
-        with self._telling():
+        with self._access.telling():
             return act()
-
-    def _entry(self, txn: Any, key: ContentKey) -> Entry | None:
-        """None: not there, damaged, or its owner could not find it to erase it."""
-        record = txn.get(key, db=self._opened.dbs.entries)
-        if record is None:
-            return None
-        entry = read_entry(key, bytes(record))
-        if entry is None or (entry.owner != NOBODY and txn.get(entry.owner + key, db=self._opened.dbs.owners) is None):
-            self._found_bad(key)
-            return None
-        return entry
-
-    def _block(self, txn: Any, key: ContentKey, entry: Entry) -> memoryview | None:
-        """The bytes that the record vouches for; whether they are whole is for their reader to check."""
-        data: memoryview | None = txn.get(key, db=self._opened.dbs.blocks)
-        if data is None or len(data) != max(entry.num_bytes, self._opened.least_bytes):
-            self._found_bad(key)
-            return None
-        data = data[: entry.num_bytes]
-        if mark(data) != entry.mark:
-            self._found_bad(key)
-            return None
-        return data
-
-    def _found_bad(self, key: ContentKey) -> None:
-        with self._notes:
-            if key not in self._bad:
-                self._bad.add(key)
-                self._errors += 1
-
-    def _note_uses(self, keys: Iterable[ContentKey]) -> None:
-        with self._notes:
-            for key in keys:
-                self._touches.pop(key, None)
-                self._touches[key] = None
-            while len(self._touches) > _MAX_TOUCHES:
-                del self._touches[next(iter(self._touches))]
-
-    def _take_notes(self) -> tuple[Iterable[ContentKey], Iterable[ContentKey]]:
-        with self._notes:
-            touches, bad = self._touches, self._bad
-            self._touches, self._bad = {}, set()
-        return touches, bad
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[Any]:
-        with self._opened.env.begin(buffers=True) as txn:
-            yield txn
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[Edit]:
-        """One write transaction, after the uses and the finds that wait for one. Nothing counts if its body raises."""
-        if not self._opened.writable:
-            raise StoreError(f"{self.folder}: cannot be written; give its folder rights, or name another")
-        with self._writer:
-            touches, bad = self._take_notes()
-            with self._opened.env.begin(write=True, buffers=True) as txn:
-                edit = Edit(self._opened, txn, self._clock)
-                for key in bad:
-                    edit.remove(key)
-                for key in touches:
-                    edit.touch(key)
-                yield edit
-                edit.finish()
-            self._evictions += edit.evictions
-
-    @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Whatever fails is counted, and is an error of ours."""
-        if os.getpid() != self._pid:
-            raise StoreError(f"{self.folder}: opened by process {self._pid}; a fork of it opens the store for itself")
-        try:
-            with told(self.folder):
-                yield
-        except StoreError:
-            with self._notes:
-                self._errors += 1
-            raise
-
-    def _drop(self, num_blocks: int) -> None:
-        with self._notes:
-            self._dropped += num_blocks
-
-    def _state(self) -> State:
-        with self._telling(), self._reading() as txn:
-            return self._state_of(txn)
-
-    def _state_of(self, txn: Any) -> State:
-        state = read_state(txn.get(b"state", db=self._opened.dbs.facts))
-        if state is None:
-            raise StoreError(f"{self.folder}: the store's totals are damaged; repair it: rcllm cache verify --repair")
-        return state
 
     def _is_full(self, error: StoreError, num_bytes: int) -> bool:
         """Whether the disk, or the map, had no room for so much."""
@@ -324,13 +254,13 @@ class DiskStore:
 
     def _found_full(self, num_bytes: int) -> None:
         """Keeps less from now on, so that what is put next finds pages of what went."""
-        self._fits = max(0, min(self.budget_bytes, self._state().num_bytes) - num_bytes)
+        self._fits = max(0, min(self.budget_bytes, self.stats()[0].num_bytes) - num_bytes)
         _warn(
             f"{self.folder}: the disk is full, so blocks were dropped and the store keeps {self._fits / 1e6:.0f} MB; "
-            "make room and open it again, or lower store.disk_gb"
+            "make room and open it again, or give it a smaller budget"
         )
         for _ in range(2):  # LMDB uses pages again from the second transaction on after the one that freed them
-            with contextlib.suppress(StoreError), self._telling(), self._writing() as edit:
+            with contextlib.suppress(StoreError), self._access.telling(), self._access.writing() as edit:
                 edit.make_room(0, self.budget_bytes)
 
 
