@@ -53,7 +53,9 @@ def verify(
     store_folder: Folder = None,
     repair: Annotated[bool, Opt("Drop what is damaged, and make all records agree.")] = False,
 ) -> None:
-    """Read every block against its checksum. Ends with 1 where something is damaged and was not repaired.
+    """Read every block against its checksum.
+
+    Ends with 1 where something is damaged and was not repaired.
 
     Example: `rcllm cache verify --repair`
     """
@@ -61,7 +63,9 @@ def verify(
 
 @spread("rcllm.cli.stored:compact_command")
 def compact(store_folder: Folder = None) -> None:
-    """Give disk space back that removed blocks took. No process may have the store open.
+    """Give disk space back that removed blocks took.
+
+    No process may have the store open.
 
     Example: `rcllm cache compact`
     """
@@ -78,9 +82,9 @@ def erase(
     ] = None,
     scrub: Annotated[bool, Opt("Overwrite what was removed, so that no byte of it is left in the file.")] = False,
 ) -> None:
-    """Remove users or items from every tier, with a line in audit.jsonl beside the store.
+    """Remove users or items from every tier.
 
-    Processes that have the store open let go of the same blocks with their next request. A semantic pool is a file made
+    Each is a line in audit.jsonl beside the store, without its name. Processes that have the store open let go of the same blocks with their next request. A semantic pool is a file made
     of users' texts: build it again with `rcllm pool build --exclude-users`.
 
     Example: `rcllm cache erase --user ann --scrub`
@@ -95,7 +99,9 @@ def prune(
         float | None, Ge(0), Opt("Only what no process has used for so many days, whatever it belongs to.")
     ] = None,
 ) -> None:
-    """Remove blocks that the model, adapter, template and dtype given here do not read.
+    """Remove blocks that the model, adapter, template and dtype do not read.
+
+    Those of the configuration that is given here; with --unused-days, it does not matter.
 
     Example: `rcllm cache prune --unused-days 30`
     """
@@ -106,7 +112,9 @@ def export(
     to: Annotated[Path, Opt("A folder to make.", metavar="FOLDER")],
     store_folder: Folder = None,
 ) -> None:
-    """Copy the store into a folder to take to another machine, with a manifest and checksums.
+    """Copy the store into a folder to take to another machine.
+
+    A manifest with checksums lies beside the blocks.
 
     Example: `rcllm cache export --to warmed`
     """
