@@ -1,4 +1,4 @@
-"""A cache in int8: every job and level near what it answers beside fp32, and what does not depend on rounding at all."""
+"""A cache in int8: every job and level near what it answers beside fp32, and what rounding does not touch."""
 
 from __future__ import annotations
 
