@@ -6,24 +6,23 @@ its section or plain values, never the tree.
 
 from __future__ import annotations
 
-import json
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
-from annotated_types import Ge
-
-from rcllm.annotated import Opt, Rule, bare, check_regex, hints_of
-from rcllm.core.ranking import Level, RankOptions, Selection
+from rcllm.annotated import Ge, Opt, Rule, bare, check_regex, hints_of
+from rcllm.core.requests import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
 from rcllm.fields import check, parse
+from rcllm.late import Late
 from rcllm.words import nearest as nearest
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    import tomllib
+else:
+    tomllib = Late("tomllib")
 
 MIB = 1 << 20
 CONTEXTS = ("none", "bos", "instruction", "typical", "mean(n)")
@@ -157,7 +156,12 @@ class StoreConfig:
     enabled: bool | None = None  # None: on for commands that rank, recommend, warm and serve; off in Python
     folder: Annotated[
         str,
-        Opt("Where it is kept; default $RCLLM_HOME/store, else ~/.cache/rcllm/store.", metavar="FOLDER", name="--store-folder", panel=_STORE),
+        Opt(
+            "Where it is kept; default $RCLLM_HOME/store, else ~/.cache/rcllm/store.",
+            metavar="FOLDER",
+            name="--store-folder",
+            panel=_STORE,
+        ),
     ] = ""
     disk_mb: Annotated[
         int, Ge(0), Opt("Disk that it may use; default a quarter of what is free. 0: default.", panel=_STORE)
@@ -165,7 +169,12 @@ class StoreConfig:
     host_mb: Annotated[int, Ge(0)] = 0  # a tier in host memory above the disk, for pools on a GPU
     shared: Annotated[
         str,
-        Opt("A Valkey or Redis server that several machines share: valkey://host:port/0.", metavar="URL", name="--shared-store", panel=_STORE),
+        Opt(
+            "A Valkey or Redis server that several machines share: valkey://host:port/0.",
+            metavar="URL",
+            name="--shared-store",
+            panel=_STORE,
+        ),
     ] = ""
     queue_mb: Annotated[int, Ge(1)] = 256  # of blocks that wait to be written; what exceeds it is dropped, and counted
 
@@ -282,9 +291,3 @@ def _check_selection(selection: Selection) -> None:
             "policy k_difference needs selection.check_layer of 1 or more: "
             "in layer 0 a key depends on its token alone, and so none differs there"
         )
-
-
-def as_json(value: DataclassInstance) -> dict[str, Any]:
-    """A dataclass as JSON would give it back; NaN and infinity, for which JSON has no word, become None."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(value)), parse_constant=lambda name: None)
-    return plain

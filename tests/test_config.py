@@ -16,7 +16,6 @@ from rcllm.config import (
     Hardware,
     ModelConfig,
     PromptConfig,
-    as_json,
     check_options,
     context_samples,
     nearest,
@@ -25,6 +24,7 @@ from rcllm.config import (
 )
 from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
+from rcllm.plain_json import as_json
 from rcllm.schedule.admission import Open
 
 SMALL = Hardware(has_cuda=False, memory_bytes=1000 * MIB)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rcllm.cache.below import Below, Block
+from rcllm.cache.below import Below, Block, nameless
 from rcllm.cache.lookup import Located, Lookup
 from rcllm.cache.rates import Rates
 from rcllm.core.ranking import ContentKey
@@ -26,8 +26,10 @@ from rcllm.core.receipts import Source
 from rcllm.metrics import Clock
 from rcllm.model.kv_int8 import kept, kept_bytes
 from rcllm.store.contract import Store, TierStats
+from rcllm.store.disk.store import Erased
 from rcllm.store.index import Entry, Index
 from rcllm.store.null import NullStore
+from rcllm.store.owners import alias
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class Pool:
     def was_erased(self, owner: str | None, since: int) -> bool:
         """Whether an owner was erased after a look-up, whose `erasures` is `since`."""
         with self._lock:
-            return self._erasures.hit(owner, since)
+            return self._erasures.hit(nameless(owner), since)
 
     def _on_device(self, keys: Iterable[ContentKey]) -> dict[ContentKey, Located]:
         with self._lock:
@@ -128,14 +130,29 @@ class Pool:
         A running request that holds one finishes with it; nobody else can get it any more. A store that fails here
         raises: erasing is not best-effort.
         """
+        name = nameless(owner)
+        assert name is not None
         with self._lock:
-            self._erasures.add(owner)
-            owned = self._index.owned_by(owner)
-            for key in owned:
-                self._index.remove(key)
-                del self._blocks[key]
-            self._unwritten = {key: block for key, block in self._unwritten.items() if block.owner != owner}
-        return max(len(owned), self.store.delete_owner(owner))  # what was published is below as well
+            owned = self._forget(name)
+        return max(len(owned), self.store.delete_owner(name))  # what was published is below as well
+
+    def _forget(self, owner: str) -> list[ContentKey]:
+        """Lets an owner's blocks go from the pool, and none that is under way come in. The lock is held."""
+        self._erasures.add(owner)
+        owned = self._index.owned_by(owner)
+        for key in owned:
+            self._index.remove(key)
+            del self._blocks[key]
+        self._unwritten = {key: block for key, block in self._unwritten.items() if block.owner != owner}
+        return owned
+
+    def heed(self, erased: Erased) -> None:
+        """Lets go of what other processes have erased from a store that they share with this one."""
+        with self._lock:
+            held = {owner for key in self._index if (owner := self._index[key].owner) is not None}
+            named = {alias(each) for each in erased.owners}
+            for owner in held if not erased.complete else held & named:
+                self._forget(owner)
 
     def clear(self) -> None:
         """Drops every block from the pool (not from the store). A running request that holds one finishes with it."""
@@ -159,11 +176,6 @@ class Pool:
         for owner in erased:
             assert owner is not None
             self.store.delete_owner(owner)
-
-    def close(self) -> None:
-        """Hands down what is left, and ends the store."""
-        self.write_through()
-        self.store.close()
 
     def passed_over(self, lookup: Lookup) -> None:
         """What a look-up set apart was computed: its tiers may have become faster unseen."""
@@ -302,7 +314,7 @@ class Held:
     def publish(self, key: ContentKey, kv: torch.Tensor, cost: float, owner: str | None) -> None:
         """Copies `kv` into the pool in its dtype, pinned. Raises CapacityError when pinned blocks leave no room."""
         if key not in self.blocks:
-            kv_kept = self._pool._insert(key, Block(kv, cost, owner), written=False)
+            kv_kept = self._pool._insert(key, Block(kv, cost, nameless(owner)), written=False)
             assert kv_kept is not None
             self.blocks[key] = kv_kept
             self.sources[key] = "computed"

@@ -13,8 +13,7 @@ from pathlib import Path
 from rcllm.core.receipts import Source
 from rcllm.durable import write
 from rcllm.errors import ModelError
-from rcllm.json_files import read_json_if_there
-from rcllm.plain_json import to_json
+from rcllm.plain_json import read_json_if_there, to_json
 
 _KEPT = 0.9  # of the weight of what was timed before, each time
 _HOPE = 1.01

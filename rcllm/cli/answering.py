@@ -17,10 +17,11 @@ from blake3 import blake3
 
 from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import progress, say
-from rcllm.config import Config, StoreConfig, as_json
+from rcllm.config import Config, StoreConfig
 from rcllm.core.ranking import Item
 from rcllm.errors import ConfigError, RcllmError, RequestError
 from rcllm.fetch import digest
+from rcllm.plain_json import as_json
 from rcllm.prompt.template import Template
 from rcllm.version import __version__
 from rcllm.wire.answer_file import CONTENT, LINE, Answers, job_path

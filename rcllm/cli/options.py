@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Ge
-
-from rcllm.annotated import Of, Opt
+from rcllm.annotated import Ge, Of, Opt
 from rcllm.config import CacheConfig, ModelConfig, PromptConfig, StoreConfig
-from rcllm.core.ranking import LabelPlace, Layout, Level, RankOptions, Readout
+from rcllm.core.requests import LabelPlace, Layout, Level, RankOptions, Readout
 
 _ITEMS, _FIDELITY, _KEPT = "Items", "How far reuse may go", "What is kept on disk"
 

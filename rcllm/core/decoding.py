@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Interval, MinLen
-
-from rcllm.annotated import Opt
-from rcllm.core.ranking import Event, HistoryMode, ItemId, Level, TokenIds, UserId
-from rcllm.core.receipts import BeamRule, GenerateReceipt, RecommendReceipt
+from rcllm.annotated import Ge, Interval, MinLen, Opt
+from rcllm.core.requests import BeamRule, Event, HistoryMode, ItemId, Level, TokenIds, UserId
 from rcllm.errors import ConfigError
 from rcllm.fields import check as check_fields
+
+if TYPE_CHECKING:
+    from rcllm.core.receipts import GenerateReceipt, RecommendReceipt
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ from rcllm.engine.job import Answer, Job, Refused, Ticket
 from rcllm.engine.jobs.rank import Rank
 from rcllm.engine.passes import Prompts, Steps, enter, forward
 from rcllm.engine.prefill import Prefill
+from rcllm.engine.tiers import Tiers, about, open_tiers, space_of
 from rcllm.engine.turns import Turns
 from rcllm.engine.warming import Warming, WarmProgress
 from rcllm.errors import CancelledError, RcllmError, answered
@@ -55,6 +56,7 @@ from rcllm.reuse.select import first_phase, max_rows
 from rcllm.schedule.admission import Admission, AdmissionFactory, Identity, Open
 from rcllm.schedule.scheduler import Scheduler
 from rcllm.schedule.work import PassLimits, Work
+from rcllm.store.contract import Store
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -73,17 +75,20 @@ class Engine:
         admission: Admission | None = None,
         prototypes: PrototypePool | None = None,
         *,
+        tiers: Tiers | None = None,
         clock: Clock = time.perf_counter,
         node: str = "",
         trace: Trace | None = None,
     ) -> None:
         """admission: which reuse levels may be used; None for all. prototypes: for history "semantic".
 
+        tiers: below the pool, which end with the engine.
+
         clock: seconds; node: what receipts call this machine, by default its name; trace: told of every stage.
         """
         self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id
         self.prototypes, self.node, self.trace = prototypes, node or platform.node(), trace
-        self.clock = clock
+        self.clock, self._tiers = clock, tiers or Tiers()
         self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes, clock)
         self.rank_job = Rank(
             config, decoder, prompter, self._prefill, admission or Open.of(self.identity, prompter.context_name)
@@ -105,13 +110,15 @@ class Engine:
         config: Config | None = None,
         samples: Sequence[RankRequest] = (),
         admission: AdmissionFactory = Open.of,
+        store: Store | None = None,
     ) -> Engine:
-        """Loads the model and makes an empty cache.
+        """Loads the model and makes an empty pool, over the store that the configuration names, if it names one.
 
         `samples`: real requests for the canonical contexts `typical` and `mean(n)`. `admission`: told what the engine
-        is, makes what decides which reuse levels may be used; by default, all. Fetches the model when it is not
-        there. Warns of a catalogue or configuration that template or adapter do not fit. Raises ConfigError, DataError,
-        ModelError, FetchError.
+        is, makes what decides which reuse levels may be used; by default, all. `store`: in place of the one that the
+        configuration names; whoever opened it closes it. Fetches the model when it is not there. Warns of a catalogue
+        or configuration that template or adapter do not fit, and of tiers that cannot be used. Raises ConfigError,
+        DataError, ModelError, FetchError.
         """
         memory = psutil.virtual_memory().total
         config = declared_mask(resolve(config or Config(), Hardware(torch.cuda.is_available(), memory)))
@@ -126,7 +133,11 @@ class Engine:
         model_id = model.hex()[:12]
         prototypes = open_prototypes(config, decoder, prompter)
         admitting = admission(identity(config, prompter, model_id, prototypes), prompter.context_name)
-        return cls(config, decoder, prompter, make_pool(config, decoder), model_id, admitting, prototypes)
+        space = space_of(prompter.namespace)
+        tiers = open_tiers(config.store, space, about(config, model_id)) if store is None else Tiers()
+        pool = make_pool(config, decoder, tiers.store if store is None else store, space)
+        tiers.load_rates(pool.rates)
+        return cls(config, decoder, prompter, pool, model_id, admitting, prototypes, tiers=tiers)
 
     @property
     def identity(self) -> Identity:
@@ -188,6 +199,7 @@ class Engine:
 
     def submit(self, job: Job[Request, Response], request: Request) -> Ticket | Refused:
         """Takes a request in, in the caller's thread; a wrong one is done at once, with its error."""
+        self._tiers.heed_erasures(self.pool)
         while True:
             version = self.catalogue.version
             ticket = self._open(job, request)
@@ -368,7 +380,8 @@ class Engine:
     def close(self) -> None:
         """Hands the store what it does not have yet, and ends it. An engine without a store need not be closed."""
         with self._turns.alone():
-            self.pool.close()
+            self.pool.write_through()
+            self._tiers.close(self.pool.rates)
 
     def __enter__(self) -> Engine:
         return self

@@ -33,10 +33,10 @@ from rcllm.prompt.keys import token_bytes
 from rcllm.prototypes.config import PrototypeConfig
 from rcllm.prototypes.lookup import Matcher, PrototypeIndex, always_fresh
 from rcllm.prototypes.lsh import Canonical, Ints, Lsh, Words, choose
-from rcllm.prototypes.pool import VERSION, PrototypeHeader, embedding_rows, is_pool, namespace_digest, write
+from rcllm.prototypes.pool import DTYPES, VERSION, PrototypeHeader, embedding_rows, is_pool, namespace_digest, write
 from rcllm.reuse.assemble import assemble_blocks
 
-_DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _OURS = re.compile(r"shard-\d+\.safetensors|\..*\.partial")  # in a work folder, beside the recipe
 _HELD_OUT, _MAX_HELD_OUT = 0.05, 500  # share of the texts, and number, that tell how much of new text is found
 

@@ -70,6 +70,7 @@ class Tiered:
         self._behind = WriteBehind(partial(_write, self._lasting), queue_bytes)
         self._lock = threading.Lock()  # orders what changes memory and queue; no lasting tier is asked under it
         self._reads: list[_Read] = []
+        self._erasing: list[str] = []  # owners whom not every lasting tier has erased yet
         self._memory_hits = 0
         self._hits: Counter[int] = Counter()  # blocks, by the place of their lasting tier
         self._promoted: Counter[int] = Counter()
@@ -101,8 +102,8 @@ class Tiered:
     @contextmanager
     def _reading(self) -> Iterator[_Read]:
         """A scope in which a read is told what happens meanwhile."""
-        read = _Read()
         with self._lock:
+            read = _Read(erased=set(self._erasing))
             self._reads.append(read)
         try:
             yield read
@@ -161,22 +162,23 @@ class Tiered:
     def delete_owner(self, owner: str) -> int:
         """Asks every tier, also one that is left alone. Raises ErasureError, when all were asked, if one failed."""
         with self._lock:
+            self._erasing.append(owner)
             for read in self._reads:
                 read.erased.add(owner)
             counts = [self._memory.delete_owner(owner), self._behind.delete_owner(owner)]
         failed: dict[Source, Exception] = {}
-        with self._behind.between_batches():
-            for tier in self._lasting:
-                try:
-                    counts.append(tier.delete_owner(owner))
-                except Exception as error:
-                    failed[tier.tier] = error
+        try:
+            with self._behind.between_batches():
+                for tier in self._lasting:
+                    try:
+                        counts.append(tier.delete_owner(owner))
+                    except Exception as error:
+                        failed[tier.tier] = error
+        finally:
+            with self._lock:
+                self._erasing.remove(owner)
         if failed:
-            told = ", ".join(f"{tier} ({type(error).__name__}: {error})" for tier, error in failed.items())
-            raise ErasureError(
-                f"blocks of {owner!r} may be left on the tiers that failed: {told}. Elsewhere they are gone. See that "
-                "those tiers work, and erase again"
-            ) from next(iter(failed.values()))
+            raise _not_erased(owner, failed) from next(iter(failed.values()))
         return max(counts)
 
     def stats(self) -> Sequence[TierStats]:
@@ -206,6 +208,14 @@ class Tiered:
         """Asserts that memory and queue agree with themselves."""
         self._memory.check()
         self._behind.check()
+
+
+def _not_erased(owner: str, failed: Mapping[Source, Exception]) -> ErasureError:
+    told = ", ".join(f"{tier} ({type(error).__name__}: {error})" for tier, error in failed.items())
+    return ErasureError(
+        f"blocks of {owner!r} may be left on the tiers that failed: {told}. Elsewhere they are gone. See that those "
+        "tiers work, and erase again"
+    )
 
 
 def _write(lasting: Sequence[GuardedStore], batch: Batch) -> None:

@@ -1,4 +1,4 @@
-"""A cache in int8: every job and level near what it answers beside fp32, and what rounding does not touch."""
+"""A cache in int8: every job and level near what it answers beside fp32, and what depends on no rounding."""
 
 from __future__ import annotations
 

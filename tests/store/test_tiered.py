@@ -249,6 +249,23 @@ def test_an_owner_that_is_erased_while_its_block_is_read_does_not_come_back(
     assert tiered.lookup_many([key(1), key(2)]) == {}
 
 
+def test_a_read_that_begins_while_its_owner_is_erased_brings_nothing_back(
+    tiered: Tiered, shared: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(shared, 1, owner="ann")
+    real = shared.delete_owner
+    seen: list[dict[int, int | None]] = []
+
+    def read_and_erase(owner: str) -> int:
+        seen.append(versions(tiered, 1))
+        return real(owner)
+
+    monkeypatch.setattr(shared, "delete_owner", read_and_erase)
+    assert tiered.delete_owner("ann") == 1
+    assert seen == [{}]
+    assert versions(tiered, 1) == {}
+
+
 def test_a_block_that_is_replaced_while_it_is_read_stays_replaced(tiered: Tiered, disk: Tier, shared: Tier) -> None:
     put(shared, 1, version=1)
 

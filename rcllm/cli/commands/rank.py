@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from annotated_types import Ge
-
-from rcllm.annotated import Opt
+from rcllm.annotated import Ge, Opt
 from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, Restart, StoreOptions
 from rcllm.cli.spread import spread
 
@@ -82,10 +80,11 @@ def ttft(
     seed: Annotated[int, Ge(0), Opt("Draws users and candidates.")] = 0,
     out: Annotated[str | None, Opt("Also write the figures here, as JSON.", metavar="FILE")] = None,
 ) -> None:
-    """Time to first token (here: to the scores) of every reuse level, and how far its answer is from full recompute.
+    """Time to first token of every reuse level, and how far off its answers are.
 
-    One request at a time on a warm cache, all levels of a request before the next one. 20 requests tell times, not
-    quality: for that, give hundreds. --level is ignored; --readout, --layout and --label-place hold for all levels.
+    The first token is here the scores, and far off means far from full recompute. One request at a time on a warm
+    cache, all levels of a request before the next one. 20 requests tell times, not quality: for that, give hundreds.
+    --level is ignored; --readout, --layout and --label-place hold for all levels.
 
     Example: `rcllm bench ttft --items items.jsonl --in requests.jsonl --levels "blocks tail(0.2)"`
     """
@@ -104,7 +103,7 @@ def position(
     seed: Annotated[int, Ge(0), Opt("Draws orders, users and candidates.")] = 0,
     out: Annotated[str | None, Opt("Write the JSON line here, not to stdout.", metavar="FILE")] = None,
 ) -> None:
-    """How much of a score is the candidate, and how much its place in the list.
+    """How much of a score is the candidate, and how much its place.
 
     Ranks every request again under other orders of its candidates. Their KV is reused, so that an order costs its fresh
     tokens only. **share of order** is what order does to an item's score, within / (within + between) variance: 0 is a

@@ -19,10 +19,11 @@ import lmdb
 
 from rcllm.errors import StoreError
 from rcllm.store.disk import pages
-from rcllm.store.disk.records import State, read_state, write_state
+from rcllm.store.disk.records import State, write_state
 
 FORMAT_VERSION = 1
 DATA = "data.mdb"  # the name that LMDB gives its file
+_READERS = "lock.mdb"
 _USERS = "open.lock"  # shared by those who have the store open, held alone by who checks or replaces its file
 _NAMES = ("blocks", "entries", "owners", "order", "spaces", "erasures", "facts")
 _MAX_MAP_BYTES = 1 << 40
@@ -145,7 +146,8 @@ def _open(folder: Path, write: bool, users: int | None) -> Opened:
 
 def _map(folder: Path, write: bool) -> tuple[lmdb.Environment, bool, int]:
     """The environment, whether its readers are known to writers, and the address space that it got."""
-    size, lock = _MAX_MAP_BYTES, True
+    lock = write or os.access(folder / _READERS, os.W_OK)
+    size = _MAX_MAP_BYTES
     least = (folder / DATA).stat().st_size if (folder / DATA).exists() else 1 << 20
     while True:
         try:
@@ -166,29 +168,33 @@ def _map(folder: Path, write: bool) -> tuple[lmdb.Environment, bool, int]:
             if size // 2 < least:
                 raise
             size //= 2
-        except (lmdb.ReadonlyError, lmdb.LockError, lmdb.Error):
-            if write or not lock:
-                raise
-            lock = False
 
 
 def _databases(env: lmdb.Environment, folder: Path, write: bool) -> Databases:
-    with env.begin(write=write) as txn:
+    with env.begin() as txn:
         names = {bytes(name) for name, _ in txn.cursor()}
-        if names - {name.encode() for name in _NAMES}:
-            raise StoreError(f"{folder}: this LMDB file is no store of rcllm; name another folder")
-        if not names and not write:
-            raise StoreError(f"{folder}: the store of blocks is empty, and cannot be written")
-        dbs = Databases(*(env.open_db(name.encode(), txn=txn, create=write) for name in _NAMES))
+    if names - {name.encode() for name in _NAMES}:
+        raise StoreError(f"{folder}: this LMDB file is no store of rcllm; name another folder")
+    if not write:
         if not names:
+            raise StoreError(f"{folder}: the store of blocks is empty, and cannot be written")
+        dbs = Databases(*(env.open_db(name.encode(), create=False) for name in _NAMES))
+        with env.begin() as txn:
+            _check_facts(txn, dbs, folder)
+        return dbs
+    with env.begin(write=True) as txn:  # whole, or not there
+        dbs = Databases(*(env.open_db(name.encode(), txn=txn) for name in _NAMES))
+        if not txn.stat(dbs.facts)["entries"]:
             txn.put(b"format", str(FORMAT_VERSION).encode(), db=dbs.facts)
             txn.put(b"state", write_state(State()), db=dbs.facts)
-        found = (txn.get(b"format", db=dbs.facts) or b"none").decode(errors="replace")
-        if found != str(FORMAT_VERSION):
-            raise StoreError(
-                f"{folder}: expected a store of format {FORMAT_VERSION}, got {found!r}; name another folder, or "
-                "delete this one: its blocks are computed again"
-            )
-        if read_state(txn.get(b"state", db=dbs.facts)) is None:
-            raise StoreError(f"{folder}: the store's totals are damaged; repair it: rcllm cache verify --repair")
+        _check_facts(txn, dbs, folder)
     return dbs
+
+
+def _check_facts(txn: Any, dbs: Databases, folder: Path) -> None:
+    found = (txn.get(b"format", db=dbs.facts) or b"none").decode(errors="replace")
+    if found != str(FORMAT_VERSION):
+        raise StoreError(
+            f"{folder}: expected a store of format {FORMAT_VERSION}, got {found!r}; name another folder, or "
+            "delete this one: its blocks are computed again"
+        )

@@ -16,14 +16,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lmdb
 
 from rcllm.core.ranking import ContentKey
 from rcllm.errors import StoreError
 from rcllm.store.contract import Found, Stored, TierStats
-from rcllm.store.disk import ahead, inspect
+from rcllm.store.disk import ahead, inspect, reserve
 from rcllm.store.disk.audit import Erasure, append
 from rcllm.store.disk.edit import NUMBER, Edit, Removed, read_erasure
 from rcllm.store.disk.environment import DATA, Opened, open_environment, told
@@ -31,7 +31,9 @@ from rcllm.store.disk.lease import Leases
 from rcllm.store.disk.records import Entry, State, mark, read_entry, read_state
 from rcllm.store.owners import NOBODY, OwnerDigest, alias, digest
 
+T = TypeVar("T")
 _BATCH_BYTES = 64 << 20  # LMDB keeps what a transaction writes in memory until it ends
+_SLACK_BYTES = 1 << 20  # a disk with less room than this is full
 _MAX_TOUCHES = 100_000  # uses that wait for the next write
 
 
@@ -80,9 +82,13 @@ class DiskStore:
     ) -> DiskStore:
         """Makes what is missing. A folder that cannot be written is read alone, with a warning. Raises StoreError."""
         where = Path(folder)
+        if budget_bytes < 0:
+            raise StoreError(f"{where}: expected a budget of 0 bytes or more, got {budget_bytes}")
         opened = open_environment(where)
         if not opened.writable:
             _warn(f"{where}: cannot be written, so its blocks are read, and none is added or erased")
+        else:
+            reserve.keep(where)
         return cls(where, budget_bytes, clock, opened)
 
     def __enter__(self) -> DiskStore:
@@ -126,24 +132,19 @@ class DiskStore:
                 self._drop(taken.count(False))
             except StoreError as error:
                 self._drop(len(batch))
-                if not _is_full(error):
+                num_bytes = sum(block.num_bytes for block in batch.values())
+                if not self._is_full(error, num_bytes):
                     raise
-                self._found_full(sum(block.num_bytes for block in batch.values()))
+                self._found_full(num_bytes)
 
     def delete_owner(self, owner: str) -> int:
         return self.delete_owners([owner]).num_blocks
 
     def delete_owners(self, owners: Iterable[str]) -> Removed:
         """Removes every block of several items or users, in one transaction. It is on the disk when this returns."""
-        erased: list[Erasure] = []
-        with self._telling():
-            with self._writing() as edit:
-                for owner in dict.fromkeys(map(digest, owners)):
-                    gone = edit.remove_owner(owner)
-                    number = edit.note_erasure(owner)
-                    erased.append(Erasure(number, alias(owner), gone.num_blocks, gone.num_bytes, scrubbed=False))
-            self._opened.env.sync(True)
-            append(self.folder, erased, self._clock())
+        unique = list(dict.fromkeys(map(digest, owners)))
+        erased = self._whatever_the_room(lambda: self._erase(unique))
+        self._whatever_the_room(lambda: append(self.folder, erased, self._clock()))
         return Removed(sum(each.blocks for each in erased), sum(each.bytes for each in erased))
 
     def stats(self) -> Sequence[TierStats]:
@@ -198,6 +199,27 @@ class DiskStore:
         assert not found, "; ".join(found)
 
     # ---- inside ----
+
+    def _erase(self, owners: Iterable[OwnerDigest]) -> list[Erasure]:
+        erased = []
+        with self._writing() as edit:
+            for owner in owners:
+                gone = edit.remove_owner(owner)
+                number = edit.note_erasure(owner)
+                erased.append(Erasure(number, alias(owner), gone.num_blocks, gone.num_bytes, scrubbed=False))
+        self._opened.env.sync(True)
+        return erased
+
+    def _whatever_the_room(self, act: Callable[[], T]) -> T:
+        """What `act` returns; where the disk is full, once more with the room that was kept for it."""
+        try:
+            with self._telling():
+                return act()
+        except StoreError as error:
+            if not self._is_full(error, 0) or not reserve.release(self.folder):
+                raise
+        with self._telling():
+            return act()
 
     def _entry(self, txn: Any, key: ContentKey) -> Entry | None:
         """None: not there, damaged, or its owner could not find it to erase it."""
@@ -291,6 +313,15 @@ class DiskStore:
             raise StoreError(f"{self.folder}: the store's totals are damaged; repair it: rcllm cache verify --repair")
         return state
 
+    def _is_full(self, error: StoreError, num_bytes: int) -> bool:
+        """Whether the disk, or the map, had no room for so much."""
+        cause = error.__cause__
+        code = cause.errno if isinstance(cause, OSError) else getattr(cause, "code", None)
+        if code == errno.EIO:  # LMDB says so where less was written than it asked for
+            disk = os.statvfs(self.folder)
+            return disk.f_bavail * disk.f_frsize < 2 * num_bytes + _SLACK_BYTES
+        return isinstance(cause, lmdb.MapFullError) or code in (errno.ENOSPC, errno.EDQUOT)
+
     def _found_full(self, num_bytes: int) -> None:
         """Keeps less from now on, so that what is put next finds pages of what went."""
         self._fits = max(0, min(self.budget_bytes, self._state().num_bytes) - num_bytes)
@@ -315,13 +346,6 @@ def _batches(blocks: Mapping[ContentKey, Stored]) -> Iterator[dict[ContentKey, S
         size += block.num_bytes
     if batch:
         yield batch
-
-
-def _is_full(error: StoreError) -> bool:
-    """Whether the disk, or the map, has no room."""
-    cause = error.__cause__
-    code = getattr(cause, "errno", None) or getattr(cause, "code", None)
-    return isinstance(cause, lmdb.MapFullError | lmdb.DiskError) or code in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _warn(text: str) -> None:
