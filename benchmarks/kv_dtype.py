@@ -37,7 +37,7 @@ from rcllm.fidelity.summary import summarise
 QUESTION = "Bytes, score error, NDCG@10 and TTFT of KV kept in fp32, fp16, bf16 and int8"
 DTYPES = ("fp32", "fp16", "bf16", "int8")
 SET = "scientific"
-ROUNDS = 3
+ROUNDS = 5
 POOL_MB = 3000
 COLUMNS = ["dtype", "requests", "mean |error|", "largest", "Kendall τ", "top-1", "NDCG@10", "Δ fp32", "95 %"]
 
@@ -52,7 +52,7 @@ class Sizes:
     timed: int
 
 
-FULL, QUICK = Sizes(1000, 100, 50, 24), Sizes(6, 6, 2, 3)
+FULL, QUICK = Sizes(1000, 40, 50, 24), Sizes(6, 6, 2, 3)
 
 
 def main() -> None:
