@@ -208,10 +208,10 @@ class Engine:
         with self._lock:
             self._scheduler.open(ticket.job.kind, ticket.job.limits)
             queue = self._scheduler.queue(self._make.work(ticket, self.intake))
-            budget_ms = self.intake.budget_ms(ticket, queue, self._running_ms(queue))
-            if self.intake.in_time(ticket, budget_ms):
+            left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue))
+            if self.intake.in_time(ticket, left_ms):
                 return self._enqueue(ticket)
-        ticket = self.intake.degraded(ticket, budget_ms, lambda: not self._tickets)
+        ticket = self.intake.degraded(ticket, left_ms, lambda: not self._tickets)
         with self._lock:
             return ticket if ticket.done else self._enqueue(ticket)
 

@@ -64,6 +64,11 @@ def choose(rungs: Iterable[Rung[T]], budget_ms: float, prior: Sequence[float], m
     return Taken(cheapest.way, tuple(sorted(ranked[:kept])), steps)
 
 
+def budget_ms(deadline_ms: float, elapsed_ms: float, wait_ms: float) -> float:
+    """What the pass of a request may take that arrived `elapsed_ms` ago and waits so long, by estimate."""
+    return deadline_ms - elapsed_ms - MARGIN * wait_ms
+
+
 def by_prior(prior: Sequence[float], num_candidates: int) -> list[int]:
     """Candidates, the highest prior first; ties, and all where there is no prior, in the order asked."""
     if not prior:
