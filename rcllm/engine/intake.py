@@ -104,7 +104,7 @@ class Intake:
         if choose(ways, alone_ms, prior, self._config.min_candidates) is not None:
             self.count_overloaded()
             raise too_late(deadline_ms, (alone_ms - left_ms) / MARGIN, needs_ms)
-        if self._probe.passes(is_idle):
+        if self._probe.passes(is_idle, self._costs.num_passes):
             return self._without_deadline(ticket)
         with self._lock:
             self._counts.num_late += 1

@@ -95,7 +95,7 @@ class CostModel:
         self._demands: deque[FloatArray] = deque(maxlen=_WINDOW)
         self._ms: deque[float] = deque(maxlen=_WINDOW)
         self._errors: deque[float] = deque(maxlen=_ERRORS)
-        self._num_passes = 0
+        self.num_passes = 0  # that it has learned from
 
     def ms(self, demand: Demand) -> float:
         """The estimated time of a pass, or of what a request adds to one."""
@@ -112,7 +112,7 @@ class CostModel:
         self._errors.append(abs(self.ms(demand) / ms - 1.0))
         self._demands.append(demand.array())
         self._ms.append(ms)
-        self._num_passes += 1
+        self.num_passes += 1
         self._fit()
 
     def _fit(self) -> None:
@@ -130,4 +130,4 @@ class CostModel:
     def stats(self) -> CostStats:
         """A snapshot, for people."""
         error = statistics.median(self._errors) if self._errors else float("nan")
-        return CostStats(self._num_passes, error, self._load, Rates(*self._rates.tolist()))
+        return CostStats(self.num_passes, error, self._load, Rates(*self._rates.tolist()))

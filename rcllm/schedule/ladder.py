@@ -87,10 +87,13 @@ class Probe:
     def __init__(self, every: int = 32) -> None:
         self._every, self._refused = every, 0
 
-    def passes(self, is_idle: Callable[[], bool]) -> bool:
-        """Whether the request that is about to be refused is computed all the same; on an idle engine alone."""
+    def passes(self, is_idle: Callable[[], bool], num_passes: int) -> bool:
+        """Whether the request that is about to be refused is computed all the same; on an idle engine alone.
+
+        `num_passes`: that the estimates were learned from; the first request of all is always computed.
+        """
         self._refused += 1
-        if self._refused < self._every or not is_idle():
+        if (num_passes and self._refused < self._every) or not is_idle():
             return False
         self._refused = 0
         return True

@@ -28,6 +28,7 @@ class Fixed(CostModel):
     def __init__(self) -> None:
         super().__init__(Rates(10.0, 1.0, 0.0, 0.0, 0.0))
         self.seen: list[Demand] = []
+        self.num_passes = 1
 
     def observe(self, demand: Demand, ms: float) -> None:
         self.seen.append(demand)
