@@ -48,6 +48,7 @@ PARTS = ("decision", "overload", "cost", "mixed", "shared")
 TRUE = Rates(4.0, 0.55, 0.2, 8e-8, 6e-5)  # ms, of the machine that is simulated
 WRONG = Rates.first(2 * 135e6, 4 * 30 * 576)  # what the cost model assumes of it at first
 DEADLINE_MS = 2000.0
+_PROBE = -1  # the way of a request that is computed to test its estimate, whatever its deadline
 OVERLOAD = 3.0
 
 
@@ -208,6 +209,7 @@ class _Device:
         self.scheduler.open("rank", KindLimits())
         self._config, self.done = ScheduleConfig(min_candidates=10), Outcome()
         self._taken_as: dict[int, np.ndarray] = {}  # by number, the demands of those that were accepted
+        self._probes = set[int]()
         self._entered: tuple[int, ...] = ()  # in the pass that runs
         self._demand, self._ms, self._ends_s, self._expected_s = Demand(), 0.0, 0.0, 0.0  # of that pass
 
@@ -225,10 +227,12 @@ class _Device:
             self.done.refused += 1
             self.done.slowest_refusal_s = max(self.done.slowest_refusal_s, time.perf_counter() - start)
             return
-        parts = arrival.demands[taken.way]
+        parts = arrival.demands[max(taken.way, 0)]
         self._taken_as[number] = parts if taken.keep is None else parts[[0, *(1 + i for i in taken.keep)]]
-        self.scheduler.add(self._work(number, arrival, self._taken_as[number]))
-        self.done.accepted += 1
+        work = self._work(number, arrival, self._taken_as[number])
+        self.scheduler.add(dataclasses.replace(work, deadline_s=None) if taken.way == _PROBE else work)
+        self._probes |= {number} if taken.way == _PROBE else set()
+        self.done.accepted += taken.way != _PROBE
         self.done.steps.update(taken.steps)
         if not self._entered:
             self._begin(arrival.at_s)
@@ -241,7 +245,7 @@ class _Device:
         left_ms = budget_ms(DEADLINE_MS, 0.0, running_ms + queue.ahead_ms)
         taken = choose(rungs, left_ms, (), self._config.min_candidates)
         if taken is None and self._probe.passes(lambda: not self._entered, self._costs.num_passes):
-            return Taken(len(rungs) - 1)
+            return Taken(_PROBE)
         return taken
 
     def _work(self, number: int, arrival: Arrival, parts: np.ndarray) -> Work:
@@ -267,8 +271,9 @@ class _Device:
         for number in self._entered:
             self.scheduler.end(number)
             over_ms = (self._ends_s - self._arrivals[number].at_s) * 1e3 - DEADLINE_MS
-            self.done.in_time += over_ms <= 0
-            self.done.most_late_ms = max(self.done.most_late_ms, over_ms)
+            if number not in self._probes:
+                self.done.in_time += over_ms <= 0
+                self.done.most_late_ms = max(self.done.most_late_ms, over_ms)
 
 
 def _split(each_ms: list[float]) -> tuple[float, tuple[float, ...]]:

@@ -53,7 +53,7 @@ from rcllm.reuse.missing import item_owner, user_owner
 from rcllm.schedule.admission import Admission, AdmissionFactory, Identity, Open
 from rcllm.schedule.cost import CostModel, Demand, Rates
 from rcllm.schedule.scheduler import Scheduler
-from rcllm.schedule.work import DEFAULT_TERMS, NO_LIMITS, KindLimits, PassLimits, Queue, Terms
+from rcllm.schedule.work import DEFAULT_TERMS, NO_LIMITS, KindLimits, PassLimits, Queue, Terms, Work
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -355,6 +355,13 @@ class Engine:
         with self._turns.alone():
             self._prefill.corrector.rankings.forget(owner)
             return self.pool.delete_owner(owner)
+
+    def queue(self, tenant: str = "") -> Queue:
+        """What a ranking of a tenant would find, were it asked for now: for metrics, pages and routing."""
+        with self._lock:
+            self._scheduler.open(self._rank.kind, self._rank.limits)
+            found = self._scheduler.queue(Work(-1, self._rank.kind, 0, tenant=tenant, arrival_s=self.clock()))
+            return replace(found, ahead_ms=found.ahead_ms + self._running_ms(found))
 
     def stats(self) -> PoolStats:
         return self.pool.stats()

@@ -19,8 +19,8 @@ from rcllm.engine.job import Opening, Ticket
 from rcllm.engine.jobs.rank import Rank
 from rcllm.errors import DeadlineError, RequestError
 from rcllm.metrics import Clock
-from rcllm.schedule.cost import CostModel
-from rcllm.schedule.ladder import MARGIN, Probe, Rung, budget_ms, choose
+from rcllm.schedule.cost import MARGIN, CostModel
+from rcllm.schedule.ladder import Probe, Rung, budget_ms, choose
 from rcllm.schedule.last_scores import LastScores
 from rcllm.schedule.overload import refusal, too_late
 from rcllm.schedule.work import Queue, Terms

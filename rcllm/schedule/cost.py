@@ -17,6 +17,7 @@ from scipy.optimize import nnls
 
 FloatArray = npt.NDArray[np.float64]
 
+MARGIN = 1.25  # what an estimate is taken times where being late matters: a tenth more or less is its usual error
 _WINDOW = 64  # passes that rates are fitted to
 _TRUST = 0.2  # weight of the first values beside the passes, each of which weighs 1
 _RECENT = 9  # passes whose median tells how loaded the machine is now

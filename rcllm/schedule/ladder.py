@@ -14,8 +14,7 @@ from itertools import accumulate
 from typing import Generic, TypeVar
 
 from rcllm.core.receipts import Step
-
-MARGIN = 1.25  # what an estimate is taken times, since a tenth more or less is its usual error
+from rcllm.schedule.cost import MARGIN
 
 T = TypeVar("T")
 

@@ -188,6 +188,15 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(make: Callable
     assert engine.intake.counts().num_overloaded == 2
 
 
+def test_the_queue_can_be_looked_at(make: Callable[..., Engine]) -> None:
+    engine = make()
+    assert (engine.queue().num_waiting, engine.queue().ahead_ms) == (0, 0.0)
+    ask(engine, ASKED, tenant="ann")
+    assert engine.queue("ann").num_own == 1
+    assert engine.queue("ann").ahead_ms == pytest.approx(needs(make(), ASKED) / 1.25)
+    assert engine.queue("bob").num_tenants == 2
+
+
 def test_what_would_wait_too_long_is_refused(make: Callable[..., Engine]) -> None:
     engine = make(max_wait_ms=1.0)
     assert isinstance(ask(engine, ASKED), Ticket), "nobody waits"

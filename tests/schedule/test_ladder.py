@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.schedule.ladder import MARGIN, Probe, Rung, Step, Taken, by_prior, choose
+from rcllm.schedule.cost import MARGIN
+from rcllm.schedule.ladder import Probe, Rung, Step, Taken, by_prior, choose
 
 ASKED = Rung("exact", 100.0, (200.0,) * 4)  # 900 ms
 CHEAPER = Rung("tail", 60.0, (60.0,) * 4)  # 300 ms
