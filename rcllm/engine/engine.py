@@ -56,7 +56,7 @@ from rcllm.reuse.missing import item_owner, user_owner
 from rcllm.schedule.admission import Admission, AdmissionFactory, Identity, Open
 from rcllm.schedule.cost import CostModel, Demand, Rates
 from rcllm.schedule.scheduler import Scheduler
-from rcllm.schedule.work import DEFAULT_TERMS, NO_LIMITS, KindLimits, PassLimits, Queue, Terms
+from rcllm.schedule.work import DEFAULT_TERMS, NO_LIMITS, KindLimits, PassLimits, Queue, Terms, Work
 from rcllm.store.contract import Store
 
 Request = TypeVar("Request")
@@ -241,11 +241,11 @@ class Engine:
         with self._lock:
             self._scheduler.open(ticket.job.kind, ticket.job.limits)
             queue = self._scheduler.queue(self._make.work(ticket, self.intake))
-            budget_ms = self.intake.budget_ms(ticket, queue, self._running_ms(queue))
-            if self.intake.in_time(ticket, budget_ms):
+            left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue))
+            if self.intake.in_time(ticket, left_ms):
                 return self._enqueue(ticket)
         version = ticket.catalogue_version
-        ticket = self.intake.degraded(ticket, budget_ms, lambda: not self._tickets)
+        ticket = self.intake.degraded(ticket, left_ms, lambda: not self._tickets)
         ticket.catalogue_version = version
         with self._lock:
             return ticket if ticket.done else self._enqueue(ticket)
@@ -418,6 +418,13 @@ class Engine:
         with self._turns.alone():
             self._prefill.corrector.rankings.forget(owner)
             return self.pool.delete_owner(owner)
+
+    def queue(self, tenant: str = "") -> Queue:
+        """What a ranking of a tenant would find, were it asked for now: for metrics, pages and routing."""
+        with self._lock:
+            self._scheduler.open(self._rank.kind, self._rank.limits)
+            found = self._scheduler.queue(Work(-1, self._rank.kind, 0, tenant=tenant, arrival_s=self.clock()))
+            return replace(found, ahead_ms=found.ahead_ms + self._running_ms(found))
 
     def stats(self) -> PoolStats:
         return self.pool.stats()
