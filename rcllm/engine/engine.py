@@ -15,6 +15,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ import torch
 from rcllm.cache.pool import Pool, PoolStats
 from rcllm.config import Config, Hardware, resolve
 from rcllm.core.ranking import Item, ItemId, Mask, RankRequest, RankResponse, UserId
+from rcllm.data.live import LiveCatalogue
 from rcllm.engine.build import (
     declared_mask,
     identity,
@@ -35,7 +37,7 @@ from rcllm.engine.build import (
     open_prototypes,
 )
 from rcllm.engine.fit import fit
-from rcllm.engine.job import Answer, Job, Refused, Ticket
+from rcllm.engine.job import Answer, Job, Listener, Refused, Ticket
 from rcllm.engine.jobs.rank import Rank
 from rcllm.engine.passes import Prompts, Steps, enter, forward
 from rcllm.engine.prefill import Prefill
@@ -176,8 +178,13 @@ class Engine:
 
     # ---- the loop ----
 
-    def submit(self, job: Job[Request, Response], request: Request) -> Ticket | Refused:
-        """Takes a request in, in the caller's thread; a wrong one is done at once, with its error."""
+    def submit(
+        self, job: Job[Request, Response], request: Request, listener: Listener | None = None
+    ) -> Ticket | Refused:
+        """Takes a request in, in the caller's thread; a wrong one is done at once, with its error.
+
+        `listener`: told of tokens and of the outcome as they come, for callers that do not run the loop themselves.
+        """
         number, start, watch = next(self._numbers), self.clock(), Stopwatch(self.clock)
         try:
             with watch.stage("prompt"):
@@ -188,12 +195,26 @@ class Engine:
                 planned = self._prefill.plan(opening.prompt, lookup)
         except RcllmError as error:
             return Refused(request, error)
-        ticket = Ticket(number, job, request, start, opening, lookup, planned, watch.stages)
+        ticket = Ticket(number, job, request, start, opening, lookup, planned, watch.stages, listener)
         with self._lock:
             self._scheduler.open(job.kind, job.limits)
             self._scheduler.add(self._work(ticket))
             self._tickets[ticket.number] = ticket
         return ticket
+
+    @property
+    def rank_job(self) -> Job[RankRequest, RankResponse]:
+        """The job of `rank`, for whoever submits requests and does not wait in this thread."""
+        return self._rank
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Nothing is computed inside, for changes of what jobs keep between passes."""
+        return self._turns.alone()
+
+    def turn(self) -> bool:
+        """`step` in this thread's turn, beside others that compute; for whoever runs the loop for everybody."""
+        with self._turns.alone():
+            return self.step()
 
     def step(self) -> bool:
         """One pass over the rows of whoever's turn it is; False where nobody waits. One thread at a time."""
@@ -236,11 +257,11 @@ class Engine:
             ticket = self._tickets[answer.number]
             if isinstance(answer.outcome, BaseException):
                 ticket.job.drop(ticket.number)
-                ticket.outcome = answer.outcome
+                ticket.end(answer.outcome)
             else:
                 total_ms = (self.clock() - ticket.submitted_s) * 1e3
                 receipt = replace(answer.outcome.receipt, stage_ms={**ticket.stage_ms, "total": total_ms})
-                ticket.outcome = replace(answer.outcome, receipt=receipt)
+                ticket.end(replace(answer.outcome, receipt=receipt))
         with self._lock:
             for answer in answers:
                 self._scheduler.end(answer.number)
@@ -254,7 +275,7 @@ class Engine:
                 for ticket in undone:
                     if not ticket.done and self._scheduler.cancel(ticket.number):
                         ticket.job.drop(ticket.number)
-                        ticket.outcome = CancelledError("the request was cancelled before it was answered")
+                        ticket.end(CancelledError("the request was cancelled before it was answered"))
                         del self._tickets[ticket.number]
 
     def _loop(self, until: Callable[[], bool]) -> None:
@@ -318,6 +339,23 @@ class Engine:
         with self._turns.alone():
             self._prefill.corrector.rankings.forget(owner)
             return self.pool.delete_owner(owner)
+
+    # ---- the catalogue ----
+
+    def put_items(self, items: Iterable[Item]) -> int:
+        """Adds items or replaces their text; returns how many are new. What was submitted before keeps the old text."""
+        return self._live_catalogue().put(items)
+
+    def remove_items(self, item_ids: Iterable[ItemId]) -> None:
+        """Raises UnknownItemError, before anything is changed. What was submitted before still has them."""
+        self._live_catalogue().remove(item_ids)
+
+    def _live_catalogue(self) -> LiveCatalogue:
+        """The catalogue, made one that can be changed when that is first wanted."""
+        with self._lock:
+            if not isinstance(self.prompter.catalogue, LiveCatalogue):
+                self.prompter.catalogue = LiveCatalogue(self.prompter.catalogue)
+            return self.prompter.catalogue
 
     def stats(self) -> PoolStats:
         return self.pool.stats()

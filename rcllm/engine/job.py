@@ -41,9 +41,19 @@ class Opening:
         return self.step_rows > 0
 
 
+class Listener(Protocol):
+    """Told of one request, in the thread that computes: it must return at once and raise nothing."""
+
+    def tokens(self, token_ids: Sequence[int]) -> None:
+        """The answer goes on with these."""
+
+    def done(self, outcome: object) -> None:
+        """The response or the exception; the last call."""
+
+
 @dataclass(slots=True)
 class Ticket:
-    """One request on its way. Whoever submitted it runs the loop until it is done."""
+    """One request on its way. Whoever submitted it runs the loop until it is done, or listens."""
 
     number: int
     job: Job[Any, Any]
@@ -53,11 +63,18 @@ class Ticket:
     lookup: Lookup  # where its blocks were when it was submitted
     planned: Planned  # by that look-up
     stage_ms: dict[str, float]  # of the passes that it took part in, too
+    listener: Listener | None = None
     outcome: object = None  # a response or an exception; None: not yet
 
     @property
     def done(self) -> bool:
         return self.outcome is not None
+
+    def end(self, outcome: object) -> None:
+        """Gives it its response, or its exception."""
+        self.outcome = outcome
+        if self.listener is not None:
+            self.listener.done(outcome)
 
     def add(self, stage_ms: Mapping[str, float]) -> None:
         """Adds the stages of a pass."""
