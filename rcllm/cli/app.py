@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rcllm.cli.commands import describe, learn, rank, recommend, sid, start
+from rcllm.cli.commands import describe, learn, rank, recommend, serve, sid, start
 from rcllm.cli.ending import ended_by
 from rcllm.cli.screen import console, say
 from rcllm.cli.spread import Declared
@@ -50,6 +50,7 @@ for name, command in {
     "rank": rank.rank,
     "explain": rank.explain,
     "recommend": recommend.recommend,
+    "serve": serve.serve,
     "calibrate": learn.calibrate,
     "tune": learn.tune,
     "describe": describe.describe,
@@ -95,7 +96,8 @@ def main(
     block. **calibrate** finds how far reuse may go before answers change, and rank goes that far; **tune** teaches a
     model to rank, also so that reuse changes nothing. **bench ttft** says what reuse saves on your data; **probe
     position**, what the order of the candidates does; **pool build** makes token prototypes for histories.
-    **recommend** finds items of the whole catalogue, with a decoder that **sid train** made. Example:
+    **recommend** finds items of the whole catalogue, with a decoder that **sid train** made; **serve** answers over
+    HTTP. Example:
 
     - `rcllm pull`
     - `rcllm warm --items items.jsonl --limit 500`

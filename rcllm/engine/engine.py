@@ -90,6 +90,7 @@ class Engine:
         kv_bytes = pool.budget // 2  # of one pass; the other half is for what runs on
         self._scheduler = Scheduler(PassLimits(config.cache.pass_tokens, kv_bytes))
         self._tickets: dict[int, Ticket] = {}  # those that wait or run
+        self._withdrawn: list[Ticket] = []  # to be dropped before the next pass
         self._lock = threading.Lock()  # of the scheduler and the tickets; never held while something is computed
         self._turns = Turns()  # who computes
         self._numbers = itertools.count()
@@ -242,6 +243,9 @@ class Engine:
     def _schedule(self) -> tuple[list[Ticket], list[Ticket]]:
         """Who enters with the next pass, and who goes on."""
         with self._lock:
+            withdrawn, self._withdrawn = self._withdrawn, []
+        self._drop(withdrawn)
+        with self._lock:
             turn = self._scheduler.turn()
             entering, running = ([self._tickets[n] for n in some] for some in (turn.enter, turn.step))
         for ticket in entering:
@@ -271,12 +275,25 @@ class Engine:
     def cancel(self, tickets: Iterable[Ticket | Refused]) -> None:
         """Ends requests that are not done; waits for the pass that runs."""
         if undone := [ticket for ticket in tickets if isinstance(ticket, Ticket) and not ticket.done]:
-            with self._turns.alone(), self._lock:
-                for ticket in undone:
-                    if not ticket.done and self._scheduler.cancel(ticket.number):
-                        ticket.job.drop(ticket.number)
-                        ticket.end(CancelledError("the request was cancelled before it was answered"))
-                        del self._tickets[ticket.number]
+            with self._turns.alone():
+                self._drop(undone)
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Ends a request before the next pass; returns at once."""
+        with self._lock:
+            self._withdrawn.append(ticket)
+
+    def _drop(self, tickets: Iterable[Ticket]) -> None:
+        """Called by the thread whose turn it is, between passes."""
+        dropped = []
+        with self._lock:
+            for ticket in tickets:
+                if not ticket.done and self._scheduler.cancel(ticket.number):
+                    del self._tickets[ticket.number]
+                    dropped.append(ticket)
+        for ticket in dropped:
+            ticket.job.drop(ticket.number)
+            ticket.end(CancelledError("the request was cancelled before it was answered"))
 
     def _loop(self, until: Callable[[], bool]) -> None:
         """Runs passes, or waits while another thread does, until `until` holds."""

@@ -52,6 +52,11 @@ class Endpoint:
     body: type[Any] | None = None
     is_admin: bool = False
 
+    @property
+    def shown_path(self) -> str:
+        """As documents and logs have it."""
+        return self.path.replace(":path", "")
+
 
 ENDPOINTS = (
     Endpoint("GET", "/health", sight.health),
@@ -75,10 +80,10 @@ ENDPOINTS = (
     Endpoint("POST", "/detokenize", texts.detokenize, DetokenizeBody),
     Endpoint("POST", "/v1/items", changes.put_items, ItemsBody, is_admin=True),
     Endpoint("POST", "/v1/items/delete", changes.delete_items, IdsBody, is_admin=True),
-    Endpoint("PUT", "/v1/items/{item_id}", changes.put_item, ItemBody, is_admin=True),
-    Endpoint("DELETE", "/v1/items/{item_id}", changes.delete_item, is_admin=True),
-    Endpoint("POST", "/v1/users/{user_id}/events", changes.append_event, Event, is_admin=True),
-    Endpoint("DELETE", "/v1/users/{user_id}", changes.erase_user, is_admin=True),
+    Endpoint("PUT", "/v1/items/{item_id:path}", changes.put_item, ItemBody, is_admin=True),
+    Endpoint("DELETE", "/v1/items/{item_id:path}", changes.delete_item, is_admin=True),
+    Endpoint("POST", "/v1/users/{user_id:path}/events", changes.append_event, Event, is_admin=True),
+    Endpoint("DELETE", "/v1/users/{user_id:path}", changes.erase_user, is_admin=True),
     Endpoint("POST", "/v1/cache/warm", changes.warm, WarmBody, is_admin=True),
 )
 
@@ -111,8 +116,8 @@ def make_app(backend: Backend, config: ServerConfig = _DEFAULTS) -> FastAPI:
             endpoint.path,
             _answering(served, endpoint),
             methods=[endpoint.method],
-            name=f"{endpoint.method.lower()} {endpoint.path}",
-            operation_id=f"{endpoint.method.lower()}{re.sub(r'[^a-z0-9]+', '_', endpoint.path)}",
+            name=f"{endpoint.method.lower()} {endpoint.shown_path}",
+            operation_id=f"{endpoint.method.lower()}{re.sub(r'[^a-z0-9]+', '_', endpoint.shown_path)}",
             summary=(endpoint.handler.__doc__ or endpoint.handler.__name__.replace("_", " ")).strip(),
             openapi_extra=_described(endpoint),
             response_class=Response,

@@ -113,4 +113,5 @@ def _request_id(headers: Headers) -> str:
 
 def _route(scope: Scope) -> str:
     """The address as it is declared: a real one may hold a user's name."""
-    return str(getattr(scope.get("route"), "path", "")) or ("unknown" if scope["path"] not in OPEN else scope["path"])
+    route = scope.get("route")
+    return str(getattr(route, "path_format", "")) or (scope["path"] if scope["path"] in OPEN else "unknown")

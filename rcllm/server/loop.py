@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from rcllm.engine.job import Ticket
 from rcllm.words import without_words
 
 logger = logging.getLogger(__name__)
@@ -24,18 +23,14 @@ class Turning(Protocol):
     def turn(self) -> bool:
         """One pass; False where nobody waits."""
 
-    def cancel(self, tickets: Sequence[Ticket]) -> None:
-        """Ends requests that are not done."""
-
 
 class Loop:
-    """`start`, then `wake` after each request that was submitted; `stop` at the end."""
+    """`start`, then `wake` after whatever may need a pass; `stop` at the end."""
 
     def __init__(self, engines: Sequence[Turning], on_failure: Callable[[Exception], None]) -> None:
         self._engines, self._on_failure = tuple(engines), on_failure
         self._changed = threading.Condition()
         self._awake = self._ending = False
-        self._withdrawn: list[tuple[Turning, Ticket]] = []
         self._thread = threading.Thread(target=self._run, name="rcllm-loop", daemon=True)
         self.failures = 0
 
@@ -51,28 +46,19 @@ class Loop:
             self._thread.join()
 
     def wake(self) -> None:
-        """Says that a request was submitted."""
+        """Says that a request was submitted or withdrawn."""
         with self._changed:
             self._awake = True
-            self._changed.notify_all()
-
-    def withdraw(self, engine: Turning, ticket: Ticket) -> None:
-        """Nobody wants this answer any more: it is dropped before the next pass. Returns at once."""
-        with self._changed:
-            self._withdrawn.append((engine, ticket))
             self._changed.notify_all()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._awake or self._withdrawn or self._ending)
+                self._changed.wait_for(lambda: self._awake or self._ending)
                 if self._ending:
                     return
-                withdrawn, self._withdrawn = self._withdrawn, []
                 self._awake = False
             try:
-                for engine, ticket in withdrawn:
-                    engine.cancel([ticket])
                 busy = [engine.turn() for engine in self._engines]
             except Exception as error:
                 self._fail(error)

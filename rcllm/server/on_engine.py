@@ -145,7 +145,8 @@ class EngineBackend:
         self._loop.wake()
 
     def withdraw(self, waiting: Waiting, ticket: Ticket) -> None:
-        self._loop.withdraw(self._routes[type(waiting.asked.request)].engine, ticket)
+        self._routes[type(waiting.asked.request)].engine.withdraw(ticket)
+        self._loop.wake()
 
     def ended(self, waiting: Waiting) -> None:
         waiting.over.set()

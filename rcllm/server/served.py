@@ -20,7 +20,7 @@ from rcllm.core.ranking import RankRequest
 from rcllm.errors import DeadlineError, NotServedError, OverloadedError, RequestError, TooLargeError
 from rcllm.fields import read_object
 from rcllm.metrics import Clock
-from rcllm.server.backend import KINDS, Asked, Backend, Request
+from rcllm.server.backend import KINDS, Asked, Backend, Request, Response
 from rcllm.server.failures import failure_of
 from rcllm.server.kept import Answers, Histories
 from rcllm.server.keys import Caller

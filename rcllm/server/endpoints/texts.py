@@ -49,8 +49,8 @@ async def chat(ask: Ask) -> Response:
 
 
 def _in_parts(ids: Sequence[int]) -> ChatPrompt:
-    """Whole parts, and a last one of at least one token."""
-    cuts = [*range(0, len(ids) - 1, _PART), len(ids)]
+    """Whole parts, and a last one of what is left."""
+    cuts = [*range(0, len(ids), _PART), len(ids)]
     parts = tuple(tuple(ids[start:stop]) for start, stop in pairwise(cuts))
     return ChatPrompt(parts or ((),), shares_first=False)
 
