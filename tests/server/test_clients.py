@@ -144,31 +144,33 @@ def reranked(reference: Engine) -> list[float]:
 
 
 def test_cohere_reranks(address: str, reference: Engine) -> None:
-    client = cohere.ClientV2(api_key="none", base_url=address)
-    told = client.rerank(model="tiny", query="red", documents=DOCUMENTS, top_n=3)
+    with httpx.Client() as http:
+        client = cohere.ClientV2(api_key="none", base_url=address, httpx_client=http)
+        told = client.rerank(model="tiny", query="red", documents=DOCUMENTS, top_n=3)
     wanted = reranked(reference)
     best = sorted(range(4), key=lambda i: -wanted[i])[:3]
     assert [result.index for result in told.results] == best
     assert [result.relevance_score for result in told.results] == pytest.approx([wanted[i] for i in best])
-    assert told.results[0].relevance_score == told.results[1].relevance_score or len({*DOCUMENTS}) == 3
 
 
 def test_cohere_first_version_reranks_objects(address: str) -> None:
-    client = cohere.Client(api_key="none", base_url=address)
     documents: Any = [{"text": "a red lamp"}, {"title": "kettle", "brand": "blue"}]
-    told = client.rerank(model="tiny", query="red", documents=documents, return_documents=True)
+    with httpx.Client() as http:
+        client = cohere.Client(api_key="none", base_url=address, httpx_client=http)
+        told = client.rerank(model="tiny", query="red", documents=documents, return_documents=True)
     assert {result.index for result in told.results} == {0, 1}
 
 
 def test_cohere_is_told_of_errors(address: str) -> None:
-    client = cohere.ClientV2(api_key="none", base_url=address)
-    with pytest.raises(cohere.NotFoundError):
+    with httpx.Client() as http, pytest.raises(cohere.NotFoundError):
+        client = cohere.ClientV2(api_key="none", base_url=address, httpx_client=http)
         client.rerank(model="rerank-v3.5", query="red", documents=["a"])
 
 
 def test_langchain_reranks(address: str, reference: Engine) -> None:
     compressor = CohereRerank(model="tiny", base_url=address, cohere_api_key="none", top_n=2)  # type: ignore[arg-type]
     found = compressor.compress_documents([Document(page_content=text) for text in DOCUMENTS], "red")
+    compressor.client._client_wrapper.httpx_client.httpx_client.close()
     wanted = reranked(reference)
     best = sorted(range(4), key=lambda i: -wanted[i])[:2]
     assert [document.page_content for document in found] == [DOCUMENTS[i] for i in best]
@@ -176,6 +178,15 @@ def test_langchain_reranks(address: str, reference: Engine) -> None:
 
 
 def test_langchain_chats(address: str, chatting: openai.OpenAI) -> None:
+    with httpx.Client() as http:
+        told, pieces = _chat_by_langchain(address, http)
+    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A red lamp?"}]
+    plain = chatting.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=8, temperature=0)
+    assert told.content == plain.choices[0].message.content
+    assert "".join(str(piece.content) for piece in pieces) == told.content
+
+
+def _chat_by_langchain(address: str, http: httpx.Client) -> tuple[Any, list[Any]]:
     model = ChatOpenAI(
         model="tiny",
         base_url=f"{address}/v1",
@@ -183,13 +194,10 @@ def test_langchain_chats(address: str, chatting: openai.OpenAI) -> None:
         temperature=0,
         max_tokens=8,  # type: ignore[call-arg]
         max_retries=0,
+        http_client=http,
     )
-    told = model.invoke([("system", "Be brief."), ("human", "A red lamp?")])
-    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A red lamp?"}]
-    plain = chatting.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=8, temperature=0)
-    assert told.content == plain.choices[0].message.content
-    pieces = list(model.stream([("system", "Be brief."), ("human", "A red lamp?")]))
-    assert "".join(str(piece.content) for piece in pieces) == told.content
+    turns = [("system", "Be brief."), ("human", "A red lamp?")]
+    return model.invoke(turns), list(model.stream(turns))
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
