@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
-from rcllm.annotated import Ge, Gt, Opt, Rule, bare, check_regex, hints_of
+from rcllm.annotated import Ge, Gt, Interval, MinLen, Opt, Rule, bare, check_regex, hints_of
 from rcllm.core.requests import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
 from rcllm.fields import check, parse
@@ -30,6 +30,7 @@ _PREFIX = "RCLLM_"
 _NOT_CONFIG = ("RCLLM_HOME", "RCLLM_NATIVE")  # variables that other rooms read
 _PANEL = "Model and cache"
 _STORE = "What is kept on disk"
+_SERVER = "Server"
 
 
 def context_samples(name: str) -> int:
@@ -194,6 +195,34 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Of `rcllm serve`: where it listens, who may ask, and how much one request may be."""
+
+    host: Annotated[str, Opt("Address to listen at.", metavar="ADDRESS", panel=_SERVER)] = "127.0.0.1"
+    port: Annotated[int, Interval(ge=0, le=65535), Opt("Port; 0: any that is free.", panel=_SERVER)] = 8000
+    served_name: Annotated[
+        str, Opt("What clients call the model; default: as --model has it.", metavar="NAME", panel=_SERVER)
+    ] = ""
+    insecure: Annotated[bool, Opt("Listen at an address that others reach, without keys.", panel=_SERVER)] = False
+    warm: Annotated[bool, Opt("Compute the items at once; /ready says when it is done.", panel=_SERVER)] = True
+    # keys are no options, since every user of a machine sees its command lines
+    api_keys: tuple[Annotated[str, MinLen(8)], ...] = field(default=(), repr=False)  # who may ask; empty: everybody
+    admin_key: str = field(default="", repr=False)  # who may change what is served
+    cors_origins: tuple[str, ...] = ()  # pages of other origins that may ask from a browser
+    max_body_mb: Annotated[float, Gt(0)] = 8.0
+    max_items: Annotated[int, Ge(1)] = 1000  # documents, scored items, or items of one change
+    max_tokens: Annotated[int, Ge(1)] = 1024  # of an answer in text
+    max_request_tokens: Annotated[int, Ge(1)] = 131_072  # of all items of a score, or of all prompts of a completion
+    max_history: Annotated[int, Ge(1)] = 1000  # events of one request
+    max_unanswered: Annotated[int, Ge(1)] = 256  # requests that wait or are computed; the next one is told to come back
+    timeout_s: Annotated[float, Gt(0)] = 60.0  # of one request
+    drain_s: Annotated[float, Ge(0)] = 30.0  # for requests under way, once the server is told to end
+    kept_answers: Annotated[int, Ge(0)] = 1000  # whose receipts can be asked for, and which can be run again
+    kept_users: Annotated[int, Ge(0)] = 10_000  # whose events are kept; the ones longest not used go first
+    kept_events: Annotated[int, Ge(1)] = 100  # of one user; the oldest go first
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -201,6 +230,7 @@ class Config:
     rank: RankOptions = field(default_factory=RankOptions)
     store: StoreConfig = field(default_factory=StoreConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
 
     @classmethod
     def load(cls, path: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:

@@ -8,9 +8,14 @@
     ├── ModelError               a model folder cannot be used
     │   └── UnsupportedModelError    the architecture, or a variant of it, is not implemented
     ├── StoreError               a tier of the store cannot be opened, read or written
+    ├── AccessError              a request brings no key that fits
+    │   └── ForbiddenError           its key may ask, but not change what is served
+    ├── ClosingError             the server is going down, and takes no more requests
     ├── RequestError             one request is wrong; the engine and other requests go on
     │   ├── UnknownItemError         a candidate or event names an item the catalogue lacks
+    │   ├── NotServedError           it is fine, but nothing here answers such requests
     │   ├── PromptTooLongError       the prompt exceeds the model's context
+    │   ├── TooLargeError            it has more bytes, items or tokens than the server takes
     │   └── CancelledError           the request was withdrawn before it was answered
     ├── CapacityError            the request is fine but does not fit the memory budget
     ├── ErasureError             blocks of a user or item may be left on a tier of the store
@@ -33,6 +38,8 @@ Response = TypeVar("Response")
 
 class RcllmError(Exception):
     """Base class of every error that a user of rcllm may want to catch."""
+
+    field: str | None = None  # the value that is wrong, as whoever gave it names it, where one is
 
 
 class ConfigError(RcllmError):
@@ -63,12 +70,32 @@ class StoreError(RcllmError):
     """A tier below the pool cannot be opened, read or written. Whoever asks for a request goes on without it."""
 
 
+class AccessError(RcllmError):
+    """A request brings no key, or none that fits."""
+
+
+class ForbiddenError(AccessError):
+    """The key of a request may ask, but not change what is served."""
+
+
+class ClosingError(RcllmError):
+    """The server is going down."""
+
+
 class RequestError(RcllmError):
     """A request is malformed. Nothing was computed and nothing was changed for it."""
 
 
 class UnknownItemError(RequestError):
     """A request names an item that is not in the catalogue."""
+
+
+class NotServedError(RequestError):
+    """What is asked for is not served here, such as recommendations where no decoder is loaded."""
+
+
+class TooLargeError(RequestError):
+    """A request has more bytes, items or tokens than the server takes."""
 
 
 class PromptTooLongError(RequestError):

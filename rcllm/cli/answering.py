@@ -127,6 +127,7 @@ def settings_of(command: str, config: Config, requests: RequestFile[Any], **give
     `given`: a catalogue, groups of options, single values. A file stands for its content, whatever it is called.
     """
     plain = as_json(config)
+    del plain["server"]  # no answer depends on it, and it holds keys
     for section, names in _CHANGES_NOTHING.items():
         plain[section] = {name: value for name, value in plain[section].items() if name not in names}
     plain["rank"]["level"] = str(config.rank.level)

@@ -32,6 +32,7 @@ COMMANDS = (
     Listed("rank", "rank:rank", "Rank the candidates of every request in a file."),
     Listed("explain", "rank:explain", "Rank one request and show where every token came from, and why."),
     Listed("recommend", "recommend:recommend", "Recommend from the whole catalogue: a model generates semantic IDs."),
+    Listed("serve", "serve:serve", "Serve a model over HTTP: rank, recommend, rerank, score, complete and chat."),
     Listed("calibrate", "calibrate:calibrate", "Measure how far KV reuse may go before answers change."),
     Listed("tune", "tune:tune", "Teach a language model to rank: LoRA with a listwise loss on interactions."),
     Listed("describe", "describe:describe", "Describe every user or item in text: knowledge for a click model."),
@@ -104,7 +105,8 @@ def main(
     block. **calibrate** finds how far reuse may go before answers change, and rank goes that far; **tune** teaches a
     model to rank, also so that reuse changes nothing. **bench ttft** says what reuse saves on your data; **probe
     position**, what the order of the candidates does; **pool build** makes token prototypes for histories.
-    **recommend** finds items of the whole catalogue, with a decoder that **sid train** made. Example:
+    **recommend** finds items of the whole catalogue, with a decoder that **sid train** made; **serve** answers over
+    HTTP. Example:
 
     - `rcllm pull`
     - `rcllm warm --items items.jsonl --limit 500`

@@ -77,6 +77,8 @@ class RankRequest:
     history: tuple[Event, ...] = ()
     user_id: UserId | None = None
     volatile: Mapping[ItemId, Mapping[str, str]] = field(default_factory=dict)  # overrides the catalogue's, per item
+    # fields of items that come with the request, instead of the catalogue's
+    texts: Mapping[ItemId, Mapping[str, str]] = field(default_factory=dict)
     options: RankOptions | None = None  # None: the engine's defaults
     positive: ItemId | None = None  # the item the user did choose, where it is known; for evaluation only
     tenant: str = ""  # whose user it is; items are shared among tenants, users never

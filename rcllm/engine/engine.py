@@ -15,6 +15,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ from rcllm.engine.build import (
 from rcllm.engine.fit import fit
 from rcllm.engine.intake import Intake
 from rcllm.engine.items import ItemChanges, compare, completed
-from rcllm.engine.job import Answer, Job, Refused, Ticket
+from rcllm.engine.job import Answer, Job, Listener, Refused, Ticket
 from rcllm.engine.jobs.rank import Rank
 from rcllm.engine.passes import Prompts, Steps, demand, enter, forward
 from rcllm.engine.prefill import Prefill
@@ -100,6 +101,7 @@ class Engine:
         spec = decoder.spec
         self.costs = CostModel(Rates.first(spec.linear_flops_per_token, spec.attention_flops(1)))
         self._tickets: dict[int, Ticket] = {}  # those that wait or run
+        self._withdrawn: list[Ticket] = []  # to be dropped before the next pass
         self._lock = threading.Lock()  # of the scheduler and the tickets; never held while something is computed
         self._turns = Turns()  # who computes
         self._updating = threading.Lock()  # of the catalogue; taken first
@@ -208,10 +210,16 @@ class Engine:
     # ---- the loop ----
 
     def submit(
-        self, job: Job[Request, Response], request: Request, *, terms: Terms = DEFAULT_TERMS
+        self,
+        job: Job[Request, Response],
+        request: Request,
+        listener: Listener | None = None,
+        *,
+        terms: Terms = DEFAULT_TERMS,
     ) -> Ticket | Refused:
         """Takes a request in, in the caller's thread; one that is wrong, or has no time, is done at once.
 
+        `listener`: told of tokens and of the outcome as they come, for callers that do not run the loop themselves.
         `terms`: by when it is wanted; what is given up for that stands in its receipt.
         """
         self._tiers.heed_erasures(self.pool)
@@ -219,18 +227,20 @@ class Engine:
         taken: Ticket | None = None
         try:
             while taken is None:
-                taken = self._take_in(self._open(number, job, request, start, terms))
+                taken = self._take_in(self._open(number, job, request, start, terms, listener))
         except RcllmError as error:
             return Refused(request, error)
         return taken
 
-    def _open(self, number: int, job: Job[Any, Any], request: Any, start: float, terms: Terms) -> Ticket:
+    def _open(
+        self, number: int, job: Job[Any, Any], request: Any, start: float, terms: Terms, listener: Listener | None
+    ) -> Ticket:
         """prompt → lookup → plan"""
         watch, version = Stopwatch(self.clock), self.catalogue.version
         with watch.stage("prompt"):
             opening = job.open(request)
         ticket = self._make.of(number, job, request, start, opening, terms, watch)
-        ticket.catalogue_version = version
+        ticket.catalogue_version, ticket.listener = version, listener
         return ticket
 
     def _take_in(self, ticket: Ticket) -> Ticket | None:
@@ -244,9 +254,9 @@ class Engine:
             left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue))
             if self.intake.in_time(ticket, left_ms):
                 return self._enqueue(ticket)
-        version = ticket.catalogue_version
-        ticket = self.intake.degraded(ticket, left_ms, lambda: not self._tickets)
-        ticket.catalogue_version = version
+        degraded = self.intake.degraded(ticket, left_ms, lambda: not self._tickets)
+        degraded.catalogue_version, degraded.listener = ticket.catalogue_version, ticket.listener
+        ticket = degraded
         with self._lock:
             return ticket if ticket.done else self._enqueue(ticket)
 
@@ -264,6 +274,15 @@ class Engine:
         if not ticket.job.limits.idle:
             self.intake.count_accepted(ticket.opening.degraded)
         return ticket
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Nothing is computed inside, for changes of what jobs keep between passes."""
+        return self._turns.alone()
+
+    def turn(self) -> bool:
+        """`step` in this thread's turn, beside others that compute; for whoever runs the loop for everybody."""
+        with self._turns.alone():
+            return self.step()
 
     def step(self) -> bool:
         """One pass over the rows of whoever's turn it is; False where nobody waits. One thread at a time."""
@@ -296,6 +315,9 @@ class Engine:
 
     def _schedule(self) -> tuple[list[Ticket], list[Ticket]]:
         """Who enters with the next pass, and who goes on."""
+        with self._lock:
+            withdrawn, self._withdrawn = self._withdrawn, []
+        self._drop(withdrawn)
         with self._lock:
             turn = self._scheduler.turn(self.clock())
             entering, running = ([self._tickets[n] for n in some] for some in (turn.enter, turn.step))
@@ -338,12 +360,25 @@ class Engine:
     def cancel(self, tickets: Iterable[Ticket | Refused]) -> None:
         """Ends requests that are not done; waits for the pass that runs."""
         if undone := [ticket for ticket in tickets if isinstance(ticket, Ticket) and not ticket.done]:
-            with self._turns.alone(), self._lock:
-                for ticket in undone:
-                    if not ticket.done and self._scheduler.cancel(ticket.number):
-                        ticket.job.drop(ticket.number)
-                        ticket.end(CancelledError("the request was cancelled before it was answered"))
-                        del self._tickets[ticket.number]
+            with self._turns.alone():
+                self._drop(undone)
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Ends a request before the next pass; returns at once."""
+        with self._lock:
+            self._withdrawn.append(ticket)
+
+    def _drop(self, tickets: Iterable[Ticket]) -> None:
+        """Called by the thread whose turn it is, between passes."""
+        dropped = []
+        with self._lock:
+            for ticket in tickets:
+                if not ticket.done and self._scheduler.cancel(ticket.number):
+                    del self._tickets[ticket.number]
+                    dropped.append(ticket)
+        for ticket in dropped:
+            ticket.job.drop(ticket.number)
+            ticket.end(CancelledError("the request was cancelled before it was answered"))
 
     def _loop(self, until: Callable[[], bool]) -> None:
         """Runs passes, or waits while another thread does, until `until` holds."""
@@ -422,8 +457,8 @@ class Engine:
     def queue(self, tenant: str = "") -> Queue:
         """What a ranking of a tenant would find, were it asked for now: for metrics, pages and routing."""
         with self._lock:
-            self._scheduler.open(self._rank.kind, self._rank.limits)
-            found = self._scheduler.queue(Work(-1, self._rank.kind, 0, tenant=tenant, arrival_s=self.clock()))
+            self._scheduler.open(self.rank_job.kind, self.rank_job.limits)
+            found = self._scheduler.queue(Work(-1, self.rank_job.kind, 0, tenant=tenant, arrival_s=self.clock()))
             return replace(found, ahead_ms=found.ahead_ms + self._running_ms(found))
 
     def stats(self) -> PoolStats:

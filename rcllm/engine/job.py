@@ -45,9 +45,19 @@ class Opening:
         return self.step_rows > 0
 
 
+class Listener(Protocol):
+    """Told of one request, in the thread that computes: it must return at once and raise nothing."""
+
+    def tokens(self, token_ids: Sequence[int]) -> None:
+        """The answer goes on with these."""
+
+    def done(self, outcome: object) -> None:
+        """The response or the exception; the last call."""
+
+
 @dataclass(slots=True)
 class Ticket:
-    """One request on its way. Whoever submitted it runs the loop until it is done."""
+    """One request on its way. Whoever submitted it runs the loop until it is done, or listens."""
 
     number: int
     job: Job[Any, Any]
@@ -60,6 +70,7 @@ class Ticket:
     demands: Demands  # what it asks of the device, by that look-up
     terms: Terms = DEFAULT_TERMS
     catalogue_version: int = 0  # of the items that its prompt reads
+    listener: Listener | None = None
     outcome: object = None  # a response or an exception; None: not yet
 
     @property
@@ -74,6 +85,8 @@ class Ticket:
     def end(self, outcome: object) -> None:
         """Gives it its response, or its exception."""
         self.outcome = outcome
+        if self.listener is not None:
+            self.listener.done(outcome)
 
     def add(self, stage_ms: Mapping[str, float]) -> None:
         """Adds the stages of a pass."""
