@@ -189,8 +189,8 @@ def room_of(copies: int, statistics: Statistics, num_nodes: int) -> int:
 
 
 def table(name: str, metrics: dict[str, float], nodes: tuple[int, ...], copies: tuple[int, ...]) -> None:
-    columns = ("hash", "popularity", "random_lru", "metis", "metis_lru", "halo", "learned", "learned_load")
-    columns += ("spread_at_load", "spread_load_at_load", "byte_balance", "heat_balance")
+    columns = ["hash", "popularity", "random_lru", "metis", "metis_lru", "halo", "learned", "learned_load"]
+    columns += ["spread_at_load", "spread_load_at_load", "byte_balance", "heat_balance"]
     rows = []
     for num_nodes in nodes:
         for each in copies:

@@ -1,7 +1,7 @@
 """Requests made from a data set, to try placements where no log of requests is at hand.
 
-Knows nothing of nodes. Invariant: what a placement is made from and what it is judged by share no user (split `user`) or
-no moment (split `time`); the source of candidates sees the first part alone.
+Knows nothing of nodes. Invariant: what a placement is made from and what it is judged by share no user (split `user`)
+or no moment (split `time`); the source of candidates sees the first part alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from annotated_types import Ge, Interval
 from rcllm.annotated import Opt
 from rcllm.cluster.candidates import SOURCES
 from rcllm.cluster.statistics import IntArray, Requests, incidence, ragged
-from rcllm.core.ranking import Interaction, ItemId
+from rcllm.core.ranking import Interaction, ItemId, UserId
 from rcllm.data import Dataset, histories, split_of
 from rcllm.errors import DataError
 
@@ -86,16 +86,20 @@ def _last(items: Sequence[int], count: int) -> IntArray:
     return np.unique(np.array(items[-count:], dtype=np.int64))
 
 
-def _by_user(rows: Mapping[str, Sequence[Interaction]], numbers: Mapping[ItemId, int], config: TrialConfig) -> _Cases:
+def _by_user(
+    rows: Mapping[UserId, Sequence[Interaction]], numbers: Mapping[ItemId, int], config: TrialConfig
+) -> _Cases:
     """Four users in five train; the others make a request each, before their last event."""
     named = {user: [numbers[row.item_id] for row in events] for user, events in rows.items()}
-    training = [items for user, items in named.items() if split_of(user) == "train"]  # type: ignore[arg-type]
-    others = [items for user, items in named.items() if split_of(user) != "train"]  # type: ignore[arg-type]
+    training = [items for user, items in named.items() if split_of(user) == "train"]
+    others = [items for user, items in named.items() if split_of(user) != "train"]
     past = [items[:-back] for back in range(1, config.per_user + 1) for items in training if len(items) - back >= 2]
     return _Cases(training, past, [items[:-1] for items in others if len(items) > 2])
 
 
-def _by_time(rows: Mapping[str, Sequence[Interaction]], numbers: Mapping[ItemId, int], config: TrialConfig) -> _Cases:
+def _by_time(
+    rows: Mapping[UserId, Sequence[Interaction]], numbers: Mapping[ItemId, int], config: TrialConfig
+) -> _Cases:
     """What was before a moment trains; the first new event after it is a request of its user. Needs a clock."""
     times = [row.timestamp for events in rows.values() for row in events]
     moment = float(np.quantile(times, 1.0 - config.held_out)) if times else 0.0
