@@ -6,6 +6,7 @@ evenly over what they are chosen from. Invariant: fresh and reused tokens add up
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,8 +98,8 @@ def demand(tokens: Tokens, there: There, reuse: Reuse, spec: ModelSpec, kv_bytes
         return _prefill(tokens, tokens.instruction + tokens.history * there.history, kv_bytes_per_token)
     missing = sum(there.missing)
     reusable = there.hit_tokens + (0 if reuse.inline_misses else missing)
-    num_blocks = len(tokens.items) - (len(there.missing) if reuse.inline_misses else 0)
-    fresh = tokens.fresh + _fresh_items(level, reusable, num_blocks) + missing * reuse.inline_misses
+    inline = there.missing if reuse.inline_misses else ()
+    fresh = tokens.fresh + sum(inline) + _fresh_items(level, reusable, tokens.items, inline)
     fresh += tokens.instruction * reuse.fresh_instruction
     fresh += _fresh_history(tokens.history, there, reuse)
     if level.name == "corrected":
@@ -124,13 +125,15 @@ def _prefill(tokens: Tokens, prefix: int, kv_bytes_per_token: int) -> Demand:
     return Demand(PassShape(fresh, pairs, prefix * kv_bytes_per_token, 0.0), fresh, fresh, 0)
 
 
-def _fresh_items(level: Level, reusable: int, num_blocks: int) -> int:
-    """Tokens of reused items that the level computes all the same."""
+def _fresh_items(level: Level, reusable: int, items: Sequence[int], inline: Sequence[int]) -> int:
+    """Tokens of reused items that the level computes all the same; `inline`: items that are not reused."""
     match level.name:
-        case "corrected" | "tail":
+        case "corrected":
             return round(reusable * level.budget)
+        case "tail":
+            return math.ceil(reusable * level.budget)
         case "linked":
-            return min(int(level.budget) * num_blocks, reusable)
+            return sum(min(int(level.budget), size) for size in items) - sum(min(int(level.budget), s) for s in inline)
     return 0
 
 

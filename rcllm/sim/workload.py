@@ -30,6 +30,7 @@ FloatArray = npt.NDArray[np.float64]
 Arrivals = Literal["poisson", "bursty"]
 
 _CHUNK = 2048  # requests that are drawn at a time
+_DRAWN = 2  # items drawn for each candidate, so that enough are left when repetitions are dropped
 _CALM, _BURST = 0.6, 2.6  # bursty: the rate over the mean; a fifth of the time is burst, so the mean stays
 _BURST_SHARE = 0.2
 _WHAT, _WHEN, _LONG = "What is asked for", "When", "How long prompts are"
@@ -82,17 +83,16 @@ def generate(workload: Workload, num_requests: int, seed: int) -> Iterator[SimRe
         size = min(_CHUNK, num_requests - start)
         counts = _counts(workload, size, rng)
         who = users.next(size)
-        items = draw_items(workload, np.repeat(topic_of_user(who, workload), counts), rng)
+        items = draw_items(workload, np.repeat(topic_of_user(who, workload), _DRAWN * counts), rng)
         lengths = item_lengths(items, workload).tolist()
         histories = _history_lengths(who, workload).tolist()
-        times, listed, ends = clock.next(size), items.tolist(), np.cumsum(counts).tolist()
-        begin = 0
-        for index, end in enumerate(ends):
-            once = dict(zip(listed[begin:end], lengths[begin:end], strict=True))  # a list names an item once
-            tokens = Tokens(
-                workload.instruction_tokens, histories[index], tuple(once.values()), workload.fresh_tokens
-            )
-            yield SimRequest(start + index, times[index], int(who[index]), tuple(once), tokens)
+        times, listed, begin = clock.next(size), items.tolist(), 0
+        for index, count in enumerate(counts.tolist()):
+            end = begin + _DRAWN * count
+            drawn = dict(zip(listed[begin:end], lengths[begin:end], strict=True))  # a list names an item once
+            once, sizes = tuple(drawn)[:count], tuple(drawn.values())[:count]
+            tokens = Tokens(workload.instruction_tokens, histories[index], sizes, workload.fresh_tokens)
+            yield SimRequest(start + index, times[index], int(who[index]), once, tokens)
             begin = end
 
 

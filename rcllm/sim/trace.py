@@ -1,0 +1,83 @@
+"""A simulation as a trace that chrome://tracing and ui.perfetto.dev open: a row for each node, passes and requests.
+
+Knows nothing of how it ran. Invariant: at most `max_events` are kept, and how many were not is told in the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rcllm.durable import renamed, writing
+from rcllm.plain_json import to_json
+from rcllm.sim.node import PassRecord
+from rcllm.sim.outcome import Outcome
+
+_US = 1e6  # the format counts microseconds
+
+
+class Trace:
+    """Collects passes as they run: give `on_pass` to a simulation."""
+
+    def __init__(self, max_events: int = 200_000) -> None:
+        self.num_dropped = 0
+        self._max_events = max_events
+        self._events: list[dict[str, object]] = []
+
+    def on_pass(self, record: PassRecord) -> None:
+        """One bar in the row of the node's device."""
+        args = {
+            "requests": record.num_requests,
+            "rows": round(record.shape.rows),
+            "kv_mb": round(record.shape.kv_bytes / 1e6, 1),
+        }
+        self._add(_bar("pass", record.node, 0, record.start_s, record.end_s, args))
+
+    def add_requests(self, outcome: Outcome) -> None:
+        """A bar for the time that each request waited, in a second row of the node that answered it."""
+        for each in sorted(outcome.answers, key=lambda answer: answer.arrival_s):
+            args = {
+                "hits": f"{each.num_hits}/{each.num_items}",
+                "fetched": each.num_fetched,
+                "fresh_tokens": each.num_fresh,
+                "built_tokens": each.num_built,
+                "queue_ms": round(each.queue_s * 1e3, 3),
+                "retries": each.retries,
+            }
+            bar = _bar(f"request {each.number}", each.node, 1, each.arrival_s, each.answered_s, args)
+            # requests overlap, and bars of one row must nest: so they are asynchronous events, begun and ended
+            begin = {key: bar[key] for key in ("name", "pid", "ts", "args")}
+            shared = {"cat": "request", "id": each.number}
+            self._add({**begin, **shared, "ph": "b"})
+            self._add({"name": bar["name"], "pid": each.node, "ts": each.answered_s * _US, **shared, "ph": "e"})
+
+    def write(self, path: Path) -> None:
+        """Raises DataError where the file cannot be written."""
+        nodes = sorted({int(str(event["pid"])) for event in self._events})
+        names: list[dict[str, object]] = [
+            {"name": "process_name", "ph": "M", "pid": node, "args": {"name": f"node {node}"}} for node in nodes
+        ]
+        whole = {
+            "traceEvents": names + self._events,
+            "displayTimeUnit": "ms",
+            "otherData": {"dropped_events": self.num_dropped},
+        }
+        with writing(path), renamed(path) as partial:
+            partial.write_text(to_json(whole) + "\n", encoding="utf-8")
+
+    def _add(self, event: dict[str, object]) -> None:
+        if len(self._events) < self._max_events:
+            self._events.append(event)
+        else:
+            self.num_dropped += 1
+
+
+def _bar(name: str, node: int, row: int, start_s: float, end_s: float, args: dict[str, object]) -> dict[str, object]:
+    return {
+        "name": name,
+        "ph": "X",
+        "pid": node,
+        "tid": row,
+        "ts": start_s * _US,
+        "dur": (end_s - start_s) * _US,
+        "args": args,
+    }
