@@ -11,7 +11,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 from rcllm.cluster.view import EVERYWHERE, NOWHERE, Held, Holdings, Stratum
-from rcllm.sim.workload import Workload, zipf_share
+from rcllm.sim.options import Workload
+from rcllm.sim.workload import zipf_share
 
 _ODD, _BITS = 0x9E3779B97F4A7C15, (1 << 64) - 1  # multiplicative hashing: Knuth, volume 3
 

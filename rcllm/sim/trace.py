@@ -1,4 +1,5 @@
-"""A simulation as a trace that chrome://tracing and ui.perfetto.dev open: a row for each node, passes and requests.
+"""A simulation as a trace that chrome://tracing and ui.perfetto.dev open: a process for each node, with its
+passes and, from arrival to answer, its requests.
 
 Knows nothing of how it ran. Invariant: at most `max_events` are kept, and how many were not is told in the file.
 """
@@ -30,10 +31,12 @@ class Trace:
             "rows": round(record.shape.rows),
             "kv_mb": round(record.shape.kv_bytes / 1e6, 1),
         }
-        self._add(_bar("pass", record.node, 0, record.start_s, record.end_s, args))
+        duration = (record.end_s - record.start_s) * _US
+        bar = {"name": "pass", "ph": "X", "pid": record.node, "tid": 0, "ts": record.start_s * _US, "dur": duration}
+        self._add({**bar, "args": args})
 
     def add_requests(self, outcome: Outcome) -> None:
-        """A bar for the time that each request waited, in a second row of the node that answered it."""
+        """From arrival to answer, at the node that answered."""
         for each in sorted(outcome.answers, key=lambda answer: answer.arrival_s):
             args = {
                 "hits": f"{each.num_hits}/{each.num_items}",
@@ -43,12 +46,10 @@ class Trace:
                 "queue_ms": round(each.queue_s * 1e3, 3),
                 "retries": each.retries,
             }
-            bar = _bar(f"request {each.number}", each.node, 1, each.arrival_s, each.answered_s, args)
-            # requests overlap, and bars of one row must nest: so they are asynchronous events, begun and ended
-            begin = {key: bar[key] for key in ("name", "pid", "ts", "args")}
-            shared = {"cat": "request", "id": each.number}
-            self._add({**begin, **shared, "ph": "b"})
-            self._add({"name": bar["name"], "pid": each.node, "ts": each.answered_s * _US, **shared, "ph": "e"})
+            # requests overlap and bars of one row must nest, so these are asynchronous: begun and ended
+            shared = {"name": f"request {each.number}", "cat": "request", "id": each.number, "pid": each.node}
+            begin = {**shared, "ph": "b", "ts": each.arrival_s * _US, "args": args}
+            self._add(begin, {**shared, "ph": "e", "ts": each.answered_s * _US})
 
     def write(self, path: Path) -> None:
         """Raises DataError where the file cannot be written."""
@@ -64,20 +65,9 @@ class Trace:
         with writing(path), renamed(path) as partial:
             partial.write_text(to_json(whole) + "\n", encoding="utf-8")
 
-    def _add(self, event: dict[str, object]) -> None:
-        if len(self._events) < self._max_events:
-            self._events.append(event)
+    def _add(self, *events: dict[str, object]) -> None:
+        """All of them or none."""
+        if len(self._events) + len(events) <= self._max_events:
+            self._events.extend(events)
         else:
-            self.num_dropped += 1
-
-
-def _bar(name: str, node: int, row: int, start_s: float, end_s: float, args: dict[str, object]) -> dict[str, object]:
-    return {
-        "name": name,
-        "ph": "X",
-        "pid": node,
-        "tid": row,
-        "ts": start_s * _US,
-        "dur": (end_s - start_s) * _US,
-        "args": args,
-    }
+            self.num_dropped += len(events)

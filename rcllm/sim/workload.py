@@ -13,55 +13,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from annotated_types import Ge, Gt, Interval
 from scipy.special import ndtri
 
-from rcllm.annotated import Opt
 from rcllm.core.ranking import RankRequest
-from rcllm.errors import ConfigError, DataError
+from rcllm.errors import DataError
 from rcllm.sim.demand import Tokens
+from rcllm.sim.options import Workload
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
-Arrivals = Literal["poisson", "bursty"]
 
 _CHUNK = 2048  # requests that are drawn at a time
 _DRAWN = 2  # items drawn for each candidate, so that enough are left when repetitions are dropped
 _CALM, _BURST = 0.6, 2.6  # bursty: the rate over the mean; a fifth of the time is burst, so the mean stays
 _BURST_SHARE = 0.2
-_WHAT, _WHEN, _LONG = "What is asked for", "When", "How long prompts are"
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """What users ask for, and when."""
-
-    items: Annotated[int, Ge(1), Opt("Items in the catalogue.", panel=_WHAT)] = 100_000
-    candidates: Annotated[int, Ge(1), Opt("Candidates of a request, in the median.", panel=_WHAT)] = 20
-    candidates_spread: Annotated[
-        float, Ge(0), Opt("Standard deviation of the logarithm of that number.", panel=_WHAT)
-    ] = 0.0
-    zipf: Annotated[float, Ge(0), Opt("Exponent of popularity; 0: all items alike.", panel=_WHAT)] = 0.8
-    locality: Annotated[
-        float, Interval(ge=0, le=1), Opt("Share of candidates from the topic of the request.", panel=_WHAT)
-    ] = 0.85
-    topics: Annotated[int, Ge(1), Opt("Topics of the catalogue.", panel=_WHAT)] = 1000
-    users: Annotated[int, Ge(1), Opt("Users; each has a topic.", panel=_WHAT)] = 1_000_000
-    session: Annotated[float, Ge(1), Opt("Requests of a user in a row, in the mean.", panel=_WHAT)] = 1.0
-    qps: Annotated[float, Gt(0), Opt("Requests a second.", panel=_WHEN)] = 40.0
-    arrivals: Annotated[Arrivals, Opt("bursty: 2.6 times the rate for a fifth of the time.", panel=_WHEN)] = "poisson"
-    burst_s: Annotated[float, Gt(0), Opt("Mean length of a burst.", panel=_WHEN)] = 2.0
-    updates: Annotated[float, Ge(0), Opt("Items a second whose text changes.", panel=_WHEN)] = 0.0
-    instruction_tokens: Annotated[int, Ge(0), Opt("Of the instruction.", panel=_LONG)] = 207
-    item_tokens: Annotated[float, Ge(1), Opt("Of an item, in the mean.", panel=_LONG)] = 87.0
-    item_spread: Annotated[float, Ge(0), Opt("Standard deviation of its logarithm.", panel=_LONG)] = 0.5
-    history_tokens: Annotated[float, Ge(0), Opt("Of a user's history, in the median.", panel=_LONG)] = 400.0
-    history_spread: Annotated[float, Ge(0), Opt("Standard deviation of its logarithm.", panel=_LONG)] = 0.6
-    fresh_tokens: Annotated[int, Ge(1), Opt("Of labels and question.", panel=_LONG)] = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,11 +257,3 @@ def updates(workload: Workload, seed: int) -> Iterator[ItemUpdate]:
         for gap, item, tokens in zip(gaps.tolist(), items.tolist(), lengths.tolist(), strict=True):
             now += gap
             yield ItemUpdate(now, item, tokens)
-
-
-def check_workload(workload: Workload) -> None:
-    """Raises ConfigError where options contradict each other."""
-    if workload.topics > workload.items:
-        raise ConfigError(
-            f"--topics {workload.topics} exceeds --items {workload.items}: a topic needs at least one item"
-        )

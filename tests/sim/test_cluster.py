@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rcllm.sim.cluster import Failure, Simulation
 from rcllm.sim.node import PassRecord
 from rcllm.sim.outcome import Outcome, summarise
-from rcllm.sim.workload import ItemUpdate, Workload, generate, updates
+from rcllm.sim.options import Workload
+from rcllm.sim.workload import ItemUpdate, generate, updates
 from tests.sim.small import FRESH, ITEM, KV_BYTES, PASS_S, placed, prefer, request, shortest_queue, spec
 
 MISS_S = PASS_S + 0.01 * ITEM  # of a request with one item to build

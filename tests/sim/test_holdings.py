@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from rcllm.cluster.view import NOWHERE
 from rcllm.sim.holdings import LazyPlacement, LiveHoldings, head_share, user_key
-from rcllm.sim.workload import Workload, draw_items
+from rcllm.sim.options import Workload
+from rcllm.sim.workload import draw_items
 from tests.sim.small import placed
 
 CATALOGUE = Workload(items=10_000, topics=100, item_tokens=100, item_spread=0.0)

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from rcllm.core.ranking import ItemId, RankRequest, UserId
 from rcllm.errors import ConfigError, DataError
+from rcllm.sim.options import Workload, check_workload
 from rcllm.sim.workload import (
     SimRequest,
-    Workload,
-    check_workload,
     generate,
     item_lengths,
     number_items,
