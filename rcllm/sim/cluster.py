@@ -28,6 +28,7 @@ from rcllm.sim.outcome import Answered, Outcome
 from rcllm.sim.workload import ItemUpdate, SimRequest
 
 _NO_LIMIT = 1 << 60
+_NEVER = 1.0  # bytes a second: a router that is told so counts on no fetch
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,7 +413,7 @@ def _view(spec: ClusterSpec, holdings: Holdings) -> ClusterView:
         NodeState(
             f"node-{number}",
             read_bytes_per_s=spec.host_bytes_per_s,
-            fetch_bytes_per_s=spec.fetch_bytes_per_s,
+            fetch_bytes_per_s=spec.fetch_bytes_per_s if spec.fetches else _NEVER,
             tokens_per_s=rate,
         )
         for number in range(spec.num_nodes)

@@ -69,4 +69,4 @@ def _decision(view: ClusterView, asked: RoutedRequest, scores: np.ndarray) -> De
     held = [view.holdings.held(block.key) for block in asked.items]
     nodes = range(view.num_nodes)
     hits = np.array([sum(each.everywhere or node in each.nodes for each in held) for node in nodes], dtype=float)
-    return Decision(int(scores.argmax()), "test", hits, scores, "", len(asked.items), view.names)
+    return Decision(int(scores.argmax()), "test", hits, scores, "", len(asked.items), view.names, view.up)
