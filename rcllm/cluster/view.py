@@ -151,6 +151,7 @@ class Decision:
     unit: str  # of the scores, for people
     num_items: int
     names: tuple[str, ...]
+    up: BoolArray
 
     @property
     def achieved(self) -> float:
@@ -160,8 +161,7 @@ class Decision:
     @property
     def reachable(self) -> float:
         """The same share on the node that holds most of them, of those that are up."""
-        up = np.isfinite(self.scores)
-        return float(self.hits[up].max()) / self.num_items if self.num_items else 1.0
+        return float(self.hits[self.up].max()) / self.num_items if self.num_items else 1.0
 
     def explain(self, num_rows: int = 5) -> str:
         """Why this node, beside the ones that came next."""
