@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rcllm.cli.commands import describe, learn, rank, recommend, sid, start
+from rcllm.cli.commands import describe, learn, rank, recommend, sid, sim, start
 from rcllm.cli.ending import ended_by
 from rcllm.cli.screen import console, say
 from rcllm.cli.spread import Declared
@@ -53,6 +53,8 @@ for name, command in {
     "calibrate": learn.calibrate,
     "tune": learn.tune,
     "describe": describe.describe,
+    "sim": sim.sim,
+    "plan": sim.plan,
 }.items():
     app.command(name, rich_help_panel="Work")(command)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rcllm.errors import ConfigError
+from rcllm.sim.plan import Plan
 from rcllm.sim.setup import Run
 
 _INK, _GRID = "#1d2733", "#e4e8ec"
@@ -29,6 +30,30 @@ def draw_run(run: Run, title: str) -> bytes:
     axes[2].bar(range(len(use)), sorted(use, reverse=True), color=COLOURS[2], width=1.0)
     label(axes[2], "nodes, busiest first", "share of the time that they compute")
     figure.suptitle(title, fontsize=10, color=_INK)
+    return to_png(figure)
+
+
+def draw_plan(plan: Plan, title: str) -> bytes:
+    """Memory by stratum and dtype, and what each number of nodes that was tried comes to."""
+    figure, axes = new_figure(2)
+    bottom = np.zeros(len(plan.memory))
+    for colour, stratum in zip(COLOURS, ("instruction", "prototypes", "histories", "hot", "shard"), strict=False):
+        sizes = np.array([getattr(each, stratum) / 1e9 for each in plan.memory.values()])
+        axes[0].bar(list(plan.memory), sizes, bottom=bottom, color=colour, label=stratum)
+        bottom += sizes
+    axes[0].axhline(plan.options.memory_gb, color=_INK, linewidth=1, linestyle=":", label="memory of a node")
+    axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
+    label(axes[0], "dtype of cached KV", "GB per node")
+    nodes = [trial.nodes for trial in plan.trials]
+    for colour, name in zip(COLOURS, ("p50", "p90", "p99"), strict=False):
+        values = [getattr(trial.summary, f"ttft_{name}_ms") for trial in plan.trials]
+        axes[1].plot(nodes, values, "o-", color=colour, label=name.upper(), markersize=4)
+    axes[1].axhline(plan.options.slo_ms, color=_INK, linewidth=1, linestyle=":", label="target")
+    axes[1].set_xscale("log")
+    axes[1].set_yscale("log")
+    axes[1].legend(frameon=False, fontsize=8, labelcolor=_INK)
+    label(axes[1], "nodes", "time to first token, ms")
+    figure.suptitle(title, fontsize=9, color=_INK)
     return to_png(figure)
 
 

@@ -39,7 +39,7 @@ WORKING = {path: command for path, command in COMMANDS.items() if not hasattr(co
 
 
 def test_all_commands_are_there() -> None:
-    names = "demo doctor pull warm rank explain recommend calibrate tune describe"
+    names = "demo doctor pull warm rank explain recommend calibrate tune describe sim plan"
     groups = {("bench", "ttft"), ("pool", "build"), ("probe", "position"), ("sid", "build"), ("sid", "train")}
     assert set(WORKING) == {*((name,) for name in names.split()), *groups}
 
