@@ -20,7 +20,7 @@ from rcllm.errors import CapacityError
 from rcllm.model.spec import ModelSpec
 from rcllm.schedule.work import PassLimits, Work
 from rcllm.sim.cost import Costs, PassShape
-from rcllm.sim.demand import Demand, Reuse, There, Tokens, demand
+from rcllm.sim.demand import Demand, Reuse, There, demand
 from rcllm.sim.holdings import LiveHoldings, user_key
 from rcllm.sim.loop import EventKind, Loop
 from rcllm.sim.node import BUILD, RANK, Node, PassRecord, SimJob

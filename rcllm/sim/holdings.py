@@ -7,6 +7,7 @@ costs no memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
@@ -27,8 +28,8 @@ class LazyPlacement:
 
         0 ── hot ──▶ everywhere │ ── kept ──▶ on its owner │ ──▶ nowhere
 
-    By topic is what a partition of the co-occurrence graph comes to where topics are what joins items; where there are
-    more nodes than topics, a topic is cut into parts.
+    By topic is what a partition of the co-occurrence graph comes to where topics are what joins items: each node has a
+    run of neighbouring topics; where there are more nodes than topics, a topic is cut into parts.
     """
 
     num_nodes: int
@@ -62,8 +63,10 @@ class LazyPlacement:
         if not self.topics:
             return ((item * _ODD & _BITS) >> 32) % self.num_nodes
         topic, place = item % self.topics, item // self.topics
-        parts = max(1, self.num_nodes // self.topics)
-        return (topic + self.topics * (place % parts)) % self.num_nodes
+        if self.num_nodes <= self.topics:
+            return topic * self.num_nodes // self.topics
+        parts = self.num_nodes // self.topics
+        return topic * parts + place % parts
 
     def bytes_of(self, node: int) -> Mapping[Stratum, int]:
         shard = (self.kept - self.hot) / self.num_nodes
@@ -72,9 +75,37 @@ class LazyPlacement:
 
 def head_share(workload: Workload, hot: int) -> float:
     """Share of candidates that fall on the `hot` most popular items of the catalogue."""
-    near = zipf_share(hot / workload.topics, max(1, workload.items // workload.topics), workload.zipf)
-    far = zipf_share(hot, workload.items, workload.zipf)
-    return workload.locality * near + (1 - workload.locality) * far
+    return workload.locality * _local_share(workload, hot) + (1 - workload.locality) * _far_share(workload, hot)
+
+
+def expected_hit_rate(workload: Workload, placed: LazyPlacement) -> float:
+    """Share of a request's candidates on the node that owns its topic, by the law that candidates are drawn from."""
+    local = _local_share(workload, placed.kept) - _local_share(workload, placed.hot)
+    far = _far_share(workload, placed.kept) - _far_share(workload, placed.hot)
+    near, nodes = workload.locality, placed.num_nodes
+    stays = stay_share(workload, nodes) if placed.topics else 1 / nodes
+    return head_share(workload, placed.hot) + near * local * stays + (1 - near) * far / nodes
+
+
+def stay_share(workload: Workload, num_nodes: int) -> float:
+    """Share of a topic's candidates on the node of that topic.
+
+    A node has a run of W = 1 / nodes of the ring. From a place in it, uniform, a step with a Laplace law of scale s
+    leaves it with probability (s / W) · (1 − exp(−W / s)).
+    """
+    parts = max(1, num_nodes // workload.topics)
+    if num_nodes == 1 or not workload.spread:
+        return 1 / parts
+    ratio = workload.spread * num_nodes / parts
+    return (1 - ratio * (1 - math.exp(-1 / ratio))) / parts
+
+
+def _local_share(workload: Workload, hot: int) -> float:
+    return zipf_share(hot / workload.topics, max(1, workload.items // workload.topics), workload.zipf)
+
+
+def _far_share(workload: Workload, hot: int) -> float:
+    return zipf_share(hot, workload.items, workload.zipf)
 
 
 class LiveHoldings:

@@ -1,7 +1,7 @@
-"""What a simulation is told: the workload, the cluster, and how much of it to run. Each field is an option of `rcllm sim`.
+"""What a simulation or a plan is told. Each field is an option of `rcllm sim` or `rcllm plan`.
 
-Imports nothing that computes, so that `--help` is quick. Invariant: every default is one of a value that is printed
-with the result.
+Imports nothing that computes, so that `--help` is quick. Invariant: options that were not given have the values that
+stand here, whoever runs the simulation.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ RouteName = Literal["affinity", "ttft", "hit_only", "load_only", "round_robin", 
 KvDtype = Literal["fp32", "fp16", "bf16", "int8"]
 PlacedBy = Literal["topics", "hash", "metis", "halo"]
 
+_BLOCKS = Level("blocks")
 _WHAT, _WHEN, _LONG = "What is asked for", "When", "How long prompts are"
 _NODES, _KV, _POLICY, _WRONG = "Nodes", "KV and where it is", "Policies", "What goes wrong"
 
@@ -38,7 +39,11 @@ class Workload:
     locality: Annotated[
         float, Interval(ge=0, le=1), Opt("Share of candidates from the topic of the request.", panel=_WHAT)
     ] = 0.85
-    topics: Annotated[int, Ge(1), Opt("Topics of the catalogue.", panel=_WHAT)] = 1000
+    topics: Annotated[int, Ge(1), Opt("Topics of the catalogue, in a ring; neighbours are alike.", panel=_WHAT)] = 1000
+    spread: Annotated[
+        float, Ge(0), Opt("How far around the ring candidates stray from their topic, in the mean.", panel=_WHAT)
+    ] = 0.001
+    topic_zipf: Annotated[float, Ge(0), Opt("Exponent of the popularity of topics; 0: all alike.", panel=_WHAT)] = 0.3
     users: Annotated[int, Ge(1), Opt("Users; each has a topic.", panel=_WHAT)] = 1_000_000
     session: Annotated[float, Ge(1), Opt("Requests of a user in a row, in the mean.", panel=_WHAT)] = 1.0
     qps: Annotated[float, Gt(0), Opt("Requests a second.", panel=_WHEN)] = 40.0
@@ -71,7 +76,7 @@ class System:
     pass_rows: Annotated[
         int, Ge(1), Opt("Rows of prompts that share a pass, as cache.pass_tokens; 1: one at a time.", panel=_NODES)
     ] = 2048
-    level: Annotated[Level, Opt("Reuse level, as of `rcllm rank`.", metavar="LEVEL", panel=_KV)] = Level("blocks")
+    level: Annotated[Level, Opt("Reuse level, as of `rcllm rank`.", metavar="LEVEL", panel=_KV)] = _BLOCKS
     mask: Annotated[Mask, Opt("That the model was trained for: decides what level auto is.", panel=_KV)] = "causal"
     semantic_history: Annotated[
         bool, Opt("Histories from token prototypes on every node; else each user's own KV.", panel=_KV)
@@ -152,15 +157,15 @@ class PlanOptions:
     ] = None
     memory_gb: Annotated[float, Gt(0), Opt("Host memory of a node that KV may use.", panel=_NODES)] = 1000.0
     price_per_hour: Annotated[float | None, Ge(0), Opt("Of a node, to tell the cost.", panel=_NODES)] = None
-    level: Annotated[Level, Opt("Reuse level, as of `rcllm rank`.", metavar="LEVEL", panel=_KV)] = Level("blocks")
+    level: Annotated[Level, Opt("Reuse level, as of `rcllm rank`.", metavar="LEVEL", panel=_KV)] = _BLOCKS
     mask: Annotated[Mask, Opt("That the model was trained for: decides what level auto is.", panel=_KV)] = "causal"
     semantic_history: Annotated[
         bool, Opt("Histories from token prototypes on every node; else each user's own KV.", panel=_KV)
     ] = False
     prototypes: Annotated[int, Ge(0), Opt("Token prototypes, where histories are read from them.", panel=_KV)] = 100_000
-    history_gb: Annotated[float, Ge(0), Opt("Memory of a node for histories, where users have their own.", panel=_KV)] = (
-        16.0
-    )
+    history_gb: Annotated[
+        float, Ge(0), Opt("Memory of a node for histories, where users have their own.", panel=_KV)
+    ] = 16.0
     kv_dtype: Annotated[KvDtype, Opt("Of cached KV.", panel=_KV)] = "bf16"
     hot_share: Annotated[
         float, Interval(ge=0, le=1), Opt("Share of the items that are on every node.", panel=_POLICY)

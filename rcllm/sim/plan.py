@@ -16,7 +16,8 @@ from rcllm.model.spec import ModelSpec
 from rcllm.sim.cost import Costs, Network
 from rcllm.sim.demand import Demand, Reuse, There, Tokens, demand
 from rcllm.sim.hardware import KV_BYTES, find_model
-from rcllm.sim.holdings import LazyPlacement, head_share
+from rcllm.sim.holdings import LazyPlacement
+from rcllm.sim.holdings import expected_hit_rate as hit_rate_on_owner
 from rcllm.sim.options import PlanOptions, RunOptions, System, Workload
 from rcllm.sim.outcome import FloatArray, Summary
 from rcllm.sim.setup import costs_of, resolve, simulate
@@ -114,9 +115,7 @@ def memory(options: PlanOptions, nodes: int, dtype: str) -> Memory:
     """Bytes on each of so many nodes, with KV in `dtype`."""
     per_token = find_model(options.model).kv_bytes_per_token(KV_BYTES[dtype])
     instruction, prototypes, histories = _shared(options, per_token)
-    room = max(0.0, options.memory_gb * 1e9 - instruction - prototypes - histories)
-    item_bytes = options.tokens_per_item * per_token
-    placed = _placement(options, nodes, min(room, options.items * item_bytes), item_bytes)
+    placed = _placed(options, nodes, per_token)
     held = placed.bytes_of(0)
     return Memory(
         instruction=instruction,
@@ -135,24 +134,19 @@ def _shared(options: PlanOptions, per_token: int) -> tuple[float, float, float]:
     return _INSTRUCTION * per_token, prototypes, histories
 
 
-def _placement(options: PlanOptions, nodes: int, room: float, item_bytes: float) -> LazyPlacement:
+def _placed(options: PlanOptions, nodes: int, per_token: int) -> LazyPlacement:
+    """As the simulation places items: in what the other strata leave of a node's memory."""
+    room = max(0.0, options.memory_gb * 1e9 - sum(_shared(options, per_token)))
+    item_bytes = options.tokens_per_item * per_token
     hot = round(options.hot_share * options.items)
+    room = min(room, options.items * item_bytes)
     return LazyPlacement.of(workload_of(options), nodes, room, item_bytes, hot, by_topic=True)
 
 
 def expected_hit_rate(options: PlanOptions, nodes: int) -> float:
     """Share of candidates on the node that owns the request's topic, by the law that candidates are drawn from."""
-    per_token = find_model(options.model).kv_bytes_per_token(KV_BYTES[options.kv_dtype])
-    held = memory(options, nodes, options.kv_dtype)
-    item_bytes = options.tokens_per_item * per_token
-    hot = int(held.hot / item_bytes)
-    kept = round(options.items * (1 - held.evicted_share))
-    workload = workload_of(options)
-    everywhere, placed = head_share(workload, hot), head_share(workload, kept)
-    parts = max(1, nodes // options.topics)  # into which a topic is cut
-    local = head_share(replace(workload, locality=1.0), kept) - head_share(replace(workload, locality=1.0), hot)
-    rest = max(0.0, placed - everywhere - options.locality * local)
-    return everywhere + options.locality * local / parts + rest / nodes
+    per_token = _per_token(options, find_model(options.model))
+    return hit_rate_on_owner(workload_of(options), _placed(options, nodes, per_token))
 
 
 def node_hours_per_million(nodes: int, qps: float) -> float:
@@ -234,7 +228,9 @@ class _Planner:
             )
         if best is None:
             return f"{options.max_nodes:,} nodes do not meet the target either: raise --slo-ms or --max-nodes"
-        return f"{best.nodes:,} nodes are the fewest of those tried with P{options.percentile:g} ≤ {options.slo_ms:g} ms"
+        return (
+            f"{best.nodes:,} nodes are the fewest of those tried with P{options.percentile:g} ≤ {options.slo_ms:g} ms"
+        )
 
     def _typical(self, hit_rate: float) -> Demand:
         """Of a request of median size, with that share of its items on the node, and its user's history."""

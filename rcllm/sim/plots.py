@@ -42,7 +42,7 @@ def draw_plan(plan: Plan, title: str) -> bytes:
         axes[0].bar(list(plan.memory), sizes, bottom=bottom, color=colour, label=stratum)
         bottom += sizes
     axes[0].axhline(plan.options.memory_gb, color=_INK, linewidth=1, linestyle=":", label="memory of a node")
-    axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
+    axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     label(axes[0], "dtype of cached KV", "GB per node")
     nodes = [trial.nodes for trial in plan.trials]
     for colour, name in zip(COLOURS, ("p50", "p90", "p99"), strict=False):

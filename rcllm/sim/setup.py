@@ -149,9 +149,7 @@ def place(workload: Workload, system: System, spec: ClusterSpec) -> Holdings:
     item_bytes = workload.item_tokens * spec.kv_bytes_per_token
     node_bytes = system.copies * workload.items * item_bytes / system.nodes
     hot = round(system.hot_share * workload.items)
-    return LazyPlacement.of(
-        workload, system.nodes, node_bytes, item_bytes, hot, by_topic=system.placement == "topics"
-    )
+    return LazyPlacement.of(workload, system.nodes, node_bytes, item_bytes, hot, by_topic=system.placement == "topics")
 
 
 def failures_of(system: System) -> list[Failure]:
@@ -181,5 +179,7 @@ def slow_of(system: System) -> tuple[tuple[int, float], ...]:
 
 def _node(text: str, option: str, system: System) -> int:
     if int(text) >= system.nodes:
-        raise ConfigError(f"{option}: there is no node {text}; with --nodes {system.nodes} the last is {system.nodes - 1}")
+        raise ConfigError(
+            f"{option}: there is no node {text}; with --nodes {system.nodes} the last is {system.nodes - 1}"
+        )
     return int(text)

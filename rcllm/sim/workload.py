@@ -4,8 +4,8 @@ Items are numbers in the order of their popularity: 0 is asked for most. Nothing
 may have 10^8 of them: what an item is (its topic, its length) is computed from its number. Invariant: equal options and
 seeds give equal requests.
 
-Locality comes from retrieval: with the probability `locality` a candidate is drawn from the topic of its request, else
-from the whole catalogue; in both, popularity follows Zipf's law.
+Locality comes from retrieval: with the probability `locality` a candidate is drawn from the topic of its request or
+from topics near it on a ring, else from the whole catalogue; in both, popularity follows Zipf's law.
 """
 
 from __future__ import annotations
@@ -105,18 +105,25 @@ def draw_items(workload: Workload, topics: IntArray, rng: np.random.Generator) -
     of_topic = rng.random(len(topics)) < workload.locality
     uniform = rng.random(len(topics))
     size = max(1, workload.items // workload.topics)
-    near = zipf_ranks(uniform, size, workload.zipf) * workload.topics + topics
+    strayed = topics + np.rint(rng.laplace(0.0, workload.spread * workload.topics, len(topics))).astype(np.int64)
+    near = zipf_ranks(uniform, size, workload.zipf) * workload.topics + strayed % workload.topics
     far = zipf_ranks(uniform, workload.items, workload.zipf)
     return np.minimum(np.where(of_topic, near, far), workload.items - 1)
 
 
-def topic_of(items: IntArray, workload: Workload) -> IntArray:
-    """Every topic has hot and cold items."""
-    return items % workload.topics
-
-
 def topic_of_user(users: IntArray, workload: Workload) -> IntArray:
-    return (hashed(users, 2) % np.uint64(min(workload.topics, workload.items))).astype(np.int64)
+    """Popular topics are scattered over the ring."""
+    uniform = (hashed(users, 2).astype(np.float64) + 0.5) / 2.0**64
+    ranks = zipf_ranks(np.minimum(uniform, 1 - 1e-12), workload.topics, workload.topic_zipf)
+    return ranks * _coprime(workload.topics) % workload.topics
+
+
+def _coprime(count: int) -> int:
+    """A step that visits every place of a ring of that size: near the golden section, so that early steps lie apart."""
+    step = max(1, round(count * 0.6180339887))
+    while math.gcd(step, count) > 1:
+        step += 1
+    return step
 
 
 def zipf_ranks(uniform: FloatArray, count: int, exponent: float) -> IntArray:
@@ -223,7 +230,7 @@ class _Clock:
         return [self._next_bursty() for _ in range(size)]
 
     def _next_bursty(self) -> float:
-        """Poisson with a rate that switches: what is left of a phase is dropped and drawn anew, for it has no memory."""
+        """Poisson with a rate that switches; a time beyond the switch is drawn anew, for waiting has no memory."""
         while True:
             rate = self._workload.qps * (_BURST if self._burst else _CALM)
             time = self._now + self._rng.exponential(1 / rate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from rcllm.sim.cluster import Failure, Simulation
 from rcllm.sim.node import PassRecord
-from rcllm.sim.outcome import Outcome, summarise
 from rcllm.sim.options import Workload
+from rcllm.sim.outcome import Outcome, summarise
 from rcllm.sim.workload import ItemUpdate, generate, updates
 from tests.sim.small import FRESH, ITEM, KV_BYTES, PASS_S, placed, prefer, request, shortest_queue, spec
 
@@ -139,7 +139,9 @@ def test_a_slow_node_is_slow() -> None:
 def test_a_router_that_hears_of_queues_late_sends_all_to_one_node() -> None:
     asked = [request(number, 0.01 * number) for number in range(6)]
     nodes = [
-        Counter(each.node for each in Simulation(spec(2, view_s=view), placed([0], [0]), shortest_queue).run(asked).answers)
+        Counter(
+            each.node for each in Simulation(spec(2, view_s=view), placed([0], [0]), shortest_queue).run(asked).answers
+        )
         for view in (0.0, 100.0)
     ]
     assert nodes == [{0: 3, 1: 3}, {0: 6}]
@@ -209,7 +211,7 @@ def test_work_is_conserved_and_everybody_is_answered_once(
         own = sorted((each.start_s, each.end_s) for each in passes if each.node == node.number)
         if not failures:
             assert outcome.busy_s[node.number] == pytest.approx(sum(end - start for start, end in own))
-            assert all(end <= start + 1e-9 for (_, end), (start, _) in zip(own, own[1:], strict=False)), "overlap"
+            assert all(end <= start + 1e-9 for (_, end), (start, _) in pairwise(own)), "overlap"
     for key in range(60):
         cached = tuple(n.number for n in simulation.nodes if key.to_bytes(9, "big", signed=True) in n.cache)
         assert simulation.holdings.copies_of(key) == cached
@@ -222,9 +224,7 @@ def test_work_is_conserved_and_everybody_is_answered_once(
 
 
 def test_summary_by_hand() -> None:
-    outcome = Simulation(spec(2), placed([0], [1]), prefer(0)).run(
-        [request(0, 0.0, [0, 1]), request(1, 50.0, [0, 7])]
-    )
+    outcome = Simulation(spec(2), placed([0], [1]), prefer(0)).run([request(0, 0.0, [0, 1]), request(1, 50.0, [0, 7])])
     found = summarise(outcome)
     assert (found.num_requests, found.hit_rate, found.fetched, found.reachable) == (2, 0.5, 0.25, 0.5)
     assert found.computed_share == pytest.approx((FRESH + FRESH + ITEM) / (2 * (FRESH + 2 * ITEM)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rcllm.errors import ConfigError, DataError
-from rcllm.sim.cost import Fitted, Network, PassShape, Point, fit, prefill_flops, read_points, reached, roofline
+from rcllm.sim.cost import Fitted, Network, PassShape, Point, fit, prefill_flops, reached, read_points, roofline
 from rcllm.sim.hardware import MODELS, find_gpu, find_model, weight_bytes
 
 

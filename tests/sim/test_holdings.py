@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rcllm.cluster.view import NOWHERE
-from rcllm.sim.holdings import LazyPlacement, LiveHoldings, head_share, user_key
+from rcllm.sim.holdings import LazyPlacement, LiveHoldings, expected_hit_rate, head_share, user_key
 from rcllm.sim.options import Workload
 from rcllm.sim.workload import draw_items
 from tests.sim.small import placed
@@ -44,6 +46,7 @@ def test_a_topic_is_on_one_node() -> None:
     assert len(homes) == 1
     cut = {lazy(300, 10_000).owner(item) for item in range(42, CATALOGUE.items, CATALOGUE.topics)}
     assert len(cut) == 3, "with more nodes than topics it is cut"
+    assert {placement.owner(item) for item in range(100)} == set(range(8))
 
 
 def test_what_does_not_fit_is_nowhere_and_spare_room_holds_the_head() -> None:
@@ -66,6 +69,24 @@ def test_the_share_of_the_head_is_what_is_drawn(hot: int) -> None:
     rng = np.random.default_rng(0)
     items = draw_items(CATALOGUE, rng.integers(CATALOGUE.topics, size=200_000), rng)
     assert (items < hot).mean() == pytest.approx(head_share(CATALOGUE, hot), abs=0.01)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 8, 40, 200])
+@pytest.mark.parametrize("spread", [0.0, 0.002, 0.02])
+def test_the_expected_hit_rate_is_what_owners_get(num_nodes: int, spread: float) -> None:
+    workload = replace(CATALOGUE, topics=1000, items=100_000, locality=0.7, spread=spread)
+    placement = LazyPlacement.of(workload, num_nodes, 60_000e3 / num_nodes, 1e3, 50, by_topic=True)
+    rng = np.random.default_rng(0)
+    topics = rng.integers(workload.topics, size=40_000)
+    items = draw_items(workload, topics, rng)
+    homes = [placement.owner(int(topic)) for topic in topics]
+    hits = [_is_on(placement, int(item), home) for item, home in zip(items, homes, strict=True)]
+    assert np.mean(hits) == pytest.approx(expected_hit_rate(workload, placement), abs=0.025)
+
+
+def _is_on(placement: LazyPlacement, item: int, node: int) -> bool:
+    held = placement.held(item)
+    return held.everywhere or node in held.nodes
 
 
 # ---- what changes ---------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from rcllm.sim.workload import (
     zipf_share,
 )
 
-PLAIN = Workload(items=10_000, topics=100, locality=0.8, qps=50.0)
+PLAIN = Workload(items=10_000, topics=100, spread=0.0, locality=0.8, qps=50.0)
 
 
 def made(workload: Workload, count: int = 3000, seed: int = 0) -> list[SimRequest]:
@@ -55,6 +55,25 @@ def test_locality_is_the_share_from_the_topic(locality: float) -> None:
     topics = topic_of_user(np.array([each.user for each in requests]), workload)
     own = [item % workload.topics == topic for each, topic in zip(requests, topics, strict=True) for item in each.items]
     assert np.mean(own) == pytest.approx(locality + (1 - locality) / workload.topics, abs=0.02)
+
+
+def test_candidates_stray_to_neighbouring_topics() -> None:
+    workload = replace(PLAIN, locality=1.0, spread=0.03)
+    requests = made(workload)
+    topics = topic_of_user(np.array([each.user for each in requests]), workload)
+    steps = [
+        (item - topic + 50) % 100 - 50 for each, topic in zip(requests, topics, strict=True) for item in each.items
+    ]
+    assert np.mean(np.abs(steps)) == pytest.approx(3.0, rel=0.08)
+    assert abs(np.mean(steps)) < 0.1
+
+
+def test_some_topics_are_asked_for_more_than_others() -> None:
+    users = np.random.default_rng(0).integers(10**6, size=50_000)
+    for exponent, low, high in ((0.0, 0.8, 1.25), (0.8, 8.0, 30.0)):
+        counts = np.bincount(topic_of_user(users, replace(PLAIN, topic_zipf=exponent)), minlength=100)
+        assert low <= counts.max() / counts.mean() <= high
+        assert counts.min() > 0
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.6, 1.0, 1.3])
