@@ -215,8 +215,12 @@ def fit(points: Sequence[Point], network: Network | None = None) -> Fitted:
     found, _ = nnls(relative / scale, np.ones(len(points)))
     coefficients = found / scale
     errors = np.abs(shapes @ coefficients / seconds - 1)
+    overhead_s, row_s, pair_s, byte_s = coefficients.tolist()
     return Fitted(
-        *map(float, coefficients),
+        overhead_s,
+        row_s,
+        pair_s,
+        byte_s,
         residual=float(np.sqrt((errors**2).mean())),
         worst=float(errors.max()),
         num_points=len(points),

@@ -259,7 +259,7 @@ class _Planner:
 
 def _percentile(values: FloatArray, percent: float) -> float:
     """Nearest rank."""
-    ordered = sorted(values.tolist())
+    ordered: list[float] = sorted(values.tolist())
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 

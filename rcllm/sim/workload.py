@@ -165,15 +165,17 @@ def _log_normal(values: IntArray, salt: int, median: float, spread: float) -> In
         return np.full(len(values), max(1, round(median)), dtype=np.int64)
     uniform = (hashed(values, salt).astype(np.float64) + 0.5) / 2.0**64
     normal = ndtri(np.clip(uniform, 1e-12, 1 - 1e-12))
-    return np.maximum(1, np.rint(median * np.exp(spread * normal))).astype(np.int64)
+    lengths: IntArray = np.maximum(1, np.rint(median * np.exp(spread * normal))).astype(np.int64)
+    return lengths
 
 
 def _counts(workload: Workload, size: int, rng: np.random.Generator) -> IntArray:
     """Candidates of each request."""
     if not workload.candidates_spread:
         return np.full(size, min(workload.candidates, workload.items), dtype=np.int64)
-    counts = np.rint(workload.candidates * np.exp(workload.candidates_spread * rng.standard_normal(size)))
-    return np.clip(counts, 1, workload.items).astype(np.int64)
+    drawn = workload.candidates * np.exp(workload.candidates_spread * rng.standard_normal(size))
+    counts: IntArray = np.clip(np.rint(drawn), 1, workload.items).astype(np.int64)
+    return counts
 
 
 def hashed(values: IntArray, salt: int) -> npt.NDArray[np.uint64]:
