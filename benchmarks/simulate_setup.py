@@ -87,6 +87,8 @@ class Assumptions:
     structure_share: float = 0.0  # of a history: ids and times, always recomputed
     window: int = 0
     copies: float = 1.0  # memory of all nodes, in catalogues; beside the hot items
+    fetch: bool = False  # misses may come from other nodes: the text speaks of it, the mechanism computes them
+    fresh_tokens: int = 80  # of labels and question, beside the instruction
 
 
 SWEEPS: dict[str, tuple[Any, ...]] = {
@@ -104,6 +106,8 @@ SWEEPS: dict[str, tuple[Any, ...]] = {
     "structure_share": (0.3,),
     "window": (128,),
     "copies": (0.5, 2.0),
+    "fetch": (True,),
+    "fresh_tokens": (20, 160),
 }
 
 
@@ -134,6 +138,7 @@ class Bench:
             item_tokens=self.shape.item_tokens,
             history_tokens=self.shape.history_tokens,
             history_spread=0.7,
+            fresh_tokens=found.fresh_tokens,
             users=10**9,  # [A] nobody comes twice, so that a prefix cache holds the instruction alone
         )
         return solve_locality(plain, self.shape)
@@ -173,7 +178,7 @@ class Bench:
             beta=found.beta,
             full_queue_ms=found.full_queue_ms,
             view_ms=found.view_ms,
-            fetch=False,
+            fetch=found.fetch,
         )
         return replace(plain, **changed)
 

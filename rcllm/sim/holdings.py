@@ -15,6 +15,7 @@ from rcllm.cluster.view import EVERYWHERE, NOWHERE, Held, Holdings, Stratum
 from rcllm.sim.options import Workload
 from rcllm.sim.workload import zipf_share
 
+_REMEMBERED = 1 << 16
 _ODD, _BITS = 0x9E3779B97F4A7C15, (1 << 64) - 1  # multiplicative hashing: Knuth, volume 3
 
 
@@ -116,12 +117,15 @@ class LiveHoldings:
         self._copies: dict[int, tuple[int, ...]] = {}  # ascending; on nodes that keep them of their own accord
         self._outdated: set[int] = set()  # items whose placed blocks are of an old text
         self._lost: frozenset[int] = frozenset()  # nodes without what was placed on them
+        self._asked: dict[int, Held] = {}  # the placement's latest answers: a router asks for a key several times
         self._all = tuple(range(num_nodes))
         self._everywhere = EVERYWHERE  # what is left of it
 
     def held(self, key: Hashable) -> Held:
         assert isinstance(key, int)
-        placed = NOWHERE if key in self._outdated else self._placed.held(key)
+        if self._is_whole and key not in self._copies:
+            return self.placed_on(key)
+        placed = NOWHERE if key in self._outdated else self.placed_on(key)
         if self._lost and placed is not NOWHERE:
             placed = self._everywhere if placed.everywhere else self._left(placed)
         copies = self._copies.get(key)
@@ -138,12 +142,17 @@ class LiveHoldings:
         """Whether a node has a block by placement, not in its cache."""
         if node in self._lost or key in self._outdated:
             return False
-        held = self._placed.held(key)
+        held = self.placed_on(key)
         return held.everywhere or node in held.nodes
 
     def placed_on(self, key: int) -> Held:
         """Where it belongs, whether or not it is there."""
-        return self._placed.held(key)
+        held = self._asked.get(key)
+        if held is None:
+            if len(self._asked) >= _REMEMBERED:
+                self._asked.clear()
+            held = self._asked[key] = self._placed.held(key)
+        return held
 
     def bytes_of(self, node: int) -> Mapping[Stratum, int]:
         return {} if node in self._lost else self._placed.bytes_of(node)
@@ -164,6 +173,10 @@ class LiveHoldings:
 
     def copies_of(self, key: int) -> tuple[int, ...]:
         return self._copies.get(key, ())
+
+    @property
+    def _is_whole(self) -> bool:
+        return not (self._lost or self._outdated)
 
     def outdate(self, item: int) -> None:
         """The text of an item has changed: no placed block of it is of use."""
