@@ -158,9 +158,9 @@ class Bench:
         system = self._system(level=Level.parse(level), route=route, fetch=True, cache_gb=20.0, semantic_history=True)
         return self.run(replace(system, kv_dtype="bf16", **changed))
 
-    def run(self, system: System, reuse: Reuse | None = None, **given: Any) -> Run:
+    def run(self, system: System, reuse: Reuse | None = None) -> Run:
         options = RunOptions(requests=self.requests, warm_up=0.05, seed=self.seed)
-        return simulate(self.workload, system, options, reuse=reuse, **given)
+        return simulate(self.workload, system, options, reuse=reuse)
 
     def _system(self, **changed: Any) -> System:
         name, gpus, _ = MODELS[self.model]

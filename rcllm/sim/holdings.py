@@ -16,7 +16,7 @@ from rcllm.sim.options import Workload
 from rcllm.sim.workload import zipf_share
 
 _REMEMBERED = 1 << 16
-_ODD, _BITS = 0x9E3779B97F4A7C15, (1 << 64) - 1  # multiplicative hashing: Knuth, volume 3
+_BITS = (1 << 64) - 1
 
 
 def user_key(user: int) -> int:
@@ -62,7 +62,7 @@ class LazyPlacement:
 
     def owner(self, item: int) -> int:
         if not self.topics:
-            return ((item * _ODD & _BITS) >> 32) % self.num_nodes
+            return _mixed(item) % self.num_nodes
         topic, place = item % self.topics, item // self.topics
         if self.num_nodes <= self.topics:
             return topic * self.num_nodes // self.topics
@@ -72,6 +72,13 @@ class LazyPlacement:
     def bytes_of(self, node: int) -> Mapping[Stratum, int]:
         shard = (self.kept - self.hot) / self.num_nodes
         return {"replicated": int(self.hot * self.item_bytes), "sharded": int(shard * self.item_bytes)}
+
+
+def _mixed(item: int) -> int:
+    """Well-mixed bits of a number: the finaliser of splitmix64, as in `workload.hashed`."""
+    mixed = (item ^ (item >> 30)) * 0xBF58476D1CE4E5B9 & _BITS
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _BITS
+    return mixed ^ (mixed >> 31)
 
 
 def head_share(workload: Workload, hot: int) -> float:

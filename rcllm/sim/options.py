@@ -19,7 +19,7 @@ from rcllm.errors import ConfigError
 Arrivals = Literal["poisson", "bursty"]
 RouteName = Literal["affinity", "ttft", "hit_only", "load_only", "round_robin", "power_of_two"]
 KvDtype = Literal["fp32", "fp16", "bf16", "int8"]
-PlacedBy = Literal["topics", "hash", "metis", "halo"]
+PlacedBy = Literal["topics", "hash", "metis", "halo", "learned"]
 
 _BLOCKS = Level("blocks")
 _WHAT, _WHEN, _LONG = "What is asked for", "When", "How long prompts are"
@@ -89,9 +89,15 @@ class System:
         float, Ge(0), Opt("Memory of a node for histories and for copies that it keeps of its own accord.", panel=_KV)
     ] = 4.0
     placement: Annotated[
-        PlacedBy,
-        Opt("topics and hash: found from an item's number; metis and halo: built from a log.", panel=_POLICY),
-    ] = "topics"
+        PlacedBy | None,
+        Opt(
+            "topics and hash: found from an item's number, for any catalogue; metis, halo and learned: built from past "
+            "requests, as by `rcllm place build`. Default: topics, and halo with --log.",
+            metavar="NAME",
+            panel=_POLICY,
+        ),
+    ] = None
+    past: Annotated[int, Ge(1), Opt("Requests that metis, halo and learned are built from.", panel=_POLICY)] = 50_000
     hot_share: Annotated[
         float, Interval(ge=0, le=1), Opt("Share of the items that are on every node.", panel=_POLICY)
     ] = 0.001

@@ -22,7 +22,7 @@ from rcllm.sim.options import PlanOptions, RunOptions, System, Workload
 from rcllm.sim.outcome import FloatArray, Summary
 from rcllm.sim.setup import costs_of, resolve, simulate
 
-_IDLE = 0.01  # share of the time to the first token that is waiting, below which more nodes do not help
+_HARDLY = 0.02  # share by which twice the nodes must be better, or more do not help
 _INSTRUCTION = Workload().instruction_tokens
 _HOUR, _MILLION, _MS = 3600.0, 1e6, 1e3
 
@@ -190,12 +190,10 @@ class _Planner:
             return []
         low = self._too_few()
         nodes = min(options.max_nodes, low + 1)
-        trial = self._try(nodes)
-        while not trial.meets:
-            if nodes == options.max_nodes or self._is_idle(trial):
+        while not self._try(nodes).meets:
+            if nodes == options.max_nodes or self._is_stuck():
                 return self._sorted()
             low, nodes = nodes, min(2 * nodes, options.max_nodes)
-            trial = self._try(nodes)
         while nodes - low > max(1, nodes // 50):  # within 2 %
             middle = (low + nodes) // 2
             if self._try(middle).meets:
@@ -208,9 +206,10 @@ class _Planner:
         """qps · seconds of a request's own rows ≥ nodes: so many cannot keep up, however passes are shared."""
         return math.floor(self._options.qps * self._costs.rows_s(self._typical(1.0).shape.rows))
 
-    def _is_idle(self, trial: Trial) -> bool:
-        """Requests do not wait, so what is too slow is slow by itself. Fewer nodes share fewer topics out."""
-        return trial.summary.queue_mean_ms < _IDLE * trial.summary.ttft_mean_ms
+    def _is_stuck(self) -> bool:
+        """Twice the nodes were hardly better: what is too slow is slow by itself."""
+        times = [trial.at_percentile_ms for trial in self._sorted()[-2:]]
+        return len(times) == 2 and times[1] > (1 - _HARDLY) * times[0]
 
     def why(self, best: Trial | None) -> str:
         """In a sentence."""
@@ -220,11 +219,12 @@ class _Planner:
                 f"a median request alone on a node takes {self.floor_s * _MS:,.0f} ms, more than the target: a level "
                 "that reuses more, a faster GPU, more GPUs per node, or fewer candidates"
             )
-        if best is None and self._is_idle(last := self._sorted()[-1]):
+        if best is None and self._is_stuck():
+            last = self._sorted()[-1]
             return (
-                f"on {last.nodes:,} nodes requests hardly wait, and P{options.percentile:g} is "
-                f"{last.at_percentile_ms:,.0f} ms all the same: what is missing is computed or fetched, so more memory "
-                "per node helps, more nodes do not"
+                f"{last.nodes:,} nodes are hardly better than half as many, with P{options.percentile:g} "
+                f"{last.at_percentile_ms:,.0f} ms: what is missing is computed or fetched, so more memory per node "
+                "helps, more nodes do not"
             )
         if best is None:
             return f"{options.max_nodes:,} nodes do not meet the target either: raise --slo-ms or --max-nodes"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from rcllm.cluster.placement import Room
 from rcllm.cluster.route import make_route
 from rcllm.cluster.view import Holdings, Route
 from rcllm.core.ranking import Level, Mask, RankOptions, RankRequest
@@ -21,11 +22,14 @@ from rcllm.sim.cost import Costs, Network, fit, read_points, roofline
 from rcllm.sim.demand import Reuse
 from rcllm.sim.hardware import KV_BYTES, find_gpu, find_model
 from rcllm.sim.holdings import LazyPlacement
+from rcllm.sim.learned import learn
 from rcllm.sim.node import PassRecord
-from rcllm.sim.options import RunOptions, System, Workload, check_workload
+from rcllm.sim.options import PlacedBy, RunOptions, System, Workload, check_workload
 from rcllm.sim.outcome import Outcome, Summary, summarise
 from rcllm.sim.workload import SimRequest, generate, number_items, of_log, updates
 
+_LEARNED = ("metis", "halo", "learned")
+_PAST = 1_000_003  # added to the seed of past requests
 _CPU_BYTES_PER_S = 12e9  # KV from memory, where a processor computes: no copy, so a hit is nearly free
 _FAILURE = re.compile(r"^(\d+)@([\d.]+)(?:-([\d.]+))?$")
 _SLOW = re.compile(r"^(\d+)@([\d.]+)$")
@@ -53,30 +57,65 @@ def simulate(
     log: Sequence[RankRequest] = (),
     *,
     reuse: Reuse | None = None,
-    placed: Holdings | None = None,
     on_pass: Callable[[PassRecord], None] | None = None,
 ) -> Run:
-    """`log`: requests to replay in place of generated ones. `reuse` and `placed`: in place of what `system` says.
+    """`log`: requests to replay in place of generated ones. `reuse`: in place of what `system` says.
 
-    Raises ConfigError, DataError.
+    Raises ConfigError, DataError, CapacityError.
     """
-    if log:
-        workload = replace(workload, items=len(number_items(log)), topics=1)
     check_workload(workload)
+    source = _Source.of(workload, log, system)
     spec = cluster_spec(system, reuse)
     simulation = Simulation(
         spec,
-        placed or place(workload, system, spec),
+        _place(source, system, spec, options.seed),
         route_of(system),
         failures=failures_of(system),
-        updates=updates(workload, options.seed),
+        updates=updates(source.workload, options.seed),
         on_pass=on_pass,
     )
-    warm_up = _WarmUp(_requests(workload, options, log), int(options.requests * options.warm_up))
+    warm_up = _WarmUp(source.coming(options.requests, options.seed), int(options.requests * options.warm_up))
     start = time.perf_counter()
     outcome = simulation.run(warm_up)
     wall_s = time.perf_counter() - start
     return Run(outcome, summarise(outcome, warm_up.end_s), warm_up.end_s, wall_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where requests come from, those of the past and those that are simulated."""
+
+    workload: Workload
+    placement: PlacedBy
+    log: Sequence[RankRequest]
+    numbers: Mapping[str, int]  # of the log's items
+
+    @classmethod
+    def of(cls, workload: Workload, log: Sequence[RankRequest], system: System) -> _Source:
+        if not log:
+            return cls(workload, system.placement or "topics", (), {})
+        if system.placement == "topics":
+            raise ConfigError("--placement topics: a log says nothing of topics; take halo, metis, learned or hash")
+        numbers = number_items(log)
+        return cls(replace(workload, items=len(numbers), topics=1), system.placement or "halo", log, numbers)
+
+    def past(self, count: int, seed: int) -> Iterator[SimRequest]:
+        """Of a log, its first half."""
+        if not self.log:
+            return generate(self.workload, count, seed + _PAST)
+        earlier = self.log[: self._first]
+        return of_log(earlier, self.numbers, self.workload, min(count, len(earlier)), seed)
+
+    def coming(self, count: int, seed: int) -> Iterator[SimRequest]:
+        """Of a log, the second half where the first was learnt from, else all of it."""
+        if not self.log:
+            return generate(self.workload, count, seed)
+        later = self.log[self._first :] if self.placement in _LEARNED else self.log
+        return of_log(later, self.numbers, self.workload, count, seed)
+
+    @property
+    def _first(self) -> int:
+        return len(self.log) // 2
 
 
 class _WarmUp:
@@ -93,10 +132,18 @@ class _WarmUp:
             yield request
 
 
-def _requests(workload: Workload, options: RunOptions, log: Sequence[RankRequest]) -> Iterator[SimRequest]:
-    if log:
-        return of_log(log, workload, options.requests, options.seed)
-    return generate(workload, options.requests, options.seed)
+def _place(source: _Source, system: System, spec: ClusterSpec, seed: int) -> Holdings:
+    """The placement that the options name, in `copies` times the memory of the catalogue."""
+    workload = source.workload
+    item_bytes = workload.item_tokens * spec.kv_bytes_per_token
+    node_bytes = system.copies * workload.items * item_bytes / system.nodes
+    if source.placement in _LEARNED:
+        room = Room(system.nodes, int(node_bytes))
+        past = source.past(system.past, seed)
+        return learn(source.placement, past, workload, room, spec.kv_bytes_per_token, system.hot_share)
+    hot = round(system.hot_share * workload.items)
+    by_topic = source.placement == "topics"
+    return LazyPlacement.of(workload, system.nodes, node_bytes, item_bytes, hot, by_topic=by_topic)
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -142,14 +189,6 @@ def resolve(level: Level, mask: Mask) -> Level:
 def route_of(system: System) -> Route:
     weights = {"alpha": system.alpha, "beta": system.beta} if system.route == "affinity" else {}
     return make_route(system.route, **weights)
-
-
-def place(workload: Workload, system: System, spec: ClusterSpec) -> Holdings:
-    """The placement that the options name."""
-    item_bytes = workload.item_tokens * spec.kv_bytes_per_token
-    node_bytes = system.copies * workload.items * item_bytes / system.nodes
-    hot = round(system.hot_share * workload.items)
-    return LazyPlacement.of(workload, system.nodes, node_bytes, item_bytes, hot, by_topic=system.placement == "topics")
 
 
 def failures_of(system: System) -> list[Failure]:

@@ -11,7 +11,7 @@ from topics near it on a ring, else from the whole catalogue; in both, popularit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,14 +64,19 @@ def generate(workload: Workload, num_requests: int, seed: int) -> Iterator[SimRe
             begin = end
 
 
-def of_log(requests: Sequence[RankRequest], workload: Workload, num_requests: int, seed: int) -> Iterator[SimRequest]:
+def of_log(
+    requests: Sequence[RankRequest],
+    numbers: Mapping[str, int],
+    workload: Workload,
+    num_requests: int,
+    seed: int,
+) -> Iterator[SimRequest]:
     """The requests of a log in its order, again from its start when it ends; times, lengths as `workload` says.
 
-    Items are numbered by how often the log names them. Raises DataError for an empty log.
+    `numbers`: of its items, see `number_items`. Raises DataError for an empty log.
     """
     if not requests:
         raise DataError("the request log is empty: expected at least one request")
-    numbers = number_items(requests)
     users: dict[str, int] = {}
     clock = _Clock(workload, seed)
     number = 0

@@ -149,7 +149,7 @@ def asked(name: str, *items: str, user: str | None = None) -> RankRequest:
 def test_a_log_is_replayed_in_its_order_and_again() -> None:
     log = [asked("1", "b", "a", "b", user="u"), asked("2", "a", "c"), asked("3", "a", user="u")]
     assert number_items(log) == {"b": 0, "a": 1, "c": 2} or number_items(log) == {"a": 0, "b": 1, "c": 2}
-    found = list(of_log(log, PLAIN, 7, 0))
+    found = list(of_log(log, number_items(log), PLAIN, 7, 0))
     names = {number: item for item, number in number_items(log).items()}
     assert ["".join(names[item] for item in each.items) for each in found] == ["ba", "ac", "a"] * 2 + ["ba"]
     assert found[0].user == found[2].user == found[3].user != found[1].user
@@ -159,7 +159,7 @@ def test_a_log_is_replayed_in_its_order_and_again() -> None:
 
 def test_an_empty_log_is_refused() -> None:
     with pytest.raises(DataError, match="the request log is empty"):
-        list(of_log([], PLAIN, 1, 0))
+        list(of_log([], {}, PLAIN, 1, 0))
 
 
 @settings(max_examples=20, deadline=None)
