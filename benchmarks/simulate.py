@@ -33,7 +33,7 @@ from rcllm.sim.outcome import Summary
 from rcllm.sim.setup import resolve, simulate
 
 QUESTION = "RcLLM's evaluation by simulation beside the paper's figures; our levels and placements; speed and scale"
-PARTS = ("speed_up", "policies", "ratio", "assumptions", "ours", "placements", "scale")
+PARTS = ("speed_up", "policies", "growth", "ratio", "assumptions", "ours", "placements", "scale")
 PERCENTILES = ("p50", "p90", "p99")
 CLOSE = 0.2  # of the paper's figure
 Metrics = dict[str, float]
@@ -50,6 +50,7 @@ def main() -> None:
         {
             "speed_up": partial(speed_up, base),
             "policies": partial(policies, base),
+            "growth": partial(growth, base["amazon"]),
             "ratio": partial(ratio, base["amazon"]),
             "assumptions": partial(assumptions, dataclasses.replace(base["amazon"], requests=min(requests, 5_000))),
             "ours": partial(ours, base),
@@ -142,6 +143,30 @@ def policies(base: dict[str, Bench]) -> Metrics:
             rows.append([*row, f"{found.hit_rate:.0%}", f"{found.busiest:.0%}"])
         columns = ["policy", *(f"{rate} a second" for rate in RATES), "hits", "busiest node"]
         show(f"Mean TTFT in ms, simulated / Fig. 10, {name}, 40 nodes, 8B", columns, rows)
+    return metrics
+
+
+def growth(bench: Bench) -> Metrics:
+    """What could make TTFT grow with the load as in Fig. 10, where nodes are idle most of the time."""
+    changes: dict[str, dict[str, object]] = {
+        "as assumed": {},
+        "popular topics": {"topic_zipf": 0.8},
+        "bursty": {"arrivals": "bursty"},
+        "queues known late": {"view_ms": 1000.0},
+        "popular topics, bursty, late": {"topic_zipf": 0.8, "arrivals": "bursty", "view_ms": 1000.0},
+    }
+    metrics, rows = dict[str, float](), []
+    for title, changed in changes.items():
+        row = [title]
+        for policy, route in POLICIES.items():
+            runs = [dataclasses.replace(bench.assuming(**changed), qps=float(rate)).rcllm(route) for rate in (10, 40)]
+            means = [run.summary.ttft_mean_ms for run in runs]
+            metrics[f"growth_{_flat(title)}_{policy}"] = means[1] / means[0]
+            row.append(f"{means[1] / means[0]:.2f}")
+        rows.append(row)
+    paper = (POLICY_MEANS["amazon", policy] for policy in POLICIES)
+    rows.append(["Fig. 10", *(f"{means[-1] / means[0]:.2f}" for means in paper)])
+    show("Mean TTFT at 40 requests a second over that at 10, Amazon, 8B", ["", *POLICIES], rows)
     return metrics
 
 
