@@ -11,53 +11,23 @@ what is simulated is time. Invariant: a request is answered once, or counted as 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from rcllm.cluster.view import ClusterView, Holdings, NodeState, Route, RoutedBlock, RoutedRequest
+from rcllm.cluster.view import ClusterView, Holdings, Route
 from rcllm.errors import CapacityError
-from rcllm.model.spec import ModelSpec
 from rcllm.schedule.work import PassLimits, Work
-from rcllm.sim.cost import Costs, PassShape
-from rcllm.sim.demand import Demand, Reuse, There, demand
+from rcllm.sim.cost import PassShape
+from rcllm.sim.demand import Demand, There, demand
 from rcllm.sim.holdings import LiveHoldings, user_key
 from rcllm.sim.loop import EventKind, Loop
 from rcllm.sim.node import BUILD, RANK, Node, PassRecord, SimJob
 from rcllm.sim.outcome import Answered, Outcome
+from rcllm.sim.spec import ClusterSpec, Failure, first_view, routed
 from rcllm.sim.workload import ItemUpdate, SimRequest
 
 _NO_LIMIT = 1 << 60
-_NEVER = 1.0  # bytes a second: a router that is told so counts on no fetch
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A node that dies, and comes back with empty memory."""
-
-    node: int
-    at_s: float
-    back_s: float = float("inf")
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterSpec:
-    """What the cluster is, whatever it is asked."""
-
-    num_nodes: int
-    costs: Costs
-    model: ModelSpec
-    kv_bytes_per_token: int
-    reuse: Reuse
-    cache_bytes: int = 0  # memory of a node beyond what is placed: for copies of its own accord, and histories
-    pass_rows: int = 1  # most rows of prompts that share a pass; one request at least
-    fetches: bool = True  # missing blocks may come from other nodes, where that is estimated to be sooner
-    full_queue_s: float = 1.0  # the queue that counts as load 1
-    view_s: float = 0.0  # the router hears of queues this often; 0: always
-    host_bytes_per_s: float = 25e9
-    fetch_bytes_per_s: float = 12.5e9
-    reload_bytes_per_s: float = 2e9  # at which a node that comes back reads what is placed on it
-    slow: tuple[tuple[int, float], ...] = ()  # nodes and how many times longer their passes take
 
 
 class Simulation:
@@ -82,7 +52,7 @@ class Simulation:
         self._free_s = np.zeros(spec.num_nodes)  # when a node's pass ends
         self._waiting_s = np.zeros(spec.num_nodes)  # estimated for what waits there
         self._slow = dict(spec.slow)
-        self._view = _view(spec, self.holdings)
+        self._view = first_view(spec, self.holdings)
         self._requests: Iterator[SimRequest] = iter(())
         self._updates = iter(updates)
         self._last_s = float("inf")  # no update later than the last request
@@ -102,7 +72,7 @@ class Simulation:
             self.loop.at(0.0, EventKind.VIEW, self._look)
         self.loop.run()
         self.outcome.num_unanswered = len(self._stranded)
-        self.outcome.end_s = self.loop.now
+        self.outcome.end_s = max((each.answered_s for each in self.outcome.answers), default=self.loop.now)
         self.outcome.num_events = self.loop.num_events
         self.outcome.busy_s = [node.busy_s for node in self.nodes]
         self.outcome.evictions += sum(node.cache.evictions for node in self.nodes)
@@ -126,7 +96,7 @@ class Simulation:
         """To the node that the policy chooses."""
         assert job.request is not None
         try:
-            decision = self._route_by(self._seen(), self._routed(job.request))
+            decision = self._route_by(self._seen(), routed(self.spec, job.request))
         except CapacityError:  # no node is up
             self._stranded.append(job)
             return
@@ -147,17 +117,6 @@ class Simulation:
     def _refresh(self) -> None:
         queue = np.maximum(self._free_s - self.loop.now, 0.0) + self._waiting_s
         self._view = self._view.at(queue, np.minimum(queue / self.spec.full_queue_s, 1.0))
-
-    def _routed(self, request: SimRequest) -> RoutedRequest:
-        reuse, per_token, tokens = self.spec.reuse, self.spec.kv_bytes_per_token, request.tokens
-        items = tuple(
-            RoutedBlock(item, size * per_token, reuse.saved_tokens(size))
-            for item, size in zip(request.items, tokens.items, strict=True)
-        )
-        history: tuple[RoutedBlock, ...] = ()
-        if not reuse.semantic_history and tokens.history:
-            history = (RoutedBlock(user_key(request.user), tokens.history * per_token, tokens.history),)
-        return RoutedRequest(request.number, items, history, tokens.fresh)
 
     # ---- on a node ----
 
@@ -405,17 +364,3 @@ def _answer(job: SimJob, request: SimRequest, now: float) -> Answered:
         num_built=job.num_built,
         retries=job.retries,
     )
-
-
-def _view(spec: ClusterSpec, holdings: Holdings) -> ClusterView:
-    rate = 1 / spec.costs.rows_s(1)
-    states = [
-        NodeState(
-            f"node-{number}",
-            read_bytes_per_s=spec.host_bytes_per_s,
-            fetch_bytes_per_s=spec.fetch_bytes_per_s if spec.fetches else _NEVER,
-            tokens_per_s=rate,
-        )
-        for number in range(spec.num_nodes)
-    ]
-    return ClusterView.of(states, holdings)

@@ -17,7 +17,7 @@ from rcllm.core.ranking import Level, Mask, RankOptions, RankRequest
 from rcllm.errors import ConfigError
 from rcllm.model.spec import ModelSpec
 from rcllm.schedule.admission import Open
-from rcllm.sim.cluster import ClusterSpec, Failure, Simulation
+from rcllm.sim.cluster import Simulation
 from rcllm.sim.cost import Costs, Network, fit, read_points, roofline
 from rcllm.sim.demand import Reuse
 from rcllm.sim.hardware import KV_BYTES, find_gpu, find_model
@@ -26,6 +26,7 @@ from rcllm.sim.learned import learn
 from rcllm.sim.node import PassRecord
 from rcllm.sim.options import PlacedBy, RunOptions, System, Workload, check_workload
 from rcllm.sim.outcome import Outcome, Summary, summarise
+from rcllm.sim.spec import ClusterSpec, Failure
 from rcllm.sim.workload import SimRequest, generate, number_items, of_log, updates
 
 _LEARNED = ("metis", "halo", "learned")

@@ -10,10 +10,10 @@ from rcllm.cluster.view import ClusterView, Decision, FixedHoldings, Held, Route
 from rcllm.core.ranking import Level
 from rcllm.errors import CapacityError
 from rcllm.model.spec import ModelSpec
-from rcllm.sim.cluster import ClusterSpec
 from rcllm.sim.cost import Fitted, Network
 from rcllm.sim.demand import Reuse, Tokens
 from rcllm.sim.hardware import find_model
+from rcllm.sim.spec import ClusterSpec
 from rcllm.sim.workload import SimRequest
 
 MODEL: ModelSpec = find_model("smollm2-135m")

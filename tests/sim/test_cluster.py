@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rcllm.sim.cluster import Failure, Simulation
+from rcllm.sim.cluster import Simulation
 from rcllm.sim.node import PassRecord
 from rcllm.sim.options import Workload
 from rcllm.sim.outcome import Outcome, summarise
+from rcllm.sim.spec import Failure
 from rcllm.sim.workload import ItemUpdate, generate, updates
 from tests.sim.small import FRESH, ITEM, KV_BYTES, PASS_S, placed, prefer, request, shortest_queue, spec
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rcllm.sim.cluster import Failure, Simulation
+from rcllm.sim.cluster import Simulation
+from rcllm.sim.spec import Failure
 from rcllm.sim.trace import Trace
 from tests.sim.small import PASS_S, placed, prefer, request, spec
 
