@@ -6,14 +6,14 @@ never what comes after it; it names no item of the history, and none twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from scipy import sparse
 
-from rcllm.cluster.statistics import IntArray, Requests
+from rcllm.cluster.statistics import IntArray, Requests, incidence, ragged
 
 _ROWS = 512  # histories whose scores are made at a time: they are nearly dense
 
@@ -99,16 +99,3 @@ SOURCES: Mapping[str, Callable[[Any], Candidates]] = {  # each from sparse [trai
     "popularity": lambda touched: Popular(np.asarray(touched.sum(axis=0)).astype(np.int64)),
     "uniform": lambda touched: Uniform(touched.shape[1]),
 }
-
-
-def ragged(rows: Sequence[Any]) -> Requests:
-    """Requests from one array, or list, of item numbers for each."""
-    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]).astype(np.int64)
-    items = np.concatenate([np.asarray(row, np.int64) for row in rows]) if rows else np.empty(0, np.int64)
-    return Requests(starts, items)
-
-
-def incidence(requests: Requests, num_items: int) -> Any:
-    """Sparse [requests, items]: 1 where a request names the item."""
-    ones = np.ones(len(requests.items), dtype=np.int64)
-    return sparse.csr_array((ones, requests.items, requests.starts), shape=(len(requests), num_items))

@@ -48,6 +48,10 @@ class Placement:
     policy: str = ""  # that made it
 
     @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    @property
     def sharded(self) -> BoolArray:
         return ~(self.replicated | self.evicted)
 
