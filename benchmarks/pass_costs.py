@@ -3,8 +3,8 @@
 Regime: one ranking at a time, SmolLM2-135M in fp32 on the CPU, prompts of 5 to 20 candidates, every reuse level, items
 warm and cold. Each warm request is measured in three rounds, minutes apart, and the fastest counts: what else a machine
 does makes requests slower, never faster. Each request is a point for the simulator's cost model (`rcllm sim --costs
-FILE`): seconds = fixed + rows · a + pairs · b + bytes of cached KV · c, fitted here by least squares of relative errors.
-The shapes are those that `rcllm.sim.demand` counts, so that model and measurement speak of the same thing.
+FILE`): seconds = fixed + rows · a + pairs · b + bytes of cached KV · c, fitted here by least squares of relative
+errors. The shapes are those that `rcllm.sim.demand` counts, so that model and measurement speak of the same thing.
 """
 
 from __future__ import annotations
