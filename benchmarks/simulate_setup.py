@@ -120,7 +120,7 @@ class Bench:
     nodes: int = 40
     qps: float | None = None  # None: [S] as many as nodes, and half of that for 72B
     assumed: Assumptions = Assumptions()
-    requests: int = 10_000
+    requests: int = 5_000
     seed: int = 0
 
     @property
