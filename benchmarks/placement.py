@@ -77,12 +77,10 @@ def data_set(name: str, chosen: Options) -> dict[str, float]:
 def compared(key: str, statistics: Statistics, trial: Trial, room: Room) -> dict[str, float]:
     """All placements of one room."""
     metrics: dict[str, float] = {}
-    metis = make_place("metis").divided(statistics, room)
     for policy in POLICIES:
         place = make_place(policy)
         start = time.perf_counter()
-        division = metis if place.partition == "metis" else place.divided(statistics, room)
-        placement = place.copied(statistics, division, room)
+        placement = place(statistics, room)
         seconds = time.perf_counter() - start
         placement.check()
         report = evaluate(placement, statistics, trial.held_out)

@@ -50,15 +50,17 @@ def by_popularity(statistics: Statistics, strata: Strata, room: Room, seed: int)
     return _dealt(np.argsort(-statistics.heat, kind="stable"), strata, room)
 
 
+def by_cut(statistics: Statistics, strata: Strata, room: Room, seed: int) -> IntArray:
+    """Few requests across parts (METIS; Karypis & Kumar 1998), with bytes in balance and heat as it comes."""
+    return _cut(statistics, strata, room, seed, statistics.num_bytes.astype(np.float64))[0]
+
+
 def by_metis(statistics: Statistics, strata: Strata, room: Room, seed: int) -> IntArray:
-    """Few requests across parts (METIS; Karypis & Kumar 1998), with bytes and heat in balance."""
+    """The same with bytes and heat in balance: METIS balances heat, which is harder to mend than bytes."""
+    owner, graph = _cut(statistics, strata, room, seed, statistics.heat)
     members = np.flatnonzero(strata.sharded)
-    owner = np.zeros(statistics.num_items, dtype=np.int64)
-    if room.num_nodes > 1 and len(members) > 1:
-        graph = statistics.near[members][:, members].tocsr()
-        weights = np.stack([statistics.num_bytes[members].astype(np.float64), statistics.heat[members]])
-        parts = _metis(graph, statistics.heat[members], room.num_nodes, seed)
-        owner[members] = balanced(parts, weights, graph, room.num_nodes, 1.0 + IMBALANCE)
+    weights = np.stack([statistics.num_bytes[members].astype(np.float64), statistics.heat[members]])
+    owner[members] = balanced(owner[members], weights, graph, room.num_nodes, 1.0 + IMBALANCE)
     return owner
 
 
@@ -66,6 +68,7 @@ PARTITIONS: dict[str, Partition] = {
     "hash": by_hash,
     "random": by_chance,
     "popularity": by_popularity,
+    "cut": by_cut,
     "metis": by_metis,
 }
 
@@ -77,8 +80,18 @@ def _dealt(order: IntArray, strata: Strata, room: Room) -> IntArray:
     return owner
 
 
-def _metis(graph: Any, heat: FloatArray, num_parts: int, seed: int) -> IntArray:
-    """[items] parts by METIS, in balance of heat, which is harder to mend afterwards than bytes."""
+def _cut(statistics: Statistics, strata: Strata, room: Room, seed: int, weights: FloatArray) -> tuple[IntArray, Any]:
+    """The owner of each item in balance of the weights [items], and the graph of the items that are sharded."""
+    members = np.flatnonzero(strata.sharded)
+    owner = np.zeros(statistics.num_items, dtype=np.int64)
+    graph = statistics.near[members][:, members].tocsr()
+    if room.num_nodes > 1 and len(members) > 1:
+        owner[members] = _metis(graph, weights[members], room.num_nodes, seed)
+    return owner, graph
+
+
+def _metis(graph: Any, weights: FloatArray, num_parts: int, seed: int) -> IntArray:
+    """[items] parts by METIS, in balance of the weights."""
     try:
         import pymetis  # noqa: PLC0415  the one place that needs it: an optional dependency
     except ImportError as error:
@@ -90,7 +103,7 @@ def _metis(graph: Any, heat: FloatArray, num_parts: int, seed: int) -> IntArray:
     found = pymetis.part_graph(
         num_parts,
         pymetis.CSRAdjacency(graph.indptr.astype(np.int32), graph.indices.astype(np.int32)),
-        vweights=np.maximum(np.rint(heat * (_SCALE / max(float(heat.sum()), 1.0))), 1).astype(np.int32),
+        vweights=np.maximum(np.rint(weights * (_SCALE / max(float(weights.sum()), 1.0))), 1).astype(np.int32),
         eweights=edges.astype(np.int32),
         options=pymetis.Options(ufactor=round(1000 * IMBALANCE), seed=seed),
     )

@@ -1,22 +1,24 @@
 """The placement policies by name, from statistics and room to a placement.
 
-    strata → owners (hash, random, popularity, METIS) → halo (none, one pass, in rounds, in rounds with load in mind)
+    strata → parts (hash, random, popularity, METIS) → halo (none, one pass, in rounds, with load in mind) → owners
 
-Knows nothing of requests to come. Invariant: a policy is a pure function, and what it returns passes `check`.
+With a halo, parts are cut with bytes in balance alone, and owners chosen among holders so that heat is as well; where
+copies are too few for that, parts are balanced in both from the start. Knows nothing of requests to come. Invariant: a policy is a pure function, and what it returns passes `check`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rcllm.cluster.halo import HaloConfig, grow
+from rcllm.cluster.ownership import imbalance, relabelled
 from rcllm.cluster.partition import PARTITIONS, Division, fit
 from rcllm.cluster.placement import Placement, Room
 from rcllm.cluster.statistics import Statistics
-from rcllm.cluster.strata import HOT_SHARE, divide
+from rcllm.cluster.strata import HOT_SHARE, IMBALANCE, divide
 from rcllm.data.text import did_you_mean
 from rcllm.errors import ConfigError
 
@@ -32,7 +34,13 @@ class Composed:
     seed: int = 0
 
     def __call__(self, statistics: Statistics, room: Room) -> Placement:
-        return self.copied(statistics, self.divided(statistics, room), room)
+        if self.halo is None:
+            return self.copied(statistics, self.divided(statistics, room), room)
+        best = replace(self, partition="cut")
+        placement = best.copied(statistics, best.divided(statistics, room), room)
+        if imbalance(placement, statistics.heat) <= IMBALANCE:
+            return placement
+        return self.copied(statistics, self.divided(statistics, room), room)  # too few copies to choose owners among
 
     def divided(self, statistics: Statistics, room: Room) -> Division:
         """Strata and owners. Raises CapacityError, ConfigError."""
@@ -46,7 +54,7 @@ class Composed:
         """The placement that a division becomes with its copies."""
         none = tuple(np.empty(0, np.int64) for _ in range(room.num_nodes))
         halos = none if self.halo is None else grow(statistics, division, room, self.halo).items
-        return Placement(
+        placement = Placement(
             statistics.item_ids,
             statistics.num_bytes,
             room,
@@ -56,6 +64,7 @@ class Composed:
             halos,
             self.name,
         )
+        return placement if self.halo is None else relabelled(placement, statistics.heat)
 
 
 ONE_PASS = HaloConfig(rounds=1, temperature=0.0, smoothing=0.0)

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-Source = Literal["fresh", "computed", "device", "host", "semantic"]  # where the KV of a block came from
+from rcllm.core.requests import BeamRule as BeamRule
+
+# where the KV of a block came from; host, disk and shared are the tiers of the store
+Source = Literal["fresh", "computed", "device", "host", "disk", "shared", "semantic"]
 
 
 class BlockKind(StrEnum):
@@ -63,9 +66,6 @@ class RankReceipt(Receipt):
     kv_bytes_read: int  # cached KV that attention read
     kv_bytes_copied: int  # published KV that the whole batch copied or converted before reading; 0 when read in place
     blocks: tuple[BlockReceipt, ...]
-
-
-BeamRule = Literal["renormalise", "mask"]
 
 
 @dataclass(frozen=True, slots=True)

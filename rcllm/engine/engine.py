@@ -14,7 +14,7 @@ import itertools
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -24,7 +24,9 @@ import torch
 
 from rcllm.cache.pool import Pool, PoolStats
 from rcllm.config import Config, Hardware, resolve
-from rcllm.core.ranking import Item, ItemId, Mask, RankRequest, RankResponse, UserId
+from rcllm.core.ranking import Item, ItemId, Mask, RankRequest, RankResponse, UserId, whose
+from rcllm.data.catalogue import Catalogue
+from rcllm.data.live import LiveCatalogue
 from rcllm.engine.build import (
     declared_mask,
     identity,
@@ -35,10 +37,12 @@ from rcllm.engine.build import (
     open_prototypes,
 )
 from rcllm.engine.fit import fit
+from rcllm.engine.items import ItemChanges, compare, completed
 from rcllm.engine.job import Answer, Job, Refused, Ticket
 from rcllm.engine.jobs.rank import Rank
 from rcllm.engine.passes import Prompts, Steps, enter, forward
 from rcllm.engine.prefill import Prefill
+from rcllm.engine.tiers import Tiers, about, open_tiers, space_of
 from rcllm.engine.turns import Turns
 from rcllm.engine.warming import Warming, WarmProgress
 from rcllm.errors import CancelledError, RcllmError, answered
@@ -52,6 +56,7 @@ from rcllm.reuse.select import first_phase, max_rows
 from rcllm.schedule.admission import Admission, AdmissionFactory, Identity, Open
 from rcllm.schedule.scheduler import Scheduler
 from rcllm.schedule.work import PassLimits, Work
+from rcllm.store.contract import Store
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -70,19 +75,22 @@ class Engine:
         admission: Admission | None = None,
         prototypes: PrototypePool | None = None,
         *,
+        tiers: Tiers | None = None,
         clock: Clock = time.perf_counter,
         node: str = "",
         trace: Trace | None = None,
     ) -> None:
         """admission: which reuse levels may be used; None for all. prototypes: for history "semantic".
 
+        tiers: below the pool, which end with the engine.
+
         clock: seconds; node: what receipts call this machine, by default its name; trace: told of every stage.
         """
         self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id
         self.prototypes, self.node, self.trace = prototypes, node or platform.node(), trace
-        self.clock = clock
-        self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes)
-        self._rank = Rank(
+        self.clock, self._tiers = clock, tiers or Tiers()
+        self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes, clock)
+        self.rank_job = Rank(
             config, decoder, prompter, self._prefill, admission or Open.of(self.identity, prompter.context_name)
         )
         kv_bytes = pool.budget // 2  # of one pass; the other half is for what runs on
@@ -90,6 +98,7 @@ class Engine:
         self._tickets: dict[int, Ticket] = {}  # those that wait or run
         self._lock = threading.Lock()  # of the scheduler and the tickets; never held while something is computed
         self._turns = Turns()  # who computes
+        self._updating = threading.Lock()  # of the catalogue; taken first
         self._numbers = itertools.count()
         self._num_passes = 0
         self._names = {"node": self.node, "model": model_id}  # of receipts
@@ -101,13 +110,15 @@ class Engine:
         config: Config | None = None,
         samples: Sequence[RankRequest] = (),
         admission: AdmissionFactory = Open.of,
+        store: Store | None = None,
     ) -> Engine:
-        """Loads the model and makes an empty cache.
+        """Loads the model and makes an empty pool, over the store that the configuration names, if it names one.
 
         `samples`: real requests for the canonical contexts `typical` and `mean(n)`. `admission`: told what the engine
-        is, makes what decides which reuse levels may be used; by default, all. Fetches the model when it is not
-        there. Warns of a catalogue or configuration that template or adapter do not fit. Raises ConfigError, DataError,
-        ModelError, FetchError.
+        is, makes what decides which reuse levels may be used; by default, all. `store`: in place of the one that the
+        configuration names; whoever opened it closes it. Fetches the model when it is not there. Warns of a catalogue
+        or configuration that template or adapter do not fit, and of tiers that cannot be used. Raises ConfigError,
+        DataError, ModelError, FetchError.
         """
         memory = psutil.virtual_memory().total
         config = declared_mask(resolve(config or Config(), Hardware(torch.cuda.is_available(), memory)))
@@ -122,7 +133,11 @@ class Engine:
         model_id = model.hex()[:12]
         prototypes = open_prototypes(config, decoder, prompter)
         admitting = admission(identity(config, prompter, model_id, prototypes), prompter.context_name)
-        return cls(config, decoder, prompter, make_pool(config, decoder), model_id, admitting, prototypes)
+        space = space_of(prompter.namespace)
+        tiers = open_tiers(config.store, space, about(config, model_id)) if store is None else Tiers()
+        pool = make_pool(config, decoder, tiers.store if store is None else store, space)
+        tiers.load_rates(pool.rates)
+        return cls(config, decoder, prompter, pool, model_id, admitting, prototypes, tiers=tiers)
 
     @property
     def identity(self) -> Identity:
@@ -130,13 +145,19 @@ class Engine:
         return identity(self.config, self.prompter, self.model_id, self.prototypes)
 
     @property
+    def catalogue(self) -> LiveCatalogue:
+        """The items as they read now."""
+        assert isinstance(self.prompter.catalogue, LiveCatalogue), "make_prompter makes it one"
+        return self.prompter.catalogue
+
+    @property
     def admission(self) -> Admission:
         """Which reuse levels rankings may use."""
-        return self._rank.admission
+        return self.rank_job.admission
 
     @admission.setter
     def admission(self, admission: Admission) -> None:
-        self._rank.admission = admission
+        self.rank_job.admission = admission
 
     # ---- asking ----
 
@@ -146,7 +167,7 @@ class Engine:
 
     def rank_batch(self, requests: Sequence[RankRequest]) -> list[RankResponse | RcllmError]:
         """Per request its response, or its error; misses and fresh tokens are computed together as memory allows."""
-        return self.run(self._rank, requests)
+        return self.run(self.rank_job, requests)
 
     def run(self, job: Job[Request, Response], requests: Sequence[Request]) -> list[Response | RcllmError]:
         """Per request its response, or its error, in their order."""
@@ -178,6 +199,21 @@ class Engine:
 
     def submit(self, job: Job[Request, Response], request: Request) -> Ticket | Refused:
         """Takes a request in, in the caller's thread; a wrong one is done at once, with its error."""
+        self._tiers.heed_erasures(self.pool)
+        while True:
+            version = self.catalogue.version
+            ticket = self._open(job, request)
+            if isinstance(ticket, Refused):
+                return ticket
+            with self._lock:
+                if version == self.catalogue.version:  # else its items may read differently by now
+                    self._scheduler.open(job.kind, job.limits)
+                    self._scheduler.add(self._work(ticket))
+                    self._tickets[ticket.number] = ticket
+                    return ticket
+
+    def _open(self, job: Job[Request, Response], request: Request) -> Ticket | Refused:
+        """prompt → lookup → plan"""
         number, start, watch = next(self._numbers), self.clock(), Stopwatch(self.clock)
         try:
             with watch.stage("prompt"):
@@ -188,12 +224,7 @@ class Engine:
                 planned = self._prefill.plan(opening.prompt, lookup)
         except RcllmError as error:
             return Refused(request, error)
-        ticket = Ticket(number, job, request, start, opening, lookup, planned, watch.stages)
-        with self._lock:
-            self._scheduler.open(job.kind, job.limits)
-            self._scheduler.add(self._work(ticket))
-            self._tickets[ticket.number] = ticket
-        return ticket
+        return Ticket(number, job, request, start, opening, lookup, planned, watch.stages)
 
     def step(self) -> bool:
         """One pass over the rows of whoever's turn it is; False where nobody waits. One thread at a time."""
@@ -216,6 +247,7 @@ class Engine:
                 raise
         finally:
             self._reply(answers, (*entering, *running), watch.stages)  # reply
+        self.pool.write_through()  # what was published, for whoever comes after this process
         return True
 
     def _schedule(self) -> tuple[list[Ticket], list[Ticket]]:
@@ -299,13 +331,36 @@ class Engine:
                 on_progress(progress)
         return progress
 
-    def erase_user(self, user_id: UserId) -> int:
-        """Removes every block derived from a user; returns how many there were.
+    def upsert_items(self, items: Iterable[Item], gone: Collection[ItemId] = ()) -> ItemChanges:
+        """Puts items into the catalogue, in place of those with their ids, and takes `gone` out of it.
+
+        Once it returns, no answer reads an old text: it waits for requests that were submitted before. Items that read
+        as before keep their cached blocks; those of the others are removed from every tier, and computed when they are
+        asked for, or by `warm(changes.added + changes.changed)`. Raises DataError for an id that is given twice, and
+        what the store raises.
+        """
+        given = completed(items, self.catalogue, self.prompter.template.shown)
+        with self._updating:
+            changes = compare(self.prompter.texts, self.catalogue, given, gone)
+            self.catalogue.put(given, gone)
+            with self._lock:
+                before = list(self._tickets.values()) if changes.stale else []
+            self._loop(until=lambda: all(ticket.done for ticket in before))
+            return replace(changes, num_blocks=sum(self.retire_item(item_id) for item_id in changes.stale))
+
+    def reload_items(self, items: Iterable[Item]) -> ItemChanges:
+        """Makes `items` the whole catalogue, as `upsert_items` does: what others the engine had are taken out."""
+        whole = Catalogue(items)
+        return self.upsert_items(whole.values(), gone=[i for i in self.catalogue if i not in whole])
+
+    def erase_user(self, user_id: UserId, tenant: str = "") -> int:
+        """Removes every block derived from a user, from every tier; returns how many there were.
 
         Waits for the pass that is running, which may be about to publish some. The semantic pool is a read-only file
-        that was made of users' texts: build it again without the user (`rcllm pool build --exclude-users`).
+        that was made of users' texts: build it again without the user (`rcllm pool build --exclude-users`). Raises what
+        the store raises: erasing is not best-effort.
         """
-        return self._erase(user_owner(user_id) or "")
+        return self._erase(user_owner(whose(user_id, tenant)) or "")
 
     def retire_item(self, item_id: ItemId) -> int:
         """Removes the blocks of an item whose text changed or that is gone; returns how many there were.
@@ -321,6 +376,18 @@ class Engine:
 
     def stats(self) -> PoolStats:
         return self.pool.stats()
+
+    def close(self) -> None:
+        """Hands the store what it does not have yet, and ends it. An engine without a store need not be closed."""
+        with self._turns.alone():
+            self.pool.write_through()
+            self._tiers.close(self.pool.rates)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def _kv_bytes_per_token(self) -> int:

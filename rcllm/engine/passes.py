@@ -42,7 +42,7 @@ class Prompts:
             with stage("plan"):
                 batch = [prefill.replan(ticket.planned, ticket.lookup) for ticket in tickets]
             with stage("materialise"):
-                num_computed = prefill.materialise(batch, held)
+                num_computed = prefill.materialise(batch, [ticket.lookup for ticket in tickets], held)
             with stage("select"):
                 selected = prefill.select(batch, held)
             with stage("assemble"):
@@ -115,7 +115,8 @@ def _entered(
             hidden=passed.hidden,
             read_rows=rows,
             segments=some,
-            shared=dict(names) | _shared(planned, prefill.notes(planned.prompt.options) + notes, passed, prompts),
+            shared=dict(names)
+            | _shared(planned, prefill.notes(planned.prompt.options, ticket.lookup, held) + notes, passed, prompts),
             held=held,
             kv_bytes_read=read,
             kv_bytes_copied=copied,

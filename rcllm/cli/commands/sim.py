@@ -37,7 +37,7 @@ class PlanFiles:
 
 @spread("rcllm.cli.sim:sim_command")
 def sim(workload: Workload, system: System, run: RunOptions, files: SimFiles) -> None:
-    """Simulate a cluster: time to first token, hit rates and use of nodes, before there is a cluster.
+    """Simulate a cluster: times, hits and use of nodes, before there is one.
 
     Routing, scheduling and eviction are those of a real one; times come from a roofline of the GPU or from measured
     passes. docs/simulation.md says what is modelled and what is not.
@@ -48,7 +48,7 @@ def sim(workload: Workload, system: System, run: RunOptions, files: SimFiles) ->
 
 @spread("rcllm.cli.plan:plan_command")
 def plan(options: PlanOptions, files: PlanFiles) -> None:
-    """Plan a cluster: how many nodes, how much memory, which times to first token, and what it costs.
+    """Plan a cluster: nodes, memory, times to the first token, and what it costs.
 
     Memory follows from formulas (docs/planning.md). The number of nodes is the smallest that meets the target in a
     simulation; half and double of the catalogue and of the load are planned as well.
