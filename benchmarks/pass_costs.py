@@ -15,8 +15,9 @@ from collections import defaultdict
 
 from benchmarks.harness import console, dataset, options, report, show, timed
 from rcllm.config import CacheConfig, Config
-from rcllm.core.ranking import Level, Prompt, RankOptions, RankRequest, RankResponse, UserId
+from rcllm.core.ranking import Prompt, RankResponse
 from rcllm.core.receipts import BlockKind
+from rcllm.core.requests import Level, RankOptions, RankRequest, UserId
 from rcllm.data import build_requests
 from rcllm.engine.engine import Engine
 from rcllm.sim.cost import Fitted, Point, fit

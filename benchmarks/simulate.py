@@ -27,7 +27,7 @@ from benchmarks.simulate_setup import (
     SWEEPS,
     Bench,
 )
-from rcllm.core.ranking import Level
+from rcllm.core.requests import Level
 from rcllm.sim.options import RouteName, RunOptions, System, Workload
 from rcllm.sim.outcome import Summary
 from rcllm.sim.setup import resolve, simulate

@@ -13,7 +13,7 @@ from typing import Any
 
 from scipy.optimize import brentq
 
-from rcllm.core.ranking import Level
+from rcllm.core.requests import Level
 from rcllm.sim.demand import Reuse
 from rcllm.sim.hardware import find_model
 from rcllm.sim.holdings import LazyPlacement, expected_hit_rate

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rcllm.core.ranking import Level
+from rcllm.core.requests import Level
 from rcllm.model.spec import ModelSpec
 from rcllm.sim.cost import PassShape
 

@@ -12,7 +12,7 @@ import numpy as np
 from rcllm.cluster.place import make_place
 from rcllm.cluster.placement import PlacedHoldings, Room
 from rcllm.cluster.statistics import Collector
-from rcllm.core.ranking import ItemId
+from rcllm.core.requests import ItemId
 from rcllm.errors import ConfigError
 from rcllm.sim.options import Workload
 from rcllm.sim.workload import SimRequest, item_lengths

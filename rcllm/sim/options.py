@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval
-
-from rcllm.annotated import Opt
-from rcllm.core.ranking import Level, Mask
+from rcllm.annotated import Ge, Gt, Interval, Opt
+from rcllm.core.requests import Level, Mask
 from rcllm.errors import ConfigError
 
 Arrivals = Literal["poisson", "bursty"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from rcllm.cluster.placement import Room
 from rcllm.cluster.route import make_route
 from rcllm.cluster.view import Holdings, Route
-from rcllm.core.ranking import Level, Mask, RankOptions, RankRequest
+from rcllm.core.requests import Level, Mask, RankOptions, RankRequest
 from rcllm.errors import ConfigError
 from rcllm.model.spec import ModelSpec
 from rcllm.schedule.admission import Open

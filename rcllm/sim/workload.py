@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtri
 
-from rcllm.core.ranking import RankRequest
+from rcllm.core.requests import RankRequest
 from rcllm.errors import DataError
 from rcllm.sim.demand import Tokens
 from rcllm.sim.options import Workload

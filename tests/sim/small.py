@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from rcllm.cluster.view import ClusterView, Decision, FixedHoldings, Held, Route, RoutedRequest
-from rcllm.core.ranking import Level
+from rcllm.core.requests import Level
 from rcllm.errors import CapacityError
 from rcllm.model.spec import ModelSpec
 from rcllm.sim.cost import Fitted, Network

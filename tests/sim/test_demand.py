@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rcllm.core.ranking import Block, ContentKey, Level, Prompt, RankOptions
+from rcllm.core.ranking import Block, ContentKey, Prompt
 from rcllm.core.receipts import BlockKind
+from rcllm.core.requests import Level, RankOptions
 from rcllm.reuse.plan import plan
 from rcllm.sim.demand import Reuse, There, Tokens, demand
 from tests.sim.small import KV_BYTES, MODEL

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from rcllm.core.ranking import Level
+from rcllm.core.requests import Level
 from rcllm.errors import ConfigError
 from rcllm.sim.options import PlanOptions
 from rcllm.sim.plan import Plan, expected_hit_rate, memory, node_hours_per_million, plan, variants

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from rcllm.cluster.route import ROUTES
-from rcllm.core.ranking import ItemId, Level, RankRequest, UserId
+from rcllm.core.requests import ItemId, Level, RankRequest, UserId
 from rcllm.errors import ConfigError
 from rcllm.sim.options import PlacedBy, RouteName, RunOptions, System, Workload
 from rcllm.sim.outcome import Summary

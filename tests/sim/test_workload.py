@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rcllm.core.ranking import ItemId, RankRequest, UserId
+from rcllm.core.requests import ItemId, RankRequest, UserId
 from rcllm.errors import ConfigError, DataError
 from rcllm.sim.options import Workload, check_workload
 from rcllm.sim.workload import (
