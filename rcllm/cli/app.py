@@ -38,6 +38,10 @@ COMMANDS = (
     Listed("sim", "sim:sim", "Simulate a cluster: times, hits and use of nodes, before there is one."),
     Listed("plan", "sim:plan", "Plan a cluster: nodes, memory, times to the first token, and what it costs."),
     Listed("bench ttft", "rank:ttft", "Time to first token of every reuse level, and how far off its answers are."),
+    Listed("place build", "place:build", "Decide which node holds which items, from the requests of the past."),
+    Listed("place eval", "place:evaluate", "Tell what a placement is worth: a request's items on its best node."),
+    Listed("place diff", "place:diff", "Show what changes from one placement to another, and plan bounded moves."),
+    Listed("place explain", "place:explain", "Explain where an item is, or which node would answer a request."),
     Listed("pool build", "pool:build", "Build the semantic history pool: token prototypes shared by all users."),
     Listed("probe position", "rank:position", "How much of a score is the candidate, and how much its place."),
     Listed("sid build", "sid:build", "Give every item its semantic ID, by its text and by who touched it."),
@@ -45,6 +49,7 @@ COMMANDS = (
 )
 GROUPS = {
     "bench": "Measure your own model, catalogue and requests.",
+    "place": "Many machines: which node holds which items, and which answers a request.",
     "pool": "The semantic history pool: token prototypes shared by all users.",
     "probe": "Look for what a ranking should not depend on.",
     "sid": "Semantic IDs: codes of items, and a decoder that generates them.",

@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from rcllm.cluster.placement import Placement
+from rcllm.cluster.placement import BoolArray, Placement
 from rcllm.cluster.statistics import FloatArray, IntArray
 from rcllm.cluster.strata import IMBALANCE
 
 _PASSES = 20  # over the items of nodes that own too much
+_NOTHING = 1e-9  # less is no gain
 
 
 def relabelled(placement: Placement, heat: FloatArray) -> Placement:
@@ -25,7 +26,7 @@ def relabelled(placement: Placement, heat: FloatArray) -> Placement:
     weights = np.stack([placement.num_bytes[sharded].astype(np.float64), heat[sharded]], axis=1)
     shares = weights / np.maximum(weights.sum(axis=0), 1e-12) * num_nodes / (1.0 + IMBALANCE)  # 1 is full
     owner = placement.owner.copy()
-    owner[sharded] = _chosen(held, shares)
+    owner[sharded] = _chosen(held, shares, owner[sharded])
     changed = placement.owner != owner
     halos = []
     for node, halo in enumerate(placement.halos):
@@ -44,8 +45,17 @@ def imbalance(placement: Placement, heat: FloatArray) -> float:
     return float(max((load.max() / load.mean() for load in loads if load.any()), default=1.0)) - 1.0
 
 
-def _chosen(held: FloatArray, shares: FloatArray) -> IntArray:
-    """[items] an owner among the holders: the largest items first, each to the holder that has least."""
+def _chosen(held: BoolArray, shares: FloatArray, owner: IntArray) -> IntArray:
+    """[items] an owner among the holders: as it was, but for what balance asks to give away."""
+    kept = _relieved(held, shares, owner.copy())
+    if _loads(shares, kept, held.shape[1]).max() <= 1.0:
+        return kept
+    dealt = _relieved(held, shares, _dealt(held, shares))
+    return min(kept, dealt, key=lambda each: float(_loads(shares, each, held.shape[1]).max()))
+
+
+def _dealt(held: BoolArray, shares: FloatArray) -> IntArray:
+    """Owners from nothing: the largest items first, each to the holder that has least."""
     loads = np.zeros((held.shape[1], shares.shape[1]))
     owner = np.zeros(len(held), dtype=np.int64)
     order = np.lexsort((-shares.max(axis=1), held.sum(axis=1) > 1))  # who has one holder goes first
@@ -53,25 +63,42 @@ def _chosen(held: FloatArray, shares: FloatArray) -> IntArray:
         holders = np.flatnonzero(held[item])
         owner[item] = holders[(loads[holders] + shares[item]).max(axis=1).argmin()]
         loads[owner[item]] += shares[item]
+    return owner
+
+
+def _loads(shares: FloatArray, owner: IntArray, num_nodes: int) -> FloatArray:
+    """[nodes, 2]"""
+    loads = np.zeros((num_nodes, shares.shape[1]))
+    np.add.at(loads, owner, shares)
+    return loads
+
+
+def _relieved(held: BoolArray, shares: FloatArray, owner: IntArray) -> IntArray:
+    """The owners after nodes that own too much gave to holders that own less. Changes `owner`."""
+    loads = _loads(shares, owner, held.shape[1])
+    shared = held.sum(axis=1) > 1
     for _ in range(_PASSES):
-        if not _relieve(held, shares, owner, loads):
+        if not sum(_relieve(held, shares, owner, loads, node, shared) for node in range(len(loads))):
             break
     return owner
 
 
-def _relieve(held: FloatArray, shares: FloatArray, owner: IntArray, loads: FloatArray) -> int:
-    """Gives items of nodes that own too much to holders that own less; returns how many. Changes owners and loads."""
+def _relieve(
+    held: BoolArray, shares: FloatArray, owner: IntArray, loads: FloatArray, node: int, shared: BoolArray
+) -> int:
+    """Gives items of one node to holders that own less, until it has room; returns how many."""
     given = 0
-    for node in np.flatnonzero(loads.max(axis=1) > 1.0).tolist():
-        for item in np.flatnonzero((owner == node) & (held.sum(axis=1) > 1)).tolist():
-            if loads[node].max() <= 1.0:
-                break
-            holders = np.flatnonzero(held[item])
-            after = (loads[holders] + shares[item]).max(axis=1)
+    items = np.flatnonzero((owner == node) & shared) if loads[node].max() > 1.0 else np.empty(0, np.int64)
+    kind = int(loads[node].argmax())
+    for item in items[np.argsort(-shares[items, kind], kind="stable")].tolist():
+        if loads[node].max() <= 1.0:
+            break
+        holders = np.flatnonzero(held[item] & (np.arange(len(loads)) != node))
+        after = (loads[holders] + shares[item]).max(axis=1)
+        if after.min() < loads[node].max() - _NOTHING:
             other = int(holders[after.argmin()])
-            if other != node and after.min() < loads[node].max() - 1e-9:
-                owner[item] = other
-                loads[node] -= shares[item]
-                loads[other] += shares[item]
-                given += 1
+            owner[item] = other
+            loads[node] -= shares[item]
+            loads[other] += shares[item]
+            given += 1
     return given

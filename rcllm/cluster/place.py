@@ -2,8 +2,9 @@
 
     strata → parts (hash, random, popularity, METIS) → halo (none, one pass, in rounds, with load in mind) → owners
 
-With a halo, parts are cut with bytes in balance alone, and owners chosen among holders so that heat is as well; where
-copies are too few for that, parts are balanced in both from the start. Knows nothing of requests to come. Invariant: a policy is a pure function, and what it returns passes `check`.
+With a halo, parts are cut with bytes in balance alone, and owners are chosen among holders, so that heat is too.
+Where copies are too few for that, parts are balanced in both from the start. Knows nothing of requests to come.
+Invariant: a policy is a pure function, and what it returns passes `check`.
 """
 
 from __future__ import annotations

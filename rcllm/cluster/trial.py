@@ -8,40 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
-from annotated_types import Ge, Interval
 
-from rcllm.annotated import Opt
 from rcllm.cluster.candidates import SOURCES
+from rcllm.cluster.options import TrialConfig
 from rcllm.cluster.statistics import IntArray, Requests, incidence, ragged
 from rcllm.core.ranking import Interaction, ItemId, UserId
 from rcllm.data import Dataset, histories, split_of
 from rcllm.errors import DataError
-
-Source = Literal["item_knn", "popularity", "uniform"]
-Split = Literal["user", "time"]
-_PANEL = "Requests made from --dataset"
-
-
-@dataclass(frozen=True, slots=True)
-class TrialConfig:
-    """How requests are made."""
-
-    source: Annotated[Source, Opt("Where candidates come from: it decides how local requests are.", panel=_PANEL)] = (
-        "item_knn"
-    )
-    split: Annotated[Split, Opt("What is held out: a fifth of users, or the last fifth of time.", panel=_PANEL)] = (
-        "user"
-    )
-    candidates: Annotated[int, Ge(1), Opt("Of a request.", panel=_PANEL)] = 20
-    history: Annotated[int, Ge(1), Opt("Events of a user that candidates are found from.", panel=_PANEL)] = 10
-    per_user: Annotated[
-        int, Ge(1), Opt("Requests of each user in the past: before their last events.", panel=_PANEL)
-    ] = 3
-    held_out: Annotated[float, Interval(gt=0, lt=1), Opt("Share of time that is held out.", panel=_PANEL)] = 0.2
-    seed: Annotated[int, Ge(0), Opt("Draws candidates, samples and parts.", panel=_PANEL)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +77,7 @@ def _by_time(
 ) -> _Cases:
     """What was before a moment trains; the first new event after it is a request of its user. Needs a clock."""
     times = [row.timestamp for events in rows.values() for row in events]
-    moment = float(np.quantile(times, 1.0 - config.held_out)) if times else 0.0
+    moment = float(np.quantile(times, 1.0 - config.time_share)) if times else 0.0
     training, past, held_out = [], [], []
     for events in rows.values():
         items = [numbers[row.item_id] for row in events]
