@@ -136,16 +136,19 @@ class Simulation:
 
     def _look_up(self, node: Node, job: SimJob, request: SimRequest) -> None:
         holdings, number = self.holdings, node.number
-        job.num_hits, job.missing, job.fetched = 0, [], ()
+        job.num_hits, job.num_fetched, job.missing, job.fetched = 0, 0, [], ()
         if self.spec.reuse.reads_items:
             for place, item in enumerate(request.items):
                 if holdings.is_placed(number, item) or node.pin(job, item):
                     job.num_hits += 1
                 else:
                     job.missing.append(place)
-        job.history_there = not self.spec.reuse.semantic_history and node.pin(job, user_key(request.user))
+        job.history_there = self._has_history(node, job, request)
         if job.missing and self.spec.fetches:
             self._fetch(node, job, request)
+
+    def _has_history(self, node: Node, job: SimJob, request: SimRequest) -> bool:
+        return not self.spec.reuse.semantic_history and node.pin(job, user_key(request.user))
 
     def _fetch(self, node: Node, job: SimJob, request: SimRequest) -> None:
         spec, lengths = self.spec, request.tokens.items
@@ -209,6 +212,7 @@ class Simulation:
                 shape += PassShape(job.build.tokens, job.build.tokens**2 / 2)
                 continue
             items = job.request.items
+            job.history_there = job.history_there or self._has_history(node, job, job.request)
             job.missing = [place for place in job.missing if not node.pin(job, items[place])]
             job.built = [place for place in job.missing if items[place] not in building]
             found = self._demand(job, job.missing if self.spec.reuse.inline_misses else job.built)

@@ -122,7 +122,7 @@ class LiveHoldings:
     def __init__(self, placed: Holdings, num_nodes: int) -> None:
         self._placed = placed
         self._copies: dict[int, tuple[int, ...]] = {}  # ascending; on nodes that keep them of their own accord
-        self._outdated: set[int] = set()  # items whose placed blocks are of an old text
+        self._outdated: dict[int, int] = {}  # items whose placed blocks are of an old text, and how many texts behind
         self._lost: frozenset[int] = frozenset()  # nodes without what was placed on them
         self._asked: dict[int, Held] = {}  # the placement's latest answers: a router asks for a key several times
         self._all = tuple(range(num_nodes))
@@ -187,11 +187,13 @@ class LiveHoldings:
 
     def outdate(self, item: int) -> None:
         """The text of an item has changed: no placed block of it is of use."""
-        self._outdated.add(item)
+        self._outdated[item] = self._outdated.get(item, 0) + 1
 
     def renew(self, item: int) -> None:
-        """Its blocks are of the new text."""
-        self._outdated.discard(item)
+        """Its blocks are one text nearer to what it is now."""
+        behind = self._outdated.pop(item, 0) - 1
+        if behind > 0:
+            self._outdated[item] = behind
 
     def lose(self, node: int) -> None:
         self._set_lost(self._lost | {node})

@@ -132,6 +132,15 @@ def test_an_updated_item_is_a_miss_until_its_owner_has_built_it() -> None:
     assert outcome.answers[1].ttft_s == pytest.approx(PASS_S)
 
 
+def test_a_history_that_the_request_before_left_is_read() -> None:
+    """Two requests of one user at one moment, of 50 tokens of history: the first computes it, the second waits."""
+    cluster = spec(cache_bytes=1000 * KV_BYTES)
+    cluster = replace(cluster, reuse=replace(cluster.reuse, semantic_history=False))
+    asked = [replace(each, tokens=replace(each.tokens, history=50)) for each in (request(0, 0.0), request(1, 0.0))]
+    outcome = Simulation(cluster, placed([0]), prefer(0)).run(asked)
+    assert ttft(outcome) == {0: PASS_S + 0.5, 1: PASS_S + 0.5 + PASS_S}
+
+
 def test_a_slow_node_is_slow() -> None:
     outcome = Simulation(spec(slow=((0, 3.0),)), placed([0]), prefer(0)).run([request(0, 0.0)])
     assert ttft(outcome) == {0: 3 * PASS_S}

@@ -114,6 +114,18 @@ def test_an_outdated_item_is_only_where_it_was_built_anew() -> None:
     assert live.held(1).nodes == (0, 1)
 
 
+def test_an_item_that_changed_twice_is_renewed_twice() -> None:
+    live = LiveHoldings(placed([1]), 1)
+    live.outdate(1)
+    live.outdate(1)
+    live.renew(1)
+    assert live.held(1) == NOWHERE
+    live.renew(1)
+    assert live.held(1).nodes == (0,)
+    live.renew(1)
+    assert live.held(1).nodes == (0,)
+
+
 def test_a_lost_node_holds_nothing_until_it_has_it_again() -> None:
     live = LiveHoldings(lazy(2, 6_000, hot=5), 2)
     live.lose(0)
