@@ -1,7 +1,7 @@
 """What does a request cost this machine, as a function of the rows that it computes and the cached KV that it reads?
 
 Regime: one ranking at a time, SmolLM2-135M in fp32 on the CPU, prompts of 5 to 20 candidates, every reuse level, items
-warm and cold. Each warm request is measured in three rounds, minutes apart, and the fastest counts: what else a machine
+warm and cold. Each warm request is measured in two rounds, a minute apart, and the fastest counts: what else a machine
 does makes requests slower, never faster. Each request is a point for the simulator's cost model (`rcllm sim --costs
 FILE`): seconds = fixed + rows · a + pairs · b + bytes of cached KV · c, fitted here by least squares of relative
 errors. The shapes are those that `rcllm.sim.demand` counts, so that model and measurement speak of the same thing.
@@ -25,7 +25,7 @@ from rcllm.sim.demand import Reuse, There, Tokens, demand
 
 QUESTION = "Milliseconds of a ranking by rows, pairs, cached KV and missing tokens, and a cost model fitted to them"
 SIZES = (5, 10, 20)  # candidates
-ROUNDS = 3
+ROUNDS = 2
 LEVELS = ("blocks", "linked(4)", "linked(16)", "tail(0.1)", "tail(0.3)", "exact", "full")
 
 
