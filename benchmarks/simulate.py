@@ -13,8 +13,6 @@ import dataclasses
 import resource
 from functools import partial
 
-import numpy as np
-
 from benchmarks.harness import Options, console, options, run_parts, show
 from benchmarks.simulate_setup import (
     NODES,
@@ -284,7 +282,7 @@ def scale(chosen: Options) -> Metrics:
     for nodes, items in ((10, 10**6), (40, 10**6), (100, 10**7), (400, 10**8), (1000, 10**8)):
         for route in ("affinity", "ttft"):
             workload = Workload(items=items, topics=max(1000, 4 * nodes), qps=2.0 * nodes)
-            system = System(nodes=nodes, route=route, semantic_history=True)  # type: ignore[arg-type]
+            system = System(nodes=nodes, route=route, semantic_history=True)
             run = simulate(workload, system, RunOptions(requests=count, seed=chosen.seed))
             peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             key = f"scale_{nodes}nodes_{items:.0e}items_{route}".replace("+0", "")
@@ -304,9 +302,7 @@ def scale(chosen: Options) -> Metrics:
     show(f"The simulator's own speed, {count:,} requests, level blocks", columns, rows)
     slowest = min(value for key, value in metrics.items() if key.endswith("_per_minute"))
     growth = [metrics[f"scale_{n}nodes_1e8items_affinity_us_per_request"] for n in (400, 1000)]
-    console.print(
-        f"slowest: {slowest:,.0f} a minute; affinity from 400 to 1,000 nodes: {np.divide(*growth[::-1]):.2f}×\n"
-    )
+    console.print(f"slowest: {slowest:,.0f} a minute; affinity from 400 to 1,000 nodes: {growth[1] / growth[0]:.2f}×\n")
     return {**metrics, "scale_slowest_requests_per_minute": slowest}
 
 
