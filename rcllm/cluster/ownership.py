@@ -35,6 +35,18 @@ def relabelled(placement: Placement, heat: FloatArray) -> Placement:
     return replace(placement, owner=owner, halos=tuple(halos))
 
 
+def adopted(placement: Placement) -> Placement:
+    """The placement with items that had no owner, and that a halo holds, as sharded ones of the first such node."""
+    owner, evicted = placement.owner.copy(), placement.evicted.copy()
+    halos = []
+    for node, halo in enumerate(placement.halos):
+        found = halo[evicted[halo]]
+        owner[found] = node
+        evicted[found] = False
+        halos.append(halo[~np.isin(halo, found)])
+    return replace(placement, owner=owner, evicted=evicted, halos=tuple(halos))
+
+
 def imbalance(placement: Placement, heat: FloatArray) -> float:
     """The most that a node owns over the mean, in bytes or in heat, less 1."""
     sharded = placement.sharded

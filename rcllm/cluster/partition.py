@@ -85,7 +85,9 @@ def _cut(statistics: Statistics, strata: Strata, room: Room, seed: int, weights:
     members = np.flatnonzero(strata.sharded)
     owner = np.zeros(statistics.num_items, dtype=np.int64)
     graph = statistics.near[members][:, members].tocsr()
-    if room.num_nodes > 1 and len(members) > 1:
+    if len(members) <= room.num_nodes:
+        owner[members] = np.arange(len(members))
+    elif room.num_nodes > 1:
         owner[members] = _metis(graph, weights[members], room.num_nodes, seed)
     return owner, graph
 
@@ -111,22 +113,24 @@ def _metis(graph: Any, weights: FloatArray, num_parts: int, seed: int) -> IntArr
 
 
 def fit(statistics: Statistics, division: Division, room: Room) -> Division:
-    """The division with what exceeds a node's room moved to the emptiest one, coldest first, or evicted."""
+    """The division with the coldest items of nodes that are too full on emptier ones, or evicted."""
     num_bytes, heat = statistics.num_bytes, statistics.heat
     owner, evicted = division.owner.copy(), division.strata.evicted.copy()
     sharded = division.strata.sharded
     each = room.node_bytes - int(num_bytes[division.strata.replicated].sum())
     free = each - np.bincount(owner[sharded], num_bytes[sharded], room.num_nodes).astype(np.int64)
+    surplus = []
     for node in np.flatnonzero(free < 0).tolist():
         owned = np.flatnonzero(sharded & (owner == node))
-        for item in owned[np.argsort(heat[owned], kind="stable")].tolist():
-            if free[node] >= 0:
-                break
-            free[node] += num_bytes[item]
-            emptiest = int(free.argmax())
-            if emptiest != node and free[emptiest] >= num_bytes[item]:
-                owner[item] = emptiest
-                free[emptiest] -= num_bytes[item]
-            else:
-                evicted[item] = True
+        owned = owned[np.argsort(heat[owned], kind="stable")]
+        num = int(np.searchsorted(np.cumsum(num_bytes[owned]), -free[node])) + 1
+        free[node] += num_bytes[owned[:num]].sum()
+        surplus += owned[:num].tolist()
+    for item in sorted(surplus, key=lambda item: (-heat[item], item)):
+        emptiest = int(free.argmax())
+        if free[emptiest] >= num_bytes[item]:
+            owner[item] = emptiest
+            free[emptiest] -= num_bytes[item]
+        else:
+            evicted[item] = True
     return Division(replace(division.strata, evicted=evicted), owner)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rcllm.cluster.halo import HaloConfig, grow
-from rcllm.cluster.ownership import imbalance, relabelled
+from rcllm.cluster.ownership import adopted, imbalance, relabelled
 from rcllm.cluster.partition import PARTITIONS, Division, fit
 from rcllm.cluster.placement import Placement, Room
 from rcllm.cluster.statistics import Statistics
@@ -65,7 +65,7 @@ class Composed:
             halos,
             self.name,
         )
-        return placement if self.halo is None else relabelled(placement, statistics.heat)
+        return placement if self.halo is None else relabelled(adopted(placement), statistics.heat)
 
 
 ONE_PASS = HaloConfig(rounds=1, temperature=0.0, smoothing=0.0)

@@ -52,7 +52,7 @@ def divide(statistics: Statistics, room: Room, hot_share: float = HOT_SHARE) -> 
     hottest = np.argsort(-heat, kind="stable")[:num_hot]
     hottest = hottest[heat[hottest] > 0]
     on_each = np.cumsum(num_bytes[hottest])
-    owned = _largest_share(num_bytes.sum() - on_each, room)
+    owned = np.maximum(_largest_share(num_bytes.sum() - on_each, room), num_bytes.max())
     replicated[hottest[on_each + owned <= room.node_bytes]] = True
     return Strata(replicated, evicted)
 
