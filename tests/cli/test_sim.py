@@ -19,7 +19,7 @@ def test_sim_shows_and_writes(run: Run, tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.stderr
     assert "4 nodes (qwen3-8b, 1 × a100), level linked(4), route ttft, 3,000 items" in shown.stdout
     assert "time to first token" in shown.stdout
-    assert "requests simulated a minute" in shown.stderr
+    assert "requests simulated in a minute of one core" in shown.stderr
     told = json.loads(files["out"].read_text(encoding="utf-8"))
     assert told["options"]["level"] == "linked(4)"
     assert told["options"]["seed"] == 0
