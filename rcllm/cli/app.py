@@ -36,6 +36,8 @@ COMMANDS = (
     Listed("calibrate", "calibrate:calibrate", "Measure how far KV reuse may go before answers change."),
     Listed("tune", "tune:tune", "Teach a language model to rank: LoRA with a listwise loss on interactions."),
     Listed("describe", "describe:describe", "Describe every user or item in text: knowledge for a click model."),
+    Listed("sim", "sim:sim", "Simulate a cluster: times, hits and use of nodes, before there is one."),
+    Listed("plan", "sim:plan", "Plan a cluster: nodes, memory, times to the first token, and what it costs."),
     Listed("cache stats", "cache:stats", "Show what is kept: blocks, bytes and rates, and which model they belong to."),
     Listed("cache verify", "cache:verify", "Read every block against its checksum."),
     Listed("cache compact", "cache:compact", "Give disk space back that removed blocks took."),

@@ -31,22 +31,26 @@ def count_held(view: ClusterView, blocks: Sequence[RoutedBlock]) -> FloatArray:
 def ready_s(view: ClusterView, request: RoutedRequest) -> FloatArray:
     """Seconds from the start of its turn until a node has all blocks, and has computed the request's own rows."""
     blocks = (*request.items, *request.history)
-    rows = request.rows / view.tokens_per_s
+    own = request.rows / view.tokens_per_s
     if not blocks:
-        return rows
-    num_bytes = np.array([block.num_bytes for block in blocks], dtype=np.float64)[:, None]
-    computed = np.array([block.num_tokens for block in blocks], dtype=np.float64)[:, None] / view.tokens_per_s
+        return own
     held = [view.holdings.held(block.key) for block in blocks]
-    somewhere = np.array([_can_be_fetched(each, view.up) for each in held])[:, None]
-    times = np.where(somewhere, np.minimum(num_bytes / view.fetch_bytes_per_s, computed), computed)  # [blocks, nodes]
-    for place, (block, each) in enumerate(zip(blocks, held, strict=True)):
+    num_bytes = np.array([block.num_bytes for block in blocks], dtype=np.float64)
+    somewhere = np.array([_can_be_fetched(each, view.up) for each in held])
+    times = np.outer([block.num_tokens for block in blocks], 1 / view.tokens_per_s)  # [blocks, nodes]
+    np.minimum(times, np.outer(np.where(somewhere, num_bytes, np.inf), 1 / view.fetch_bytes_per_s), out=times)
+    for place, each in enumerate(held):
         if each.everywhere:
-            times[place] = np.minimum(times[place], block.num_bytes / view.read_bytes_per_s)
-        elif each.nodes:
-            at = list(each.nodes)
-            read = np.array(each.read_s) if each.read_s else block.num_bytes / view.read_bytes_per_s[at]
-            times[place, at] = np.minimum(times[place, at], read)
-    return np.asarray(times.sum(axis=0) + rows)
+            np.minimum(times[place], num_bytes[place] / view.read_bytes_per_s, out=times[place])
+    total = own + times.sum(axis=0)
+    places = [place for place, each in enumerate(held) for _ in each.nodes]
+    if places:  # of the nodes that hold a block, few, what they save by that
+        nodes = [node for each in held for node in each.nodes]
+        told = [seconds for each in held for seconds in each.read_s or (np.nan,) * len(each.nodes)]
+        read = np.where(np.isnan(told), num_bytes[places] / view.read_bytes_per_s[nodes], told)
+        before = times[places, nodes]
+        np.subtract.at(total, nodes, before - np.minimum(before, read))
+    return np.asarray(total)
 
 
 def _can_be_fetched(held: Held, up: BoolArray) -> bool:
