@@ -187,10 +187,8 @@ def fresh(
 ) -> Engine:
     """An engine with an empty pool (of `pool_tokens` tokens) over a model that is loaded once."""
     engine = _prototype(family)
-    prompter = engine.prompter
-    if items is not None:
-        prompter = copy.copy(prompter)
-        prompter.catalogue = LiveCatalogue(items)
+    prompter = copy.copy(engine.prompter)
+    prompter.catalogue = LiveCatalogue(catalogue() if items is None else items)
     dtype: torch.dtype = DTYPES[kv_dtype]
     per_token = engine.decoder.spec.kv_bytes_per_token(dtype.itemsize)
     budget = engine.pool.budget if pool_tokens is None else pool_tokens * per_token
