@@ -32,6 +32,7 @@ from rcllm.store.owners import OwnerDigest, alias, digest
 
 T = TypeVar("T")
 _BATCH_BYTES = 64 << 20  # LMDB keeps what a transaction writes in memory until it ends
+_GROWTH_BYTES = 256 << 20  # beyond twice its budget, what a file may grow while blocks are read that were removed
 _SLACK_BYTES = 1 << 20  # a disk with less room than this is full
 
 
@@ -116,6 +117,9 @@ class DiskStore:
 
     def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
         for batch in _batches(blocks):
+            if self._is_held_back():
+                self._access.drop(len(batch))
+                continue
             try:
                 with self._access.telling(), self._access.writing() as edit:
                     taken = [edit.put(key, block, self.budget_bytes) for key, block in batch.items()]
@@ -242,6 +246,19 @@ class DiskStore:
                 raise
         with self._access.telling():
             return act()
+
+    def _is_held_back(self) -> bool:
+        """Whether the file has outgrown its budget because somebody reads what was removed: then nothing is added."""
+        if self._access.file.stat().st_size <= 2 * self._budget + _GROWTH_BYTES:
+            return False
+        env = self._access.opened.env
+        old = self._access.old_readers(env.info()["last_txnid"] - 1)
+        if old:
+            _warn(
+                f"{self.folder}: blocks that were removed are in use (process {', '.join(sorted(old))}), and the file "
+                "has outgrown its budget for them; until they are let go, blocks are dropped"
+            )
+        return bool(old)
 
     def _is_full(self, error: StoreError, num_bytes: int) -> bool:
         """Whether the disk, or the map, had no room for so much."""
