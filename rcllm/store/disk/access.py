@@ -74,7 +74,8 @@ class Access:
                 edit.touch(key)
             yield edit
             edit.finish()
-        self.evictions += edit.evictions
+        with self._notes:
+            self.evictions += edit.evictions
         self._look_for_dead_readers()
 
     @contextlib.contextmanager

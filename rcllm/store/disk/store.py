@@ -33,6 +33,7 @@ from rcllm.store.owners import OwnerDigest, alias, digest
 T = TypeVar("T")
 _BATCH_BYTES = 64 << 20  # LMDB keeps what a transaction writes in memory until it ends
 _GROWTH_BYTES = 256 << 20  # beyond twice its budget, what a file may grow while blocks are read that were removed
+_AHEAD_BYTES = 1 << 30  # of one look-up that the system is asked to bring in; who asks for more reads a catalogue
 _SLACK_BYTES = 1 << 20  # a disk with less room than this is full
 
 
@@ -91,13 +92,15 @@ class DiskStore:
 
     def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
         found: dict[ContentKey, Found] = {}
-        access = self._access
+        access, announced = self._access, 0
         with access.telling(), access.reading() as txn:
             for key in keys:
                 entry = access.entry(txn, key)
                 if entry is not None and (data := txn.get(key, db=access.opened.dbs.blocks)) is not None:
                     found[key] = Found("disk", entry.num_bytes)
-                    ahead.announce(data)
+                    announced += entry.num_bytes
+                    if announced <= _AHEAD_BYTES:
+                        ahead.announce(data)
         return found
 
     def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Stored]:
