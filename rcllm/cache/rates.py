@@ -26,14 +26,15 @@ class Rate:
     """Units per second."""
 
     per_s: float
-    timed_s: float = 0.0  # how much time stands behind it, discounted; 0: a first guess
+    is_guess: bool = True  # nothing was timed so far, here or by whoever left it
+    timed_s: float = 0.0  # how much time stands behind it, discounted
     _amount: float = 0.0
 
     def saw(self, amount: float, seconds: float) -> None:
         """Something of this size took so long."""
         if amount > 0.0 and seconds > 0.0:
             self._amount, self.timed_s = self._amount * _KEPT + amount, self.timed_s * _KEPT + seconds
-            self.per_s = self._amount / self.timed_s
+            self.per_s, self.is_guess = self._amount / self.timed_s, False
 
     def ms(self, amount: float) -> float:
         return amount / self.per_s * 1e3
@@ -64,7 +65,7 @@ class Rates:
 
     def save(self, path: Path) -> None:
         """Raises OSError."""
-        write(path, to_json({name: rate.per_s for name, rate in self._named() if rate.timed_s}).encode())
+        write(path, to_json({name: rate.per_s for name, rate in self._named() if not rate.is_guess}).encode())
 
     def load(self, path: Path) -> None:
         """Begins with what a process wrote; a file that is not there or says nothing useful is left alone."""
@@ -75,7 +76,7 @@ class Rates:
         for name, rate in self._named():
             per_s = known.get(name)
             if isinstance(per_s, float | int) and 0 < per_s < float("inf"):
-                rate.per_s = float(per_s)
+                rate.per_s, rate.is_guess = float(per_s), False
 
     def _named(self) -> Iterator[tuple[str, Rate]]:
         yield from ((f"{tier}_bytes_per_s", rate) for tier, rate in self.bytes_of.items())
@@ -83,4 +84,4 @@ class Rates:
 
 
 def _guessed(rate: Rate) -> str:
-    return "" if rate.timed_s else " (a first guess)"
+    return " (a first guess)" if rate.is_guess else ""

@@ -19,22 +19,20 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from rcllm.cache.pool import Pool, PoolStats
-from rcllm.config import Config, Hardware, resolve
+from rcllm.config import Config, resolve
 from rcllm.core.ranking import Item, ItemId, Mask, RankRequest, RankResponse, UserId, whose
 from rcllm.data.catalogue import Catalogue
 from rcllm.data.live import LiveCatalogue
 from rcllm.engine.build import (
-    declared_mask,
     identity,
     load_decoder,
     make_pool,
     make_prompter,
-    model_fingerprint,
     open_prototypes,
+    this_machine,
 )
 from rcllm.engine.fit import fit
 from rcllm.engine.intake import Intake
@@ -43,8 +41,9 @@ from rcllm.engine.job import Answer, Job, Refused, Ticket
 from rcllm.engine.jobs.rank import Rank
 from rcllm.engine.passes import Prompts, Steps, demand, enter, forward
 from rcllm.engine.prefill import Prefill
+from rcllm.engine.space import about, declared_mask, model_fingerprint, space_of
 from rcllm.engine.tickets import Tickets
-from rcllm.engine.tiers import Tiers, about, open_tiers, space_of
+from rcllm.engine.tiers import Tiers, open_tiers
 from rcllm.engine.turns import Turns
 from rcllm.engine.warming import Warming, WarmProgress
 from rcllm.errors import CancelledError, DeadlineError, RcllmError, answered
@@ -57,7 +56,7 @@ from rcllm.reuse.missing import item_owner, user_owner
 from rcllm.schedule.admission import Admission, AdmissionFactory, Identity, Open
 from rcllm.schedule.cost import CostModel, Demand, Rates
 from rcllm.schedule.scheduler import Scheduler
-from rcllm.schedule.work import DEFAULT_TERMS, NO_LIMITS, KindLimits, PassLimits, Queue, Terms
+from rcllm.schedule.work import DEFAULT_TERMS, NO_LIMITS, KindLimits, PassLimits, Queue, Terms, Work
 from rcllm.store.contract import Store
 
 Request = TypeVar("Request")
@@ -128,8 +127,7 @@ class Engine:
         or configuration that template or adapter do not fit, and of tiers that cannot be used. Raises ConfigError,
         DataError, ModelError, FetchError.
         """
-        memory = psutil.virtual_memory().total
-        config = declared_mask(resolve(config or Config(), Hardware(torch.cuda.is_available(), memory)))
+        config = declared_mask(resolve(config or Config(), this_machine()))
         if config.model.threads:
             torch.set_num_threads(config.model.threads)
         fitted = fit(catalogue, config)
@@ -243,11 +241,11 @@ class Engine:
         with self._lock:
             self._scheduler.open(ticket.job.kind, ticket.job.limits)
             queue = self._scheduler.queue(self._make.work(ticket, self.intake))
-            budget_ms = self.intake.budget_ms(ticket, queue, self._running_ms(queue))
-            if self.intake.in_time(ticket, budget_ms):
+            left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue))
+            if self.intake.in_time(ticket, left_ms):
                 return self._enqueue(ticket)
         version = ticket.catalogue_version
-        ticket = self.intake.degraded(ticket, budget_ms, lambda: not self._tickets)
+        ticket = self.intake.degraded(ticket, left_ms, lambda: not self._tickets)
         ticket.catalogue_version = version
         with self._lock:
             return ticket if ticket.done else self._enqueue(ticket)
@@ -421,8 +419,20 @@ class Engine:
             self._prefill.corrector.rankings.forget(owner)
             return self.pool.delete_owner(owner)
 
+    def queue(self, tenant: str = "") -> Queue:
+        """What a ranking of a tenant would find, were it asked for now: for metrics, pages and routing."""
+        with self._lock:
+            self._scheduler.open(self._rank.kind, self._rank.limits)
+            found = self._scheduler.queue(Work(-1, self._rank.kind, 0, tenant=tenant, arrival_s=self.clock()))
+            return replace(found, ahead_ms=found.ahead_ms + self._running_ms(found))
+
     def stats(self) -> PoolStats:
         return self.pool.stats()
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of a cached block."""
+        return self._prefill.kv_bytes_per_token
 
     def close(self) -> None:
         """Hands the store what it does not have yet, and ends it. An engine without a store need not be closed."""

@@ -19,8 +19,8 @@ from rcllm.engine.job import Opening, Ticket
 from rcllm.engine.jobs.rank import Rank
 from rcllm.errors import DeadlineError, RequestError
 from rcllm.metrics import Clock
-from rcllm.schedule.cost import CostModel
-from rcllm.schedule.ladder import MARGIN, Probe, Rung, choose
+from rcllm.schedule.cost import MARGIN, CostModel
+from rcllm.schedule.ladder import Probe, Rung, budget_ms, choose
 from rcllm.schedule.last_scores import LastScores
 from rcllm.schedule.overload import refusal, too_late
 from rcllm.schedule.work import Queue, Terms
@@ -67,7 +67,7 @@ class Intake:
         """What the pass of its prompt takes, by estimate, alone and with its missing blocks."""
         return self._costs.ms(ticket.demands.whole) + ticket.demands.fetch_ms
 
-    def budget_ms(self, ticket: Ticket, queue: Queue, running_ms: float) -> float:
+    def left_ms(self, ticket: Ticket, queue: Queue, running_ms: float) -> float:
         """What its pass may take; infinite without a deadline. Raises OverloadedError where too much waits."""
         if (error := refusal(self._config, queue, running_ms)) is not None:
             self.count_overloaded()
@@ -75,42 +75,42 @@ class Intake:
         deadline_ms = self.deadline_ms(ticket.terms)
         if deadline_ms is None:
             return math.inf
-        return deadline_ms - self._elapsed_ms(ticket) - MARGIN * (running_ms + queue.ahead_ms)
+        return budget_ms(deadline_ms, self._elapsed_ms(ticket), running_ms + queue.ahead_ms)
 
-    def in_time(self, ticket: Ticket, budget_ms: float) -> bool:
+    def in_time(self, ticket: Ticket, left_ms: float) -> bool:
         """Whether it can be answered as it was asked."""
-        return self.needs_ms(ticket) * MARGIN <= budget_ms
+        return self.needs_ms(ticket) * MARGIN <= left_ms
 
     def _elapsed_ms(self, ticket: Ticket) -> float:
         return (self._clock() - ticket.submitted_s) * 1e3
 
     # ---- giving up ----
 
-    def degraded(self, ticket: Ticket, budget_ms: float, is_idle: Callable[[], bool]) -> Ticket:
+    def degraded(self, ticket: Ticket, left_ms: float, is_idle: Callable[[], bool]) -> Ticket:
         """The same request, answered in a way that is in time, or answered already.
 
         Raises OverloadedError where one would be, were there nobody before it, and DeadlineError where none would.
         """
         ways, prior = list(self._ways(ticket)), ticket.terms.prior
         _check_prior(ticket)
-        taken = choose(ways, budget_ms, prior, self._config.min_candidates)
+        taken = choose(ways, left_ms, prior, self._config.min_candidates)
         if taken is not None:
             return self._fewer(taken.way, taken.keep) if taken.keep is not None else taken.way
         if (known := self._by_last_scores(ticket)) is not None:
             return known
         deadline_ms = self.deadline_ms(ticket.terms) or 0.0
-        left_ms = deadline_ms - self._elapsed_ms(ticket)
+        alone_ms = budget_ms(deadline_ms, self._elapsed_ms(ticket), 0.0)
         needs_ms = min(way.ms for way in ways)
-        if choose(ways, left_ms, prior, self._config.min_candidates) is not None:
+        if choose(ways, alone_ms, prior, self._config.min_candidates) is not None:
             self.count_overloaded()
-            raise too_late(deadline_ms, left_ms - budget_ms, needs_ms)
-        if self._probe.passes(is_idle):
+            raise too_late(deadline_ms, (alone_ms - left_ms) / MARGIN, needs_ms)
+        if self._probe.passes(is_idle, self._costs.num_passes):
             return self._without_deadline(ticket)
         with self._lock:
             self._counts.num_late += 1
         raise DeadlineError(
-            f"it takes {needs_ms:,.0f} ms at least, by estimate, more than the {left_ms:,.0f} until its deadline: give "
-            "it more time, or ask for fewer candidates"
+            f"it takes {needs_ms:,.0f} ms at least, by estimate, more than the {alone_ms:,.0f} until its deadline: "
+            "give it more time, or ask for fewer candidates"
         )
 
     def _ways(self, ticket: Ticket) -> Iterator[Rung[Ticket]]:

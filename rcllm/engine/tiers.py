@@ -1,7 +1,7 @@
-"""Opens the tiers that a configuration names, and says by what the blocks in them are made.
+"""Opens the tiers that a configuration names, and ends them.
 
-Knows nothing of requests or of what is in a block. Invariant: blocks of another model, adapter, tokenizer, template or
-dtype are in another space, and are never read.
+Knows nothing of requests or of what is in a block. Invariant: a tier that cannot be used is told of, and the others go
+on; what was learned of the tiers' speed is kept with them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blake3 import blake3
-
 from rcllm.cache.pool import Pool
 from rcllm.cache.rates import Rates
-from rcllm.config import MIB, Config, StoreConfig
+from rcllm.config import MIB, StoreConfig
 from rcllm.core.receipts import Source
 from rcllm.errors import StoreError, StoreWarning
 from rcllm.fetch import cache_dir
@@ -27,7 +25,7 @@ from rcllm.store.null import NullStore
 from rcllm.store.tiered import Tiered
 from rcllm.store.valkey import ValkeyStore
 
-_RATES = "rates.json"
+RATES = "rates.json"  # in the folder of the store
 _SHARE = 4  # of the free disk, what a store takes that was told no size
 
 
@@ -54,7 +52,7 @@ class Tiers:
 
     def load_rates(self, rates: Rates) -> None:
         if self.folder is not None:
-            rates.load(self.folder / _RATES)
+            rates.load(self.folder / RATES)
 
     def close(self, rates: Rates) -> None:
         """Ends the tiers, and leaves what was learned of them. A folder that cannot be written keeps what it had."""
@@ -62,7 +60,7 @@ class Tiers:
             ends.callback(self.store.close)
             if self.folder is not None and self.disk is not None and self.disk.use().writable:
                 try:
-                    rates.save(self.folder / _RATES)
+                    rates.save(self.folder / RATES)
                 except OSError as error:
                     warnings.warn(f"{self.folder}: {error}", StoreWarning, stacklevel=2)
 
@@ -79,7 +77,7 @@ def open_tiers(config: StoreConfig, space: str, made_by: Mapping[str, str]) -> T
     try:
         disk = DiskStore.open(folder, budget_of(config, folder))
         lasting["disk"] = disk
-        # disk.name_space(space, made_by)
+        disk.name_space(space, made_by)
     except StoreError as error:
         warnings.warn(f"{error}. Nothing is kept on disk meanwhile", StoreWarning, stacklevel=2)
     if config.shared:
@@ -102,21 +100,3 @@ def budget_of(config: StoreConfig, folder: Path) -> int:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     taken = sum(path.stat().st_size for path in folder.glob("*.mdb")) if folder.is_dir() else 0
     return (shutil.disk_usage(there).free + taken) // _SHARE
-
-
-def space_of(namespace: bytes) -> str:
-    """Names what blocks are made by."""
-    return blake3(namespace).hexdigest(8)
-
-
-def about(config: Config, model_id: str) -> Mapping[str, str]:
-    """What a person is told of a space."""
-    return {
-        "model": config.model.path,
-        "model_id": model_id,
-        "adapter": config.model.adapter,
-        "template": config.prompt.template,
-        "context": config.prompt.context,
-        "dtype": config.model.dtype,
-        "kv_dtype": config.cache.kv_dtype,
-    }

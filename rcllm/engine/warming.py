@@ -29,7 +29,7 @@ class WarmProgress:
     done_blocks: int
     total_blocks: int
     computed_tokens: int
-    pool_bytes: int
+    computed_bytes: int  # of KV, in this run
     full: bool  # neither the pool nor a tier below it has room for the rest
     elapsed_s: float
     eta_s: float  # until the rest is done, at the speed so far; 0 when it is
@@ -48,7 +48,7 @@ class Warming:
         wanted = blocks_to_warm(self._prompter, self._config.rank, item_ids)
         exist = self._pool.lookup_many(missing.key for missing in wanted)
         todo = [missing for missing in wanted if missing.key not in exist]
-        start, left, full = self._clock(), len(todo), False
+        start, left, num_bytes, full = self._clock(), len(todo), 0, False
         with alone():
             tokens = self._instruction()
         room_below = _room_below(self._pool)
@@ -56,7 +56,6 @@ class Warming:
         def progress() -> WarmProgress:
             elapsed = self._clock() - start
             eta = elapsed * left / (len(todo) - left) if left < len(todo) else 0.0
-            num_bytes = self._pool.stats().num_bytes
             return WarmProgress(len(wanted) - left, len(wanted), tokens, num_bytes, full, elapsed, eta)
 
         for chunk in chunks(todo, self._config.cache.pass_tokens):
@@ -67,8 +66,9 @@ class Warming:
                 rest = self._within(room_below, chunk[len(fitting) :], _HEADER)
                 tokens += self._compute(rest, self._pool.beside(self._beside_bytes))
                 room_below -= self._num_bytes(rest, _HEADER)
-            done = len(fitting) + len(rest)
-            left, full = left - done, done < len(chunk)
+            done = [*fitting, *rest]
+            num_bytes += self._num_bytes(done, 0)
+            left, full = left - len(done), len(done) < len(chunk)
             yield progress()
             if full:
                 return

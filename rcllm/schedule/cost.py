@@ -17,6 +17,7 @@ from scipy.optimize import nnls
 
 FloatArray = npt.NDArray[np.float64]
 
+MARGIN = 1.25  # what an estimate is taken times where being late matters: a tenth more or less is its usual error
 _WINDOW = 64  # passes that rates are fitted to
 _TRUST = 0.2  # weight of the first values beside the passes, each of which weighs 1
 _RECENT = 9  # passes whose median tells how loaded the machine is now
@@ -95,7 +96,7 @@ class CostModel:
         self._demands: deque[FloatArray] = deque(maxlen=_WINDOW)
         self._ms: deque[float] = deque(maxlen=_WINDOW)
         self._errors: deque[float] = deque(maxlen=_ERRORS)
-        self._num_passes = 0
+        self.num_passes = 0  # that it has learned from
 
     def ms(self, demand: Demand) -> float:
         """The estimated time of a pass, or of what a request adds to one."""
@@ -112,7 +113,7 @@ class CostModel:
         self._errors.append(abs(self.ms(demand) / ms - 1.0))
         self._demands.append(demand.array())
         self._ms.append(ms)
-        self._num_passes += 1
+        self.num_passes += 1
         self._fit()
 
     def _fit(self) -> None:
@@ -130,4 +131,4 @@ class CostModel:
     def stats(self) -> CostStats:
         """A snapshot, for people."""
         error = statistics.median(self._errors) if self._errors else float("nan")
-        return CostStats(self._num_passes, error, self._load, Rates(*self._rates.tolist()))
+        return CostStats(self.num_passes, error, self._load, Rates(*self._rates.tolist()))

@@ -14,8 +14,7 @@ from itertools import accumulate
 from typing import Generic, TypeVar
 
 from rcllm.core.receipts import Step
-
-MARGIN = 1.25  # what an estimate is taken times, since a tenth more or less is its usual error
+from rcllm.schedule.cost import MARGIN
 
 T = TypeVar("T")
 
@@ -64,6 +63,11 @@ def choose(rungs: Iterable[Rung[T]], budget_ms: float, prior: Sequence[float], m
     return Taken(cheapest.way, tuple(sorted(ranked[:kept])), steps)
 
 
+def budget_ms(deadline_ms: float, elapsed_ms: float, wait_ms: float) -> float:
+    """What the pass of a request may take that arrived `elapsed_ms` ago and waits so long, by estimate."""
+    return deadline_ms - elapsed_ms - MARGIN * wait_ms
+
+
 def by_prior(prior: Sequence[float], num_candidates: int) -> list[int]:
     """Candidates, the highest prior first; ties, and all where there is no prior, in the order asked."""
     if not prior:
@@ -82,10 +86,13 @@ class Probe:
     def __init__(self, every: int = 32) -> None:
         self._every, self._refused = every, 0
 
-    def passes(self, is_idle: Callable[[], bool]) -> bool:
-        """Whether the request that is about to be refused is computed all the same; on an idle engine alone."""
+    def passes(self, is_idle: Callable[[], bool], num_passes: int) -> bool:
+        """Whether the request that is about to be refused is computed all the same; on an idle engine alone.
+
+        `num_passes`: that the estimates were learned from; the first request of all is always computed.
+        """
         self._refused += 1
-        if self._refused < self._every or not is_idle():
+        if (num_passes and self._refused < self._every) or not is_idle():
             return False
         self._refused = 0
         return True

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rcllm.core.ranking import ContentKey
+from rcllm.schedule.cost import MARGIN
 from rcllm.schedule.work import KindLimits, PassLimits, Queue, Turn, Work
 
 _PATIENCE_S = 1.0  # work without a deadline stands in its queue like work that has this long from its arrival
@@ -319,7 +320,7 @@ class _Taken:
         if self._works:
             if work.phase != self._works[0].phase or rows > self._limits.rows:
                 return False
-            if self._now_s + (self._ms + work.ms) / 1e3 > self._deadline_s:
+            if self._now_s + MARGIN * (self._ms + work.ms) / 1e3 > self._deadline_s:
                 return False
             if kv_bytes > self._limits.kv_bytes:
                 kv_bytes = self._kv_bytes_with(work)
@@ -328,7 +329,7 @@ class _Taken:
         self._works.append(work)
         self._rows, self._kv_bytes = rows, kv_bytes
         self._ms += work.ms
-        if work.deadline_s is not None and self._now_s + self._ms / 1e3 <= work.deadline_s:  # it can be kept
+        if work.deadline_s is not None and self._now_s + MARGIN * self._ms / 1e3 <= work.deadline_s:  # it can be kept
             self._deadline_s = min(self._deadline_s, work.deadline_s)
         return True
 

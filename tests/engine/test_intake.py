@@ -28,6 +28,7 @@ class Fixed(CostModel):
     def __init__(self) -> None:
         super().__init__(Rates(10.0, 1.0, 0.0, 0.0, 0.0))
         self.seen: list[Demand] = []
+        self.num_passes = 1
 
     def observe(self, demand: Demand, ms: float) -> None:
         self.seen.append(demand)
@@ -189,6 +190,15 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(make: Callable
         pass
     assert isinstance(ask(engine, ASKED), Ticket)
     assert engine.intake.counts().num_overloaded == 2
+
+
+def test_the_queue_can_be_looked_at(make: Callable[..., Engine]) -> None:
+    engine = make()
+    assert (engine.queue().num_waiting, engine.queue().ahead_ms) == (0, 0.0)
+    ask(engine, ASKED, tenant="ann")
+    assert engine.queue("ann").num_own == 1
+    assert engine.queue("ann").ahead_ms == pytest.approx(needs(make(), ASKED) / 1.25)
+    assert engine.queue("bob").num_tenants == 2
 
 
 def test_what_would_wait_too_long_is_refused(make: Callable[..., Engine]) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcllm.schedule.ladder import MARGIN, Probe, Rung, Step, Taken, by_prior, choose
+from rcllm.schedule.cost import MARGIN
+from rcllm.schedule.ladder import Probe, Rung, Step, Taken, by_prior, choose
 
 ASKED = Rung("exact", 100.0, (200.0,) * 4)  # 900 ms
 CHEAPER = Rung("tail", 60.0, (60.0,) * 4)  # 300 ms
@@ -94,6 +95,8 @@ def test_ties_of_the_prior_go_by_the_order_asked() -> None:
 
 def test_of_many_refusals_on_an_idle_engine_one_is_tested() -> None:
     probe, busy = Probe(every=4), Probe(every=4)
-    assert [probe.passes(lambda: True) for _ in range(9)] == [False] * 3 + [True] + [False] * 3 + [True, False]
-    assert not any(busy.passes(lambda: False) for _ in range(20))
-    assert busy.passes(lambda: True)
+    assert [probe.passes(lambda: True, 1) for _ in range(9)] == [False] * 3 + [True] + [False] * 3 + [True, False]
+    assert not any(busy.passes(lambda: False, 1) for _ in range(20))
+    assert busy.passes(lambda: True, 1)
+    assert Probe().passes(lambda: True, 0), "what nothing was learned from refuses nobody"
+    assert not Probe().passes(lambda: False, 0)

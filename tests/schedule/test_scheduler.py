@@ -239,11 +239,11 @@ def test_what_can_no_longer_be_in_time_is_not_computed() -> None:
 
 def test_a_pass_is_not_filled_beyond_a_deadline_in_it() -> None:
     device = Device(scheduler())
-    device.add(work(0, ms=1000.0, deadline_s=2.5))
+    device.add(work(0, ms=1000.0, deadline_s=3.0))
     for number in range(1, 5):
         device.add(work(number, ms=1000.0, deadline_s=30.0))
     device.run()
-    assert device.ended == [0, 1], "a third would end it at 3 s"
+    assert device.ended == [0, 1], "a third would end it at 3 s, and estimates are not that good"
     device.run()
     assert device.ended == [0, 1, 2, 3, 4]
 
