@@ -11,9 +11,11 @@ from random import Random
 from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
 from rcllm.store.contract import Store, Stored
+from rcllm.store.disk import DiskStore
 from rcllm.store.faulty import Faults, FaultyStore
 from rcllm.store.memory import MemoryStore
 from rcllm.store.null import NullStore
+from rcllm.store.owners import digest
 from rcllm.store.sealed import CorruptBlockError, finish, open_sealed, seal
 from rcllm.store.tiered import Tiered
 from rcllm.store.valkey import ValkeyStore
@@ -41,6 +43,10 @@ def memory() -> MemoryStore:
     return MemoryStore(BUDGET)
 
 
+def disk(place: Place) -> DiskStore:
+    return DiskStore.open(place.folder / "store", BUDGET)
+
+
 def tiered(place: Place) -> Tiered:
     lasting: dict[Source, Store] = {"disk": memory(), "shared": MemoryStore(4 * BUDGET)}
     return Tiered(lasting, memory_bytes=BUDGET // 2, queue_bytes=4 * BUDGET)
@@ -54,15 +60,24 @@ KEEPERS: dict[str, Callable[[Place], Store]] = {
     "null": lambda place: NullStore(),
     "memory": lambda place: memory(),
     "memory, no room": lambda place: MemoryStore(BLOCK_BYTES - 1),
+    "disk": disk,
     "valkey": Place.valkey,
     "tiered": tiered,
     "tiered, behind alone": lambda place: Tiered({"disk": memory()}, queue_bytes=4 * BUDGET),
     "tiered, memory alone": lambda place: Tiered({}, memory_bytes=BUDGET, queue_bytes=0),
     NO_QUEUE: lambda place: Tiered({"disk": memory()}, memory_bytes=BUDGET, queue_bytes=0),
     "tiered, over a server": over_a_server,
+    "tiered, over a disk": lambda place: Tiered(
+        {"disk": disk(place)}, memory_bytes=BUDGET // 2, queue_bytes=4 * BUDGET
+    ),
     "faulty, without faults": lambda place: FaultyStore(memory(), Faults(), Random(0)),
 }
-LASTING = {"valkey", "tiered, over a server"}  # made anew at the same place, they have what they had
+LASTING = {
+    "disk",
+    "valkey",
+    "tiered, over a server",
+    "tiered, over a disk",
+}  # made anew at the same place, they have what they had
 
 FAULTS = Faults(failed=0.1, slow=0.1, dropped=0.1, lost=0.1, flipped=0.1, truncated=0.1)
 
@@ -90,6 +105,11 @@ def block(number: int, owner: str | None = None, version: int = 0) -> Stored:
     out, room = seal("int8", (1, 2, 1, KV_BYTES // 2, 1))
     room[:] = bytes([number, version]) * (KV_BYTES // 2)
     return Stored(finish(out), 1.0 + number, owner, f"space {number % 2}")
+
+
+def same_owner(one: str | None, other: str | None) -> bool:
+    """A store that lasts tells an owner by its alias."""
+    return digest(one) == digest(other)
 
 
 def version_of(number: int, stored: Stored) -> int | None:

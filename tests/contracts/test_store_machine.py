@@ -35,6 +35,7 @@ from tests.contracts.keepers import (
     block,
     check,
     key,
+    same_owner,
     settle,
     version_of,
 )
@@ -85,7 +86,7 @@ class StoreMachine(RuleBasedStateMachine):
             if key(n) in found and (version := version_of(n, found[key(n)])) is not None:
                 known = self.put_since_erased[n]
                 assert version in (known if self.older_may_stay else known[-1:]), f"{version} of {n}, put: {known}"
-                assert found[key(n)].owner == owner(n)
+                assert same_owner(found[key(n)].owner, owner(n))
 
     @rule(which=numbers)
     def look_up(self, which: list[int]) -> None:
