@@ -33,6 +33,13 @@ class Lookup(Container[ContentKey]):
     def __contains__(self, key: object) -> bool:
         return key in self.found and key not in self.dear
 
+    @property
+    def worth_reading(self) -> Mapping[ContentKey, Located]:
+        """What is read from where it is."""
+        return (
+            {key: located for key, located in self.found.items() if key not in self.dear} if self.dear else self.found
+        )
+
     def against(self, compute_ms: Mapping[ContentKey, float]) -> Lookup:
         """The same, with what is computed sooner than read set apart."""
         dear = {key for key, ms in compute_ms.items() if key in self.found and self.found[key].ms > ms}

@@ -18,15 +18,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rcllm.cache.below import Below, Block
+from rcllm.cache.below import Below, Block, nameless
 from rcllm.cache.lookup import Located, Lookup
 from rcllm.cache.rates import Rates
 from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
 from rcllm.metrics import Clock
+from rcllm.model.kv_int8 import kept, kept_bytes
 from rcllm.store.contract import Store, TierStats
+from rcllm.store.disk.store import Erased
 from rcllm.store.index import Entry, Index
 from rcllm.store.null import NullStore
+from rcllm.store.owners import alias
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,11 @@ class Pool:
         return self._index.budget
 
     @property
+    def keeps_below(self) -> bool:
+        """Whether a store takes what is published."""
+        return not self._below.keeps_nothing
+
+    @property
     def free_bytes(self) -> int:
         return self._index.budget - self._index.used
 
@@ -95,11 +103,17 @@ class Pool:
     def was_erased(self, owner: str | None, since: int) -> bool:
         """Whether an owner was erased after a look-up, whose `erasures` is `since`."""
         with self._lock:
-            return self._erasures.hit(owner, since)
+            return self._erasures.hit(nameless(owner), since)
 
     def _on_device(self, keys: Iterable[ContentKey]) -> dict[ContentKey, Located]:
         with self._lock:
             return {key: Located("device", self._index[key].num_bytes, 0.0) for key in keys if key in self._index}
+
+    def beside(self, num_bytes: int) -> Pool:
+        """An empty pool of this size over the same store: for blocks that are computed for the store alone."""
+        other = Pool(num_bytes, self.dtype, self.device)
+        other._below, other.rates = self._below, self.rates
+        return other
 
     @contextmanager
     def hold(self) -> Iterator[Held]:
@@ -116,14 +130,29 @@ class Pool:
         A running request that holds one finishes with it; nobody else can get it any more. A store that fails here
         raises: erasing is not best-effort.
         """
+        name = nameless(owner)
+        assert name is not None
         with self._lock:
-            self._erasures.add(owner)
-            owned = self._index.owned_by(owner)
-            for key in owned:
-                self._index.remove(key)
-                del self._blocks[key]
-            self._unwritten = {key: block for key, block in self._unwritten.items() if block.owner != owner}
-        return max(len(owned), self.store.delete_owner(owner))  # what was published is below as well
+            owned = self._forget(name)
+        return max(len(owned), self.store.delete_owner(name))  # what was published is below as well
+
+    def _forget(self, owner: str) -> list[ContentKey]:
+        """Lets an owner's blocks go from the pool, and none that is under way come in. The lock is held."""
+        self._erasures.add(owner)
+        owned = self._index.owned_by(owner)
+        for key in owned:
+            self._index.remove(key)
+            del self._blocks[key]
+        self._unwritten = {key: block for key, block in self._unwritten.items() if block.owner != owner}
+        return owned
+
+    def heed(self, erased: Erased) -> None:
+        """Lets go of what other processes have erased from a store that they share with this one."""
+        with self._lock:
+            held = {owner for key in self._index if (owner := self._index[key].owner) is not None}
+            named = {alias(each) for each in erased.owners}
+            for owner in held if not erased.complete else held & named:
+                self._forget(owner)
 
     def clear(self) -> None:
         """Drops every block from the pool (not from the store). A running request that holds one finishes with it."""
@@ -147,11 +176,6 @@ class Pool:
         for owner in erased:
             assert owner is not None
             self.store.delete_owner(owner)
-
-    def close(self) -> None:
-        """Hands down what is left, and ends the store."""
-        self.write_through()
-        self.store.close()
 
     def passed_over(self, lookup: Lookup) -> None:
         """What a look-up set apart was computed: its tiers may have become faster unseen."""
@@ -216,11 +240,10 @@ class Pool:
             if since is not None and self._erasures.hit(block.owner, since):
                 return None
             if key not in self._index:
-                num_bytes = block.kv.numel() * self.dtype.itemsize
+                num_bytes = kept_bytes(block.kv, self.dtype)
                 for victim in self._index.make_room(num_bytes):
                     del self._blocks[victim]
-                kv = torch.empty(block.kv.shape, dtype=self.dtype, device=self.device)
-                kv.copy_(block.kv)
+                kv = kept(block.kv, self.dtype, self.device)
                 self._blocks[key] = Block(kv, block.cost, block.owner)
                 self._index.add(key, Entry(num_bytes, block.cost, block.owner))
                 if not written and not self._below.keeps_nothing:
@@ -291,7 +314,7 @@ class Held:
     def publish(self, key: ContentKey, kv: torch.Tensor, cost: float, owner: str | None) -> None:
         """Copies `kv` into the pool in its dtype, pinned. Raises CapacityError when pinned blocks leave no room."""
         if key not in self.blocks:
-            kv_kept = self._pool._insert(key, Block(kv, cost, owner), written=False)
+            kv_kept = self._pool._insert(key, Block(kv, cost, nameless(owner)), written=False)
             assert kv_kept is not None
             self.blocks[key] = kv_kept
             self.sources[key] = "computed"

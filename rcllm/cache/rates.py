@@ -13,8 +13,7 @@ from pathlib import Path
 from rcllm.core.receipts import Source
 from rcllm.durable import write
 from rcllm.errors import ModelError
-from rcllm.json_files import read_json_if_there
-from rcllm.plain_json import to_json
+from rcllm.plain_json import read_json_if_there, to_json
 
 _KEPT = 0.9  # of the weight of what was timed before, each time
 _HOPE = 1.01
@@ -58,10 +57,8 @@ class Rates:
 
     def told(self) -> str:
         """For people: «disk 1.10 GB/s, computing 95 GFLOP/s»; what nothing was timed of is called a guess."""
-        return ", ".join(
-            [*(f"{tier} {rate.per_s / 1e9:,.2f} GB/s{_guessed(rate)}" for tier, rate in self.bytes_of.items())]
-            + [f"computing {self.flops.per_s / 1e9:,.0f} GFLOP/s{_guessed(self.flops)}"]
-        )
+        tiers = (f"{tier} {rate.per_s / 1e9:,.2f} GB/s{_guessed(rate)}" for tier, rate in self.bytes_of.items())
+        return ", ".join([*tiers, f"computing {self.flops.per_s / 1e9:,.0f} GFLOP/s{_guessed(self.flops)}"])
 
     # ---- kept beside a store, so that the next process need not learn them again ----
 

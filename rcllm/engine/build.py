@@ -20,6 +20,7 @@ from blake3 import blake3
 from rcllm.cache.pool import Pool
 from rcllm.config import MIB, CacheConfig, Config, PromptConfig
 from rcllm.core.ranking import RankRequest
+from rcllm.data.live import LiveCatalogue
 from rcllm.engine.fit import Fitted
 from rcllm.errors import ConfigError, ModelError, ModelWarning
 from rcllm.model.adapter import adapter_fingerprint, adapter_mask, load_adapter, merge
@@ -32,9 +33,9 @@ from rcllm.prompt.template import chat_format
 from rcllm.prompt.tokenizer import Tokenizer, end_token
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.schedule.admission import Identity
-from rcllm.store.memory import MemoryStore
+from rcllm.store.contract import Store
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}  # int8: KV alone
 _SMALLEST_POOL_TOKENS = 256
 
 
@@ -118,7 +119,7 @@ def make_prompter(
         template,
         chat_format(chat),
         tokenizer,
-        fitted.catalogue,
+        LiveCatalogue(fitted.catalogue),
         namespace,
         decoder.max_positions,
         config.prompt.max_candidates,
@@ -152,8 +153,8 @@ def open_prototypes(config: Config, decoder: Decoder, prompter: Prompter) -> Pro
     return PrototypePool.open(Path(config.cache.semantic_pool), decoder, prompter.namespace)
 
 
-def make_pool(config: Config, decoder: Decoder) -> Pool:
-    """The pool that process, model and workspace leave of the configured memory. Raises ConfigError."""
+def make_pool(config: Config, decoder: Decoder, store: Store | None = None, space: str = "") -> Pool:
+    """The pool that process, model and workspace leave of the configured memory, over a store. Raises ConfigError."""
     spec, cache = decoder.spec, config.cache
     activations = (6 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 3 * spec.ffn_size) * 4
     workspace = decoder.max_positions * activations + 2 * cache.pass_tokens * spec.kv_bytes_per_token(4) + 64 * MIB
@@ -167,8 +168,7 @@ def make_pool(config: Config, decoder: Decoder) -> Pool:
     budget = cache.pool_mb * MIB or int(free)
     if budget < least:
         raise ConfigError(_too_little(cache, resident, workspace, least, decoder.device.type))
-    store = MemoryStore(cache.host_mb * MIB) if cache.host_mb else None
-    return Pool(budget, DTYPES[cache.kv_dtype], decoder.device, store)
+    return Pool(budget, DTYPES[cache.kv_dtype], decoder.device, store, space=space)
 
 
 def _too_little(cache: CacheConfig, resident: int, workspace: int, least: int, device: str) -> str:

@@ -132,7 +132,10 @@ class Prefill:
             for piece in planned.plan.pieces
             if piece.key is not None
         }
-        dear = frozenset[ContentKey]().union(*(lookup.dear for lookup in lookups))
+        dear = set[ContentKey]()
+        for lookup in lookups:
+            dear |= lookup.dear
+            self._pool.passed_over(lookup)
         return self.compute([self._missing(key, *needed[key]) for key in held.fetch(needed, dear)], held)
 
     def compute(self, missing: Sequence[Missing], held: Held) -> int:
@@ -180,9 +183,12 @@ class Prefill:
             if owner is not None and self._pool.was_erased(owner, lookup.erasures):
                 self._pool.delete_owner(owner)
 
-    def notes(self, options: RankOptions) -> tuple[str, ...]:
+    def notes(self, options: RankOptions, lookup: Lookup, held: Held) -> tuple[str, ...]:
         """What a receipt says of how the prompt was read."""
         notes = []
+        if num_dear := sum(held.sources.get(key) == "computed" for key in lookup.dear):
+            rates = self._pool.rates.told()
+            notes.append(f"{num_dear} blocks that a tier has were sooner computed than read, by the estimates: {rates}")
         if self._mask == "blocks":
             anew = options.level.name in ("full", "exact")
             exact = "every block was computed anew for it" if anew else "reading cached blocks is exact under it"
