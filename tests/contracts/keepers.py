@@ -15,7 +15,6 @@ from rcllm.store.disk import DiskStore
 from rcllm.store.faulty import Faults, FaultyStore
 from rcllm.store.memory import MemoryStore
 from rcllm.store.null import NullStore
-from rcllm.store.owners import digest
 from rcllm.store.sealed import CorruptBlockError, finish, open_sealed, seal
 from rcllm.store.tiered import Tiered
 from rcllm.store.valkey import ValkeyStore
@@ -35,16 +34,15 @@ class Place:
     port: Callable[[], int]  # of a server, which is started when it is first asked for
     prefix: str = field(default_factory=lambda: f"test-{next(_prefixes)}:")
 
+    def disk(self) -> DiskStore:
+        return DiskStore.open(self.folder, BUDGET)
+
     def valkey(self) -> ValkeyStore:
         return ValkeyStore(f"valkey://127.0.0.1:{self.port()}/0", prefix=self.prefix, read_s=10.0)
 
 
 def memory() -> MemoryStore:
     return MemoryStore(BUDGET)
-
-
-def disk(place: Place) -> DiskStore:
-    return DiskStore.open(place.folder / "store", BUDGET)
 
 
 def tiered(place: Place) -> Tiered:
@@ -60,7 +58,7 @@ KEEPERS: dict[str, Callable[[Place], Store]] = {
     "null": lambda place: NullStore(),
     "memory": lambda place: memory(),
     "memory, no room": lambda place: MemoryStore(BLOCK_BYTES - 1),
-    "disk": disk,
+    "disk": Place.disk,
     "valkey": Place.valkey,
     "tiered": tiered,
     "tiered, behind alone": lambda place: Tiered({"disk": memory()}, queue_bytes=4 * BUDGET),
@@ -68,7 +66,7 @@ KEEPERS: dict[str, Callable[[Place], Store]] = {
     NO_QUEUE: lambda place: Tiered({"disk": memory()}, memory_bytes=BUDGET, queue_bytes=0),
     "tiered, over a server": over_a_server,
     "tiered, over a disk": lambda place: Tiered(
-        {"disk": disk(place)}, memory_bytes=BUDGET // 2, queue_bytes=4 * BUDGET
+        {"disk": place.disk()}, memory_bytes=BUDGET // 2, queue_bytes=4 * BUDGET
     ),
     "faulty, without faults": lambda place: FaultyStore(memory(), Faults(), Random(0)),
 }
@@ -105,11 +103,6 @@ def block(number: int, owner: str | None = None, version: int = 0) -> Stored:
     out, room = seal("int8", (1, 2, 1, KV_BYTES // 2, 1))
     room[:] = bytes([number, version]) * (KV_BYTES // 2)
     return Stored(finish(out), 1.0 + number, owner, f"space {number % 2}")
-
-
-def same_owner(one: str | None, other: str | None) -> bool:
-    """A store that lasts tells an owner by its alias."""
-    return digest(one) == digest(other)
 
 
 def version_of(number: int, stored: Stored) -> int | None:
