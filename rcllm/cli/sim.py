@@ -35,7 +35,8 @@ def sim_command(workload: Workload, system: System, run: RunOptions, files: SimF
     title = _title(workload, system, num_logged=len(log))
     console().print(facts_table(title, facts(done.summary)))
     say(
-        f"{done.requests_per_minute:,.0f} requests simulated in a minute of one core; the first {done.warm_s:,.1f} s do not count",
+        f"{done.requests_per_minute:,.0f} requests simulated in a minute of one core; the first {done.warm_s:,.1f} s do "
+        "not count",
         "dim",
     )
     _write(workload, system, run, files, done, trace, title)
