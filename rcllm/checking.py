@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NewType, Union, get_args, get_origin
 
@@ -67,35 +67,46 @@ _EXPECTED = {  # by pydantic's name of a fault; in braces what it knows of the l
 }
 
 
-def parse(
-    kind: type[Any],
-    values: Mapping[str, Any],
-    where: str,
-    base: Any,
-    name: Namer,
-    error: type[RcllmError],
-    readers: Readers,
-) -> Any:
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """How a mistake is told."""
+
+    where: str  # opens the message
+    name: Namer  # a key, in the words of whoever gave it
+    show: Callable[[object], str]  # a value
+    error: type[RcllmError]
+
+    def raised(self, kind: Any, wrong: ValidationError) -> RcllmError:
+        faults = wrong.errors(include_url=False)
+        error = self.error(_message(kind, faults, self))
+        error.field = self.name(faults[0]["loc"]) if faults and faults[0]["loc"] else None
+        return error
+
+
+def parse(kind: type[Any], values: Mapping[str, Any], base: Any, wording: Wording, readers: Readers) -> Any:
     """See `rcllm.fields.parse`."""
-    found = _validated(kind, values, where, name, error, readers)
+    found = _validated(kind, values, wording, readers)
     try:
         return _build(kind, found, base)
     except RcllmError as wrong:  # of a dataclass that checks how its fields go together
-        raise error(f"{where}: {wrong}" if where else str(wrong)) from wrong
+        raise wording.error(f"{wording.where}: {wrong}" if wording.where else str(wrong)) from wrong
 
 
-def check(value: Any, values: Mapping[str, Any], where: str, name: Namer) -> None:
+def check(value: Any, values: Mapping[str, Any], wording: Wording) -> None:
     """`values`: the fields of `value` that are not at their default. Raises ConfigError."""
-    _same_types(_validated(type(value), values, where, name, ConfigError, ()), value, name, ())
+    _same_types(_validated(type(value), values, wording, ()), value, wording.name, ())
 
 
-def _validated(
-    kind: Any, values: Mapping[str, Any], where: str, name: Namer, error: type[RcllmError], readers: Readers
-) -> BaseModel:
+def schema(kind: Any) -> dict[str, Any]:
+    """See `rcllm.fields.schema`."""
+    return _model(kind, ()).model_json_schema()
+
+
+def _validated(kind: Any, values: Mapping[str, Any], wording: Wording, readers: Readers) -> BaseModel:
     try:
         return _model(kind, readers).model_validate(values)
     except ValidationError as wrong:
-        raise error(_message(kind, wrong, where, name)) from None
+        raise wording.raised(kind, wrong) from None
 
 
 def _same_types(found: BaseModel, value: Any, name: Namer, above: tuple[str, ...]) -> None:
@@ -213,20 +224,21 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return None if field.default is MISSING else field.default
 
 
-def _message(kind: type[Any], wrong: ValidationError, where: str, name: Namer) -> str:
-    faults = wrong.errors(include_url=False)
+def _message(kind: type[Any], faults: Sequence[Any], wording: Wording) -> str:
+    name = wording.name
     if len(faults) > 1:  # entries that are wrong are missed as entries, too
         faults = [fault for fault in faults if fault["type"] != "too_short"]
-    told = [_fault(kind, fault, name) for fault in faults if fault["type"] != "missing"]
+    told = [_fault(kind, fault, wording) for fault in faults if fault["type"] != "missing"]
     if missing := [name(fault["loc"]) for fault in faults if fault["type"] == "missing"]:
         told.insert(0, f"missing {', '.join(missing)}")
     if len(told) > _SHOWN:
         told[_SHOWN:] = [f"and {len(told) - _SHOWN} more"]
-    return (f"{where}: " if where else "") + "; ".join(told)
+    return (f"{wording.where}: " if wording.where else "") + "; ".join(told)
 
 
-def _fault(kind: type[Any], fault: Any, name: Namer) -> str:
-    key, what, got = fault["loc"], fault["type"], brief(fault["input"])
+def _fault(kind: type[Any], fault: Any, wording: Wording) -> str:
+    name, show = wording.name, wording.show
+    key, what, got = fault["loc"], fault["type"], show(fault["input"])
     if not key:
         return f"expected an object, got {got}"
     if what == "extra_forbidden":

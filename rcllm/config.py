@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
-from rcllm.annotated import Ge, Opt, Rule, bare, check_regex, hints_of
+from rcllm.annotated import Ge, Gt, Interval, MinLen, Opt, Rule, bare, check_regex, hints_of
 from rcllm.core.requests import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
 from rcllm.fields import check, parse
@@ -29,6 +29,8 @@ CONTEXTS = ("none", "bos", "instruction", "typical", "mean(n)")
 _PREFIX = "RCLLM_"
 _NOT_CONFIG = ("RCLLM_HOME", "RCLLM_NATIVE")  # variables that other rooms read
 _PANEL = "Model and cache"
+_STORE = "What is kept on disk"
+_SERVER = "Server"
 
 
 def context_samples(name: str) -> int:
@@ -129,11 +131,10 @@ class CacheConfig:
         0  # 0: the default
     )
     pool_mb: Annotated[int, Ge(0)] = 0  # 0: what memory_mb leaves
-    host_mb: Annotated[int, Ge(0)] = 0  # second tier in host memory, for pools on a GPU
     # auto: fp16 beside fp32 compute, else the compute dtype
     kv_dtype: Annotated[
-        Literal["auto", "fp32", "fp16", "bf16"],
-        Opt("How cached KV is stored.", metavar="fp32|fp16|bf16", panel=_PANEL),
+        Literal["auto", "fp32", "fp16", "bf16", "int8"],
+        Opt("How cached KV is stored.", metavar="fp32|fp16|bf16|int8", panel=_PANEL),
     ] = "auto"
     semantic_pool: Annotated[
         str,
@@ -147,15 +148,93 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Where KV is kept beside the pool: tiers that outlive the process, or hold more than the device does.
+
+    Users' blocks are kept there as well, until they are erased or make way.
+    """
+
+    enabled: bool | None = None  # None: on for commands that rank, recommend, warm and serve; off in Python
+    folder: Annotated[
+        str,
+        Opt(
+            "Where it is kept; default $RCLLM_HOME/store, else ~/.cache/rcllm/store.",
+            metavar="FOLDER",
+            name="--store-folder",
+            panel=_STORE,
+        ),
+    ] = ""
+    disk_mb: Annotated[
+        int, Ge(0), Opt("Disk that it may use; default a quarter of what is free. 0: default.", panel=_STORE)
+    ] = 0
+    host_mb: Annotated[int, Ge(0)] = 0  # a tier in host memory above the disk, for pools on a GPU
+    shared: Annotated[
+        str,
+        Opt(
+            "A Valkey or Redis server that several machines share: valkey://host:port/0.",
+            metavar="URL",
+            name="--shared-store",
+            panel=_STORE,
+        ),
+    ] = ""
+    queue_mb: Annotated[int, Ge(1)] = 256  # of blocks that wait to be written; what exceeds it is dropped, and counted
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleConfig:
+    """What is taken in, by when it is answered, and who shares. By default nothing is limited, and 0 is no limit."""
+
+    max_waiting: Annotated[int, Ge(0)] = 0  # requests that wait; one more is refused with OverloadedError
+    max_wait_ms: Annotated[float, Ge(0)] = 0.0  # a request that would wait longer, by estimate, is refused as well
+    deadline_ms: Annotated[float, Ge(0)] = 0.0  # of requests that bring none
+    min_candidates: Annotated[int, Ge(1)] = 10  # fewer are never ranked to keep a deadline
+    last_scores: Annotated[int, Ge(0)] = 0  # users whose last scores are kept, for when nothing else keeps a deadline
+    other_rows: Annotated[int, Ge(0)] = 0  # of texts and searches, in a pass that rankings enter
+    # of the rows of prompts, where other tenants wait as well; 1 for those that are not named
+    tenant_shares: Mapping[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Of `rcllm serve`: where it listens, who may ask, and how much one request may be."""
+
+    host: Annotated[str, Opt("Address to listen at.", metavar="ADDRESS", panel=_SERVER)] = "127.0.0.1"
+    port: Annotated[int, Interval(ge=0, le=65535), Opt("Port; 0: any that is free.", panel=_SERVER)] = 8000
+    served_name: Annotated[
+        str, Opt("What clients call the model; default: as --model has it.", metavar="NAME", panel=_SERVER)
+    ] = ""
+    insecure: Annotated[bool, Opt("Listen at an address that others reach, without keys.", panel=_SERVER)] = False
+    warm: Annotated[bool, Opt("Compute the items at once; /ready says when it is done.", panel=_SERVER)] = True
+    # keys are no options, since every user of a machine sees its command lines
+    api_keys: tuple[Annotated[str, MinLen(8)], ...] = field(default=(), repr=False)  # who may ask; empty: everybody
+    admin_key: str = field(default="", repr=False)  # who may change what is served
+    cors_origins: tuple[str, ...] = ()  # pages of other origins that may ask from a browser
+    max_body_mb: Annotated[float, Gt(0)] = 8.0
+    max_items: Annotated[int, Ge(1)] = 1000  # documents, scored items, or items of one change
+    max_tokens: Annotated[int, Ge(1)] = 1024  # of an answer in text
+    max_request_tokens: Annotated[int, Ge(1)] = 131_072  # of all items of a score, or of all prompts of a completion
+    max_history: Annotated[int, Ge(1)] = 1000  # events of one request
+    max_unanswered: Annotated[int, Ge(1)] = 256  # requests that wait or are computed; the next one is told to come back
+    timeout_s: Annotated[float, Gt(0)] = 60.0  # of one request
+    drain_s: Annotated[float, Ge(0)] = 30.0  # for requests under way, once the server is told to end
+    kept_answers: Annotated[int, Ge(0)] = 1000  # whose receipts can be asked for, and which can be run again
+    kept_users: Annotated[int, Ge(0)] = 10_000  # whose events are kept; the ones longest not used go first
+    kept_events: Annotated[int, Ge(1)] = 100  # of one user; the oldest go first
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     rank: RankOptions = field(default_factory=RankOptions)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
 
     @classmethod
     def load(cls, path: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:
-        """A TOML file with the sections [model], [prompt], [cache] and [rank], and the variables RCLLM_… over it.
+        """A TOML file with the sections that the fields name ([model], [cache], …), and the variables RCLLM_… over it.
 
         A variable is named after its section and key, such as RCLLM_CACHE_MEMORY_MB. Raises ConfigError.
         """

@@ -7,14 +7,23 @@
     ├── FetchError               a package or model could not be downloaded
     ├── ModelError               a model folder cannot be used
     │   └── UnsupportedModelError    the architecture, or a variant of it, is not implemented
+    ├── StoreError               a tier of the store cannot be opened, read or written
+    ├── AccessError              a request brings no key that fits
+    │   └── ForbiddenError           its key may ask, but not change what is served
+    ├── ClosingError             the server is going down, and takes no more requests
     ├── RequestError             one request is wrong; the engine and other requests go on
     │   ├── UnknownItemError         a candidate or event names an item the catalogue lacks
+    │   ├── NotServedError           it is fine, but nothing here answers such requests
     │   ├── PromptTooLongError       the prompt exceeds the model's context
+    │   ├── TooLargeError            it has more bytes, items or tokens than the server takes
     │   └── CancelledError           the request was withdrawn before it was answered
-    └── CapacityError            the request is fine but does not fit the memory budget
+    ├── CapacityError            the request is fine but does not fit the memory budget
+    ├── ErasureError             blocks of a user or item may be left on a tier of the store
+    ├── OverloadedError          the request is fine, but others are ahead of it: ask again in `retry_after_s`
+    └── DeadlineError            the request cannot be answered by its deadline, or was not
 
-Beside it two warnings: TextWarning, a model is asked with other text than it should be; ModelWarning, what fits and is
-used may not have been made for each other.
+Beside it three warnings: TextWarning, a model is asked with other text than it should be; ModelWarning, what fits and
+is used may not have been made for each other; StoreWarning, a tier of the store failed and the others go on.
 
 Messages say what was expected, what came, and what to do. `assert` is for our own mistakes.
 """
@@ -29,6 +38,8 @@ Response = TypeVar("Response")
 
 class RcllmError(Exception):
     """Base class of every error that a user of rcllm may want to catch."""
+
+    field: str | None = None  # the value that is wrong, as whoever gave it names it, where one is
 
 
 class ConfigError(RcllmError):
@@ -55,12 +66,36 @@ class UnsupportedModelError(ModelError):
     """The model is intact, but it is a variant that rcllm does not implement."""
 
 
+class StoreError(RcllmError):
+    """A tier below the pool cannot be opened, read or written. Whoever asks for a request goes on without it."""
+
+
+class AccessError(RcllmError):
+    """A request brings no key, or none that fits."""
+
+
+class ForbiddenError(AccessError):
+    """The key of a request may ask, but not change what is served."""
+
+
+class ClosingError(RcllmError):
+    """The server is going down."""
+
+
 class RequestError(RcllmError):
     """A request is malformed. Nothing was computed and nothing was changed for it."""
 
 
 class UnknownItemError(RequestError):
     """A request names an item that is not in the catalogue."""
+
+
+class NotServedError(RequestError):
+    """What is asked for is not served here, such as recommendations where no decoder is loaded."""
+
+
+class TooLargeError(RequestError):
+    """A request has more bytes, items or tokens than the server takes."""
 
 
 class PromptTooLongError(RequestError):
@@ -73,6 +108,23 @@ class CancelledError(RequestError):
 
 class CapacityError(RcllmError):
     """The KV that one request needs at once is larger than the cache budget."""
+
+
+class ErasureError(RcllmError):
+    """A tier of the store failed while an owner was erased; what the others had is gone."""
+
+
+class OverloadedError(RcllmError):
+    """A request was not taken in, because too much waits already. Nothing was computed for it."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        """retry_after_s: by estimate, when there will be room."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(RcllmError):
+    """A request has less time than any way of answering it takes, or its time was over before its turn came."""
 
 
 def answered(outcomes: Iterable[Response | RcllmError]) -> list[Response]:
@@ -91,3 +143,7 @@ class TextWarning(UserWarning):
 
 class ModelWarning(UserWarning):
     """The parts of a model fit, but their names say that they belong to different ones."""
+
+
+class StoreWarning(UserWarning):
+    """A tier of the store failed; requests are answered without it until it works again."""

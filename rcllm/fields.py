@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rcllm.errors import ConfigError, RcllmError
 from rcllm.late import Late
+from rcllm.words import brief
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -40,20 +41,29 @@ def parse(
     name: Namer = dotted,
     error: type[RcllmError] = ConfigError,
     readers: Mapping[Any, Callable[[Any], Any]] | None = None,
+    show: Callable[[object], str] = brief,
 ) -> T:
     """`values` as a `kind`, over `base` where there is one; sections may lie in each other.
 
     `where` opens the message and `name` names a key in the words of whoever gave it. `readers` read values of types
-    that a file or a body writes in a way of its own; they raise ValueError or one of our errors. Raises `error`.
+    that a file or a body writes in a way of its own; they raise ValueError or one of our errors. `show` says a value in
+    messages. Raises `error`, whose `field` is the name of the first value that is wrong.
     """
-    made: T = checking.parse(kind, values, where, base, name, error, tuple((readers or {}).items()))
+    wording = checking.Wording(where, name, show, error)
+    made: T = checking.parse(kind, values, base, wording, tuple((readers or {}).items()))
+    return made
+
+
+def schema(kind: type[Any]) -> dict[str, Any]:
+    """The JSON schema of the objects that `parse` takes, without what a `readers` would add."""
+    made: dict[str, Any] = checking.schema(kind)
     return made
 
 
 def check(value: DataclassInstance, where: str = "", *, name: Namer = dotted) -> None:
     """Raises ConfigError where a field of a dataclass, made in Python, holds what a file could not have said."""
     if values := given(value):
-        checking.check(value, values, where, name)
+        checking.check(value, values, checking.Wording(where, name, brief, ConfigError))
 
 
 def given(value: Any) -> dict[str, Any]:

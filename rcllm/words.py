@@ -31,3 +31,9 @@ def brief(value: object) -> str:
         case list() | tuple():
             return f"a list of {len(value)}"
     return str(value)[:_LONGEST]
+
+
+def without_words(error: BaseException) -> BaseException:
+    """The same kind of error from the same place, for a log: its words may hold what a user wrote."""
+    wordless: BaseException = type(type(error).__name__, (Exception,), {})("(words left out)")
+    return wordless.with_traceback(error.__traceback__)

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import progress, say
-from rcllm.config import Config
+from rcllm.config import Config, StoreConfig
 from rcllm.core.ranking import Item
 from rcllm.errors import ConfigError, RcllmError, RequestError
 from rcllm.fetch import digest
@@ -36,7 +36,8 @@ _SHOWN_FAILURES = 20
 _OTHER_FORMATS = (".gz", ".csv", ".tsv", ".parquet", ".pq")  # of those that requests and items may have
 _CHANGES_NOTHING = {  # what is computed where and in which pieces, not what comes out
     "model": ("threads",),
-    "cache": ("memory_mb", "pool_mb", "host_mb", "pass_tokens"),
+    "cache": ("memory_mb", "pool_mb", "pass_tokens"),
+    "store": tuple(field.name for field in fields(StoreConfig)),
 }
 
 
@@ -126,6 +127,7 @@ def settings_of(command: str, config: Config, requests: RequestFile[Any], **give
     `given`: a catalogue, groups of options, single values. A file stands for its content, whatever it is called.
     """
     plain = as_json(config)
+    del plain["server"]  # no answer depends on it, and it holds keys
     for section, names in _CHANGES_NOTHING.items():
         plain[section] = {name: value for name, value in plain[section].items() if name not in names}
     plain["rank"]["level"] = str(config.rank.level)

@@ -16,8 +16,6 @@ from typer.core import TyperCommand, TyperGroup
 from rcllm.cli.markup import to_markup
 from rcllm.late import look_up
 
-_WORK = "Work"
-
 
 @dataclass(frozen=True)
 class Listed:
@@ -26,7 +24,7 @@ class Listed:
     name: str  # as it is typed: `rank`, or `bench ttft` for a command of a group
     where: str  # its declaration in `commands/`, at `module:function`
     about: str  # the first line of the declaration's docstring
-    panel: str = _WORK  # the heading under which --help lists it
+    panel: str = "Work"  # the heading under which --help lists it
 
     def load(self) -> Any:
         """The command with its options, of Typer's class. Imports its module."""
@@ -59,17 +57,16 @@ class Group(TyperGroup):
 
 
 def fill(group: Group, commands: Iterable[Listed], about: Mapping[str, str]) -> None:
-    """Puts a stand-in for every command into the group, or into the one within it that its name begins with.
-
-    `about`: a line about each group within it.
-    """
-    inner = {name: _inner(name, line) for name, line in about.items()}
+    """Puts a stand-in for every command into the group, or into a group within it that `about` says a line of."""
     for listed in commands:
-        word, _, _ = listed.name.rpartition(" ")
-        if word:
-            group.add_command(inner[word])
-        (inner[word] if word else group).add_command(_StandIn(listed))
+        *path, _ = listed.name.split()
+        owner = group
+        for word in path:
+            inner = owner.commands.setdefault(word, _inner(word, about[word], listed.panel))
+            assert isinstance(inner, Group)
+            owner = inner
+        owner.add_command(_StandIn(listed))
 
 
-def _inner(name: str, about: str) -> Group:
-    return Group(name=name, help=about, no_args_is_help=True, rich_markup_mode="rich", rich_help_panel=_WORK)
+def _inner(name: str, about: str, panel: str) -> Group:
+    return Group(name=name, help=about, no_args_is_help=True, rich_markup_mode="rich", rich_help_panel=panel)

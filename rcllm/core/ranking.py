@@ -32,6 +32,7 @@ from rcllm.core.requests import Reduction as Reduction
 from rcllm.core.requests import Selection as Selection
 from rcllm.core.requests import TokenIds as TokenIds
 from rcllm.core.requests import UserId as UserId
+from rcllm.core.requests import whose as whose
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +91,7 @@ class Prompt:
     num_candidates: int
     label_ids: tuple[TokenIds, ...]  # per candidate, its label; empty for read-outs without labels
     options: RankOptions
-    user_id: UserId | None = None
+    user_id: UserId | None = None  # as `whose` names the user
     notes: tuple[str, ...] = ()  # what was cut or changed on the way, for the receipt
 
     @property

@@ -61,6 +61,13 @@ class Interaction:
     rating: float | None = None
 
 
+def whose(user_id: UserId | None, tenant: str) -> UserId | None:
+    """The name under which a user's KV is kept: two tenants' users never share one, whatever they are called."""
+    if user_id is None or (not tenant and not user_id.startswith("\x1f")):
+        return user_id
+    return UserId(f"\x1f{len(tenant)}:{tenant}:{user_id}")
+
+
 @dataclass(frozen=True, slots=True)
 class RankRequest:
     """Rank `candidates` for a user with this `history` (oldest event first)."""
@@ -70,8 +77,11 @@ class RankRequest:
     history: tuple[Event, ...] = ()
     user_id: UserId | None = None
     volatile: Mapping[ItemId, Mapping[str, str]] = field(default_factory=dict)  # overrides the catalogue's, per item
+    # fields of items that come with the request, instead of the catalogue's
+    texts: Mapping[ItemId, Mapping[str, str]] = field(default_factory=dict)
     options: RankOptions | None = None  # None: the engine's defaults
     positive: ItemId | None = None  # the item the user did choose, where it is known; for evaluation only
+    tenant: str = ""  # whose user it is; items are shared among tenants, users never
 
 
 # ---- how a request is answered --------------------------------------------------------------------------------------

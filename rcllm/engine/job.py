@@ -16,12 +16,14 @@ import torch
 from rcllm.cache.lookup import Lookup
 from rcllm.cache.pool import Held
 from rcllm.core.ranking import IntArray, Prompt
+from rcllm.core.receipts import Step
+from rcllm.engine.demand import Demands
 from rcllm.errors import RcllmError
 from rcllm.metrics import Stage
 from rcllm.model.attend.segments import Segment
 from rcllm.model.decoder import Pass, Passed
 from rcllm.reuse.plan import Planned
-from rcllm.schedule.work import KindLimits
+from rcllm.schedule.work import DEFAULT_TERMS, KindLimits, Terms
 
 Request = TypeVar("Request", contravariant=True)
 Response = TypeVar("Response", covariant=True)
@@ -34,6 +36,8 @@ class Opening:
     prompt: Prompt
     step_rows: int = 0  # of each later pass; 0: the answer is read from the prompt's own pass
     own_bytes: int = 0  # of KV that it keeps while it runs
+    degraded: tuple[Step, ...] = ()  # what was given up to keep its deadline
+    guard: str = ""  # what the guard of its admission knows
 
     @property
     def goes_on(self) -> bool:
@@ -41,9 +45,19 @@ class Opening:
         return self.step_rows > 0
 
 
+class Listener(Protocol):
+    """Told of one request, in the thread that computes: it must return at once and raise nothing."""
+
+    def tokens(self, token_ids: Sequence[int]) -> None:
+        """The answer goes on with these."""
+
+    def done(self, outcome: object) -> None:
+        """The response or the exception; the last call."""
+
+
 @dataclass(slots=True)
 class Ticket:
-    """One request on its way. Whoever submitted it runs the loop until it is done."""
+    """One request on its way. Whoever submitted it runs the loop until it is done, or listens."""
 
     number: int
     job: Job[Any, Any]
@@ -53,11 +67,26 @@ class Ticket:
     lookup: Lookup  # where its blocks were when it was submitted
     planned: Planned  # by that look-up
     stage_ms: dict[str, float]  # of the passes that it took part in, too
+    demands: Demands  # what it asks of the device, by that look-up
+    terms: Terms = DEFAULT_TERMS
+    catalogue_version: int = 0  # of the items that its prompt reads
+    listener: Listener | None = None
     outcome: object = None  # a response or an exception; None: not yet
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is, for sharing the device."""
+        return str(self.request.tenant)
 
     @property
     def done(self) -> bool:
         return self.outcome is not None
+
+    def end(self, outcome: object) -> None:
+        """Gives it its response, or its exception."""
+        self.outcome = outcome
+        if self.listener is not None:
+            self.listener.done(outcome)
 
     def add(self, stage_ms: Mapping[str, float]) -> None:
         """Adds the stages of a pass."""
@@ -67,7 +96,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A request that entered no queue, because it is wrong."""
+    """A request that entered no queue: it is wrong, or there is no time for it."""
 
     request: Any
     outcome: RcllmError

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from types import MappingProxyType
 from typing import get_args
 
 from blake3 import blake3
@@ -42,6 +43,7 @@ from rcllm.prompt.texts import EMPTY_TEXT, TextCounts, Texts, Written
 from rcllm.prompt.tokenizer import Tokenizer
 
 _NOTHING_LEARNT = Learnt()
+_NO_TEXTS: Mapping[ItemId, Mapping[str, str]] = MappingProxyType({})
 _JOINING = b"2"  # how headings, labels and texts are joined; raised where that changes
 
 
@@ -119,12 +121,12 @@ class Prompter:
             for kind in (BlockKind.ITEM, BlockKind.HISTORY)
         }
 
-    def event(self, event: Event) -> Written:
-        """The text of an event: an item of the catalogue, or a user's own words. Raises RequestError."""
+    def event(self, event: Event, texts: Mapping[ItemId, Mapping[str, str]] = _NO_TEXTS) -> Written:
+        """The text of an event: an item of the catalogue or of `texts`, or a user's own words. Raises RequestError."""
         if (event.item_id is None) == (event.text is None):
             raise RequestError(f"an event has either an item_id or a text, got {event}")
         if event.item_id is not None:
-            return self.texts.event(self.item(event.item_id))
+            return self.texts.event(self.item(event.item_id, texts=texts.get(event.item_id)))
         return self.texts.own_words(event.text or "")
 
     def text_counts(self, item_ids: Iterable[ItemId]) -> TextCounts:
@@ -168,7 +170,7 @@ class Prompter:
                 f"template {self.template.name!r} is for open prompts and ranks no candidates; use another"
             )
         self._check(request)
-        items = [self.item(item_id, request.volatile.get(item_id)) for item_id in request.candidates]
+        items = [self.item(i, request.volatile.get(i), request.texts.get(i)) for i in request.candidates]
         return self._assemble(request, items, options)
 
     def build_open(self, request: OpenRequest) -> Prompt:
@@ -179,7 +181,7 @@ class Prompter:
                 f"level {level} is for rankings; open prompts take full, exact, linked(k), tail(r), blocks"
             )
         options = RankOptions(level=level, history=request.history_mode)
-        draft = Draft(self.namespace, RankRequest(request.request_id, (), request.history, request.user_id), options)
+        draft = Draft(self.namespace, _closed(request), options)
         draft.add(BlockKind.INSTRUCTION, self.instructions["history_first"])
         self._add_history(draft)
         ids = self.tokenizer.encode_control(self.template.question + self.chat.assistant + self.template.answer)
@@ -280,10 +282,10 @@ class Prompter:
         """Events one after another; a user's own words have KV of their own, and none where nobody is named."""
         request, options = draft.request, draft.options
         for event in request.history:
-            written = self.event(event)
+            written = self.event(event, request.texts)
             _note(draft, "events", written, event.item_id or "own words")
             private = event.text is not None
-            owner = request.user_id if private else event.item_id
+            owner = draft.user if private else event.item_id
             key = None
             if options.history == "shared" and owner is not None:
                 key = self.key(BlockKind.HISTORY, written.ids, options.layout, owner if private else None)
@@ -327,8 +329,18 @@ class Prompter:
                 block = draft.add(BlockKind.LABEL, ids[:-1])
                 draft.reads.extend(Read(block, i, (ids[i + 1],), slot) for i in range(len(ids) - 1))
 
-    def item(self, item_id: ItemId, volatile: Mapping[str, str] | None = None) -> Item:
-        """An entry of the catalogue, with a request's own volatile fields. Raises UnknownItemError."""
+    def item(
+        self,
+        item_id: ItemId,
+        volatile: Mapping[str, str] | None = None,
+        texts: Mapping[str, str] | None = None,
+    ) -> Item:
+        """An entry of the catalogue, or one of a request's own `texts`, with the request's own volatile fields.
+
+        Raises UnknownItemError.
+        """
+        if texts is not None:
+            return Item(item_id, texts, volatile or {})
         item = self.catalogue.get(item_id)
         if item is None:
             raise UnknownItemError(f"item {item_id!r} is not in the catalogue of {len(self.catalogue)} items")
@@ -348,6 +360,11 @@ class Prompter:
                 f"request {request.request_id!r}: expected each candidate once, got {listed(twice)} more than once; "
                 "remove the repetitions"
             )
+
+
+def _closed(request: OpenRequest) -> RankRequest:
+    """The same user and history, for a draft."""
+    return RankRequest(request.request_id, (), request.history, request.user_id, tenant=request.tenant)
 
 
 def _note(draft: Draft, of: str, written: Written, name: str) -> None:

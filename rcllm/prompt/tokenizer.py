@@ -38,6 +38,15 @@ class _Backends:
     opening: tokenizers.Tokenizer | None  # as `full`, at the very start of a text; None where that is no different
 
 
+@dataclass(frozen=True, slots=True)
+class ChatTold:
+    """How conversations are written for a model, as the files beside its tokenizer say."""
+
+    format: str | None  # a name of chat_formats.toml; None: a chat template that is none of them
+    template: str | None  # in Jinja; None: the model has none
+    tokens: Mapping[str, str]  # that a template may name: bos_token, eos_token, …
+
+
 class Tokenizer:
     """A Hugging Face `tokenizer.json` and the files beside it. Safe to share between threads."""
 
@@ -47,14 +56,14 @@ class Tokenizer:
         *,
         control: Sequence[str],
         bos_ids: TokenIds,
-        chat_format: str | None,
+        chat: ChatTold,
         unknown_id: int | None,
         vocab_size: int,
         fingerprint: bytes,
     ) -> None:
         """Use `load`."""
         self.bos_ids = bos_ids
-        self.chat_format = chat_format  # a name of chat_formats.toml; None: a chat template that is none of them
+        self.chat = chat
         self.unknown_id = unknown_id  # what stands for text that the vocabulary cannot write
         self.vocab_size = vocab_size  # one more than the highest id
         self.fingerprint = fingerprint  # 32 bytes: blake3 of tokenizer.json
@@ -81,7 +90,7 @@ class Tokenizer:
                 backends,
                 control=control,
                 bos_ids=_bos_ids(backends.full, config),
-                chat_format=told_format(_chat_template(folder, config), backends.full.token_to_id),
+                chat=_chat_told(folder, config, backends.full),
                 unknown_id=_unknown_id(described, backends.full),
                 vocab_size=1 + max(_vocabulary(described).values(), default=-1),
                 fingerprint=blake3(path.read_bytes()).digest(),
@@ -90,6 +99,11 @@ class Tokenizer:
             raise
         except Exception as error:  # the library raises bare Exception for what it cannot parse
             raise ModelError(f"{path} is not a tokenizer that can be read ({error}); fetch it again") from error
+
+    @property
+    def chat_format(self) -> str | None:
+        """A name of chat_formats.toml; None: a chat template that is none of them."""
+        return self.chat.format
 
     def encode(self, text: str) -> TokenIds:
         """Ids of a user's text. What looks like a control token in it is spelled out in ordinary tokens."""
@@ -238,6 +252,12 @@ def _bos_ids(full: tokenizers.Tokenizer, config: Mapping[str, Any]) -> TokenIds:
         return (bos,)
     around = tuple(full.encode("", add_special_tokens=True).ids)
     return around[:-1] if around and around[-1] == eos != bos else around
+
+
+def _chat_told(folder: Path, config: Mapping[str, Any], full: tokenizers.Tokenizer) -> ChatTold:
+    template = _chat_template(folder, config)
+    tokens = {role: text for role in _ROLES if (text := _text(config.get(role)))}
+    return ChatTold(told_format(template, full.token_to_id), template, tokens)
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -96,8 +96,12 @@ class PrototypeBuilder:
         layout: Layout = "history_first",
         pass_tokens: int = 2048,
     ) -> None:
-        """`layout`: whose instruction stands before the texts; `pass_tokens`: most tokens in one forward pass."""
+        """`layout`: whose instruction stands before the texts; `pass_tokens`: most tokens in one forward pass.
+
+        `kv_dtype`: fp16 for int8, since a prototype is a sum of rows, which have no common scale.
+        """
         check(config)
+        kv_dtype = torch.float16 if kv_dtype == torch.int8 else kv_dtype
         self.decoder, self.prompter, self.config, self.out = decoder, prompter, config, out
         self.model_id, self.kv_dtype, self.pass_tokens = model_id, kv_dtype, pass_tokens
         self.instruction = prompter.instructions[layout]

@@ -34,7 +34,7 @@ def sid_text(codes: Sequence[int], style: str = STYLE) -> str:
 def with_semantic_ids(catalogue: Mapping[ItemId, Item], code_index: CodeIndex, style: str = STYLE) -> Catalogue:
     """The items of `catalogue` with their semantic ID as field `sid`; items without one lose that field."""
     codes = dict(zip(code_index.item_ids, code_index.codes.tolist(), strict=True))
-    return Catalogue(_with_sid(item, codes.get(item.item_id), style) for item in catalogue.values())
+    return Catalogue(with_sid(item, codes.get(item.item_id), style) for item in catalogue.values())
 
 
 def items_of_codes(code_index: CodeIndex, style: str = STYLE) -> Catalogue:
@@ -43,7 +43,8 @@ def items_of_codes(code_index: CodeIndex, style: str = STYLE) -> Catalogue:
     return Catalogue(Item(item_id, {FIELD: sid_text(codes, style)}) for item_id, codes in ids)
 
 
-def _with_sid(item: Item, codes: Sequence[int] | None, style: str) -> Item:
+def with_sid(item: Item, codes: Sequence[int] | None, style: str = STYLE) -> Item:
+    """The item with its semantic ID as field `sid`, or without that field."""
     fields = {name: text for name, text in item.fields.items() if name != FIELD}
     return Item(item.item_id, fields if codes is None else {**fields, FIELD: sid_text(codes, style)}, item.volatile)
 

@@ -7,7 +7,6 @@ Knows nothing of catalogues or models, so ids are not looked up. Invariant: what
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from dataclasses import fields as fields_of
@@ -52,23 +51,28 @@ def write_requests(path: str | Path, requests: Iterable[RankRequest]) -> None:
             file.write(to_json(request_to_json(request)).encode("utf-8") + b"\n")
 
 
-def parse_request(value: Mapping[str, object], defaults: RankOptions = DEFAULTS) -> RankRequest:
+def parse_request(
+    value: Mapping[str, object], defaults: RankOptions = DEFAULTS, show: Callable[[object], str] = brief
+) -> RankRequest:
     """The request that a JSON object describes; null is as good as left out. Raises RequestError.
 
     `request_id` and `candidates` are needed. An event of `history` (or `items`) is an item id, `{"item_id": …}` or
-    `{"text": …}`; `options` holds fields of RankOptions over `defaults`, `volatile` texts by item id and name.
+    `{"text": …}`; `options` holds fields of RankOptions over `defaults`, `volatile` texts by item id and name, `texts`
+    the fields of items that come with the request. `show` says a wrong value in messages.
     """
-    given = _without_nulls(_with_history(value))
-    return _read(RankRequest, given, RankRequest("", (), options=defaults if "options" in given else None))
+    given = without_nulls(_with_history(value))
+    return _read(RankRequest, given, RankRequest("", (), options=defaults if "options" in given else None), show)
 
 
-def parse_recommend_request(value: Mapping[str, object], defaults: RecommendRequest) -> RecommendRequest:
+def parse_recommend_request(
+    value: Mapping[str, object], defaults: RecommendRequest, show: Callable[[object], str] = brief
+) -> RecommendRequest:
     """The request that a JSON object describes; null is as good as left out. Raises RequestError.
 
     `request_id` is needed. `history` as in `parse_request`; `allow` and `deny` are lists of item ids; what is denied by
     `defaults` stays so.
     """
-    request = _read(RecommendRequest, _without_nulls(_with_history(value)), replace(defaults, deny=()))
+    request = _read(RecommendRequest, without_nulls(_with_history(value)), replace(defaults, deny=()), show)
     return replace(request, deny=defaults.deny + request.deny)
 
 
@@ -92,9 +96,11 @@ def request_to_json(request: RankRequest) -> dict[str, object]:
     whole: dict[str, object] = {
         "request_id": request.request_id,
         "user_id": request.user_id,
+        "tenant": request.tenant or None,
         "history": history,
         "candidates": list(request.candidates),
         "volatile": {item_id: dict(texts) for item_id, texts in request.volatile.items()} or None,
+        "texts": {item_id: dict(texts) for item_id, texts in request.texts.items()} or None,
         "positive": request.positive,
         "options": None if request.options is None else _options_to_json(request.options),
     }
@@ -106,27 +112,30 @@ def _options_to_json(options: RankOptions) -> dict[str, object]:
     return values | {"level": str(options.level), "selection": asdict(options.selection)}
 
 
-def _read(kind: type[_Request], given: Mapping[str, object], base: _Request) -> _Request:
-    return parse(kind, given, base=base, error=RequestError, readers=_READERS)
+def _read(
+    kind: type[_Request], given: Mapping[str, object], base: _Request, show: Callable[[object], str] = brief
+) -> _Request:
+    return parse(kind, given, base=base, error=RequestError, readers=READERS, show=show)
 
 
-def _without_nulls(value: Mapping[str, object]) -> dict[str, object]:
+def without_nulls(value: Mapping[str, object]) -> dict[str, object]:
     return {name: inner for name, inner in value.items() if inner is not None}
 
 
-def _read_event(value: object) -> Event:
+def read_event(value: object) -> Event:
+    """Tells of a wrong one without its words, which are a user's."""
     match value:
         case {"item_id": item_id, **rest} if not rest:
-            return Event(item_id=ItemId(_read_id(item_id)))
+            return Event(item_id=ItemId(read_id(item_id)))
         case {"text": str(text), **rest} if not rest and text:
             return Event(text=well_formed(text))
         case str() | int() | float():
-            return Event(item_id=ItemId(_read_id(value)))
+            return Event(item_id=ItemId(read_id(value)))
     wanted = 'an item id, {"item_id": …} or {"text": …}'
-    raise RequestError(f"expected an event to be {wanted}, got {json.dumps(value, default=str)[:80]}")
+    raise RequestError(f"expected an event to be {wanted}, got {brief(value)}")
 
 
-def _read_id(value: object) -> str:
+def read_id(value: object) -> str:
     text = well_formed(value) if isinstance(value, str) else as_id(value)
     if not text:
         raise RequestError(f"expected an id (a text or a whole number), got {brief(value)}")
@@ -140,10 +149,10 @@ def _read_texts(value: object) -> dict[str, str]:
 
 
 # what JSON may write in more than one way: ids as numbers, prices as numbers
-_READERS: Mapping[Any, Callable[[Any], Any]] = {
-    str: _read_id,
-    ItemId: _read_id,
-    UserId: _read_id,
-    Event: _read_event,
+READERS: Mapping[Any, Callable[[Any], Any]] = {
+    str: read_id,
+    ItemId: read_id,
+    UserId: read_id,
+    Event: read_event,
     Mapping[str, str]: _read_texts,
 }

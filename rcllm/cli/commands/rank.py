@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from rcllm.annotated import Ge, Opt
-from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, Restart
+from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, Restart, StoreOptions
 from rcllm.cli.spread import spread
 
 Warm = Annotated[bool, Opt("Compute the blocks that the requests name first, outside the times.")]
@@ -17,6 +17,7 @@ def rank(
     item_options: ItemOptions,
     ranking: RankingOptions,
     fidelity: FidelityOptions,
+    store: StoreOptions,
     requests: Annotated[str, Opt("Requests as JSON lines; - is stdin.", metavar="FILE|-", name="--in")],
     out: Annotated[str, Opt("Where answers go, as JSON lines; - is stdout.", metavar="FILE|-")] = "-",
     batch: Annotated[int, Ge(1), Opt("Requests that are computed together.")] = 1,
@@ -48,6 +49,7 @@ def explain(
     item_options: ItemOptions,
     ranking: RankingOptions,
     fidelity: FidelityOptions,
+    store: StoreOptions,
     request: Annotated[str, Opt("Requests as JSON lines; N is the line, else the first request.", metavar="FILE[:N]")],
     warm: Warm = True,
     top: Annotated[int, Ge(1), Opt("How many candidates to show.")] = 20,

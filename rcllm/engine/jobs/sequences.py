@@ -75,6 +75,7 @@ class Live:
     def __init__(self, entered: Entered, kv: SequenceKV, ending: Ending, drafter: Drafter | None) -> None:
         """drafter: None where nothing is to be drafted."""
         self.number, self.request = entered.ticket.number, entered.ticket.request
+        self._listener = entered.ticket.listener
         self.kv, self.ending, self.drafter = kv, ending, drafter
         self.prompt_len = entered.end
         self.context = list(entered.planned.prompt.token_ids)
@@ -109,6 +110,8 @@ class Live:
         self.context.extend(taken)
         self.counts.accepted += min(len(taken), len(accepted.rows))
         self.counts.divergences += [each for each in accepted.divergences if each.position < len(self.answer)]
+        if self._listener is not None:
+            self._listener.tokens(taken)
         return taken
 
     def generated(self) -> Generated:

@@ -1,0 +1,108 @@
+"""`rcllm serve`. Knows nothing of HTTP or of how answers come about.
+
+Invariant: what a user gave wrongly, the address among it, is said before the model is loaded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rcllm.cli.calibrated import admission_from, check_level
+from rcllm.cli.commands.serve import ServerOptions
+from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
+from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, StoreOptions
+from rcllm.cli.screen import busy, say
+from rcllm.config import Config, ModelConfig, PromptConfig, ServerConfig
+from rcllm.core.ranking import RankOptions
+from rcllm.data import fetch_movielens
+from rcllm.engine.jobs.recommend import Recommender
+from rcllm.errors import ConfigError, TextWarning
+from rcllm.late import Late
+from rcllm.sid.load import load_recommender
+
+if TYPE_CHECKING:
+    from rcllm.server import keys, logs, on_engine, run
+else:
+    keys, logs, run, on_engine = (Late(f"rcllm.server.{name}") for name in ("keys", "logs", "run", "on_engine"))
+
+_RANKER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-blocks"  # of a checkout; a wheel has none
+
+
+def serve_command(
+    engine_options: EngineOptions,
+    item_options: ItemOptions,
+    ranking: RankingOptions,
+    fidelity: FidelityOptions,
+    store: StoreOptions,
+    server: ServerOptions,
+    name: str | None,
+    decoder: Path | None,
+    demo: bool,
+) -> None:
+    """Serves until a signal comes."""
+    if name is not None and engine_options.model is not None:
+        raise ConfigError(f"the model is named twice, as {name} and as --model {engine_options.model}; name it once")
+    engine_options = replace(engine_options, model=name or engine_options.model)
+    config = make_config(engine_options, ranking, store)
+    config = _demo(config) if demo else config
+    config = replace(config, server=_over(config.server, server))
+    _check_extra()
+    keys.check_address(config.server)
+    inputs = _movielens() if demo else load_inputs(item_options)
+    with make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank]) as engine:
+        check_level(engine)
+        recommender = _recommender(config, decoder, inputs) if decoder is not None else None
+        backend = on_engine.EngineBackend(engine, config.model.path, recommender)
+        logs.configure()
+        run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs))
+
+
+def _over(section: ServerConfig, options: ServerOptions) -> ServerConfig:
+    """The section with the options that were given. What is off can be switched on alone, and the reverse."""
+    given = {name: getattr(options, name) for name in ("host", "port", "served_name")}
+    section = replace(section, **{name: value for name, value in given.items() if value is not None})
+    return replace(section, insecure=section.insecure or options.insecure, warm=section.warm and options.warm)
+
+
+def _check_extra() -> None:
+    """Raises ConfigError where what the server is made of is not installed."""
+    try:
+        run.HttpServer  # noqa: B018  (the first look imports it)
+    except ImportError as error:
+        raise ConfigError(f"serving needs fastapi, uvicorn and more ({error}): pip install 'rcllm[server]'") from error
+
+
+def _demo(config: Config) -> Config:
+    """The committed ranker where this is a checkout, else the bare model, which ranks by how likely a title is."""
+    if config.model.path != ModelConfig().path or config.model.adapter:
+        raise ConfigError("--demo brings its own model: leave out --model and --adapter")
+    if not _RANKER.is_dir():
+        prompt = replace(config.prompt, template="movies")
+        return replace(config, prompt=prompt, rank=replace(config.rank, readout="likelihood"))
+    rank: RankOptions = replace(config.rank, readout="pointwise")
+    prompt = replace(config.prompt, template="echo", context=PromptConfig().context)
+    return replace(config, model=replace(config.model, adapter=str(_RANKER)), prompt=prompt, rank=rank)
+
+
+def _movielens() -> Inputs:
+    with busy("fetching MovieLens-100K"):
+        dataset = fetch_movielens()
+    return Inputs(dataset.catalogue, dataset)
+
+
+def _recommender(config: Config, decoder: Path, inputs: Inputs) -> Recommender:
+    with busy(f"loading {decoder}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", TextWarning)
+        model = replace(ModelConfig(), path=str(decoder), threads=config.model.threads)
+        return load_recommender(Config(model=model, cache=config.cache), items=inputs.catalogue)
+
+
+def _tell(address: str, config: ServerConfig, inputs: Inputs) -> None:
+    item_id = next(iter(inputs.catalogue))
+    say(
+        f"serving at {address}, {'with' if config.api_keys else 'without'} keys; ready when {address}/ready says so", ""
+    )
+    say(f"""try: curl {address}/v1/rank -d '{{"candidates": ["{item_id}"]}}'""", "dim")

@@ -1,0 +1,1 @@
+"""The HTTP server: bodies, limits and sight around the engine's loop."""

@@ -1,0 +1,161 @@
+"""What the HTTP application needs of whatever answers, as a contract and its nouns.
+
+`on_engine.py` answers with engines, `fake.py` by rule. Never imports torch. Invariant: an answer comes once, as a
+response or as an error; an answer that nobody waits for any more is not computed where that can still be helped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rcllm.core.decoding import Generated, RecommendRequest, RecommendResponse
+from rcllm.core.ranking import Item, ItemId, RankOptions, RankRequest, RankResponse, Readout, TokenIds, UserId
+from rcllm.core.texts import ScoreRequest, ScoreResponse, TextRequest
+from rcllm.prompt.chat import ChatPrompt, Message
+
+Request = RankRequest | RecommendRequest | ScoreRequest | TextRequest
+Response = RankResponse | RecommendResponse | ScoreResponse | Generated
+KINDS: Mapping[type, str] = {
+    RankRequest: "rank",
+    RecommendRequest: "recommend",
+    ScoreRequest: "score",
+    TextRequest: "generate",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What is served."""
+
+    model: str  # as it was named
+    fingerprint: str  # first 12 hex digits, of weights and adapter
+    max_positions: int
+    max_candidates: int
+    kinds: frozenset[str]  # of KINDS
+    shown: tuple[str, ...] = ("title",)  # fields of items that the template shows
+    options: RankOptions = field(default_factory=RankOptions)  # of rankings that bring none
+    rerank: Readout = "pointwise"  # which read-out answers reranking
+
+    @property
+    def text_field(self) -> str:
+        """The field of an item that a text without a name is taken for."""
+        usual = ("title", "text", "description")
+        return next((name for name in usual if name in self.shown), self.shown[0] if self.shown else usual[0])
+
+
+class Texts(Protocol):
+    """Texts to token ids and back. Called by any thread."""
+
+    def opening(self, text: str) -> TokenIds:
+        """A whole prompt that an application wrote; control tokens in it are meant."""
+
+    def going_on(self, text: str) -> TokenIds:
+        """The same for what follows another text."""
+
+    def chat(self, messages: Sequence[Message]) -> ChatPrompt:
+        """A conversation, in which nobody can write a control token. Raises RequestError."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Raises RequestError for ids that the vocabulary lacks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request on its way to the backend."""
+
+    request: Request
+    tenant: str = ""
+    deadline_ms: float | None = None  # until the first token, or the scores
+    on_tokens: Callable[[Sequence[int]], None] | None = None  # called in the event loop as a text goes on
+
+
+# ---- changes --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PutItems:
+    """Adds items or replaces their text. When it is made, no answer reads an old text of theirs any more."""
+
+    items: tuple[Item, ...]
+    codes: Mapping[ItemId, tuple[int, ...]] = field(default_factory=dict)  # semantic IDs, to recommend them by
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveItems:
+    item_ids: tuple[ItemId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EraseUser:
+    """Removes everything that was computed from a user's words and kept."""
+
+    user_id: UserId
+
+
+@dataclass(frozen=True, slots=True)
+class WarmItems:
+    """Computes items ahead of requests, in the background; None: the whole catalogue."""
+
+    item_ids: tuple[ItemId, ...] | None = None
+
+
+Change = PutItems | RemoveItems | EraseUser | WarmItems
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    num_items: int = 0  # added, replaced or removed
+    num_new: int = 0
+    num_blocks: int = 0  # of cached KV that were removed
+
+
+@dataclass(frozen=True, slots=True)
+class Warmth:
+    """How far warming is."""
+
+    running: bool = False
+    done_blocks: int = 0
+    total_blocks: int = 0
+    full: bool = False  # the cache has no room for the rest
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What the backend holds at this moment."""
+
+    num_items: int = 0
+    num_unanswered: int = 0  # requests that wait or are computed
+    num_blocks: int = 0
+    num_bytes: int = 0
+    budget_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    store_errors: int = 0
+    loop_failures: int = 0  # passes that ended by a mistake of ours
+    warmth: Warmth = Warmth()
+
+
+class Backend(Protocol):
+    """Answers requests and makes changes. All of its methods are called in one event loop."""
+
+    about: About
+    texts: Texts
+
+    async def start(self) -> None:
+        """Begins to answer."""
+
+    async def stop(self, drain_s: float) -> None:
+        """Takes no more requests, waits so long for those under way, and ends what is left with CancelledError."""
+
+    async def answer(self, asked: Asked) -> Response:
+        """Raises RcllmError. Cancelling the task withdraws the request: it is dropped before its next pass."""
+
+    async def change(self, change: Change) -> Changed:
+        """Returns when the change holds for every answer that comes later. Raises RcllmError."""
+
+    def stats(self) -> Stats:
+        """Costs microseconds; waits for no pass."""

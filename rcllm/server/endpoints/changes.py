@@ -1,0 +1,67 @@
+"""What changes what is served: items, users, what is warm. All of it needs the admin key.
+
+Knows nothing of how a change is made. Invariant: when the reply is sent, the change holds for every later answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from rcllm.core.ranking import ItemId, UserId
+from rcllm.data.text import well_formed
+from rcllm.errors import UnknownItemError
+from rcllm.server.backend import EraseUser, PutItems, RemoveItems, WarmItems
+from rcllm.server.reply import JsonReply
+from rcllm.server.served import Ask
+from rcllm.wire.bodies import read
+from rcllm.wire.items import IdsBody, ItemBody, WarmBody, item_of, parse_event, parse_items
+
+
+async def put_item(ask: Ask) -> JsonReply:
+    body = read(ItemBody, ask.value)
+    item = item_of(body, well_formed(ask.path("item_id")))
+    changed = await ask.served.backend.change(PutItems((item,), {item.item_id: body.codes} if body.codes else {}))
+    return JsonReply(asdict(changed))
+
+
+async def put_items(ask: Ask) -> JsonReply:
+    items, codes = parse_items(ask.value)
+    ask.check_items(len(items), "items")
+    return JsonReply(asdict(await ask.served.backend.change(PutItems(tuple(items), codes))))
+
+
+async def delete_item(ask: Ask) -> JsonReply:
+    item_id = ItemId(well_formed(ask.path("item_id")))
+    return JsonReply(asdict(await ask.served.backend.change(RemoveItems((item_id,)))))
+
+
+async def delete_items(ask: Ask) -> JsonReply:
+    body = read(IdsBody, ask.value)
+    ask.check_items(len(body.item_ids), "item_ids")
+    return JsonReply(asdict(await ask.served.backend.change(RemoveItems(body.item_ids))))
+
+
+async def append_event(ask: Ask) -> JsonReply:
+    user_id = UserId(well_formed(ask.path("user_id")))
+    event = parse_event(ask.value)
+    return JsonReply({"known_events": ask.served.histories.append(user_id, (event,))})
+
+
+async def erase_user(ask: Ask) -> JsonReply:
+    """Events and receipts go, and every block of cached KV that was made of the user's words."""
+    user_id = UserId(well_formed(ask.path("user_id")))
+    events = ask.served.histories.erase(user_id)
+    changed = await ask.served.backend.change(EraseUser(user_id))
+    answers = ask.served.answers.erase(user_id)  # last, so that none that was on its way stays
+    return JsonReply({"num_blocks": changed.num_blocks, "num_events": events, "num_receipts": answers})
+
+
+async def warm(ask: Ask) -> JsonReply:
+    """Begins in the background; `/v1/cache/stats` says how far it is."""
+    body = read(WarmBody, ask.value)
+    try:
+        await ask.served.backend.change(WarmItems(body.item_ids))
+    except UnknownItemError as error:
+        error.field = "item_ids"
+        raise
+    return JsonReply(asdict(ask.served.backend.stats().warmth), status_code=202)

@@ -1,0 +1,109 @@
+"""`/v1/rank`, `/v1/recommend`, reranking and scores: one pass for a list of candidates.
+
+Knows nothing of how answers come about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+from rcllm.core.ranking import Event, RankOptions
+from rcllm.server.reply import JsonReply
+from rcllm.server.served import Ask
+from rcllm.wire.lines import recommendation_to_json
+from rcllm.wire.rank import Body, parse_rank_body, parse_recommend_body, rank_to_json
+from rcllm.wire.rerank import RerankBody, Reranking, parse_rerank, rerank_to_json
+from rcllm.wire.score import PairsBody, SglangBody, pairs_to_json, parse_score, score_request, score_to_json
+
+
+async def rank(ask: Ask) -> JsonReply:
+    about = ask.served.backend.about
+    body = parse_rank_body(ask.value, ask.request_id, about.options, about.text_field)
+    events = _known(ask, body)
+    request = replace(body.request, history=body.request.history or events)
+    response = await ask.answer(request, body.extras.deadline_ms, body.extras.tenant)
+    return JsonReply(rank_to_json(response, body, **_told(events)))
+
+
+async def recommend(ask: Ask) -> JsonReply:
+    body = parse_recommend_body(ask.value, ask.request_id)
+    events = _known(ask, body)
+    request = replace(body.request, history=body.request.history or events)
+    response = await ask.answer(request, body.extras.deadline_ms, body.extras.tenant)
+    answer = recommendation_to_json(response, receipts=body.extras.explain)
+    return JsonReply({**answer, "scores": list(response.scores), **_told(events)})
+
+
+def _known(ask: Ask, body: Body[Any]) -> tuple[Event, ...]:
+    """What the server was told of the user, where the body says nothing of the history."""
+    return () if body.has_history else ask.served.histories.of(body.request.user_id)
+
+
+def _told(events: tuple[Event, ...]) -> dict[str, object]:
+    """How many events the server itself knew of."""
+    return {"known_events": len(events)} if events else {}
+
+
+async def rerank(ask: Ask) -> JsonReply:
+    """As Jina and vLLM answer: documents stand in the answer unless the body says otherwise."""
+    return await _rerank(ask, documents=True)
+
+
+async def rerank_v2(ask: Ask) -> JsonReply:
+    """As Cohere answers: an index, and no document unless the body asks for it."""
+    return await _rerank(ask, documents=False)
+
+
+async def _rerank(ask: Ask, *, documents: bool) -> JsonReply:
+    body = parse_rerank(ask.value)
+    ask.check_model(body.model)
+    ask.check_items(len(body.documents), "documents")
+    reranking = _reranking(ask, body, ask.request_id)
+    response = await ask.answer(reranking.request, body.deadline_ms, body.tenant)
+    return JsonReply(rerank_to_json(body, reranking, response, ask.served.model, documents=documents))
+
+
+def _reranking(ask: Ask, body: RerankBody, request_id: str) -> Reranking:
+    about = ask.served.backend.about
+    options = replace(about.options, readout=about.rerank)
+    if about.rerank == "pointwise":  # candidates are branches after the history; letters have no bias to correct
+        options = replace(options, layout="history_first", bias=RankOptions().bias)
+    return Reranking.of(body, request_id, options, about.shown, about.text_field)
+
+
+async def score(ask: Ask) -> JsonReply:
+    body = parse_score(ask.value)
+    return await (_sglang(ask, body) if isinstance(body, SglangBody) else _pairs(ask, body))
+
+
+async def _sglang(ask: Ask, body: SglangBody) -> JsonReply:
+    ask.check_model(body.model)
+    ask.check_items(len(body.items), "items")
+    texts = ask.served.backend.texts
+    request = score_request(body, ask.request_id, texts.opening, texts.going_on)
+    ask.check_tokens(len(request.query) + sum(map(len, request.items)))
+    response = await ask.answer(request, body.deadline_ms, body.tenant)
+    return JsonReply(score_to_json(body, response, ask.served.model))
+
+
+async def _pairs(ask: Ask, body: PairsBody) -> JsonReply:
+    ask.check_model(body.groups[0].model)
+    ask.check_items(sum(map(len, body.places)), "text_2")
+    rerankings = [
+        _reranking(ask, group, f"{ask.request_id}-{number}" if number else ask.request_id)
+        for number, group in enumerate(body.groups)
+    ]
+    async with asyncio.TaskGroup() as together:
+        tasks = [together.create_task(ask.answer(each.request)) for each in rerankings]
+    responses = [task.result() for task in tasks]
+    scores = {
+        place: relevance
+        for places, reranking, response in zip(body.places, rerankings, responses, strict=True)
+        for place, relevance in zip(places, reranking.relevances(response), strict=True)
+    }
+    receipts = [response.receipt for response in responses]
+    named = {"id": ask.request_id, "model": ask.served.model, "created": int(ask.served.wall_clock())}
+    num_tokens, num_reused = sum(each.num_tokens for each in receipts), sum(each.num_reused for each in receipts)
+    return JsonReply(pairs_to_json(scores, num_tokens, num_reused, **named))

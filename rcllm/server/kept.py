@@ -1,0 +1,86 @@
+"""What is kept in memory between requests: answers whose receipts may be asked for, and the events of users.
+
+Knows nothing of HTTP. Invariant: both are bounded; an answer is found by whom it was given to alone; of a user who is
+erased nothing is left.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rcllm.core.ranking import Event, UserId
+from rcllm.server.backend import Asked, Response
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A request with what it was answered."""
+
+    asked: Asked
+    response: Response
+
+
+class Answers:
+    """The latest `size` answers."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._kept: OrderedDict[tuple[str, str], Answered] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, caller: str, asked: Asked, response: Response) -> None:
+        """`caller`: by whose key it was asked."""
+        if not self._size:
+            return
+        name = caller, asked.request.request_id
+        self._kept[name] = Answered(asked, response)
+        self._kept.move_to_end(name)
+        while len(self._kept) > self._size:
+            self._kept.popitem(last=False)
+
+    def find(self, caller: str, request_id: str) -> Answered | None:
+        return self._kept.get((caller, request_id))
+
+    def erase(self, user_id: UserId) -> int:
+        """Of one user; returns how many there were."""
+        gone = [name for name, kept in self._kept.items() if kept.asked.request.user_id == user_id]
+        for name in gone:
+            del self._kept[name]
+        return len(gone)
+
+
+class Histories:
+    """The events of users who were told of; of at most `users`, the ones used last, and `events` of each."""
+
+    def __init__(self, users: int, events: int) -> None:
+        self._users, self._events = users, events
+        self._kept: OrderedDict[UserId, tuple[Event, ...]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def append(self, user_id: UserId, events: Sequence[Event]) -> int:
+        """Returns how many are kept of the user now."""
+        if not self._users:
+            return 0
+        kept = (*self._kept.get(user_id, ()), *events)[-self._events :]
+        self._kept[user_id] = kept
+        self._kept.move_to_end(user_id)
+        while len(self._kept) > self._users:
+            self._kept.popitem(last=False)
+        return len(kept)
+
+    def of(self, user_id: UserId | None) -> tuple[Event, ...]:
+        """Oldest first; nothing for a user who is not known."""
+        if user_id is None or user_id not in self._kept:
+            return ()
+        self._kept.move_to_end(user_id)
+        return self._kept[user_id]
+
+    def erase(self, user_id: UserId) -> int:
+        """Returns how many events there were."""
+        return len(self._kept.pop(user_id, ()))

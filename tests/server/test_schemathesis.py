@@ -1,0 +1,46 @@
+"""Requests made from the server's own document, right and wrong: none of them is answered with a 5xx."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+
+from rcllm.config import ServerConfig
+from rcllm.server.app import make_app
+from rcllm.server.fake import FakeBackend
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the tool and what it is made of
+
+_APP = make_app(FakeBackend({"a": "red lamp", "b": "blue lamp"}), ServerConfig(warm=False))
+_CONFIG = schemathesis.config.SchemathesisConfig.from_dict({"generation": {"mode": "all"}})
+_SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", _APP, config=_CONFIG)
+_MODES = GenerationMode.all()
+
+
+def _settings(examples: int) -> Any:
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate],
+    )
+
+
+@_SCHEMA.parametrize()
+@_settings(6)
+def test_a_few_requests_of_each_kind(case: Any) -> None:
+    case.call_and_validate(checks=[not_a_server_error])
+
+
+@pytest.mark.slow
+@_SCHEMA.parametrize()
+@_settings(300)
+def test_many_requests_of_each_kind(case: Any) -> None:
+    case.call_and_validate(checks=[not_a_server_error])
