@@ -81,7 +81,9 @@ def evaluate(
     *,
     trial: TrialConfig,
 ) -> None:
-    """Tell what a placement is worth: the share of a request's items on its best node, and balances.
+    """Tell what a placement is worth: a request's items on its best node.
+
+    Tells the balance of the nodes, too.
 
     Example: `rcllm place eval --placement placement.json --held-out yesterday.jsonl --log requests.jsonl`
     """
@@ -98,7 +100,7 @@ def diff(
     moves: Annotated[Path | None, Opt("Where the moves go, as JSON lines.", metavar="FILE.jsonl")] = None,
     out: Annotated[Path | None, Opt("The placement after these moves.", metavar="FILE.json")] = None,
 ) -> None:
-    """Show what changes from one placement to another, and plan a bounded number of moves towards it.
+    """Show what changes from one placement to another, and plan bounded moves.
 
     Nodes are numbered so that most bytes stay. A block is served by its old owner until the new one has it.
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from rcllm.annotated import Of, Opt
 from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, StoreOptions
 from rcllm.cli.spread import spread
@@ -33,7 +31,7 @@ def serve(
     fidelity: FidelityOptions,
     store: StoreOptions,
     server: ServerOptions,
-    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="As --model.", show_default=False)] = None,
+    name: Annotated[str | None, Opt("As --model.", name="MODEL")] = None,
     decoder: Annotated[
         Path | None,
         Opt("Also recommend, with this folder of `rcllm sid train`.", metavar="FOLDER", panel="Server"),
