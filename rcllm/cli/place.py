@@ -20,7 +20,7 @@ from rcllm.cluster.evaluate import Report, evaluate
 from rcllm.cluster.files import read_placement, write_placement
 from rcllm.cluster.logs import LogReport, collect_log, read_requests
 from rcllm.cluster.moves import differing, matched, plan_moves
-from rcllm.cluster.options import TrialConfig
+from rcllm.cluster.options import PolicyName, RouteName, TrialConfig
 from rcllm.cluster.place import make_place
 from rcllm.cluster.placement import PlacedHoldings, Placement, Room
 from rcllm.cluster.route import make_route
@@ -40,7 +40,7 @@ _FEW = 12  # nodes that a table shows
 
 
 def build_command(
-    item_options: ItemOptions, out: Path, room: RoomOptions, policy: str, log: Path | None, trial: TrialConfig
+    item_options: ItemOptions, out: Path, room: RoomOptions, policy: PolicyName, log: Path | None, trial: TrialConfig
 ) -> None:
     """Writes the placement, and says how it does on requests that it has not seen, where there are any."""
     check_file(out, item_options, log)
@@ -120,7 +120,9 @@ def diff_command(
             write_placement(out, plan.after)
 
 
-def explain_command(placement: Path, item: str | None, request: str | None, policy: str, load: tuple[str, ...]) -> None:
+def explain_command(
+    placement: Path, item: str | None, request: str | None, policy: RouteName, load: tuple[str, ...]
+) -> None:
     """Says where an item is, or which node answers a request."""
     placed = read_placement(placement)
     if item is None and request is None:
