@@ -6,10 +6,11 @@ Invariant: every message says where, what was expected and what came; NaN and in
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NewType, Union, get_args, get_origin
 
@@ -18,6 +19,7 @@ from pydantic import (
     AllowInfNan,
     BaseModel,
     ConfigDict,
+    Field,
     PlainValidator,
     Strict,
     ValidationError,
@@ -25,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from rcllm.annotated import Rule, bare, hints_of, metadata
+from rcllm.annotated import Limits, Rule, bare, hints_of, metadata
 from rcllm.errors import ConfigError, RcllmError
 from rcllm.words import brief, nearest
 
@@ -151,7 +153,9 @@ def _strict(hint: Any, readers: Mapping[Any, Reader]) -> Any:
 
 
 def _limit(extra: Any) -> Any:
-    """What pydantic is told of the extras of a field: a rule as one of its validators, limits as they are."""
+    """What pydantic is told of the extras of a field, in its own words: a rule is one of its validators."""
+    if isinstance(extra, Limits):
+        return Field(**extra.bounds)
     return AfterValidator(_told(functools.partial(_kept, extra.check))) if isinstance(extra, Rule) else extra
 
 
@@ -202,7 +206,7 @@ def _built(value: Any, base: Any) -> Any:
     return tuple(_built(inner, None) for inner in value) if isinstance(value, tuple) else value
 
 
-def _default(field: Field[Any]) -> Any:
+def _default(field: dataclasses.Field[Any]) -> Any:
     """None where a section has no default, and so must be given whole."""
     if field.default_factory is not MISSING:
         return field.default_factory()

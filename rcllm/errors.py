@@ -7,16 +7,18 @@
     ├── FetchError               a package or model could not be downloaded
     ├── ModelError               a model folder cannot be used
     │   └── UnsupportedModelError    the architecture, or a variant of it, is not implemented
+    ├── StoreError               a tier of the store cannot be opened, read or written
     ├── RequestError             one request is wrong; the engine and other requests go on
     │   ├── UnknownItemError         a candidate or event names an item the catalogue lacks
     │   ├── PromptTooLongError       the prompt exceeds the model's context
     │   └── CancelledError           the request was withdrawn before it was answered
     ├── CapacityError            the request is fine but does not fit the memory budget
+    ├── ErasureError             blocks of a user or item may be left on a tier of the store
     ├── OverloadedError          the request is fine, but others are ahead of it: ask again in `retry_after_s`
     └── DeadlineError            the request cannot be answered by its deadline, or was not
 
-Beside it two warnings: TextWarning, a model is asked with other text than it should be; ModelWarning, what fits and is
-used may not have been made for each other.
+Beside it three warnings: TextWarning, a model is asked with other text than it should be; ModelWarning, what fits and
+is used may not have been made for each other; StoreWarning, a tier of the store failed and the others go on.
 
 Messages say what was expected, what came, and what to do. `assert` is for our own mistakes.
 """
@@ -57,6 +59,10 @@ class UnsupportedModelError(ModelError):
     """The model is intact, but it is a variant that rcllm does not implement."""
 
 
+class StoreError(RcllmError):
+    """A tier below the pool cannot be opened, read or written. Whoever asks for a request goes on without it."""
+
+
 class RequestError(RcllmError):
     """A request is malformed. Nothing was computed and nothing was changed for it."""
 
@@ -75,6 +81,10 @@ class CancelledError(RequestError):
 
 class CapacityError(RcllmError):
     """The KV that one request needs at once is larger than the cache budget."""
+
+
+class ErasureError(RcllmError):
+    """A tier of the store failed while an owner was erased; what the others had is gone."""
 
 
 class OverloadedError(RcllmError):
@@ -106,3 +116,7 @@ class TextWarning(UserWarning):
 
 class ModelWarning(UserWarning):
     """The parts of a model fit, but their names say that they belong to different ones."""
+
+
+class StoreWarning(UserWarning):
+    """A tier of the store failed; requests are answered without it until it works again."""

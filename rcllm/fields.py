@@ -7,14 +7,12 @@ does the checking, is imported with the first check.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rcllm.errors import ConfigError, RcllmError
 from rcllm.late import Late
-from rcllm.words import brief
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -50,17 +48,6 @@ def parse(
     """
     made: T = checking.parse(kind, values, where, base, name, error, tuple((readers or {}).items()))
     return made
-
-
-def read_object(text: str | bytes, where: str, error: type[RcllmError] = ConfigError) -> dict[str, Any]:
-    """The JSON object that a text holds. Raises `error`."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as wrong:
-        raise error(f"{where}{': ' * bool(where)}it is not JSON: {wrong}") from wrong
-    if not isinstance(value, dict):
-        raise error(f"{where}{': ' * bool(where)}expected a JSON object, got {brief(value)}")
-    return value
 
 
 def check(value: DataclassInstance, where: str = "", *, name: Namer = dotted) -> None:

@@ -17,7 +17,6 @@ from rcllm.config import (
     ModelConfig,
     PromptConfig,
     ScheduleConfig,
-    as_json,
     check_options,
     context_samples,
     nearest,
@@ -26,6 +25,7 @@ from rcllm.config import (
 )
 from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
+from rcllm.plain_json import as_json
 from rcllm.schedule.admission import Open
 
 SMALL = Hardware(has_cuda=False, memory_bytes=1000 * MIB)
@@ -119,6 +119,8 @@ def test_resolving_keeps_what_is_given() -> None:
     given = Config(ModelConfig(device="cpu", dtype="bf16"), cache=CacheConfig(memory_mb=7, kv_dtype="fp32"))
     assert resolve(given, LARGE) == given
     assert resolve(replace(given, cache=CacheConfig(memory_mb=7)), LARGE).cache.kv_dtype == "bf16"
+    for hardware in (SMALL, LARGE):
+        assert resolve(Config(cache=CacheConfig(kv_dtype="int8")), hardware).cache.kv_dtype == "int8"
 
 
 @pytest.mark.parametrize(

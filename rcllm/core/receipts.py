@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from rcllm.core.ranking import Selection
 
-Source = Literal["fresh", "computed", "device", "host", "semantic"]  # where the KV of a block came from
+from rcllm.core.requests import BeamRule as BeamRule
+
+# where the KV of a block came from; host, disk and shared are the tiers of the store
+Source = Literal["fresh", "computed", "device", "host", "disk", "shared", "semantic"]
 
 
 Step = Literal["level", "candidates", "last_scores"]  # of the degradation ladder, in this order
@@ -72,9 +75,6 @@ class RankReceipt(Receipt):
     kv_bytes_read: int  # cached KV that attention read
     kv_bytes_copied: int  # published KV that the whole batch copied or converted before reading; 0 when read in place
     blocks: tuple[BlockReceipt, ...]
-
-
-BeamRule = Literal["renormalise", "mask"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rcllm.cache.lookup import Located
 from rcllm.core.ranking import ContentKey, Piece
 from rcllm.core.receipts import BlockKind
 from rcllm.reuse.plan import Planned
 from rcllm.reuse.select import evidence_of, is_inexact
 from rcllm.schedule.cost import Demand, FloatArray
-from rcllm.store.contract import Found
 
 _PASSES, _ROWS, _MISSING, _KV_BYTES, _PAIRS = range(5)  # as in `Demand`
 
@@ -34,7 +34,7 @@ class Demands:
 
 
 def demands_of(
-    planned: Planned, found: Mapping[ContentKey, Found], kv_bytes_per_token: int, num_layers: int
+    planned: Planned, found: Mapping[ContentKey, Located], kv_bytes_per_token: int, num_layers: int
 ) -> Demands:
     """`found`: which tier has what the plan reads; what none has is computed first."""
     prompt, share = planned.prompt, _fresh_share(planned, num_layers)

@@ -145,7 +145,7 @@ class Intake:
         request, options = ticket.request, ticket.opening.prompt.options
         if not isinstance(request, RankRequest) or request.user_id is None:
             return None
-        known = self.last_scores.known(request.user_id, ticket.terms.tenant, _kind(options), request.candidates)
+        known = self.last_scores.known(request.user_id, ticket.tenant, _kind(options), request.candidates)
         if len(known.scores) < min(self._config.min_candidates, len(request.candidates)):
             return None
         candidates = tuple(each for each in request.candidates if each in known.scores)
@@ -189,7 +189,7 @@ class Intake:
     def keep(self, ticket: Ticket, response: object) -> None:
         """Remembers the scores of an answer."""
         if isinstance(response, RankResponse) and (user_id := ticket.request.user_id) is not None:
-            kind, tenant = _kind(ticket.planned.prompt.options), ticket.terms.tenant
+            kind, tenant = _kind(ticket.planned.prompt.options), ticket.tenant
             now = self._clock()
             self.last_scores.keep(user_id, tenant, kind, response.candidates, response.scores, now)
 

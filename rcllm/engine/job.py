@@ -59,7 +59,13 @@ class Ticket:
     stage_ms: dict[str, float]  # of the passes that it took part in, too
     demands: Demands  # what it asks of the device, by that look-up
     terms: Terms = DEFAULT_TERMS
+    catalogue_version: int = 0  # of the items that its prompt reads
     outcome: object = None  # a response or an exception; None: not yet
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is, for sharing the device."""
+        return str(self.request.tenant)
 
     @property
     def done(self) -> bool:

@@ -43,7 +43,7 @@ class Prompts:
             with stage("plan"):
                 batch = [prefill.replan(ticket.planned, ticket.lookup) for ticket in tickets]
             with stage("materialise"):
-                num_computed = prefill.materialise(batch, held)
+                num_computed = prefill.materialise(batch, [ticket.lookup for ticket in tickets], held)
             with stage("select"):
                 selected = prefill.select(batch, held)
             with stage("assemble"):
@@ -132,7 +132,13 @@ def _entered(
             read_rows=rows,
             segments=some,
             shared=dict(names)
-            | _shared(ticket, planned, prefill.notes(planned.prompt.options) + notes, passed, prompts),
+            | _shared(
+                ticket,
+                planned,
+                prefill.notes(planned.prompt.options, ticket.lookup, held) + notes,
+                passed,
+                prompts,
+            ),
             held=held,
             kv_bytes_read=read,
             kv_bytes_copied=copied,

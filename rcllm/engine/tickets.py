@@ -39,7 +39,7 @@ class Tickets:
             lookup = prefill.lookup(prompt)
         with watch.stage("plan"):
             planned = prefill.plan(prompt, lookup)
-            found = {} if prefill.is_anew(prompt) else lookup.found
+            found = {} if prefill.is_anew(prompt) else lookup.worth_reading
             demands = demands_of(planned, found, prefill.kv_bytes_per_token, prefill.num_layers)
         return Ticket(number, job, request, submitted_s, opening, lookup, planned, watch.stages, demands, terms)
 
@@ -62,7 +62,7 @@ class Tickets:
             {p.key: len(blocks[p.block]) * per_token for p in planned.plan.pieces if p.key is not None},
             opening.step_rows,
             opening.own_bytes,
-            ticket.terms.tenant,
+            ticket.tenant,
             ticket.submitted_s,
             None if deadline_ms is None else ticket.submitted_s + deadline_ms / 1e3,
             intake.needs_ms(ticket),

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rcllm.config import as_json
 from rcllm.core.ranking import Level, RankOptions
 from rcllm.durable import write
 from rcllm.errors import ConfigError, DataError, UncalibratedError
@@ -20,8 +19,8 @@ from rcllm.fidelity.intervals import Interval
 from rcllm.fidelity.records import Configuration
 from rcllm.fidelity.summary import Summary
 from rcllm.fidelity.target import Cost, Target
-from rcllm.fields import parse, read_object
-from rcllm.plain_json import to_json
+from rcllm.fields import parse
+from rcllm.plain_json import as_json, read_object, to_json
 from rcllm.schedule.admission import Admitted, Identity, exact_blocks, exactly, is_exact
 
 VERSION = 1

@@ -12,7 +12,6 @@ from rcllm.core.ranking import ContentKey
 class Terms:
     """How a request wants to be served, apart from what it asks."""
 
-    tenant: str = ""  # who shares with whom
     deadline_ms: float | None = None  # until the pass of its prompt ends: a ranking, a first token; None: as configured
     prior: tuple[float, ...] = ()  # of each candidate, higher is better; empty: the better the earlier it was named
 

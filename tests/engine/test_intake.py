@@ -73,8 +73,12 @@ def make() -> Iterator[Callable[..., Engine]]:
         assert_no_pins(engine)
 
 
-def ask(engine: Engine, request: RankRequest, deadline_ms: float | None = None, **terms: Any) -> Ticket | Refused:
-    return engine.submit(engine._rank, request, terms=Terms(deadline_ms=deadline_ms, **terms))
+def ask(
+    engine: Engine, request: RankRequest, deadline_ms: float | None = None, tenant: str = "", **terms: Any
+) -> Ticket | Refused:
+    return engine.submit(
+        engine.rank_job, replace(request, tenant=tenant), terms=Terms(deadline_ms=deadline_ms, **terms)
+    )
 
 
 def answer(engine: Engine, ticket: Ticket | Refused) -> RankResponse:

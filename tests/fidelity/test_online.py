@@ -147,7 +147,7 @@ def test_shadows_wait_for_an_idle_engine_and_are_dropped_where_there_is_none(ser
     assert served.guard.status().stats.counts.num_dropped == 2
     assert served.guard.due_s == 0
     assert served.guard.turn()
-    live = served.engine.submit(served.engine._rank, next(served.asked))
+    live = served.engine.submit(served.engine.rank_job, next(served.asked))
     assert served.engine.step()
     assert live.done, "what is asked goes before the shadow that was there first"
     assert served.guard.status().stats.counts.num_shadowed == 0
