@@ -405,9 +405,10 @@ class Engine:
         that was made of users' texts: build it again without the user (`rcllm pool build --exclude-users`). Raises what
         the store raises: erasing is not best-effort.
         """
-        num_blocks = self._erase(user_owner(whose(user_id, tenant)) or "")
-        self.intake.forget_user(user_id)
-        return num_blocks
+        try:
+            return self._erase(user_owner(whose(user_id, tenant)) or "")
+        finally:
+            self.intake.forget_user(user_id, tenant)
 
     def retire_item(self, item_id: ItemId) -> int:
         """Removes the blocks of an item whose text changed or that is gone; returns how many there were.
