@@ -84,12 +84,14 @@ def _drawn(weights: Any, histories: Requests, count: int, rng: np.random.Generat
 
 
 def _largest(scores: Any, histories: Requests, start: int, count: int) -> list[IntArray]:
-    """The items with the largest scores in each row, best first, without those of the row's history."""
+    """The items with the largest scores in each row, best first and ties in order, without the row's history."""
     found = []
     for row, values in enumerate(scores):
         values[histories[start + row]] = -np.inf
         num = min(count, len(values) - len(histories[start + row]))
-        best = np.argpartition(-values, num - 1)[:num] if num else np.empty(0, np.int64)
+        least = np.partition(values, -num)[-num] if num else np.inf
+        better, equal = np.flatnonzero(values > least), np.flatnonzero(values == least)
+        best = np.concatenate([better, equal[: num - len(better)]])
         found.append(best[np.lexsort((best, -values[best]))].astype(np.int64))
     return found
 

@@ -26,8 +26,8 @@ def top_neighbours(pairs: Mapping[tuple[int, int], int], count: int) -> dict[tup
     return kept
 
 
-def item_knn(users: Sequence[Collection[int]], num_items: int, history: Collection[int], count: int) -> list[int]:
-    """Items by the sum of cosines with the history, then by popularity, then by number."""
+def item_knn(users: Sequence[Collection[int]], num_items: int, history: Collection[int]) -> list[float]:
+    """For each item the sum of cosines with the history, and a little for popularity."""
     popularity = [sum(item in user for user in users) for item in range(num_items)]
 
     def score(item: int) -> float:
@@ -35,8 +35,7 @@ def item_knn(users: Sequence[Collection[int]], num_items: int, history: Collecti
         norms = (sqrt(max(popularity[item], 1) * max(popularity[event], 1)) for event in history)
         return sum(num / norm for num, norm in zip(both, norms, strict=True))
 
-    others = [item for item in range(num_items) if item not in history]
-    return sorted(others, key=lambda item: (-round(score(item), 6), -popularity[item], item))[:count]
+    return [score(item) + 1e-6 * popularity[item] / max(popularity) for item in range(num_items)]
 
 
 def holds(placement: Placement, node: int, item: int) -> bool:
