@@ -34,11 +34,8 @@ def sim_command(workload: Workload, system: System, run: RunOptions, files: SimF
         done = simulate(workload, system, run, log, on_pass=trace.on_pass if trace is not None else None)
     title = _title(workload, system, num_logged=len(log))
     console().print(facts_table(title, facts(done.summary)))
-    say(
-        f"{done.requests_per_minute:,.0f} requests simulated in a minute of one core; the first {done.warm_s:,.1f} s do "
-        "not count",
-        "dim",
-    )
+    speed = f"{done.requests_per_minute:,.0f} requests simulated in a minute of one core"
+    say(f"{speed}; the first {done.warm_s:,.1f} s do not count", "dim")
     _write(workload, system, run, files, done, trace, title)
 
 
