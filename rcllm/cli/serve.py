@@ -59,7 +59,7 @@ def serve_command(
 
 
 def _over(section: ServerConfig, options: ServerOptions) -> ServerConfig:
-    """The section with the options that were given. What is off by default can be switched on alone, and the reverse."""
+    """The section with the options that were given; --insecure can only allow, --no-warm only leave out."""
     given = {name: getattr(options, name) for name in ("host", "port", "served_name")}
     section = replace(section, **{name: value for name, value in given.items() if value is not None})
     return replace(section, insecure=section.insecure or options.insecure, warm=section.warm and options.warm)
@@ -100,5 +100,7 @@ def _recommender(config: Config, decoder: Path, inputs: Inputs) -> Recommender:
 
 def _tell(address: str, config: ServerConfig, inputs: Inputs) -> None:
     item_id = next(iter(inputs.catalogue))
-    say(f"serving at {address}, {'with' if config.api_keys else 'without'} keys; ready when {address}/ready says so", "")
+    say(
+        f"serving at {address}, {'with' if config.api_keys else 'without'} keys; ready when {address}/ready says so", ""
+    )
     say(f"""try: curl {address}/v1/rank -d '{{"candidates": ["{item_id}"]}}'""", "dim")

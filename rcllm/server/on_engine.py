@@ -77,7 +77,7 @@ class EngineBackend:
 
     async def stop(self, drain_s: float) -> None:
         self._closing = True
-        self._warmer.stop()
+        await asyncio.to_thread(self._warmer.stop)
         end = asyncio.get_running_loop().time() + drain_s
         while self._unanswered and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.01)

@@ -27,7 +27,9 @@ from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.generate import Generator
 from tests.engine import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pydantic.warnings.PydanticDeprecatedSince20")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::pydantic.warnings.PydanticDeprecatedSince20"
+)
 
 
 @pytest.fixture
@@ -162,9 +164,10 @@ def test_cohere_first_version_reranks_objects(address: str) -> None:
 
 
 def test_cohere_is_told_of_errors(address: str) -> None:
-    with httpx.Client() as http, pytest.raises(cohere.NotFoundError):
+    with httpx.Client() as http:
         client = cohere.ClientV2(api_key="none", base_url=address, httpx_client=http)
-        client.rerank(model="rerank-v3.5", query="red", documents=["a"])
+        with pytest.raises(cohere.NotFoundError):
+            client.rerank(model="rerank-v3.5", query="red", documents=["a"])
 
 
 def test_langchain_reranks(address: str, reference: Engine) -> None:
@@ -227,9 +230,14 @@ def test_vllm_scores_are_relevances(address: str, reference: Engine) -> None:
 
 def test_a_client_that_hangs_up_is_not_computed_for(address: str, tiny_engine: Engine) -> None:
     begun = threading.Event()
-    with httpx.Client() as client, client.stream(
-        "POST", f"{address}/v1/completions", json={"prompt": "red", "max_tokens": 1000, "stream": True, "temperature": 0}
-    ) as reply:
+    with (
+        httpx.Client() as client,
+        client.stream(
+            "POST",
+            f"{address}/v1/completions",
+            json={"prompt": "red", "max_tokens": 1000, "stream": True, "temperature": 0},
+        ) as reply,
+    ):
         for _ in reply.iter_lines():
             begun.set()
             break

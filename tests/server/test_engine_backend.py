@@ -43,9 +43,7 @@ def running(backend: EngineBackend, body: Callable[[], Awaitable[T]], drain_s: f
 def _text(engine: Engine, words: str, name: str = "t", user: str | None = None, **options: Any) -> TextRequest:
     ids = engine.prompter.tokenizer.encode(words)
     parts = (ids[:-1], ids[-1:])
-    return TextRequest(
-        name, user_id=UserId(user) if user else None, options=GenerateOptions(**options), parts=parts
-    )
+    return TextRequest(name, user_id=UserId(user) if user else None, options=GenerateOptions(**options), parts=parts)
 
 
 def test_many_at_once_equal_each_alone_to_the_bit(tiny_engine: Engine, computing: EngineBackend) -> None:
@@ -102,15 +100,19 @@ def test_scores_are_those_of_a_full_prefill_of_each_item(tiny_engine: Engine, co
 def test_items_of_a_score_are_reused_beyond_the_prefix(tiny_engine: Engine, computing: EngineBackend) -> None:
     items = tuple(tuple(range(start, start + 9)) for start in (30, 50, 70))
     asked = [ScoreRequest(f"s{n}", (100 + n, 101, 102), items, (60, 61), level=Level("blocks")) for n in range(2)]
-    first = [ScoreRequest(f"f{n}", (90 + n, 91), items, (60, 61), item_first=True, level=Level("blocks")) for n in (0, 1)]
+    first = [
+        ScoreRequest(f"f{n}", (90 + n, 91), items, (60, 61), item_first=True, level=Level("blocks")) for n in (0, 1)
+    ]
 
     async def ask() -> list[Any]:
         return [await computing.answer(Asked(each)) for each in [*asked, *first]]
 
     cold, warm, _, after = [answer.receipt for answer in running(computing, ask)]
     assert cold.num_computed > 0
-    assert warm.num_computed == 0 and warm.num_reused == 3 * 8  # another query; each item's last token is fresh
-    assert after.num_computed == 0 and after.num_reused == 3 * 9  # the whole item, for it is read in the query
+    assert warm.num_computed == 0
+    assert warm.num_reused == 3 * 8
+    assert after.num_computed == 0
+    assert after.num_reused == 3 * 9
 
 
 def test_a_request_that_nobody_waits_for_is_dropped_before_its_pass(

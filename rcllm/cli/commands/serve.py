@@ -32,9 +32,7 @@ def serve(
     ranking: RankingOptions,
     fidelity: FidelityOptions,
     server: ServerOptions,
-    name: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="As --model.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="As --model.", show_default=False)] = None,
     decoder: Annotated[
         Path | None,
         Opt("Also recommend, with this folder of `rcllm sid train`.", metavar="FOLDER", panel="Server"),
@@ -44,9 +42,9 @@ def serve(
     """Serve a model over HTTP: rank, recommend, rerank, score, complete and chat.
 
     Clients of OpenAI, Cohere and Jina, and score calls of vLLM and SGLang work as they are; docs/serving.md has an
-    example for each address. Keys stand in the file (`[server]`, api_keys and admin_key) or in RCLLM_SERVER_API_KEYS and
-    RCLLM_SERVER_ADMIN_KEY. Options go before the environment, that before the file. The first signal drains, a second
-    one ends at once.
+    example for each address. Keys stand in the file (`[server]`, api_keys and admin_key), or in RCLLM_SERVER_API_KEYS
+    and RCLLM_SERVER_ADMIN_KEY. Options go before the environment, that before the file. The first signal drains, a
+    second one ends at once.
 
     Example: `rcllm serve --items items.parquet --config rcllm.toml`
     """
