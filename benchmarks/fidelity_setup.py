@@ -66,14 +66,19 @@ def paper_shaped(
 
 @contextmanager
 def engine_of(
-    variant: str, template: str, data: Dataset, seed: int, context: str | None = None, base: RankOptions = POINTWISE
+    variant: str,
+    template: str,
+    data: Dataset,
+    seed: int,
+    context: str | None = None,
+    base: RankOptions = POINTWISE,
+    kv_dtype: str = "auto",
 ) -> Iterator[Engine]:
     """The engine of one variant over one data set; gone afterwards, for the next one's memory."""
     adapter = "" if variant == "untuned" else str(adapter_of(variant))
     context = context or CONTEXT[variant]
-    config = Config(
-        ModelConfig(adapter=adapter), PromptConfig(template, context=context), CacheConfig(pool_mb=4000), base
-    )
+    cache = CacheConfig(pool_mb=4000, kv_dtype=kv_dtype)  # type: ignore[arg-type]
+    config = Config(ModelConfig(adapter=adapter), PromptConfig(template, context=context), cache, base)
     count = context_samples(context)
     samples = build_requests(data, count, 20, 8, split="train", seed=seed, min_history=4) if count else ()
     assert all(split_of(sample.user_id) == "train" for sample in samples if sample.user_id)

@@ -1,7 +1,8 @@
 """The words in which a dataclass says what its fields may hold: once, in their annotations.
 
-`Annotated[int, Ge(1), Opt("Rank of the adapter.")]` says the kind, the limits (of `annotated_types`) and the words of
-the command line. `rcllm.fields` checks values against them. Imports nothing that takes time.
+`Annotated[int, Ge(1), Opt("Rank of the adapter.")]` says the kind, the limits and the words of the command line.
+`rcllm.fields` checks values against them. Imports nothing that takes time: `annotated_types`, which has such limits
+too, takes as long as all options of a command.
 """
 
 from __future__ import annotations
@@ -23,13 +24,73 @@ def check_regex(pattern: str) -> None:
         raise ConfigError(f"{pattern!r} is no regular expression: {error}") from error
 
 
+class Limits:
+    """Bounds of a number, or of the length of a list, by the names that pydantic's `Field` gives them."""
+
+    __slots__ = ("bounds",)
+
+    def __init__(self, **bounds: Any) -> None:
+        self.bounds = bounds
+
+
+class Ge(Limits):
+    """At least."""
+
+    __slots__ = ()
+
+    def __init__(self, ge: float) -> None:
+        super().__init__(ge=ge)
+
+
+class Gt(Limits):
+    """Above."""
+
+    __slots__ = ()
+
+    def __init__(self, gt: float) -> None:
+        super().__init__(gt=gt)
+
+
+class Interval(Limits):
+    """Between `ge` (or above `gt`) and `le` (or below `lt`)."""
+
+    __slots__ = ()
+
+
+class MinLen(Limits):
+    """With at least so many elements or characters."""
+
+    __slots__ = ()
+
+    def __init__(self, min_length: int) -> None:
+        super().__init__(min_length=min_length)
+
+
+class MaxLen(Limits):
+    """With at most so many elements or characters."""
+
+    __slots__ = ()
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__(max_length=max_length)
+
+
+class MultipleOf(Limits):
+    """A multiple of."""
+
+    __slots__ = ()
+
+    def __init__(self, multiple_of: float) -> None:
+        super().__init__(multiple_of=multiple_of)
+
+
 @dataclass(frozen=True, slots=True)
 class Opt:
     """What the command line says of a field. A field without one is no option."""
 
     help: str = ""
     metavar: str | None = None  # default: the words of a Literal, else the kind of value
-    name: str | None = None  # `--candidates`; default: the field's own name
+    name: str | None = None  # `--candidates`, or `ROWS` for what stands without a flag; default: the field's own name
     panel: str | None = None  # the heading under which --help lists it
 
 

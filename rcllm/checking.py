@@ -6,10 +6,11 @@ Invariant: every message says where, what was expected and what came; NaN and in
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NewType, Union, get_args, get_origin
 
@@ -18,6 +19,7 @@ from pydantic import (
     AllowInfNan,
     BaseModel,
     ConfigDict,
+    Field,
     PlainValidator,
     Strict,
     ValidationError,
@@ -25,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from rcllm.annotated import Rule, bare, hints_of, metadata
+from rcllm.annotated import Limits, Rule, bare, hints_of, metadata
 from rcllm.errors import ConfigError, RcllmError
 from rcllm.words import brief, nearest
 
@@ -50,6 +52,7 @@ _EXPECTED = {  # by pydantic's name of a fault; in braces what it knows of the l
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
     "string_too_short": "a text of at least {min_length} characters",
+    "string_too_long": "a text of at most {max_length} characters",
     "finite_number": "a finite number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -71,7 +74,7 @@ class Wording:
 
     where: str  # opens the message
     name: Namer  # a key, in the words of whoever gave it
-    show: Callable[[object], str]  # a value
+    show: Callable[[object], str] | None  # a value; None: in a few words
     error: type[RcllmError]
 
     def raised(self, kind: Any, wrong: ValidationError) -> RcllmError:
@@ -162,7 +165,9 @@ def _strict(hint: Any, readers: Mapping[Any, Reader]) -> Any:
 
 
 def _limit(extra: Any) -> Any:
-    """What pydantic is told of the extras of a field: a rule as one of its validators, limits as they are."""
+    """What pydantic is told of the extras of a field, in its own words: a rule is one of its validators."""
+    if isinstance(extra, Limits):
+        return Field(**extra.bounds)
     return AfterValidator(_told(functools.partial(_kept, extra.check))) if isinstance(extra, Rule) else extra
 
 
@@ -213,7 +218,7 @@ def _built(value: Any, base: Any) -> Any:
     return tuple(_built(inner, None) for inner in value) if isinstance(value, tuple) else value
 
 
-def _default(field: Field[Any]) -> Any:
+def _default(field: dataclasses.Field[Any]) -> Any:
     """None where a section has no default, and so must be given whole."""
     if field.default_factory is not MISSING:
         return field.default_factory()
@@ -233,8 +238,8 @@ def _message(kind: type[Any], faults: Sequence[Any], wording: Wording) -> str:
 
 
 def _fault(kind: type[Any], fault: Any, wording: Wording) -> str:
-    name, show = wording.name, wording.show
-    key, what, got = fault["loc"], fault["type"], show(fault["input"])
+    name = wording.name
+    key, what, got = fault["loc"], fault["type"], (wording.show or brief)(fault["input"])
     if not key:
         return f"expected an object, got {got}"
     if what == "extra_forbidden":

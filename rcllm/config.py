@@ -6,30 +6,30 @@ its section or plain values, never the tree.
 
 from __future__ import annotations
 
-import json
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
-from annotated_types import Ge, Gt, Interval, MinLen
-
-from rcllm.annotated import Opt, Rule, bare, check_regex, hints_of
-from rcllm.core.ranking import Level, RankOptions, Selection
+from rcllm.annotated import Ge, Gt, Interval, MinLen, Opt, Rule, bare, check_regex, hints_of
+from rcllm.core.requests import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
 from rcllm.fields import check, parse
+from rcllm.late import Late
 from rcllm.words import nearest as nearest
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    import tomllib
+else:
+    tomllib = Late("tomllib")
 
 MIB = 1 << 20
 CONTEXTS = ("none", "bos", "instruction", "typical", "mean(n)")
 _PREFIX = "RCLLM_"
 _NOT_CONFIG = ("RCLLM_HOME", "RCLLM_NATIVE")  # variables that other rooms read
 _PANEL = "Model and cache"
+_STORE = "What is kept on disk"
 _SERVER = "Server"
 
 
@@ -131,11 +131,10 @@ class CacheConfig:
         0  # 0: the default
     )
     pool_mb: Annotated[int, Ge(0)] = 0  # 0: what memory_mb leaves
-    host_mb: Annotated[int, Ge(0)] = 0  # second tier in host memory, for pools on a GPU
     # auto: fp16 beside fp32 compute, else the compute dtype
     kv_dtype: Annotated[
-        Literal["auto", "fp32", "fp16", "bf16"],
-        Opt("How cached KV is stored.", metavar="fp32|fp16|bf16", panel=_PANEL),
+        Literal["auto", "fp32", "fp16", "bf16", "int8"],
+        Opt("How cached KV is stored.", metavar="fp32|fp16|bf16|int8", panel=_PANEL),
     ] = "auto"
     semantic_pool: Annotated[
         str,
@@ -146,6 +145,53 @@ class CacheConfig:
         ),
     ] = ""
     pass_tokens: Annotated[int, Ge(1)] = 2048  # most fresh tokens in one forward pass that computes missing blocks
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Where KV is kept beside the pool: tiers that outlive the process, or hold more than the device does.
+
+    Users' blocks are kept there as well, until they are erased or make way.
+    """
+
+    enabled: bool | None = None  # None: on for commands that rank, recommend, warm and serve; off in Python
+    folder: Annotated[
+        str,
+        Opt(
+            "Where it is kept; default $RCLLM_HOME/store, else ~/.cache/rcllm/store.",
+            metavar="FOLDER",
+            name="--store-folder",
+            panel=_STORE,
+        ),
+    ] = ""
+    disk_mb: Annotated[
+        int, Ge(0), Opt("Disk that it may use; default a quarter of what is free. 0: default.", panel=_STORE)
+    ] = 0
+    host_mb: Annotated[int, Ge(0)] = 0  # a tier in host memory above the disk, for pools on a GPU
+    shared: Annotated[
+        str,
+        Opt(
+            "A Valkey or Redis server that several machines share: valkey://host:port/0.",
+            metavar="URL",
+            name="--shared-store",
+            panel=_STORE,
+        ),
+    ] = ""
+    queue_mb: Annotated[int, Ge(1)] = 256  # of blocks that wait to be written; what exceeds it is dropped, and counted
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleConfig:
+    """What is taken in, by when it is answered, and who shares. By default nothing is limited, and 0 is no limit."""
+
+    max_waiting: Annotated[int, Ge(0)] = 0  # requests that wait; one more is refused with OverloadedError
+    max_wait_ms: Annotated[float, Ge(0)] = 0.0  # a request that would wait longer, by estimate, is refused as well
+    deadline_ms: Annotated[float, Ge(0)] = 0.0  # of requests that bring none
+    min_candidates: Annotated[int, Ge(1)] = 10  # fewer are never ranked to keep a deadline
+    last_scores: Annotated[int, Ge(0)] = 0  # users whose last scores are kept, for when nothing else keeps a deadline
+    other_rows: Annotated[int, Ge(0)] = 0  # of texts and searches, in a pass that rankings enter
+    # of the rows of prompts, where other tenants wait as well; 1 for those that are not named
+    tenant_shares: Mapping[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +228,13 @@ class Config:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     rank: RankOptions = field(default_factory=RankOptions)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 
     @classmethod
     def load(cls, path: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:
-        """A TOML file with the sections [model], [prompt], [cache], [rank] and [server], and the variables RCLLM_…
-        over it.
+        """A TOML file with the sections that the fields name ([model], [cache], …), and the variables RCLLM_… over it.
 
         A variable is named after its section and key, such as RCLLM_CACHE_MEMORY_MB. Raises ConfigError.
         """
@@ -289,9 +336,3 @@ def _check_selection(selection: Selection) -> None:
             "policy k_difference needs selection.check_layer of 1 or more: "
             "in layer 0 a key depends on its token alone, and so none differs there"
         )
-
-
-def as_json(value: DataclassInstance) -> dict[str, Any]:
-    """A dataclass as JSON would give it back; NaN and infinity, for which JSON has no word, become None."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(value)), parse_constant=lambda name: None)
-    return plain

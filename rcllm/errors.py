@@ -10,6 +10,7 @@
     ├── AccessError              a request brings no key that fits
     │   └── ForbiddenError           its key may ask, but not change what is served
     ├── ClosingError             the server is going down, and takes no more requests
+    ├── StoreError               a tier of the store cannot be opened, read or written
     ├── RequestError             one request is wrong; the engine and other requests go on
     │   ├── UnknownItemError         a candidate or event names an item the catalogue lacks
     │   ├── NotServedError           it is fine, but nothing here answers such requests
@@ -17,11 +18,12 @@
     │   ├── TooLargeError            it has more bytes, items or tokens than the server takes
     │   └── CancelledError           the request was withdrawn before it was answered
     ├── CapacityError            the request is fine but does not fit the memory budget
+    ├── ErasureError             blocks of a user or item may be left on a tier of the store
     ├── OverloadedError          the request is fine, but others are ahead of it: ask again in `retry_after_s`
     └── DeadlineError            the request cannot be answered by its deadline, or was not
 
-Beside it two warnings: TextWarning, a model is asked with other text than it should be; ModelWarning, what fits and is
-used may not have been made for each other.
+Beside it three warnings: TextWarning, a model is asked with other text than it should be; ModelWarning, what fits and
+is used may not have been made for each other; StoreWarning, a tier of the store failed and the others go on.
 
 Messages say what was expected, what came, and what to do. `assert` is for our own mistakes.
 """
@@ -64,6 +66,10 @@ class UnsupportedModelError(ModelError):
     """The model is intact, but it is a variant that rcllm does not implement."""
 
 
+class StoreError(RcllmError):
+    """A tier below the pool cannot be opened, read or written. Whoever asks for a request goes on without it."""
+
+
 class AccessError(RcllmError):
     """A request brings no key, or none that fits."""
 
@@ -104,6 +110,10 @@ class CapacityError(RcllmError):
     """The KV that one request needs at once is larger than the cache budget."""
 
 
+class ErasureError(RcllmError):
+    """A tier of the store failed while an owner was erased; what the others had is gone."""
+
+
 class OverloadedError(RcllmError):
     """A request was not taken in, because too much waits already. Nothing was computed for it."""
 
@@ -133,3 +143,7 @@ class TextWarning(UserWarning):
 
 class ModelWarning(UserWarning):
     """The parts of a model fit, but their names say that they belong to different ones."""
+
+
+class StoreWarning(UserWarning):
+    """A tier of the store failed; requests are answered without it until it works again."""

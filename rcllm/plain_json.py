@@ -1,7 +1,8 @@
-"""JSON text that every reader takes, for everything that the package writes.
+"""JSON: written so that every reader takes it, and read with one set of messages.
 
-Knows nothing of what is written. Invariant: the text holds no NaN or Infinity, which JSON has no words for, and no
-character that ends a line or steers a terminal; reading it back gives the same values.
+Knows nothing of what it says. Invariants: what is written holds no NaN or Infinity, which JSON has no words for, and no
+character that ends a line or steers a terminal, and reads back as the same values; whatever is read, the answer is an
+object or an error of ours that says where it stood.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcllm.errors import ConfigError, ModelError, RcllmError
+from rcllm.words import brief
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # JSON itself escapes the control characters below the blank. These it leaves: DEL and the C1 controls (some terminals
 # obey U+009B as ESC [), the line ends that `str.splitlines` sees, and what turns the direction of a text around.
@@ -30,3 +39,40 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_json(value: DataclassInstance) -> dict[str, Any]:
+    """A dataclass as JSON would give it back; NaN and infinity become None."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(value)), parse_constant=lambda name: None)
+    return plain
+
+
+def read_object(text: str | bytes, where: str, error: type[RcllmError] = ConfigError) -> dict[str, Any]:
+    """The JSON object that a text holds. Raises `error`."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as wrong:
+        raise error(f"{where}{': ' * bool(where)}it is not JSON: {wrong}") from wrong
+    if not isinstance(value, dict):
+        raise error(f"{where}{': ' * bool(where)}expected a JSON object, got {brief(value)}")
+    return value
+
+
+def read_json(path: Path, of: str = "a Hugging Face model folder") -> dict[str, Any]:
+    """The JSON object in `path`, a file of what `of` says in words. Raises ModelError."""
+    if not path.is_file():
+        raise ModelError(f"{path} is missing; expected {_told(path.parent, of)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); fetch it again") from error
+    return read_object(text, str(path), ModelError)
+
+
+def read_json_if_there(path: Path, of: str = "a Hugging Face model folder") -> dict[str, Any]:
+    """The same, and an empty object where there is no such file. Raises ModelError."""
+    return read_json(path, of) if path.exists() else {}
+
+
+def _told(folder: Path, of: str) -> str:
+    return f"{of}, and {folder} is a file" if folder.is_file() else of

@@ -16,7 +16,7 @@ from rcllm.config import (
     Hardware,
     ModelConfig,
     PromptConfig,
-    as_json,
+    ScheduleConfig,
     check_options,
     context_samples,
     nearest,
@@ -25,6 +25,7 @@ from rcllm.config import (
 )
 from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError
+from rcllm.plain_json import as_json
 from rcllm.schedule.admission import Open
 
 SMALL = Hardware(has_cuda=False, memory_bytes=1000 * MIB)
@@ -118,6 +119,8 @@ def test_resolving_keeps_what_is_given() -> None:
     given = Config(ModelConfig(device="cpu", dtype="bf16"), cache=CacheConfig(memory_mb=7, kv_dtype="fp32"))
     assert resolve(given, LARGE) == given
     assert resolve(replace(given, cache=CacheConfig(memory_mb=7)), LARGE).cache.kv_dtype == "bf16"
+    for hardware in (SMALL, LARGE):
+        assert resolve(Config(cache=CacheConfig(kv_dtype="int8")), hardware).cache.kv_dtype == "int8"
 
 
 @pytest.mark.parametrize(
@@ -220,3 +223,19 @@ def test_the_default_level_is_exact_until_a_calibration_says_otherwise() -> None
     assert RankOptions().level == Level("auto")
     assert Open("causal").admit(RankOptions()).options.level == Level("exact")
     assert Open("blocks").admit(RankOptions()).options.level == Level("blocks")
+
+
+def test_a_schedule_limits_nothing_until_it_is_told_to(tmp_path: Path) -> None:
+    assert load(tmp_path, "[schedule]").schedule == ScheduleConfig()
+    given = load(
+        tmp_path, "[schedule]\nmax_waiting = 64\ndeadline_ms = 150.0\ntenant_shares = {gold = 3.0, free = 0.5}"
+    )
+    assert given.schedule == ScheduleConfig(64, deadline_ms=150.0, tenant_shares={"gold": 3.0, "free": 0.5})
+    from_environment = Config.load(
+        None, {"RCLLM_SCHEDULE_MAX_WAIT_MS": "80", "RCLLM_SCHEDULE_TENANT_SHARES": "{a = 2.0}"}
+    )
+    assert from_environment.schedule == ScheduleConfig(max_wait_ms=80, tenant_shares={"a": 2.0})
+    with pytest.raises(ConfigError, match=r"schedule\.tenant_shares\.a must be above 0, got 0"):
+        load(tmp_path, "[schedule]\ntenant_shares = {a = 0.0}")
+    with pytest.raises(ConfigError, match=r"schedule\.max_waiting must be at least 0, got -1"):
+        resolve(Config(schedule=ScheduleConfig(max_waiting=-1)), SMALL)

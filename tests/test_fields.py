@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any, Literal
 
 import pytest
-from annotated_types import Ge, Interval
 
-from rcllm.annotated import Of, Opt, Rule, option_of
+from rcllm.annotated import Ge, Interval, Of, Opt, Rule, option_of
 from rcllm.core.decoding import GenerateOptions, Speculation
 from rcllm.core.ranking import Level, RankOptions, Selection
 from rcllm.errors import ConfigError, DataError
-from rcllm.fields import check, given, parse, read_object
+from rcllm.fields import check, given, parse
+from rcllm.plain_json import read_object
 
 
 def _even(value: int) -> None:

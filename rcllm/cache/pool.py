@@ -4,28 +4,32 @@ Knows nothing of prompts or models. Invariants: a published block never changes,
 stays until that `Held` is released; the store is never called under the pool's lock, and yet nothing of an owner comes
 back after `delete_owner`. Safe to use from several threads.
 
-    publish → pool —evicted→ store —asked for again→ pool
+    publish → pool, and between passes → store —asked for when the pool has it no more→ pool, or read in place
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
 
 import torch
 
-from rcllm.cache.lookup import Lookup
+from rcllm.cache.below import Below, Block, nameless
+from rcllm.cache.lookup import Located, Lookup
+from rcllm.cache.rates import Rates
 from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
-from rcllm.store.codec import CorruptBlockError, decode, encode
-from rcllm.store.contract import Found, Store, Stored, StoreStats
+from rcllm.metrics import Clock
+from rcllm.model.kv_int8 import kept, kept_bytes
+from rcllm.store.contract import Store, TierStats
+from rcllm.store.disk.store import Erased
 from rcllm.store.index import Entry, Index
 from rcllm.store.null import NullStore
-
-T = TypeVar("T")
+from rcllm.store.owners import alias
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,41 +37,50 @@ class PoolStats:
     num_blocks: int
     num_bytes: int
     budget_bytes: int
-    hits: int
+    hits: Mapping[Source, int]  # blocks that were asked for, by the tier that had them
     misses: int
     evictions: int
     store_errors: int  # each was treated as a miss
-    store: StoreStats
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A published KV block. The tensor is immutable from here on."""
-
-    kv: torch.Tensor  # [layers, 2, kv_heads, len, head_dim], in the pool's dtype
-    cost: float  # of computing it again, in FLOPs
-    owner: str | None
-
-    @property
-    def num_bytes(self) -> int:
-        return self.kv.numel() * self.kv.element_size()
+    tiers: tuple[TierStats, ...]  # below the pool, the nearest first
 
 
 class Pool:
     """KV blocks in `dtype` on `device`, at most `budget` bytes."""
 
-    def __init__(self, budget: int, dtype: torch.dtype, device: torch.device, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        budget: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        store: Store | None = None,
+        *,
+        space: str = "",
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        """`space`: names what the blocks are made by, so that a store can tell which ones nobody reads any more."""
         self.dtype, self.device = dtype, device
-        self.store: Store = store if store is not None else NullStore()
+        self.rates = Rates()
+        self._below = Below(store if store is not None else NullStore(), space, self.rates, clock)
         self._index = Index(budget)
         self._blocks: dict[ContentKey, Block] = {}
+        self._unwritten: dict[ContentKey, Block] = {}  # published, and not handed down yet
         self._lock = threading.Lock()
         self._erasures = Erasures()
-        self._hits = self._misses = self._store_errors = 0
+        self._hits: Counter[Source] = Counter()
+        self._misses = 0
+
+    @property
+    def store(self) -> Store:
+        return self._below.store
 
     @property
     def budget(self) -> int:
         return self._index.budget
+
+    @property
+    def keeps_below(self) -> bool:
+        """Whether a store takes what is published."""
+        return not self._below.keeps_nothing
 
     @property
     def free_bytes(self) -> int:
@@ -79,23 +92,28 @@ class Pool:
         with self._lock:
             erasures = self._erasures.now
         found = self._on_device(wanted)
-        if rest := [key for key in wanted if key not in found]:
-            found |= self._asking(lambda: self.store.lookup_many(rest)) or {}
-        return Lookup(found, erasures)
+        return Lookup(found | self._below.lookup_many([key for key in wanted if key not in found]), erasures)
 
     def refreshed(self, lookup: Lookup, keys: Iterable[ContentKey]) -> Lookup:
         """`lookup` with what the device has by now; asks no store, so it may be called where a pass waits."""
         stored = {key: found for key, found in lookup.found.items() if found.tier != "device"}
-        return Lookup(stored | self._on_device(keys), lookup.erasures)
+        now = self._on_device(keys)
+        return Lookup(stored | now, lookup.erasures, lookup.dear - now.keys())
 
-    def was_erased(self, owner: str, since: int) -> bool:
+    def was_erased(self, owner: str | None, since: int) -> bool:
         """Whether an owner was erased after a look-up, whose `erasures` is `since`."""
         with self._lock:
-            return self._erasures.hit(owner, since)
+            return self._erasures.hit(nameless(owner), since)
 
-    def _on_device(self, keys: Iterable[ContentKey]) -> dict[ContentKey, Found]:
+    def _on_device(self, keys: Iterable[ContentKey]) -> dict[ContentKey, Located]:
         with self._lock:
-            return {key: Found("device", self._index[key].num_bytes, 0.0) for key in keys if key in self._index}
+            return {key: Located("device", self._index[key].num_bytes, 0.0) for key in keys if key in self._index}
+
+    def beside(self, num_bytes: int) -> Pool:
+        """An empty pool of this size over the same store: for blocks that are computed for the store alone."""
+        other = Pool(num_bytes, self.dtype, self.device)
+        other._below, other.rates = self._below, self.rates
+        return other
 
     @contextmanager
     def hold(self) -> Iterator[Held]:
@@ -112,13 +130,29 @@ class Pool:
         A running request that holds one finishes with it; nobody else can get it any more. A store that fails here
         raises: erasing is not best-effort.
         """
+        name = nameless(owner)
+        assert name is not None
         with self._lock:
-            self._erasures.add(owner)
-            owned = self._index.owned_by(owner)
-            for key in owned:
-                self._index.remove(key)
-                del self._blocks[key]
-        return len(owned) + self.store.delete_owner(owner)
+            owned = self._forget(name)
+        return max(len(owned), self.store.delete_owner(name))  # what was published is below as well
+
+    def _forget(self, owner: str) -> list[ContentKey]:
+        """Lets an owner's blocks go from the pool, and none that is under way come in. The lock is held."""
+        self._erasures.add(owner)
+        owned = self._index.owned_by(owner)
+        for key in owned:
+            self._index.remove(key)
+            del self._blocks[key]
+        self._unwritten = {key: block for key, block in self._unwritten.items() if block.owner != owner}
+        return owned
+
+    def heed(self, erased: Erased) -> None:
+        """Lets go of what other processes have erased from a store that they share with this one."""
+        with self._lock:
+            held = {owner for key in self._index if (owner := self._index[key].owner) is not None}
+            named = {alias(each) for each in erased.owners}
+            for owner in held if not erased.complete else held & named:
+                self._forget(owner)
 
     def clear(self) -> None:
         """Drops every block from the pool (not from the store). A running request that holds one finishes with it."""
@@ -127,11 +161,31 @@ class Pool:
                 self._index.remove(key)
             self._blocks.clear()
 
-    def stats(self) -> PoolStats:
-        below = self._asking(self.store.stats) or StoreStats(0, 0, 0)
+    def write_through(self) -> None:
+        """Hands down what was published since the last time; takes back what was erased meanwhile.
+
+        Called between passes, so that no request waits for a store.
+        """
         with self._lock:
-            counts = (self._hits, self._misses, self._index.evictions, self._store_errors)
-            return PoolStats(len(self._blocks), self._index.used, self.budget, *counts, below)
+            blocks, self._unwritten, now = self._unwritten, {}, self._erasures.now
+        if not blocks:
+            return
+        self._below.write_many(blocks)
+        with self._lock:
+            erased = {block.owner for block in blocks.values() if self._erasures.hit(block.owner, now)}
+        for owner in erased:
+            assert owner is not None
+            self.store.delete_owner(owner)
+
+    def passed_over(self, lookup: Lookup) -> None:
+        """What a look-up set apart was computed: its tiers may have become faster unseen."""
+        self._below.passed_over({lookup.found[key].tier for key in lookup.dear})
+
+    def stats(self) -> PoolStats:
+        tiers = self._below.stats()
+        with self._lock:
+            counts = (dict(self._hits), self._misses, self._index.evictions, self._below.errors)
+            return PoolStats(len(self._blocks), self._index.used, self.budget, *counts, tiers)
 
     def check(self) -> None:
         """Asserts that index and blocks agree."""
@@ -143,46 +197,59 @@ class Pool:
 
     # ---- for Held ----
 
-    def _acquire(self, keys: Iterable[ContentKey]) -> dict[ContentKey, tuple[torch.Tensor, Source]]:
-        """Pins what there is of `keys`; what only the store has is read and copied in."""
+    def _acquire(self, keys: Iterable[ContentKey], dear: Container[ContentKey]) -> Acquired:
+        """Pins what there is of `keys`; what only the store has is read, but for what is `dear`.
+
+        It is copied in where there is room. Where there is none, it is read where it lies: the system keeps what is
+        read often in memory, and nothing has to make way.
+        """
         wanted = list(keys)
-        found: dict[ContentKey, tuple[torch.Tensor, Source]] = {}
         with self._lock:
             since = self._erasures.now
+            got = Acquired(since)
             for key in wanted:
                 if key in self._index:
                     self._index.touch(key)
                     self._index.pin(key)
-                    found[key] = (self._blocks[key].kv, "device")
+                    got.pinned[key] = (self._blocks[key].kv, "device")
         try:
-            for key, block in self._from_store([key for key in wanted if key not in found]).items():
-                if (kv := self._insert(key, block, since)) is not None:
-                    found[key] = (kv, "host")
+            below = [key for key in wanted if key not in got.pinned and key not in dear]
+            for key, (block, tier) in self._below.read_many(below).items():
+                if self._readable_in_place(block):
+                    if not self.was_erased(block.owner, since):
+                        got.in_place[key] = (block, tier)
+                elif (kv := self._insert(key, block, since)) is not None:
+                    got.pinned[key] = (kv, tier)
         except BaseException:
-            self._release(found)
+            self._release(got.pinned)
             raise
         with self._lock:
-            self._hits += len(found)
-            self._misses += len(wanted) - len(found)
-        return found
+            self._hits.update(source for _, source in (*got.pinned.values(), *got.in_place.values()))
+            self._misses += len(wanted) - len(got.pinned) - len(got.in_place)
+        return got
 
-    def _insert(self, key: ContentKey, block: Block, since: int | None = None) -> torch.Tensor | None:
-        """Copies a block in, evicting others to the store, and pins it; None: its owner was erased after `since`."""
+    def _readable_in_place(self, block: Block) -> bool:
+        fits = block.num_bytes <= self.free_bytes
+        return not fits and self.device.type == "cpu" and block.kv.dtype == self.dtype
+
+    def _insert(
+        self, key: ContentKey, block: Block, since: int | None = None, *, written: bool = True
+    ) -> torch.Tensor | None:
+        """Copies a block in, evicting others, and pins it; None: its owner was erased after `since`."""
         with self._lock:
             if since is not None and self._erasures.hit(block.owner, since):
                 return None
-            evicted: dict[ContentKey, Block] = {}
             if key not in self._index:
-                num_bytes = block.kv.numel() * self.dtype.itemsize
-                evicted = {victim: self._blocks.pop(victim) for victim in self._index.make_room(num_bytes)}
-                kv = torch.empty(block.kv.shape, dtype=self.dtype, device=self.device)
-                kv.copy_(block.kv)
+                num_bytes = kept_bytes(block.kv, self.dtype)
+                for victim in self._index.make_room(num_bytes):
+                    del self._blocks[victim]
+                kv = kept(block.kv, self.dtype, self.device)
                 self._blocks[key] = Block(kv, block.cost, block.owner)
                 self._index.add(key, Entry(num_bytes, block.cost, block.owner))
+                if not written and not self._below.keeps_nothing:
+                    self._unwritten[key] = self._blocks[key]
             self._index.pin(key)
-            kv, now = self._blocks[key].kv, self._erasures.now
-        self._to_store(evicted, now)
-        return kv
+            return self._blocks[key].kv
 
     def _pin_again(self, keys: Iterable[ContentKey]) -> list[ContentKey]:
         """Pins those of `keys`, all of them pinned, that are still listed: what was erased is nobody's to keep."""
@@ -196,45 +263,6 @@ class Pool:
         with self._lock:
             for key in keys:
                 self._index.unpin(key)
-
-    def _from_store(self, keys: list[ContentKey]) -> Mapping[ContentKey, Block]:
-        if not keys:
-            return {}
-        stored = self._asking(lambda: self.store.get_many(keys)) or {}
-        blocks = {}
-        for key, block in stored.items():
-            try:
-                blocks[key] = Block(decode(block.data), block.cost, block.owner)
-            except CorruptBlockError:
-                self._count_store_error()
-        return blocks
-
-    def _to_store(self, blocks: Mapping[ContentKey, Block], since: int) -> None:
-        """Hands blocks down that were evicted at `since`; takes back those whose owner was erased meanwhile."""
-        if not blocks or isinstance(self.store, NullStore):
-            return
-        self._asking(
-            lambda: self.store.put_many(
-                {key: Stored(encode(block.kv), block.cost, block.owner) for key, block in blocks.items()}
-            )
-        )
-        with self._lock:
-            erased = {block.owner for block in blocks.values() if self._erasures.hit(block.owner, since)}
-        for owner in erased:
-            assert owner is not None
-            self.store.delete_owner(owner)
-
-    def _asking(self, ask: Callable[[], T]) -> T | None:
-        """What the store answers; None, counted, where it fails: the cache may fail, the request may not."""
-        try:
-            return ask()
-        except Exception:
-            self._count_store_error()
-            return None
-
-    def _count_store_error(self) -> None:
-        with self._lock:
-            self._store_errors += 1
 
 
 class Erasures:
@@ -253,6 +281,15 @@ class Erasures:
         return owner is not None and self._last.get(owner, 0) > since
 
 
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """What there is of the blocks that were asked for."""
+
+    erasures: int  # how many owners had been erased by then
+    pinned: dict[ContentKey, tuple[torch.Tensor, Source]] = field(default_factory=dict)
+    in_place: dict[ContentKey, tuple[Block, Source]] = field(default_factory=dict)  # read where a tier keeps them
+
+
 class Held:
     """The blocks that one batch works with, pinned. Get one from `Pool.hold`."""
 
@@ -261,18 +298,23 @@ class Held:
         self.blocks: dict[ContentKey, torch.Tensor] = {}
         self.sources: dict[ContentKey, Source] = {}
         self._lent: set[ContentKey] = set()
+        self._in_place: dict[ContentKey, tuple[Block, int]] = {}  # with the erasures when it was read
 
-    def fetch(self, keys: Iterable[ContentKey]) -> list[ContentKey]:
-        """Pins those of `keys` that exist, and returns those that do not."""
+    def fetch(self, keys: Iterable[ContentKey], dear: Container[ContentKey] = ()) -> list[ContentKey]:
+        """Gets those of `keys` that exist, and returns those that do not; of `dear` ones, the store is not asked."""
         new = [key for key in dict.fromkeys(keys) if key not in self.blocks]
-        for key, (kv, source) in self._pool._acquire(new).items():
+        got = self._pool._acquire(new, dear)
+        for key, (kv, source) in got.pinned.items():
             self.blocks[key], self.sources[key] = kv, source
+        for key, (block, source) in got.in_place.items():
+            self.blocks[key], self.sources[key] = block.kv, source
+            self._in_place[key] = (block, got.erasures)
         return [key for key in new if key not in self.blocks]
 
     def publish(self, key: ContentKey, kv: torch.Tensor, cost: float, owner: str | None) -> None:
         """Copies `kv` into the pool in its dtype, pinned. Raises CapacityError when pinned blocks leave no room."""
         if key not in self.blocks:
-            kv_kept = self._pool._insert(key, Block(kv, cost, owner))
+            kv_kept = self._pool._insert(key, Block(kv, cost, nameless(owner)), written=False)
             assert kv_kept is not None
             self.blocks[key] = kv_kept
             self.sources[key] = "computed"
@@ -284,12 +326,24 @@ class Held:
         self._lent.add(key)
 
     def also(self, keys: Iterable[ContentKey]) -> Held:
-        """Another holder of some of the same blocks, which may outlive this one. Blocks that were lent are not kept."""
+        """Another holder of some of the same blocks, which may outlive this one. Blocks that were lent are not kept.
+
+        What is read in place is copied in first, for a tier keeps it in place for a short time only. Raises
+        CapacityError, with nothing kept, where there is no room for that.
+        """
         other = Held(self._pool)
-        for key in self._pool._pin_again(key for key in dict.fromkeys(keys) if key not in self._lent):
+        wanted = [key for key in dict.fromkeys(keys) if key not in self._lent]
+        try:
+            for key in (key for key in wanted if key in self._in_place):
+                if (kv := self._pool._insert(key, *self._in_place[key])) is not None:
+                    other.blocks[key], other.sources[key] = kv, self.sources[key]
+        except BaseException:
+            other.release()
+            raise
+        for key in self._pool._pin_again(key for key in wanted if key not in self._in_place):
             other.blocks[key], other.sources[key] = self.blocks[key], self.sources[key]
         return other
 
     def release(self) -> None:
-        self._pool._release(key for key in self.blocks if key not in self._lent)
-        self.blocks, self.sources, self._lent = {}, {}, set()
+        self._pool._release(key for key in self.blocks if key not in self._lent and key not in self._in_place)
+        self.blocks, self.sources, self._lent, self._in_place = {}, {}, set(), {}

@@ -17,10 +17,11 @@ from blake3 import blake3
 
 from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import progress, say
-from rcllm.config import Config, as_json
+from rcllm.config import Config, StoreConfig
 from rcllm.core.ranking import Item
 from rcllm.errors import ConfigError, RcllmError, RequestError
 from rcllm.fetch import digest
+from rcllm.plain_json import as_json
 from rcllm.prompt.template import Template
 from rcllm.version import __version__
 from rcllm.wire.answer_file import CONTENT, LINE, Answers, job_path
@@ -35,7 +36,8 @@ _SHOWN_FAILURES = 20
 _OTHER_FORMATS = (".gz", ".csv", ".tsv", ".parquet", ".pq")  # of those that requests and items may have
 _CHANGES_NOTHING = {  # what is computed where and in which pieces, not what comes out
     "model": ("threads",),
-    "cache": ("memory_mb", "pool_mb", "host_mb", "pass_tokens"),
+    "cache": ("memory_mb", "pool_mb", "pass_tokens"),
+    "store": tuple(field.name for field in fields(StoreConfig)),
 }
 
 

@@ -7,21 +7,63 @@ Knows nothing of what commands do. Invariant: an error that a user can do someth
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import gc
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from rcllm.cli.commands import describe, learn, rank, recommend, serve, sid, start
-from rcllm.cli.ending import ended_by
-from rcllm.cli.screen import console, say
-from rcllm.cli.spread import Declared
+from rcllm.cli.listed import Group, Listed, fill
 from rcllm.errors import RcllmError
+from rcllm.late import Late
 from rcllm.version import __version__
 
+if TYPE_CHECKING:
+    from rcllm.cli import ending, screen
+else:
+    ending, screen = Late("rcllm.cli.ending"), Late("rcllm.cli.screen")
 
-class _Group(TyperGroup):
+_START = "Start here"
+# A new command is a line here, and a declaration in `commands/`; a new group of commands is a line below as well.
+COMMANDS = (
+    Listed("demo", "start:demo", "Try it: about four minutes on 2 cores, after downloads of about 100 MB.", _START),
+    Listed("doctor", "start:doctor", "Check machine, model and kernels, and say what to change.", _START),
+    Listed("pull", "start:pull", "Fetch a model and put it where every command finds it. Pulling again is free."),
+    Listed("warm", "cache:warm", "Compute a catalogue ahead of requests, and keep it on disk."),
+    Listed("rank", "rank:rank", "Rank the candidates of every request in a file."),
+    Listed("explain", "rank:explain", "Rank one request and show where every token came from, and why."),
+    Listed("recommend", "recommend:recommend", "Recommend from the whole catalogue: a model generates semantic IDs."),
+    Listed("serve", "serve:serve", "Serve a model over HTTP: rank, recommend, rerank, score, complete and chat."),
+    Listed("calibrate", "calibrate:calibrate", "Measure how far KV reuse may go before answers change."),
+    Listed("tune", "tune:tune", "Teach a language model to rank: LoRA with a listwise loss on interactions."),
+    Listed("describe", "describe:describe", "Describe every user or item in text: knowledge for a click model."),
+    Listed("cache stats", "cache:stats", "Show what is kept: blocks, bytes and rates, and which model they belong to."),
+    Listed("cache verify", "cache:verify", "Read every block against its checksum."),
+    Listed("cache compact", "cache:compact", "Give disk space back that removed blocks took."),
+    Listed("cache erase", "cache:erase", "Remove users or items from every tier."),
+    Listed("cache prune", "cache:prune", "Remove blocks that the model, adapter, template and dtype do not read."),
+    Listed("cache export", "cache:export", "Copy the store into a folder to take to another machine."),
+    Listed("cache import", "cache:import_", "Take the blocks of an export into the store, each checked."),
+    Listed("bench ttft", "rank:ttft", "Time to first token of every reuse level, and how far off its answers are."),
+    Listed("pool build", "pool:build", "Build the semantic history pool: token prototypes shared by all users."),
+    Listed("probe position", "rank:position", "How much of a score is the candidate, and how much its place."),
+    Listed("sid build", "sid:build", "Give every item its semantic ID, by its text and by who touched it."),
+    Listed("sid train", "sid:train", "Train a small decoder that continues a history with the ID of the next item."),
+)
+GROUPS = {
+    "cache": "What is kept on disk between runs, and its care.",
+    "bench": "Measure your own model, catalogue and requests.",
+    "pool": "The semantic history pool: token prototypes shared by all users.",
+    "probe": "Look for what a ranking should not depend on.",
+    "sid": "Semantic IDs: codes of items, and a decoder that generates them.",
+}
+
+
+class _Rcllm(Group):
     """Shows what a user can do something about as one line; `--debug` shows where it came from as well."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        fill(self, COMMANDS, GROUPS)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -29,57 +71,24 @@ class _Group(TyperGroup):
         except (RcllmError, OSError, MemoryError, KeyboardInterrupt) as error:
             if ctx.params.get("debug"):
                 raise
-            ending = ended_by(error)
-            if ending.words:
-                say(ending.words, "bold red")
-            raise typer.Exit(ending.code) from error
+            end = ending.ended_by(error)
+            if end.words:
+                screen.say(end.words, "bold red")
+            raise typer.Exit(end.code) from error
 
 
 app = typer.Typer(
-    cls=_Group,
+    cls=_Rcllm,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     add_completion=False,
 )
-for name, command in {"demo": start.demo, "doctor": start.doctor}.items():
-    app.command(name, rich_help_panel="Start here")(command)
-for name, command in {
-    "pull": start.pull,
-    "warm": start.warm,
-    "rank": rank.rank,
-    "explain": rank.explain,
-    "recommend": recommend.recommend,
-    "serve": serve.serve,
-    "calibrate": learn.calibrate,
-    "tune": learn.tune,
-    "describe": describe.describe,
-}.items():
-    app.command(name, rich_help_panel="Work")(command)
-
-
-def _add(name: str, about: str, commands: dict[str, Declared]) -> None:
-    """A command that has commands of its own."""
-    group = typer.Typer(no_args_is_help=True, help=about)
-    for inner, command in commands.items():
-        group.command(inner)(command)
-    group.callback()(lambda: None)  # so that a single command keeps its name
-    app.add_typer(group, name=name, rich_help_panel="Work")
-
-
-_add("bench", "Measure your own model, catalogue and requests.", {"ttft": rank.ttft})
-_add("pool", "The semantic history pool: token prototypes shared by all users.", {"build": learn.pool_build})
-_add("probe", "Look for what a ranking should not depend on.", {"position": rank.position})
-_add(
-    "sid",
-    "Semantic IDs: codes of items, and a decoder that generates them.",
-    {"build": sid.build, "train": sid.train},
-)
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        console().print(f"rcllm {__version__}")
+        typer.echo(f"rcllm {__version__}")
         raise typer.Exit
 
 
@@ -96,8 +105,7 @@ def main(
     block. **calibrate** finds how far reuse may go before answers change, and rank goes that far; **tune** teaches a
     model to rank, also so that reuse changes nothing. **bench ttft** says what reuse saves on your data; **probe
     position**, what the order of the candidates does; **pool build** makes token prototypes for histories.
-    **recommend** finds items of the whole catalogue, with a decoder that **sid train** made; **serve** answers over
-    HTTP. Example:
+    **recommend** finds items of the whole catalogue, with a decoder that **sid train** made. Example:
 
     - `rcllm pull`
     - `rcllm warm --items items.jsonl --limit 500`
@@ -106,5 +114,13 @@ def main(
     """
 
 
+def run() -> None:
+    """What the script `rcllm` calls."""
+    try:
+        app()
+    finally:
+        gc.freeze()  # the process ends: looking for garbage once more would take a tenth of the time of a help page
+
+
 if __name__ == "__main__":
-    app()
+    run()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from rcllm.cli.inputs import load_inputs, make_config, make_engine
-from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
+from rcllm.cli.options import EngineOptions, ItemOptions, StoreOptions
 from rcllm.cli.screen import busy, console, warm_with_progress
 from rcllm.cli.tables import facts_table
 from rcllm.core.ranking import Item
 from rcllm.data.catalogue import field_shares
 from rcllm.engine.engine import Engine
+from rcllm.engine.tiers import folder_of
+from rcllm.engine.warming import WarmProgress
+from rcllm.errors import ConfigError
 from rcllm.model.pull import pull
 
 
@@ -29,32 +33,50 @@ def pull_command(
 def warm_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
+    store: StoreOptions,
     limit: int | None,
+    dry_run: bool,
 ) -> None:
-    """Prints what a catalogue needs."""
+    """Prints what was computed, and what the catalogue needs."""
     inputs = load_inputs(item_options)
-    engine = make_engine(make_config(engine_options), inputs)
-    items = list(inputs.catalogue.values())
-    chosen = items[:limit]
-    with busy("reading item texts"):
-        whole, part = _size(engine, items), _size(engine, chosen)
-    start = time.perf_counter()
-    done = warm_with_progress(engine, [item.item_id for item in chosen])
-    seconds = time.perf_counter() - start
-    console().print(
-        facts_table(
-            "Warming (dry run: the cache ends with this process)",
-            _facts(engine, len(items), whole)
-            | {
-                "texts": engine.prompter.text_counts(inputs.catalogue).told(engine.prompter.template) or "all whole",
-                "fields": _fields(engine),
-                "computed now": f"{done.done_blocks:,} of {done.total_blocks:,} blocks of {len(chosen):,} items in "
-                f"{seconds:.1f} s, {done.computed_tokens / max(seconds, 1e-9):,.0f} tokens/s, "
-                f"{done.pool_bytes / 1e6:,.1f} MB" + (" (full)" if done.full else ""),
-                "time for all": _estimate(seconds, part.tokens * done.done_blocks / done.total_blocks, whole.tokens),
-            },
-        )
+    config = make_config(engine_options, store=None if dry_run else store)
+    if not dry_run and not config.store.enabled:
+        raise ConfigError("there is no store to warm (--no-store, or store.enabled = false): give --dry-run to measure")
+    with make_engine(config, inputs) as engine:
+        items = _by_popularity(inputs)
+        chosen = items[:limit]
+        with busy("reading item texts"):
+            whole, part = _size(engine, items), _size(engine, chosen)
+        start = time.perf_counter()
+        done = warm_with_progress(engine, [item.item_id for item in chosen])
+        seconds = time.perf_counter() - start
+        facts = _facts(engine, len(items), whole) | _computed(engine, done, len(chosen), seconds, part, whole)
+    title = "Warming (dry run: nothing is kept)" if dry_run else f"Warmed, and kept in {folder_of(config.store)}"
+    console().print(facts_table(title, facts))
+
+
+def _by_popularity(inputs: Inputs) -> list[Item]:
+    """Those that most interactions name first, then in the order of the file."""
+    counts = Counter(row.item_id for row in inputs.catalogue.interactions)
+    return sorted(inputs.catalogue.values(), key=lambda item: -counts[item.item_id])
+
+
+def _computed(
+    engine: Engine, done: WarmProgress, num_chosen: int, seconds: float, part: _Size, whole: _Size
+) -> dict[str, str]:
+    new = (
+        f"{done.computed_tokens:,} tokens in {seconds:.1f} s, {done.computed_tokens / max(seconds, 1e-9):,.0f} tokens/s"
     )
+    facts = {
+        "texts": engine.prompter.text_counts(engine.catalogue).told(engine.prompter.template) or "all whole",
+        "fields": _fields(engine),
+        "there now": f"{done.done_blocks:,} of {done.total_blocks:,} blocks of {num_chosen:,} items"
+        + (" (full)" if done.full else ""),
+        "computed now": f"{new}, {done.computed_bytes / 1e6:,.1f} MB",
+    }
+    if num_chosen < len(engine.catalogue) or done.full:
+        facts["time for all"] = _estimate(seconds, part.tokens * done.done_blocks / done.total_blocks, whole.tokens)
+    return facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +96,27 @@ def _size(engine: Engine, items: Sequence[Item]) -> _Size:
 
 
 def _facts(engine: Engine, num_items: int, whole: _Size) -> dict[str, str]:
-    dtype, budget = engine.config.cache.kv_dtype, engine.stats().budget_bytes
-    num_bytes = whole.tokens * engine.decoder.spec.kv_bytes_per_token(engine.pool.dtype.itemsize)
-    fits = (
-        "yes"
-        if num_bytes <= budget
-        else (
-            f"no, about {budget / num_bytes:.0%} of it: what does not fit is computed when it is asked for. Raise "
-            "--memory-mb, or warm the most requested items first"
-        )
-    )
+    dtype, stats = engine.config.cache.kv_dtype, engine.stats()
+    num_bytes = whole.tokens * engine.kv_bytes_per_token
+    budgets = {"memory": stats.budget_bytes} | {tier.tier: tier.budget_bytes for tier in stats.tiers}
     return {
         "catalogue": f"{num_items:,} items, {whole.num_blocks:,} distinct blocks (as candidates and as events)",
         "tokens": f"{whole.tokens:,}",
         "bytes": f"{num_bytes / 1e6:,.1f} MB of KV in {dtype}",
-        "budget": f"{budget / 1e6:,.1f} MB for cached KV",
-        "fits": fits,
+        "room": ", ".join(f"{budget / 1e6:,.1f} MB in {tier}" for tier, budget in budgets.items()),
+        "fits": _fits(num_bytes, budgets),
     }
+
+
+def _fits(num_bytes: int, budgets: Mapping[str, int]) -> str:
+    """Into which tier the whole catalogue fits."""
+    if (first := next((tier for tier, budget in budgets.items() if num_bytes <= budget), None)) is not None:
+        return f"yes, in {first}" + ("" if first == "memory" else "; what memory has no room for is read where it lies")
+    return (
+        f"no, about {max(budgets.values()) / num_bytes:.0%} of it: what does not fit is computed when it is asked for. "
+        "Raise --disk-mb or --memory-mb, store fewer bits (--kv-dtype), or give --dataset, so that the most popular "
+        "items come first"
+    )
 
 
 def _fields(engine: Engine) -> str:

@@ -114,7 +114,7 @@ def _warm(engine: Engine, requests: Sequence[RankRequest], shape: DemoShape, scr
         screen,
         "Warmed",
         f"{len(films):,} films as candidates and as events in {seconds:,.0f} s: {done.done_blocks:,} blocks, "
-        f"{done.computed_tokens:,} tokens, {done.pool_bytes / 1e6:,.0f} MB of KV\n",
+        f"{done.computed_tokens:,} tokens, {done.computed_bytes / 1e6:,.0f} MB of KV\n",
     )
 
 

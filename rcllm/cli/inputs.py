@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from statistics import median_low
 from typing import Any, Protocol, TypeVar
 
-from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
+from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions, StoreOptions
 from rcllm.cli.screen import busy, say, warm_with_progress
-from rcllm.config import Config, check_options, context_samples
+from rcllm.config import Config, StoreConfig, check_options, context_samples
 from rcllm.core.ranking import RankOptions, RankRequest
 from rcllm.data import (
     Catalogue,
@@ -81,8 +81,13 @@ def load_requests(
     return build_requests(inputs.dataset, count, num_candidates, num_history, seed=seed)
 
 
-def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) -> Config:
-    """The configuration file, if any, the environment over it, and the options over both. Raises ConfigError."""
+def make_config(
+    engine: EngineOptions, ranking: RankingOptions | None = None, store: StoreOptions | None = None
+) -> Config:
+    """The configuration file, if any, the environment over it, and the options over both. Raises ConfigError.
+
+    Commands that have no options of the store leave nothing behind.
+    """
     config = Config.load(engine.config, os.environ)
     config = replace(
         config,
@@ -96,6 +101,7 @@ def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) ->
             max_volatile_tokens=engine.max_volatile_tokens,
         ),
         cache=_over(config.cache, memory_mb=engine.memory_mb, kv_dtype=engine.kv_dtype),
+        store=_stored(config.store, store),
     )
     if ranking is not None:
         given = {"level": ranking.level, "readout": ranking.readout, "layout": ranking.layout}
@@ -106,6 +112,14 @@ def make_config(engine: EngineOptions, ranking: RankingOptions | None = None) ->
     check_options(config.rank)
     Template.of(config.prompt)
     return config
+
+
+def _stored(config: StoreConfig, given: StoreOptions | None) -> StoreConfig:
+    """On, unless the options, the file or the environment say no."""
+    if given is None or not given.store or config.enabled is False:
+        return replace(config, enabled=False)
+    over = _over(config, folder=given.store_folder, disk_mb=given.disk_mb, shared=given.shared_store)
+    return replace(over, enabled=True)
 
 
 def make_engine(

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Ge
+from rcllm.annotated import Ge, Of, Opt
+from rcllm.config import CacheConfig, ModelConfig, PromptConfig, StoreConfig
+from rcllm.core.requests import LabelPlace, Layout, Level, RankOptions, Readout
 
-from rcllm.annotated import Of, Opt
-from rcllm.config import CacheConfig, ModelConfig, PromptConfig
-from rcllm.core.ranking import LabelPlace, Layout, Level, RankOptions, Readout
-
-_ITEMS, _FIDELITY = "Items", "How far reuse may go"
+_ITEMS, _FIDELITY, _KEPT = "Items", "How far reuse may go", "What is kept on disk"
 
 
 UserField = Annotated[
@@ -63,6 +61,18 @@ class EngineOptions:
     max_item_tokens: Annotated[int | None, Of(PromptConfig, "max_item_tokens"), Ge(1)] = None
     max_event_tokens: Annotated[int | None, Of(PromptConfig, "max_event_tokens"), Ge(1)] = None
     max_volatile_tokens: Annotated[int | None, Of(PromptConfig, "max_volatile_tokens"), Ge(1)] = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """What is kept when the command ends."""
+
+    store: Annotated[
+        bool, Opt("Keep computed KV on disk for the next run; on unless the configuration says no.", panel=_KEPT)
+    ] = True
+    store_folder: Annotated[str | None, Of(StoreConfig, "folder")] = None
+    disk_mb: Annotated[int | None, Of(StoreConfig, "disk_mb"), Ge(1)] = None
+    shared_store: Annotated[str | None, Of(StoreConfig, "shared")] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.progress import Progress, TaskID
 
-from rcllm.cli.commands.learn import MemberOptions, TextOptions
+from rcllm.cli.commands.pool import MemberOptions, TextOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine, tell_read
 from rcllm.cli.options import EngineOptions, ItemOptions
 from rcllm.cli.outputs import check_file

@@ -9,7 +9,7 @@ from itertools import islice
 from rcllm.cli.answering import Work, check_out, loaded_settings, settings_of, write_answers
 from rcllm.cli.calibrated import FILE, admission_from, check_level
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
-from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions
+from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, StoreOptions
 from rcllm.cli.screen import console, interruptible, say, warm_with_progress
 from rcllm.cli.tables import blocks_table, receipt_table, scores_table
 from rcllm.core.ranking import RankOptions, RankRequest, RankResponse
@@ -29,6 +29,7 @@ def rank_command(
     item_options: ItemOptions,
     ranking: RankingOptions,
     fidelity: FidelityOptions,
+    store: StoreOptions,
     requests: str,
     out: str,
     batch: int,
@@ -38,8 +39,8 @@ def rank_command(
     restart: bool,
 ) -> None:
     """Ranks a file of requests, and goes on where an earlier run ended."""
-    config = make_config(engine_options, ranking)
-    check_out(out, requests, config, engine_options, item_options, fidelity)
+    config = make_config(engine_options, ranking, store)
+    check_out(out, requests, config, engine_options, item_options, fidelity, store)
     with opened_requests(requests, partial(parse_request, defaults=config.rank)) as asked:
         total = asked.count(strict=strict)
         inputs = load_inputs(item_options)
@@ -59,6 +60,7 @@ def rank_command(
         )
         check_level(engine)
         with (
+            engine,
             opened_answers(out, settings | loaded_settings(engine), restart=restart) as answers,
             interruptible(answers),
         ):
@@ -73,20 +75,21 @@ def explain_command(
     item_options: ItemOptions,
     ranking: RankingOptions,
     fidelity: FidelityOptions,
+    store: StoreOptions,
     request: str,
     warm: bool,
     top: int,
 ) -> None:
     """Shows one answer, block by block."""
-    config = make_config(engine_options, ranking)
+    config = make_config(engine_options, ranking, store)
     asked = one_line(request, config.rank)
     inputs = load_inputs(item_options)
-    engine = make_engine(config, inputs, [asked], admission_from(fidelity))
-    check_level(engine)
-    if warm:
-        _warm(engine, [asked])
-    response = engine.rank(asked)
-    _explain(response, asked, inputs, top)
+    with make_engine(config, inputs, [asked], admission_from(fidelity)) as engine:
+        check_level(engine)
+        if warm:
+            _warm(engine, [asked])
+        _explain(engine.rank(asked), asked, inputs, top)
+        say(f"rates: {engine.pool.rates.told()}")
 
 
 def _explain(response: RankResponse, asked: RankRequest, inputs: Inputs, top: int) -> None:

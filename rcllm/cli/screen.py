@@ -160,7 +160,7 @@ def warm_with_progress(engine: Engine, item_ids: Iterable[ItemId] | None) -> War
         task = bar.add_task("warming blocks", total=None, size="")
 
         def show(now: WarmProgress) -> None:
-            size = f"{now.pool_bytes / 1e6:,.0f} MB"
+            size = f"{now.computed_bytes / 1e6:,.0f} MB"
             bar.update(task, completed=now.done_blocks, total=now.total_blocks, size=size)
 
         return engine.warm(item_ids, on_progress=show)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rcllm.cli.calibrated import admission_from, check_level
 from rcllm.cli.commands.serve import ServerOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
-from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions
+from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, StoreOptions
 from rcllm.cli.screen import busy, say
 from rcllm.config import Config, ModelConfig, PromptConfig, ServerConfig
 from rcllm.core.ranking import RankOptions
@@ -36,6 +36,7 @@ def serve_command(
     item_options: ItemOptions,
     ranking: RankingOptions,
     fidelity: FidelityOptions,
+    store: StoreOptions,
     server: ServerOptions,
     name: str | None,
     decoder: Path | None,
@@ -45,7 +46,8 @@ def serve_command(
     if name is not None and engine_options.model is not None:
         raise ConfigError(f"the model is named twice, as {name} and as --model {engine_options.model}; name it once")
     engine_options = replace(engine_options, model=name or engine_options.model)
-    config = _demo(make_config(engine_options, ranking)) if demo else make_config(engine_options, ranking)
+    config = make_config(engine_options, ranking, store)
+    config = _demo(config) if demo else config
     config = replace(config, server=_over(config.server, server))
     _check_extra()
     keys.check_address(config.server)
@@ -55,7 +57,8 @@ def serve_command(
     recommender = _recommender(config, decoder, inputs) if decoder is not None else None
     backend = on_engine.EngineBackend(engine, config.model.path, recommender)
     logs.configure()
-    run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs))
+    with engine:
+        run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs))
 
 
 def _over(section: ServerConfig, options: ServerOptions) -> ServerConfig:

@@ -18,11 +18,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from rcllm.annotated import bare, hints_of, metadata, option_of
+from rcllm.annotated import Limits, bare, hints_of, metadata, option_of
+from rcllm.cli.markup import to_markup
 from rcllm.fields import parse
 from rcllm.late import look_up
 
 Declared = Callable[..., None]
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 _LARGE = 1 << 32  # limits beyond it tell a person nothing
 
 
@@ -33,17 +35,23 @@ class Without:
     names: tuple[str, ...]
 
 
-def spread(work: str) -> Callable[[Declared], Declared]:
-    """The command that a declaration describes; `work`, at `package.module:function`, does it."""
+class Command:
+    """A command as it is declared: a function whose parameters are dataclasses and single values."""
 
-    def declare(declared: Declared) -> Declared:
+    def __init__(self, declared: Declared, work: str) -> None:
+        self.declared = declared
+        self.work = work  # what does it, at `package.module:function`
+
+    def spread(self) -> Declared:
+        """The function that Typer calls, with a parameter for every option."""
+        declared = self.declared
         groups, alone = _read(declared)
 
         @functools.wraps(declared)
         def run(**given: Any) -> None:
             filled = {name: group.fill(given) for name, group in groups.items()}
             single = alone.fill(given)
-            look_up(work)(**filled, **{slot.name: getattr(single, slot.name) for slot in alone.slots})
+            look_up(self.work)(**filled, **{slot.name: getattr(single, slot.name) for slot in alone.slots})
 
         slots = {slot.name: slot for group in (alone, *groups.values()) for slot in group.slots}
         order = [slot.name for name in get_parameters(declared) for slot in _slots_of(name, groups, alone)]
@@ -51,11 +59,12 @@ def spread(work: str) -> Callable[[Declared], Declared]:
         del run.__dict__["__wrapped__"]  # Typer would read the signature of what is wrapped
         run.__dict__["__signature__"] = inspect.Signature(parameters)
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        run.__dict__["work"] = work
-        run.__dict__["declared"] = declared
         return run
 
-    return declare
+
+def spread(work: str) -> Callable[[Declared], Command]:
+    """Marks a function as the declaration of a command that `work`, at `package.module:function`, does."""
+    return lambda declared: Command(declared, work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +89,8 @@ class _Slot:
     def typed(self) -> str:
         """The name as a person types it."""
         option = option_of(self.annotation)
-        return self.name.upper() if option is None else option.name or "--" + self.name.replace("_", "-")
+        assert option is not None
+        return option.name or "--" + self.name.replace("_", "-")
 
 
 class _OptionGroup:
@@ -145,21 +155,22 @@ def _slots_of(name: str, groups: Mapping[str, _OptionGroup], alone: _OptionGroup
 def _parameter(slot: _Slot) -> inspect.Parameter:
     """One option as Typer reads it."""
     default = inspect.Parameter.empty if slot.default is MISSING else slot.shown_default
-    told = [extra for extra in metadata(slot.annotation) if isinstance(extra, typer.models.ArgumentInfo)]
     kind = _plain(bare(slot.annotation))
     kind = kind | None if default is None else kind
-    annotation = Annotated[kind, told[0] if told else _option(slot)]  # type: ignore[valid-type]  # made at run time
+    annotation = Annotated[kind, _option(slot)]  # type: ignore[valid-type]  # made at run time
     return inspect.Parameter(slot.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _option(slot: _Slot) -> Any:
-    option, kind = option_of(slot.annotation), bare(slot.annotation)
+    option, kind, flag = option_of(slot.annotation), bare(slot.annotation), slot.typed
     assert option is not None
-    flag = slot.typed
+    words = to_markup(option.help) or None
+    if not flag.startswith("-"):
+        return typer.Argument(metavar=flag, help=words)
     if kind is bool and slot.default is True:
         flag += f"/--no-{flag.removeprefix('--')}"
     metavar = option.metavar or _shown_kind(slot.annotation)
-    return typer.Option(flag, help=option.help or None, metavar=metavar, rich_help_panel=option.panel)
+    return typer.Option(flag, help=words, metavar=metavar, rich_help_panel=option.panel)
 
 
 def _shown_kind(annotation: Any) -> str | None:
@@ -175,10 +186,9 @@ def _limits(annotation: Any) -> list[str]:
     """«≥ 1», «< 1»: the last ones said of each side, as a group may narrow those of the field that it means."""
     found: dict[str, str] = {}
     for extra in metadata(annotation):
-        for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
-            limit = getattr(extra, name, None)
-            if limit is not None and abs(limit) < _LARGE:
-                found[name[0]] = f"{sign} {limit}"
+        for name, limit in extra.bounds.items() if isinstance(extra, Limits) else ():
+            if name in _SIGNS and abs(limit) < _LARGE:
+                found[name[0]] = f"{_SIGNS[name]} {limit}"
     return [found[side] for side in "gl" if side in found]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -17,6 +18,7 @@ from rcllm.core.ranking import Item, ItemId, RankRequest, RankResponse
 from rcllm.core.receipts import BlockReceipt, RankReceipt
 from rcllm.fidelity.compare import TOP, LevelRow
 from rcllm.fidelity.measures import chance_ndcg
+from rcllm.store.disk import Space
 
 NOTHING = "–"
 _ENOUGH = 10  # requests from which on a standard error means something
@@ -37,6 +39,21 @@ def facts_table(title: str, facts: Mapping[str, str]) -> Table:
     table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(name, Text(value))
+    return table
+
+
+def spaces_table(spaces: Mapping[str, Space], current: str, now: float) -> Table:
+    """What a store has, by what it was made by; the space of this configuration is marked."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("space", "model", "adapter", "template", "KV"):
+        table.add_column(name, overflow="fold")
+    for name in ("blocks", "MB", "last used"):
+        table.add_column(name, justify="right")
+    for name, space in sorted(spaces.items(), key=lambda each: -each[1].used):
+        told = [space.about.get(key) or NOTHING for key in ("model", "adapter", "template", "kv_dtype")]
+        used = f"{timedelta(seconds=round(max(0.0, now - space.used)))} ago"
+        marked = name + (" (current)" if name == current else "")
+        table.add_row(*map(Text, (marked, *told)), f"{space.num_blocks:,}", f"{space.num_bytes / 1e6:,.1f}", used)
     return table
 
 

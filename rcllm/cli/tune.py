@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rcllm.cli.commands.learn import ColumnOptions, ShapeOptions
+from rcllm.cli.commands.tune import ColumnOptions, ShapeOptions
 from rcllm.cli.inputs import columns_of, tell_read
 from rcllm.cli.outputs import check_folder
 from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say

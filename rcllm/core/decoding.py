@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Interval, MinLen
-
-from rcllm.annotated import Opt
-from rcllm.core.ranking import Event, HistoryMode, ItemId, Level, TokenIds, UserId
-from rcllm.core.receipts import BeamRule, GenerateReceipt, RecommendReceipt
+from rcllm.annotated import Ge, Interval, MinLen, Opt
+from rcllm.core.requests import BeamRule, Event, HistoryMode, ItemId, Level, TokenIds, UserId
 from rcllm.errors import ConfigError
 from rcllm.fields import check as check_fields
+
+if TYPE_CHECKING:
+    from rcllm.core.receipts import GenerateReceipt, RecommendReceipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class OpenRequest:
     user_id: UserId | None = None
     level: Level | None = None  # None: exact, which reuses the instruction and this user's own chain
     history_mode: HistoryMode = "chain"
+    tenant: str = ""
 
 
 # ---- recommending from the whole catalogue ---------------------------------------------------------------------------
@@ -57,6 +58,7 @@ class RecommendRequest:
         ),
     ] = "renormalise"
     level: Level | None = None  # reuse of the prompt; None: exact
+    tenant: str = ""  # whose user it is, as in RankRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +137,12 @@ class GenerateRequest:
     options: GenerateOptions = GenerateOptions()
     level: Level | None = None  # reuse of the prompt; None: exact
     history_mode: HistoryMode = "chain"
+    tenant: str = ""
 
     @property
     def opening(self) -> OpenRequest:
         """The prompt that is answered."""
-        return OpenRequest(self.request_id, self.history, self.user_id, self.level, self.history_mode)
+        return OpenRequest(self.request_id, self.history, self.user_id, self.level, self.history_mode, self.tenant)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,23 +1,38 @@
-"""The nouns that pass between stages: items, requests, prompts, plans, responses, receipts.
+"""The nouns that pass between the stages of a ranking: prompts, plans, responses. Of requests: `core/requests.py`.
 
-Frozen, without behaviour beyond parsing and small derived sizes, and without tensors: this module never
-imports torch. A stage is a function from one of these to the next:
-RankRequest → Prompt → Plan → (tensors, in the computing plane) → RankResponse with its RankReceipt.
+Frozen, without behaviour beyond small derived sizes, and without tensors: this module never imports torch. A stage is a
+function from one of these to the next: RankRequest → Prompt → Plan → (tensors, in the computing plane) → RankResponse
+with its RankReceipt.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType
+from typing import TYPE_CHECKING, Any, NewType
 
-from annotated_types import Ge, Interval, MinLen
-
-from rcllm.annotated import Opt
 from rcllm.core.receipts import BlockKind, RankReceipt
-from rcllm.errors import ConfigError
+from rcllm.core.requests import Bias as Bias
+from rcllm.core.requests import Event as Event
+from rcllm.core.requests import HistoryMode as HistoryMode
+from rcllm.core.requests import Interaction as Interaction
+from rcllm.core.requests import Item as Item
+from rcllm.core.requests import ItemId as ItemId
+from rcllm.core.requests import LabelPlace as LabelPlace
+from rcllm.core.requests import Layout as Layout
+from rcllm.core.requests import Level as Level
+from rcllm.core.requests import Mask as Mask
+from rcllm.core.requests import Negatives as Negatives
+from rcllm.core.requests import Policy as Policy
+from rcllm.core.requests import RankOptions as RankOptions
+from rcllm.core.requests import RankRequest as RankRequest
+from rcllm.core.requests import Readout as Readout
+from rcllm.core.requests import Reduction as Reduction
+from rcllm.core.requests import Selection as Selection
+from rcllm.core.requests import TokenIds as TokenIds
+from rcllm.core.requests import UserId as UserId
+from rcllm.core.requests import whose as whose
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,166 +45,6 @@ else:  # names for annotations; numpy itself takes as long to import as the comm
     BoolArray = Scores = IntArray = Any
 
 ContentKey = NewType("ContentKey", bytes)  # 32 bytes, blake3; see prompt/blocks.py for what is hashed
-ItemId = NewType("ItemId", str)
-UserId = NewType("UserId", str)
-TokenIds = tuple[int, ...]
-
-Readout = Literal["label", "pointwise", "likelihood"]
-Layout = Literal["history_first", "items_first"]
-LabelPlace = Literal["before", "after"]
-Bias = Literal["none", "content_free", "running_mean"]
-Mask = Literal["causal", "blocks"]
-HistoryMode = Literal["chain", "shared", "semantic"]
-Negatives = Literal["uniform", "popularity", "retrieved"]  # how candidates that a user did not choose are drawn
-Policy = Literal["rcllm", "k_difference", "first", "question", "static", "two_pass", "tail", "random"]
-Reduction = Literal["question", "mean", "sum"]
-_PANEL = "How to rank"  # the heading of these options on the command line
-
-# ---- what users bring -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One entry of the catalogue."""
-
-    item_id: ItemId
-    fields: Mapping[str, str]  # text that may be cached: title, brand, description, …
-    volatile: Mapping[str, str] = field(default_factory=dict)  # may change at any time (price, stock): rendered fresh
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One thing a user did. Exactly one of the two fields is given."""
-
-    item_id: ItemId | None = None  # rendered from the catalogue: shared between users
-    text: str | None = None  # the user's own words, a review for example: never shared between users
-
-
-@dataclass(frozen=True, slots=True)
-class Interaction:
-    """One row of an interaction log."""
-
-    user_id: UserId
-    item_id: ItemId
-    timestamp: float  # seconds since 1970, or the row's rank in the file where the data has no clock
-    text: str | None = None  # review text, where the data has it
-    rating: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RankRequest:
-    """Rank `candidates` for a user with this `history` (oldest event first)."""
-
-    request_id: str
-    candidates: Annotated[tuple[ItemId, ...], MinLen(1)]
-    history: tuple[Event, ...] = ()
-    user_id: UserId | None = None
-    volatile: Mapping[ItemId, Mapping[str, str]] = field(default_factory=dict)  # overrides the catalogue's, per item
-    # fields of items that come with the request, instead of the catalogue's
-    texts: Mapping[ItemId, Mapping[str, str]] = field(default_factory=dict)
-    options: RankOptions | None = None  # None: the engine's defaults
-    positive: ItemId | None = None  # the item the user did choose, where it is known; for evaluation only
-
-
-# ---- how a request is answered --------------------------------------------------------------------------------------
-
-_LEVEL = re.compile(r"^(full|exact|blocks|linked|tail|corrected|auto)(?:\(([^()]*)\))?$")
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """A rung of the exactness ladder: `exact`, `corrected(0.3, 0.3)`, `linked(16)`, `tail(0.1)`, `blocks`.
-
-    Beside it `full`, which reuses nothing, and `auto`, the cheapest rung that passes the model's calibration.
-    """
-
-    name: Literal["full", "exact", "corrected", "linked", "tail", "blocks", "auto"]
-    budget: float = 0.0  # linked: fresh tokens per reused block; tail, corrected: fresh share of the reused item tokens
-    history_budget: float = 0.0  # corrected: fresh share of the reused history tokens
-
-    @classmethod
-    def parse(cls, text: str | Level) -> Level:
-        """Reads `text`; raises ConfigError that names the levels there are."""
-        if isinstance(text, Level):
-            return text
-        found = _LEVEL.match(text.strip())
-        name, argument = found.groups() if found else (None, None)
-        try:
-            match name:
-                case "full" | "exact" | "blocks" | "auto" if argument is None:
-                    return cls(name)
-                case "corrected":
-                    shares = [float(part) for part in (argument or "0.3").split(",")]
-                    items, history = shares if len(shares) == 2 else (*shares, *shares)
-                    if 0.0 <= items <= 1.0 and 0.0 <= history <= 1.0:
-                        return cls("corrected", items, history)
-                case "linked" if (k := int(argument or "16")) >= 0:
-                    return cls("linked", k)
-                case "tail" if 0.0 <= (share := float(argument or "0.1")) <= 1.0:
-                    return cls("tail", share)
-        except ValueError:
-            pass
-        raise ConfigError(
-            f"unknown reuse level {text!r}: expected full (nothing reused), exact, corrected(r_item, r_history) or "
-            "tail(r) with shares from 0 to 1, linked(k) with k ≥ 0 tokens, blocks, or auto"
-        )
-
-    def __str__(self) -> str:
-        if self.name == "linked":
-            return f"linked({int(self.budget)})"
-        if self.name == "corrected":
-            return f"corrected({self.budget}, {self.history_budget})"
-        return f"tail({self.budget})" if self.name == "tail" else self.name
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which reused tokens level `corrected` computes afresh, at equal budgets.
-
-    RcLLM (§III-D, its M7) scores S_i = (1 - λ)·A_i + λ·(|ΔK_i| + |ΔV_i|) after the check layer, items by A_i alone; it
-    discloses neither λ, nor the reduction of A, nor the window. In layer 0, K and V depend on the token alone, so there
-    only KV of other tokens (prototypes) differs. The policies: `reuse/select.py`.
-    """
-
-    policy: Policy = "rcllm"
-    divergence: Annotated[float, Interval(ge=0, le=1)] = (
-        0.5  # λ: weight of the KV difference against the attention, for history tokens
-    )
-    reduction: Reduction = "question"  # whose attention A_i is: the question's, or the mean or sum over all that see i
-    window: Annotated[int, Ge(0)] = 0  # the last reused tokens before the question, fresh on top of the budgets
-    check_layer: Annotated[int, Ge(0)] = 0  # layers up to this one run for all tokens; the scores are taken there
-
-
-@dataclass(frozen=True, slots=True)
-class RankOptions:
-    """How to answer; every field has a default that works with an ordinary model."""
-
-    # auto is exact until a calibration allows more; a model tuned under the block mask is exact at `blocks`
-    level: Annotated[
-        Level,
-        Opt(
-            "auto (the fastest that is calibrated, else exact), full (nothing reused), exact (cached prefix), "
-            "corrected(r_item, r_history), linked(k), tail(r) or blocks.",
-            metavar="LEVEL",
-            panel=_PANEL,
-        ),
-    ] = Level("auto")
-    readout: Annotated[
-        Readout,
-        Opt(
-            "label: a letter per candidate; pointwise: yes or no; likelihood: how likely its text is (the one that "
-            "works with an untuned model).",
-            panel=_PANEL,
-        ),
-    ] = "label"
-    layout: Annotated[Layout, Opt("What comes first in the prompt.", panel=_PANEL)] = "history_first"
-    # fresh label tokens after their item see history and item
-    label_place: Annotated[LabelPlace, Opt("Where a candidate's label stands, by its item.", panel=_PANEL)] = "after"
-    parallel: bool = False  # all candidates share one base position and do not see each other
-    bias: Bias = "none"  # correction of the label letters' own bias
-    history: HistoryMode = "shared"  # reuse events position-free, only the user's own chain, or from token prototypes
-    selection: Selection = Selection()  # level corrected: which tokens are fresh
-
 
 # ---- a prompt, decided but not computed -----------------------------------------------------------------------------
 
@@ -236,7 +91,7 @@ class Prompt:
     num_candidates: int
     label_ids: tuple[TokenIds, ...]  # per candidate, its label; empty for read-outs without labels
     options: RankOptions
-    user_id: UserId | None = None
+    user_id: UserId | None = None  # as `whose` names the user
     notes: tuple[str, ...] = ()  # what was cut or changed on the way, for the receipt
 
     @property

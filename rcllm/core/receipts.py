@@ -8,9 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-Source = Literal["fresh", "computed", "device", "host", "semantic"]  # where the KV of a block came from
+if TYPE_CHECKING:
+    from rcllm.core.ranking import Selection
+
+from rcllm.core.requests import BeamRule as BeamRule
+
+# where the KV of a block came from; host, disk and shared are the tiers of the store
+Source = Literal["fresh", "computed", "device", "host", "disk", "shared", "semantic"]
+
+
+Step = Literal["level", "candidates", "last_scores"]  # of the degradation ladder, in this order
 
 
 class BlockKind(StrEnum):
@@ -49,6 +58,8 @@ class Receipt:
     stage_ms: Mapping[str, float]  # wall time of each stage that it took part in; of the whole batch
     batch_size: int  # requests whose prompts were computed together
     notes: tuple[str, ...] = ()
+    degraded: tuple[Step, ...] = ()  # what was given up to keep the deadline; notes say how far
+    guard: str = ""  # what the fidelity guard knew of this kind of requests; empty without one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +71,10 @@ class RankReceipt(Receipt):
     label_place: str
     context: str  # canonical context of the reused blocks
     bias: str
+    selection: Selection | None = None  # level corrected: which reused tokens were computed afresh
     kv_bytes_read: int  # cached KV that attention read
     kv_bytes_copied: int  # published KV that the whole batch copied or converted before reading; 0 when read in place
     blocks: tuple[BlockReceipt, ...]
-
-
-BeamRule = Literal["renormalise", "mask"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import torch
 from rcllm.core.ranking import IntArray
 from rcllm.model.attend.contract import Attended
 from rcllm.model.attend.segments import Group, Segment, copy_segments
+from rcllm.model.kv_int8 import num_values
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
@@ -79,7 +80,7 @@ def joined(segments: tuple[Segment, ...], rope: Rope, dtype: torch.dtype) -> tup
     if len(segments) == 1 or num_tokens >= SCRAP * len(segments):
         return segments
     of = segments[0].kv
-    kv = torch.empty((*of.shape[:3], num_tokens, of.shape[4]), dtype=dtype, device=of.device)
+    kv = torch.empty((*of.shape[:3], num_tokens, num_values(of)), dtype=dtype, device=of.device)
     copy_segments(segments, rope, kv)
     return (Segment(kv, 0, 0, num_tokens, 0),)
 

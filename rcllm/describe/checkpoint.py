@@ -21,8 +21,8 @@ from typing import Any
 from rcllm.describe.profiles import Reject
 from rcllm.durable import remove, remove_torn, renamed, write, writing
 from rcllm.errors import ConfigError, DataError
-from rcllm.fields import parse, read_object
-from rcllm.plain_json import to_json
+from rcllm.fields import parse
+from rcllm.plain_json import read_object, to_json
 
 Settings = Mapping[str, Any]  # JSON values: everything that the output depends on
 _META = b"rcllm.describe"

@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, MinLen
-
-from rcllm.annotated import Of, Opt
+from rcllm.annotated import Ge, MinLen, Of, Opt
 from rcllm.core.decoding import GenerateOptions, Speculation
 from rcllm.core.decoding import check as check_generation
 from rcllm.fields import check

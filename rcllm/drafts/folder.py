@@ -15,8 +15,8 @@ from rcllm.drafts.pool_drafter import DraftOptions, PoolDrafter
 from rcllm.drafts.suffix_pool import DraftPoolLimits, Sharing, SuffixPool
 from rcllm.durable import write
 from rcllm.errors import ConfigError, DataError
-from rcllm.fields import parse, read_object
-from rcllm.plain_json import to_json
+from rcllm.fields import parse
+from rcllm.plain_json import read_object, to_json
 
 VERSION = 1
 _MANIFEST = "manifest.json"

@@ -11,45 +11,36 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import psutil
 import torch
-from blake3 import blake3
 
 from rcllm.cache.pool import Pool
-from rcllm.config import MIB, CacheConfig, Config, PromptConfig
+from rcllm.config import MIB, CacheConfig, Config, Hardware, PromptConfig
 from rcllm.core.ranking import RankRequest
+from rcllm.data.live import LiveCatalogue
 from rcllm.engine.fit import Fitted
+from rcllm.engine.space import chosen_chat, namespace_of
 from rcllm.errors import ConfigError, ModelError, ModelWarning
-from rcllm.model.adapter import adapter_fingerprint, adapter_mask, load_adapter, merge
+from rcllm.model.adapter import load_adapter, merge
 from rcllm.model.adapter_config import base_difference, load_config
 from rcllm.model.decoder import Decoder
 from rcllm.model.spec import ModelSpec
-from rcllm.model.weights import fingerprint, load_model
+from rcllm.model.weights import load_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import chat_format
 from rcllm.prompt.tokenizer import Tokenizer, end_token
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.schedule.admission import Identity
-from rcllm.store.memory import MemoryStore
+from rcllm.store.contract import Store
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}  # int8: KV alone
 _SMALLEST_POOL_TOKENS = 256
 
 
-def declared_mask(config: Config) -> Config:
-    """Replaces mask `auto` by what the adapter was tuned under, `causal` where there is none. Raises ModelError."""
-    if config.model.mask != "auto":
-        return config
-    mask = adapter_mask(Path(config.model.adapter)) if config.model.adapter else "causal"
-    return replace(config, model=replace(config.model, mask=mask))
-
-
-def model_fingerprint(config: Config, folder: Path) -> bytes:
-    """32 bytes that change with any weight of the model or of its adapter. Raises ModelError."""
-    model = fingerprint(folder)
-    return blake3(model + adapter_fingerprint(Path(config.model.adapter))).digest() if config.model.adapter else model
+def this_machine() -> Hardware:
+    """What `resolve` needs to know."""
+    return Hardware(torch.cuda.is_available(), psutil.virtual_memory().total)
 
 
 def load_decoder(config: Config, folder: Path) -> Decoder:
@@ -86,19 +77,6 @@ def load_tokenizer(prompt: PromptConfig, folder: Path, spec: ModelSpec) -> Token
     return tokenizer
 
 
-def chosen_chat(prompt: PromptConfig, folder: Path, tokenizer: Tokenizer) -> str:
-    """The name of the chat format: as configured, else as the model says. Raises ConfigError."""
-    if prompt.chat != "auto":
-        return prompt.chat
-    if tokenizer.chat_format is None:
-        known = [name for name in get_args(get_type_hints(PromptConfig)["chat"]) if name != "auto"]
-        raise ConfigError(
-            f"the chat template of {folder} (chat_template.jinja or tokenizer_config.json) is none that rcllm writes: "
-            f"set prompt.chat to the nearest of {', '.join(known)} (plain: no marks around turns)"
-        )
-    return tokenizer.chat_format
-
-
 def make_prompter(
     config: Config,
     folder: Path,
@@ -112,13 +90,12 @@ def make_prompter(
     template = fitted.template
     chat = chosen_chat(config.prompt, folder, tokenizer)
     notes = [*fitted.notes, *filter(None, [_other_base(config, folder)])]
-    dtypes = f"{config.model.dtype} {config.cache.kv_dtype}"
-    namespace = b"".join((model, tokenizer.fingerprint, template.fingerprint, chat.encode(), dtypes.encode()))
+    namespace = namespace_of(config, model, tokenizer, template, chat)
     return Prompter(
         template,
         chat_format(chat),
         tokenizer,
-        fitted.catalogue,
+        LiveCatalogue(fitted.catalogue),
         namespace,
         decoder.max_positions,
         config.prompt.max_candidates,
@@ -152,8 +129,8 @@ def open_prototypes(config: Config, decoder: Decoder, prompter: Prompter) -> Pro
     return PrototypePool.open(Path(config.cache.semantic_pool), decoder, prompter.namespace)
 
 
-def make_pool(config: Config, decoder: Decoder) -> Pool:
-    """The pool that process, model and workspace leave of the configured memory. Raises ConfigError."""
+def make_pool(config: Config, decoder: Decoder, store: Store | None = None, space: str = "") -> Pool:
+    """The pool that process, model and workspace leave of the configured memory, over a store. Raises ConfigError."""
     spec, cache = decoder.spec, config.cache
     activations = (6 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 3 * spec.ffn_size) * 4
     workspace = decoder.max_positions * activations + 2 * cache.pass_tokens * spec.kv_bytes_per_token(4) + 64 * MIB
@@ -167,8 +144,7 @@ def make_pool(config: Config, decoder: Decoder) -> Pool:
     budget = cache.pool_mb * MIB or int(free)
     if budget < least:
         raise ConfigError(_too_little(cache, resident, workspace, least, decoder.device.type))
-    store = MemoryStore(cache.host_mb * MIB) if cache.host_mb else None
-    return Pool(budget, DTYPES[cache.kv_dtype], decoder.device, store)
+    return Pool(budget, DTYPES[cache.kv_dtype], decoder.device, store, space=space)
 
 
 def _too_little(cache: CacheConfig, resident: int, workspace: int, least: int, device: str) -> str:

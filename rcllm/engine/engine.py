@@ -14,46 +14,51 @@ import itertools
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from rcllm.cache.pool import Pool, PoolStats
-from rcllm.config import Config, Hardware, resolve
-from rcllm.core.ranking import Item, ItemId, Mask, RankRequest, RankResponse, UserId
+from rcllm.config import Config, resolve
+from rcllm.core.ranking import Item, ItemId, Mask, RankRequest, RankResponse, UserId, whose
+from rcllm.data.catalogue import Catalogue
 from rcllm.data.live import LiveCatalogue
 from rcllm.engine.build import (
-    declared_mask,
     identity,
     load_decoder,
     make_pool,
     make_prompter,
-    model_fingerprint,
     open_prototypes,
+    this_machine,
 )
 from rcllm.engine.fit import fit
+from rcllm.engine.intake import Intake
+from rcllm.engine.items import ItemChanges, compare, completed
 from rcllm.engine.job import Answer, Job, Listener, Refused, Ticket
 from rcllm.engine.jobs.rank import Rank
-from rcllm.engine.passes import Prompts, Steps, enter, forward
+from rcllm.engine.passes import Prompts, Steps, demand, enter, forward
 from rcllm.engine.prefill import Prefill
+from rcllm.engine.space import about, declared_mask, model_fingerprint, space_of
+from rcllm.engine.tickets import Tickets
+from rcllm.engine.tiers import Tiers, open_tiers
 from rcllm.engine.turns import Turns
 from rcllm.engine.warming import Warming, WarmProgress
-from rcllm.errors import CancelledError, RcllmError, answered
+from rcllm.errors import CancelledError, DeadlineError, RcllmError, answered
 from rcllm.metrics import Clock, Stopwatch, Trace
 from rcllm.model.decoder import Decoder
 from rcllm.model.pull import pull
 from rcllm.prompt.blocks import Prompter
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.reuse.missing import item_owner, user_owner
-from rcllm.reuse.select import first_phase, max_rows
 from rcllm.schedule.admission import Admission, AdmissionFactory, Identity, Open
+from rcllm.schedule.cost import CostModel, Demand, Rates
 from rcllm.schedule.scheduler import Scheduler
-from rcllm.schedule.work import PassLimits, Work
+from rcllm.schedule.work import DEFAULT_TERMS, NO_LIMITS, KindLimits, PassLimits, Queue, Terms, Work
+from rcllm.store.contract import Store
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -72,30 +77,40 @@ class Engine:
         admission: Admission | None = None,
         prototypes: PrototypePool | None = None,
         *,
+        tiers: Tiers | None = None,
         clock: Clock = time.perf_counter,
         node: str = "",
         trace: Trace | None = None,
     ) -> None:
         """admission: which reuse levels may be used; None for all. prototypes: for history "semantic".
 
+        tiers: below the pool, which end with the engine.
+
         clock: seconds; node: what receipts call this machine, by default its name; trace: told of every stage.
         """
         self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id
         self.prototypes, self.node, self.trace = prototypes, node or platform.node(), trace
-        self.clock = clock
-        self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes)
-        self._rank = Rank(
+        self.clock, self._tiers = clock, tiers or Tiers()
+        self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes, clock)
+        self.rank_job = Rank(
             config, decoder, prompter, self._prefill, admission or Open.of(self.identity, prompter.context_name)
         )
-        kv_bytes = pool.budget // 2  # of one pass; the other half is for what runs on
-        self._scheduler = Scheduler(PassLimits(config.cache.pass_tokens, kv_bytes))
+        kv_bytes, schedule = pool.budget // 2, config.schedule  # of one pass; the other half is for what runs on
+        limits = PassLimits(config.cache.pass_tokens, kv_bytes, schedule.other_rows or 1 << 30)
+        self._scheduler = Scheduler(limits, schedule.tenant_shares)
+        spec = decoder.spec
+        self.costs = CostModel(Rates.first(spec.linear_flops_per_token, spec.attention_flops(1)))
         self._tickets: dict[int, Ticket] = {}  # those that wait or run
         self._withdrawn: list[Ticket] = []  # to be dropped before the next pass
         self._lock = threading.Lock()  # of the scheduler and the tickets; never held while something is computed
         self._turns = Turns()  # who computes
+        self._updating = threading.Lock()  # of the catalogue; taken first
         self._numbers = itertools.count()
         self._num_passes = 0
         self._names = {"node": self.node, "model": model_id}  # of receipts
+        self._make = Tickets(self._prefill, clock)
+        self.intake = Intake(schedule, self.costs, clock, self._make.anew, self.node, model_id)
+        self._pass_ends_s = 0.0  # of the pass that runs, by estimate
 
     @classmethod
     def build(
@@ -104,16 +119,17 @@ class Engine:
         config: Config | None = None,
         samples: Sequence[RankRequest] = (),
         admission: AdmissionFactory = Open.of,
+        store: Store | None = None,
     ) -> Engine:
-        """Loads the model and makes an empty cache.
+        """Loads the model and makes an empty pool, over the store that the configuration names, if it names one.
 
         `samples`: real requests for the canonical contexts `typical` and `mean(n)`. `admission`: told what the engine
-        is, makes what decides which reuse levels may be used; by default, all. Fetches the model when it is not
-        there. Warns of a catalogue or configuration that template or adapter do not fit. Raises ConfigError, DataError,
-        ModelError, FetchError.
+        is, makes what decides which reuse levels may be used; by default, all. `store`: in place of the one that the
+        configuration names; whoever opened it closes it. Fetches the model when it is not there. Warns of a catalogue
+        or configuration that template or adapter do not fit, and of tiers that cannot be used. Raises ConfigError,
+        DataError, ModelError, FetchError.
         """
-        memory = psutil.virtual_memory().total
-        config = declared_mask(resolve(config or Config(), Hardware(torch.cuda.is_available(), memory)))
+        config = declared_mask(resolve(config or Config(), this_machine()))
         if config.model.threads:
             torch.set_num_threads(config.model.threads)
         fitted = fit(catalogue, config)
@@ -125,7 +141,11 @@ class Engine:
         model_id = model.hex()[:12]
         prototypes = open_prototypes(config, decoder, prompter)
         admitting = admission(identity(config, prompter, model_id, prototypes), prompter.context_name)
-        return cls(config, decoder, prompter, make_pool(config, decoder), model_id, admitting, prototypes)
+        space = space_of(prompter.namespace)
+        tiers = open_tiers(config.store, space, about(config, model_id)) if store is None else Tiers()
+        pool = make_pool(config, decoder, tiers.store if store is None else store, space)
+        tiers.load_rates(pool.rates)
+        return cls(config, decoder, prompter, pool, model_id, admitting, prototypes, tiers=tiers)
 
     @property
     def identity(self) -> Identity:
@@ -133,13 +153,23 @@ class Engine:
         return identity(self.config, self.prompter, self.model_id, self.prototypes)
 
     @property
+    def catalogue(self) -> LiveCatalogue:
+        """The items as they read now."""
+        assert isinstance(self.prompter.catalogue, LiveCatalogue), "make_prompter makes it one"
+        return self.prompter.catalogue
+
+    @property
     def admission(self) -> Admission:
         """Which reuse levels rankings may use."""
-        return self._rank.admission
+        return self.rank_job.admission
 
     @admission.setter
     def admission(self, admission: Admission) -> None:
-        self._rank.admission = admission
+        self.rank_job.admission = admission
+
+    def ranking(self, admission: Admission, kind: str = "rank", limits: KindLimits = NO_LIMITS) -> Rank:
+        """A job that ranks under another admission, such as a guard's shadows, or a replay of what was answered."""
+        return Rank(self.config, self.decoder, self.prompter, self._prefill, admission, kind, limits)
 
     # ---- asking ----
 
@@ -149,7 +179,7 @@ class Engine:
 
     def rank_batch(self, requests: Sequence[RankRequest]) -> list[RankResponse | RcllmError]:
         """Per request its response, or its error; misses and fresh tokens are computed together as memory allows."""
-        return self.run(self._rank, requests)
+        return self.run(self.rank_job, requests)
 
     def run(self, job: Job[Request, Response], requests: Sequence[Request]) -> list[Response | RcllmError]:
         """Per request its response, or its error, in their order."""
@@ -180,33 +210,70 @@ class Engine:
     # ---- the loop ----
 
     def submit(
-        self, job: Job[Request, Response], request: Request, listener: Listener | None = None
+        self,
+        job: Job[Request, Response],
+        request: Request,
+        *,
+        terms: Terms = DEFAULT_TERMS,
+        listener: Listener | None = None,
     ) -> Ticket | Refused:
-        """Takes a request in, in the caller's thread; a wrong one is done at once, with its error.
+        """Takes a request in, in the caller's thread; one that is wrong, or has no time, is done at once.
 
-        `listener`: told of tokens and of the outcome as they come, for callers that do not run the loop themselves.
+        `terms`: by when it is wanted; what is given up for that stands in its receipt. `listener`: told of tokens and
+        of the outcome as they come, for callers that do not run the loop themselves.
         """
-        number, start, watch = next(self._numbers), self.clock(), Stopwatch(self.clock)
+        self._tiers.heed_erasures(self.pool)
+        number, start = next(self._numbers), self.clock()
+        taken: Ticket | None = None
         try:
-            with watch.stage("prompt"):
-                opening = job.open(request)
-            with watch.stage("lookup"):
-                lookup = self._prefill.lookup(opening.prompt)
-            with watch.stage("plan"):
-                planned = self._prefill.plan(opening.prompt, lookup)
+            while taken is None:
+                ticket = self._open(number, job, request, start, terms)
+                ticket.listener = listener
+                taken = self._take_in(ticket)
         except RcllmError as error:
             return Refused(request, error)
-        ticket = Ticket(number, job, request, start, opening, lookup, planned, watch.stages, listener)
-        with self._lock:
-            self._scheduler.open(job.kind, job.limits)
-            self._scheduler.add(self._work(ticket))
-            self._tickets[ticket.number] = ticket
+        return taken
+
+    def _open(self, number: int, job: Job[Any, Any], request: Any, start: float, terms: Terms) -> Ticket:
+        """prompt → lookup → plan"""
+        watch, version = Stopwatch(self.clock), self.catalogue.version
+        with watch.stage("prompt"):
+            opening = job.open(request)
+        ticket = self._make.of(number, job, request, start, opening, terms, watch)
+        ticket.catalogue_version = version
         return ticket
 
-    @property
-    def rank_job(self) -> Job[RankRequest, RankResponse]:
-        """The job of `rank`, for whoever submits requests and does not wait in this thread."""
-        return self._rank
+    def _take_in(self, ticket: Ticket) -> Ticket | None:
+        """Into the queue, as it was asked or as its deadline allows; None: its items may read differently by now.
+
+        Raises OverloadedError, DeadlineError.
+        """
+        with self._lock:
+            self._scheduler.open(ticket.job.kind, ticket.job.limits)
+            queue = self._scheduler.queue(self._make.work(ticket, self.intake))
+            left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue))
+            if self.intake.in_time(ticket, left_ms):
+                return self._enqueue(ticket)
+        version = ticket.catalogue_version
+        ticket = self.intake.degraded(ticket, left_ms, lambda: not self._tickets)
+        ticket.catalogue_version = version
+        with self._lock:
+            return ticket if ticket.done else self._enqueue(ticket)
+
+    def _running_ms(self, queue: Queue) -> float:
+        """What the pass that runs still takes, and the steps of what goes on beside the passes that come first."""
+        rows = min(self._scheduler.step_rows, self._scheduler.limits.other_rows)
+        steps = Demand(rows=rows * (1 + queue.ahead_rows // self._scheduler.limits.rows))
+        return max(0.0, self._pass_ends_s - self.clock()) * 1e3 + self.costs.ms(steps)
+
+    def _enqueue(self, ticket: Ticket) -> Ticket | None:
+        if ticket.catalogue_version != self.catalogue.version:
+            return None
+        self._scheduler.add(self._make.work(ticket, self.intake))
+        self._tickets[ticket.number] = ticket
+        if not ticket.job.limits.idle:
+            self.intake.count_accepted(ticket.opening.degraded)
+        return ticket
 
     def alone(self) -> AbstractContextManager[None]:
         """Nothing is computed inside, for changes of what jobs keep between passes."""
@@ -225,19 +292,25 @@ class Engine:
         watch = Stopwatch(self.clock, self.trace, self._num_passes)
         self._num_passes += 1
         answers: list[Answer] = []
+        start = self.clock()
         try:
             with self._prefill.pool_of([ticket.planned for ticket in entering]).hold() as held:
                 prompts = Prompts.of(entering, self._prefill, held, watch.stage)  # plan, materialise, select, assemble
                 steps = Steps.of(running, watch.stage)  # assemble
+                asked = demand(prompts, steps)
+                self._pass_ends_s = start + self.costs.ms(asked) / 1e3
                 first, passed = forward(self.decoder, prompts, steps, watch.stage)  # forward
                 answers += steps.take(passed, watch.stage)  # read
                 answers += enter(prompts, first, self._prefill, held, self._names, watch.stage)  # publish, read
+            self.costs.observe(asked, (self.clock() - start) * 1e3 - watch.stages.get("measure", 0.0))
         except BaseException as error:  # a pass that broke is told to everybody in it, and an interrupt to its thread
             answers = [Answer(ticket.number, error) for ticket in (*entering, *running)]
             if not isinstance(error, Exception):
                 raise
         finally:
+            self._pass_ends_s = 0.0
             self._reply(answers, (*entering, *running), watch.stages)  # reply
+        self.pool.write_through()  # what was published, for whoever comes after this process
         return True
 
     def _schedule(self) -> tuple[list[Ticket], list[Ticket]]:
@@ -246,8 +319,12 @@ class Engine:
             withdrawn, self._withdrawn = self._withdrawn, []
         self._drop(withdrawn)
         with self._lock:
-            turn = self._scheduler.turn()
+            turn = self._scheduler.turn(self.clock())
             entering, running = ([self._tickets[n] for n in some] for some in (turn.enter, turn.step))
+            expired = [self._tickets.pop(number) for number in turn.expired]
+        for ticket in expired:
+            self.intake.count_expired()
+            ticket.end(DeadlineError("too little time was left until its deadline when its turn came"))
         for ticket in entering:
             waited = (self.clock() - ticket.submitted_s) * 1e3 - sum(ticket.stage_ms.values())
             ticket.stage_ms["wait"] = max(0.0, waited)
@@ -265,12 +342,20 @@ class Engine:
             else:
                 total_ms = (self.clock() - ticket.submitted_s) * 1e3
                 receipt = replace(answer.outcome.receipt, stage_ms={**ticket.stage_ms, "total": total_ms})
-                ticket.end(replace(answer.outcome, receipt=receipt))
+                response = replace(answer.outcome, receipt=receipt)
+                if not self._was_erased(ticket):
+                    self.intake.keep(ticket, response)
+                ticket.end(response)
         with self._lock:
             for answer in answers:
                 self._scheduler.end(answer.number)
                 del self._tickets[answer.number]
         self._prefill.forget_erased((ticket.planned.prompt, ticket.lookup) for ticket in took_part)
+
+    def _was_erased(self, ticket: Ticket) -> bool:
+        """Whether its user was erased after it had been asked for."""
+        owner = user_owner(ticket.planned.prompt.user_id)
+        return owner is not None and self.pool.was_erased(owner, ticket.lookup.erasures)
 
     def cancel(self, tickets: Iterable[Ticket | Refused]) -> None:
         """Ends requests that are not done; waits for the pass that runs."""
@@ -303,21 +388,6 @@ class Engine:
             finally:
                 self._turns.release()
 
-    def _work(self, ticket: Ticket) -> Work:
-        opening, planned = ticket.opening, ticket.planned
-        blocks = planned.prompt.blocks
-        per_token = self._kv_bytes_per_token
-        return Work(
-            ticket.number,
-            ticket.job.kind,
-            max_rows(planned),
-            (self._prefill.is_anew(planned.prompt), first_phase(planned)),
-            {p.key: len(blocks[p.block]) * per_token for p in planned.plan.pieces if p.key is not None},
-            opening.step_rows,
-            opening.own_bytes,
-            arrival_s=ticket.submitted_s,
-        )
-
     # ---- the cache ----
 
     def warm(
@@ -337,13 +407,40 @@ class Engine:
                 on_progress(progress)
         return progress
 
-    def erase_user(self, user_id: UserId) -> int:
-        """Removes every block derived from a user; returns how many there were.
+    def upsert_items(self, items: Iterable[Item], gone: Collection[ItemId] = ()) -> ItemChanges:
+        """Puts items into the catalogue, in place of those with their ids, and takes `gone` out of it.
+
+        Once it returns, no answer reads an old text: it waits for requests that were submitted before. Items that read
+        as before keep their cached blocks; those of the others are removed from every tier, and computed when they are
+        asked for, or by `warm(changes.added + changes.changed)`. Raises DataError for an id that is given twice, and
+        what the store raises.
+        """
+        given = completed(items, self.catalogue, self.prompter.template.shown)
+        with self._updating:
+            changes = compare(self.prompter.texts, self.catalogue, given, gone)
+            self.catalogue.put(given, gone)
+            with self._lock:
+                before = list(self._tickets.values()) if changes.stale else []
+            self._loop(until=lambda: all(ticket.done for ticket in before))
+            for item_id in changes.stale:
+                self.intake.last_scores.forget_item(item_id)
+            return replace(changes, num_blocks=sum(self.retire_item(item_id) for item_id in changes.stale))
+
+    def reload_items(self, items: Iterable[Item]) -> ItemChanges:
+        """Makes `items` the whole catalogue, as `upsert_items` does: what others the engine had are taken out."""
+        whole = Catalogue(items)
+        return self.upsert_items(whole.values(), gone=[i for i in self.catalogue if i not in whole])
+
+    def erase_user(self, user_id: UserId, tenant: str = "") -> int:
+        """Removes every block derived from a user, from every tier; returns how many there were.
 
         Waits for the pass that is running, which may be about to publish some. The semantic pool is a read-only file
-        that was made of users' texts: build it again without the user (`rcllm pool build --exclude-users`).
+        that was made of users' texts: build it again without the user (`rcllm pool build --exclude-users`). Raises what
+        the store raises: erasing is not best-effort.
         """
-        return self._erase(user_owner(user_id) or "")
+        num_blocks = self._erase(user_owner(whose(user_id, tenant)) or "")
+        self.intake.forget_user(user_id)
+        return num_blocks
 
     def retire_item(self, item_id: ItemId) -> int:
         """Removes the blocks of an item whose text changed or that is gone; returns how many there were.
@@ -357,29 +454,32 @@ class Engine:
             self._prefill.corrector.rankings.forget(owner)
             return self.pool.delete_owner(owner)
 
-    # ---- the catalogue ----
-
-    def put_items(self, items: Iterable[Item]) -> int:
-        """Adds items or replaces their text; returns how many are new. What was submitted before keeps the old text."""
-        return self._live_catalogue().put(items)
-
-    def remove_items(self, item_ids: Iterable[ItemId]) -> None:
-        """Raises UnknownItemError, before anything is changed. What was submitted before still has them."""
-        self._live_catalogue().remove(item_ids)
-
-    def _live_catalogue(self) -> LiveCatalogue:
-        """The catalogue, made one that can be changed when that is first wanted."""
+    def queue(self, tenant: str = "") -> Queue:
+        """What a ranking of a tenant would find, were it asked for now: for metrics, pages and routing."""
         with self._lock:
-            if not isinstance(self.prompter.catalogue, LiveCatalogue):
-                self.prompter.catalogue = LiveCatalogue(self.prompter.catalogue)
-            return self.prompter.catalogue
+            self._scheduler.open(self._rank.kind, self._rank.limits)
+            found = self._scheduler.queue(Work(-1, self._rank.kind, 0, tenant=tenant, arrival_s=self.clock()))
+            return replace(found, ahead_ms=found.ahead_ms + self._running_ms(found))
 
     def stats(self) -> PoolStats:
         return self.pool.stats()
 
     @property
-    def _kv_bytes_per_token(self) -> int:
-        return self.decoder.spec.kv_bytes_per_token(self.pool.dtype.itemsize)
+    def kv_bytes_per_token(self) -> int:
+        """Of a cached block."""
+        return self._prefill.kv_bytes_per_token
+
+    def close(self) -> None:
+        """Hands the store what it does not have yet, and ends it. An engine without a store need not be closed."""
+        with self._turns.alone():
+            self.pool.write_through()
+            self._tiers.close(self.pool.rates)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _any_done(tickets: Sequence[Ticket | Refused]) -> bool:

@@ -16,12 +16,14 @@ import torch
 from rcllm.cache.lookup import Lookup
 from rcllm.cache.pool import Held
 from rcllm.core.ranking import IntArray, Prompt
+from rcllm.core.receipts import Step
+from rcllm.engine.demand import Demands
 from rcllm.errors import RcllmError
 from rcllm.metrics import Stage
 from rcllm.model.attend.segments import Segment
 from rcllm.model.decoder import Pass, Passed
 from rcllm.reuse.plan import Planned
-from rcllm.schedule.work import KindLimits
+from rcllm.schedule.work import DEFAULT_TERMS, KindLimits, Terms
 
 Request = TypeVar("Request", contravariant=True)
 Response = TypeVar("Response", covariant=True)
@@ -34,6 +36,8 @@ class Opening:
     prompt: Prompt
     step_rows: int = 0  # of each later pass; 0: the answer is read from the prompt's own pass
     own_bytes: int = 0  # of KV that it keeps while it runs
+    degraded: tuple[Step, ...] = ()  # what was given up to keep its deadline
+    guard: str = ""  # what the guard of its admission knows
 
     @property
     def goes_on(self) -> bool:
@@ -63,8 +67,16 @@ class Ticket:
     lookup: Lookup  # where its blocks were when it was submitted
     planned: Planned  # by that look-up
     stage_ms: dict[str, float]  # of the passes that it took part in, too
+    demands: Demands  # what it asks of the device, by that look-up
+    terms: Terms = DEFAULT_TERMS
+    catalogue_version: int = 0  # of the items that its prompt reads
     listener: Listener | None = None
     outcome: object = None  # a response or an exception; None: not yet
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is, for sharing the device."""
+        return str(self.request.tenant)
 
     @property
     def done(self) -> bool:
@@ -84,7 +96,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A request that entered no queue, because it is wrong."""
+    """A request that entered no queue: it is wrong, or there is no time for it."""
 
     request: Any
     outcome: RcllmError

@@ -19,6 +19,7 @@ from rcllm.metrics import Stage
 from rcllm.model.decoder import Decoder, Pass, Passed, joined, parted
 from rcllm.reuse.assemble import Assembled
 from rcllm.reuse.plan import Planned
+from rcllm.schedule.cost import Demand
 
 _NOTHING = Selected(())
 
@@ -42,7 +43,7 @@ class Prompts:
             with stage("plan"):
                 batch = [prefill.replan(ticket.planned, ticket.lookup) for ticket in tickets]
             with stage("materialise"):
-                num_computed = prefill.materialise(batch, held)
+                num_computed = prefill.materialise(batch, [ticket.lookup for ticket in tickets], held)
             with stage("select"):
                 selected = prefill.select(batch, held)
             with stage("assemble"):
@@ -66,6 +67,21 @@ class Steps:
         """Hands every job what its passes gave."""
         for job, passes in self.by_job.items():
             yield from job.take(list(itertools.islice(passed, len(passes))), stage)
+
+
+def demand(prompts: Prompts, steps: Steps) -> Demand:
+    """What a pass asked of the device, as it ran. Prompts that share a pass share what each pass costs."""
+    entered = [ticket.demands.whole for ticket in prompts.tickets] if prompts.assembled else []
+    groups = [group for some in steps.by_job.values() for work in some for group in work.groups]
+    lengths = [sum(map(len, group.segments)) for group in groups]
+    return Demand(
+        passes=max((each.passes for each in entered), default=1.0),
+        rows=sum(each.rows for each in entered) + sum(group.num_rows for group in groups),
+        missing=prompts.num_computed,
+        kv_bytes=sum(each.kv_bytes for each in entered) + sum(s.num_bytes for group in groups for s in group.segments),
+        pairs=sum(each.pairs for each in entered)
+        + sum(group.num_rows * length for group, length in zip(groups, lengths, strict=True)),
+    )
 
 
 def forward(decoder: Decoder, prompts: Prompts, steps: Steps, stage: Stage) -> tuple[Passed | None, Iterator[Passed]]:
@@ -115,7 +131,14 @@ def _entered(
             hidden=passed.hidden,
             read_rows=rows,
             segments=some,
-            shared=dict(names) | _shared(planned, prefill.notes(planned.prompt.options) + notes, passed, prompts),
+            shared=dict(names)
+            | _shared(
+                ticket,
+                planned,
+                prefill.notes(planned.prompt.options, ticket.lookup, held) + notes,
+                passed,
+                prompts,
+            ),
             held=held,
             kv_bytes_read=read,
             kv_bytes_copied=copied,
@@ -126,7 +149,9 @@ def _entered(
     ]
 
 
-def _shared(planned: Planned, notes: tuple[str, ...], passed: Passed, prompts: Prompts) -> dict[str, Any]:
+def _shared(
+    ticket: Ticket, planned: Planned, notes: tuple[str, ...], passed: Passed, prompts: Prompts
+) -> dict[str, Any]:
     """The fields of a receipt that every job fills alike; times are filled in with the reply."""
     prompt, options = planned.prompt, planned.prompt.options
     return {
@@ -139,5 +164,7 @@ def _shared(planned: Planned, notes: tuple[str, ...], passed: Passed, prompts: P
         "num_computed": prompts.num_computed,
         "stage_ms": {},
         "batch_size": len(prompts.tickets),
+        "degraded": ticket.opening.degraded,
+        "guard": ticket.opening.guard,
         "notes": prompt.notes + notes,
     }

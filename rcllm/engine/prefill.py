@@ -7,6 +7,7 @@ on the batch or on what is cached, beyond the tolerance of the kernels (docs/num
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
@@ -20,6 +21,7 @@ from rcllm.decode.rank import score
 from rcllm.engine.correct import Corrector, Selected
 from rcllm.engine.materialise import Materialiser
 from rcllm.errors import CapacityError
+from rcllm.metrics import Clock
 from rcllm.model.attend.segments import Segment
 from rcllm.model.decoder import Decoder, Keep
 from rcllm.prompt.blocks import Prompter
@@ -42,9 +44,10 @@ class Prefill:
         cache: CacheConfig,
         mask: Mask,
         prototypes: PrototypePool | None,
+        clock: Clock = time.perf_counter,
     ) -> None:
         self._decoder, self._prompter, self._pool = decoder, prompter, pool
-        self._mask, self._prototypes = mask, prototypes
+        self._mask, self._prototypes, self._clock = mask, prototypes, clock
         self.kv_bytes_per_token = decoder.spec.kv_bytes_per_token(pool.dtype.itemsize)  # as the pool keeps it
         self.num_layers = decoder.spec.num_layers
         self.materialiser = Materialiser(decoder, prompter.namespace, cache.pass_tokens)
@@ -58,8 +61,26 @@ class Prefill:
     # ---- lookup and plan: no tensors ----
 
     def lookup(self, prompt: Prompt) -> Lookup:
-        """Where the blocks of a prompt are; asks every tier, and waits for no pass."""
-        return self._pool.lookup_many(keys_of(prompt))
+        """Where the blocks of a prompt are; asks every tier, and waits for no pass.
+
+        What is computed sooner than it is read, by what was learned of both, is set apart.
+        """
+        lookup = self._pool.lookup_many(keys_of(prompt))
+        far = {key for key, located in lookup.found.items() if located.ms > 0.0}
+        if not far:
+            return lookup
+        flops = {key: flops for key, flops in self._recompute_flops(prompt) if key in far}
+        return lookup.against({key: self._pool.rates.flops.ms(amount) for key, amount in flops.items()})
+
+    def _recompute_flops(self, prompt: Prompt) -> Iterator[tuple[ContentKey, float]]:
+        """What each block would take, under either of its keys."""
+        spec, layout = self._decoder.spec, prompt.options.layout
+        for block in prompt.blocks:
+            if block.chain_key is not None:
+                yield block.chain_key, recompute_flops(spec, len(block), [block.base])
+            if block.key is not None:
+                variants = canonical(self._prompter, block, layout).context.variants
+                yield block.key, recompute_flops(spec, len(block), [len(variant) for variant in variants])
 
     def plan(self, prompt: Prompt, lookup: Lookup) -> Planned:
         """Decides what is fresh and what is read from where."""
@@ -96,8 +117,11 @@ class Prefill:
             return self._pool
         return Pool(self._pool.budget, self._decoder.dtype, self._decoder.device)
 
-    def materialise(self, batch: Sequence[Planned], held: Held) -> int:
-        """Fetches every block that the plans read, and computes those that do not exist; returns tokens computed."""
+    def materialise(self, batch: Sequence[Planned], lookups: Iterable[Lookup], held: Held) -> int:
+        """Fetches every block that the plans read, and computes the others; returns tokens computed.
+
+        Others are those that do not exist, and those that are computed sooner than read.
+        """
         for borrowed in (each for planned in batch for each in planned.borrowed.values()):
             if borrowed.key not in held.blocks:
                 assert self._prototypes is not None
@@ -108,7 +132,24 @@ class Prefill:
             for piece in planned.plan.pieces
             if piece.key is not None
         }
-        return self.materialiser.compute([self._missing(key, *needed[key]) for key in held.fetch(needed)], held)
+        dear = set[ContentKey]()
+        for lookup in lookups:
+            dear |= lookup.dear
+            self._pool.passed_over(lookup)
+        return self.compute([self._missing(key, *needed[key]) for key in held.fetch(needed, dear)], held)
+
+    def compute(self, missing: Sequence[Missing], held: Held) -> int:
+        """Computes blocks, and learns how fast that goes; returns tokens computed."""
+        if not missing:
+            return 0
+        flops = sum(
+            recompute_flops(self._decoder.spec, len(each.token_ids), [len(v) for v in each.context.variants])
+            for each in missing
+        )
+        start = self._clock()
+        tokens = self.materialiser.compute(missing, held)
+        self._pool.rates.flops.saw(flops, self._clock() - start)
+        return tokens
 
     def _missing(self, key: ContentKey, prompt: Prompt, index: int) -> Missing:
         block = prompt.blocks[index]
@@ -142,9 +183,12 @@ class Prefill:
             if owner is not None and self._pool.was_erased(owner, lookup.erasures):
                 self._pool.delete_owner(owner)
 
-    def notes(self, options: RankOptions) -> tuple[str, ...]:
+    def notes(self, options: RankOptions, lookup: Lookup, held: Held) -> tuple[str, ...]:
         """What a receipt says of how the prompt was read."""
         notes = []
+        if num_dear := sum(held.sources.get(key) == "computed" for key in lookup.dear):
+            rates = self._pool.rates.told()
+            notes.append(f"{num_dear} blocks that a tier has were sooner computed than read, by the estimates: {rates}")
         if self._mask == "blocks":
             anew = options.level.name in ("full", "exact")
             exact = "every block was computed anew for it" if anew else "reading cached blocks is exact under it"
@@ -156,9 +200,10 @@ class Prefill:
     def score_content_free(self, num_candidates: int, options: RankOptions) -> Scores:
         """The log-probabilities of labels whose candidates all read the same."""
         prompt = self._prompter.build_content_free(num_candidates, options)
-        planned = self.plan(prompt, self.lookup(prompt))
+        lookup = self.lookup(prompt)
+        planned = self.plan(prompt, lookup)
         with self.pool_of([planned]).hold() as held:
-            self.materialise([planned], held)
+            self.materialise([planned], [lookup], held)
             selected = self.select([planned], held)
             assembled = self.assemble(selected.batch, held)
             hidden = self._decoder.forward(assembled.work, selected.carried).hidden

@@ -1,7 +1,7 @@
 """What is computed ahead of requests, block by block, while requests are served in between.
 
-Knows nothing of requests. Invariant: blocks that exist are skipped, and a block is computed only where it fits beside
-all that is cached, so that warming evicts nothing.
+Knows nothing of requests. Invariant: blocks that exist on any tier are skipped, and a block is computed only where it
+fits beside all that is kept, in the pool or below it, so that warming evicts nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from rcllm.metrics import Clock
 from rcllm.prompt.blocks import Prompter
 from rcllm.reuse.missing import Missing, canonical, chunks
 
+_HEADER = 48  # bytes of a block in a store, beside its KV
+
 
 @dataclass(frozen=True, slots=True)
 class WarmProgress:
@@ -27,8 +29,8 @@ class WarmProgress:
     done_blocks: int
     total_blocks: int
     computed_tokens: int
-    pool_bytes: int
-    full: bool  # the pool has no room for the rest
+    computed_bytes: int  # of KV, in this run
+    full: bool  # neither the pool nor a tier below it has room for the rest
     elapsed_s: float
     eta_s: float  # until the rest is done, at the speed so far; 0 when it is
 
@@ -46,45 +48,68 @@ class Warming:
         wanted = blocks_to_warm(self._prompter, self._config.rank, item_ids)
         exist = self._pool.lookup_many(missing.key for missing in wanted)
         todo = [missing for missing in wanted if missing.key not in exist]
-        start, left, full = self._clock(), len(todo), False
+        start, left, num_bytes, full = self._clock(), len(todo), 0, False
         with alone():
             tokens = self._instruction()
+        room_below = _room_below(self._pool)
 
         def progress() -> WarmProgress:
             elapsed = self._clock() - start
             eta = elapsed * left / (len(todo) - left) if left < len(todo) else 0.0
-            num_bytes = self._pool.stats().num_bytes
             return WarmProgress(len(wanted) - left, len(wanted), tokens, num_bytes, full, elapsed, eta)
 
         for chunk in chunks(todo, self._config.cache.pass_tokens):
             with alone():
-                fitting = self._fitting(chunk)
-                tokens += self._compute(fitting)
-            left, full = left - len(fitting), len(fitting) < len(chunk)
+                fitting = self._within(self._pool.free_bytes, chunk)
+                tokens += self._compute(fitting, self._pool)
+                room_below -= self._num_bytes(fitting, _HEADER)
+                rest = self._within(room_below, chunk[len(fitting) :], _HEADER)
+                tokens += self._compute(rest, self._pool.beside(self._beside_bytes))
+                room_below -= self._num_bytes(rest, _HEADER)
+            done = [*fitting, *rest]
+            num_bytes += self._num_bytes(done, 0)
+            left, full = left - len(done), len(done) < len(chunk)
             yield progress()
             if full:
                 return
         yield progress()
 
-    def _fitting(self, chunk: Sequence[Missing]) -> Sequence[Missing]:
-        """The first blocks of a chunk that fit into the free part of the pool."""
-        per_token = self._prefill.kv_bytes_per_token
-        ends = accumulate(len(missing.token_ids) * per_token for missing in chunk)
-        return chunk[: sum(end <= self._pool.free_bytes for end in ends)]
+    @property
+    def _beside_bytes(self) -> int:
+        """Of a pool that holds one chunk and the longest contexts that it may be computed in."""
+        return 2 * self._prefill.kv_bytes_per_token * (self._config.cache.pass_tokens + self._prompter.max_positions)
 
-    def _compute(self, blocks: Sequence[Missing]) -> int:
+    def _within(self, num_bytes: int, blocks: Sequence[Missing], header: int = 0) -> Sequence[Missing]:
+        """The first blocks that fit into so many bytes."""
+        ends = accumulate(self._num_bytes([missing], header) for missing in blocks)
+        return blocks[: sum(end <= num_bytes for end in ends)]
+
+    def _num_bytes(self, blocks: Iterable[Missing], header: int) -> int:
+        return sum(len(missing.token_ids) * self._prefill.kv_bytes_per_token + header for missing in blocks)
+
+    def _compute(self, blocks: Sequence[Missing], pool: Pool) -> int:
         """Returns how many tokens went through the layers."""
-        with self._pool.hold() as held:
+        if not blocks:
+            return 0
+        with pool.hold() as held:
             absent = set(held.fetch(missing.key for missing in blocks))
-            tokens = self._prefill.materialiser.compute([each for each in blocks if each.key in absent], held)
+            tokens = self._prefill.compute([each for each in blocks if each.key in absent], held)
             self._prefill.corrector.warm(blocks, self._config.rank, held)
-            return tokens
+        pool.write_through()
+        return tokens
 
     def _instruction(self) -> int:
         layout = self._config.rank.layout
         instruction = canonical(self._prompter, self._prompter.instruction_block(layout), layout)
         with self._pool.hold() as held:
-            return self._prefill.materialiser.compute([instruction] if held.fetch([instruction.key]) else [], held)
+            tokens = self._prefill.compute([instruction] if held.fetch([instruction.key]) else [], held)
+        self._pool.write_through()
+        return tokens
+
+
+def _room_below(pool: Pool) -> int:
+    """Bytes that the roomiest tier below a pool can still take."""
+    return max((tier.budget_bytes - tier.num_bytes for tier in pool.stats().tiers), default=0)
 
 
 def blocks_to_warm(prompter: Prompter, options: RankOptions, item_ids: Iterable[ItemId] | None) -> list[Missing]:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rcllm.config import as_json
 from rcllm.core.ranking import Level, RankOptions
 from rcllm.durable import write
 from rcllm.errors import ConfigError, DataError, UncalibratedError
@@ -20,9 +19,9 @@ from rcllm.fidelity.intervals import Interval
 from rcllm.fidelity.records import Configuration
 from rcllm.fidelity.summary import Summary
 from rcllm.fidelity.target import Cost, Target
-from rcllm.fields import parse, read_object
-from rcllm.plain_json import to_json
-from rcllm.schedule.admission import Admitted, Identity, exactly, is_exact
+from rcllm.fields import parse
+from rcllm.plain_json import as_json, read_object, to_json
+from rcllm.schedule.admission import Admitted, Identity, exact_blocks, exactly, is_exact
 
 VERSION = 1
 
@@ -178,6 +177,21 @@ class Calibrated:
         if failed := self.target.failures(rung.summary):
             raise UncalibratedError(self._refusal(asked, f"it was measured and does not pass: {'; '.join(failed)}"))
         return Admitted(options, (f"level {level}: {self._measured(rung)}",))
+
+    def cheaper(self, options: RankOptions) -> tuple[Admitted, ...]:
+        """The rungs that pass and are cheaper than `options`; where those were not measured, all that pass."""
+        if self.identity.mask == "blocks":
+            return exact_blocks(options, self.identity.mask)
+        passed, asked = passing(self._rungs(options), self.target), Configuration.of(self.context, options)
+        place = next((i for i, rung in enumerate(passed) if rung.configuration == asked), len(passed))
+        return tuple(
+            Admitted(
+                replace(options, level=found.level, selection=found.selection),
+                (f"level {found.level} instead of {options.level}: {self._measured(rung)}",),
+            )
+            for rung in reversed(passed[:place])
+            for found in [rung.configuration.options]
+        )
 
     def ladder(self, options: RankOptions) -> tuple[Level, ...]:
         """The levels that pass, cheapest first, then `exact`: what a guard may step along."""

@@ -19,8 +19,8 @@ from blake3 import blake3
 
 from rcllm.core.ranking import Event, Item, ItemId, Level, RankOptions, RankRequest, Selection
 from rcllm.errors import DataError, ModelError
-from rcllm.fields import parse, read_object
-from rcllm.plain_json import to_json
+from rcllm.fields import parse
+from rcllm.plain_json import read_object, to_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,18 +6,20 @@ computes for the guard during at most `cpu_share` of the time between the beginn
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 
 from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
 from rcllm.errors import ConfigError, RcllmError
-from rcllm.fidelity.measures import Scores
 from rcllm.fidelity.monitor import DriftMonitor, GuardEvent, GuardPolicy, rank_loss
 
 logger = logging.getLogger(__name__)
+
+Passes = Generator[RankRequest, RankResponse, None]
 
 _FULL = Level("full")
 _KEPT_EVENTS = 1000
@@ -76,7 +78,7 @@ class Shadow:
     """A served request that waits to be recomputed."""
 
     request: RankRequest
-    options: RankOptions  # as it was answered
+    options: RankOptions  # as it was asked
     response: RankResponse
 
 
@@ -125,22 +127,74 @@ class GuardCore:
 
     def run(self, shadow: Shadow) -> None:
         """Recomputes one request and moves the level if the evidence is there. Raises what `rank` and `sleep` raise."""
+        passes = self.passes(shadow)
+        with contextlib.suppress(StopIteration):
+            asked = next(passes)
+            while True:
+                try:
+                    response = self._ranked(asked)
+                except RcllmError as error:
+                    asked = passes.throw(error)
+                else:
+                    asked = passes.send(response)
+
+    def passes(self, shadow: Shadow) -> Passes:
+        """The same pass by pass, for whoever runs them: yields what is to be ranked and is sent the response, or thrown
+        the error."""
         kind = kind_of(shadow.options)
         monitor = self._monitors.setdefault(kind, DriftMonitor(self._policy, kind))
         level, cheaper = monitor.level, monitor.cheaper
         if shadow.response.receipt.level != str(level):
             self.counts.num_stale += 1
             return
-        full = self._pass(shadow, _FULL).scores
-        served = shadow.response if shadow.options.bias != "running_mean" else self._pass(shadow, level)
-        loss = rank_loss(full, served.scores)
+        full = (yield _asked(shadow, _FULL)).scores
+        served = shadow.response
+        if shadow.options.bias == "running_mean":
+            served = yield _asked(shadow, level)
+        loss, cheaper_loss = rank_loss(full, served.scores), None
         if loss is None:
             self.counts.num_undefined += 1
             return
-        cheaper_loss = self._cheaper_loss(shadow, full, cheaper) if cheaper else None
+        if cheaper is not None:
+            try:
+                cheaper_loss = rank_loss(full, (yield _asked(shadow, cheaper)).scores)
+            except RcllmError:  # or it is refused: that must not hide the losses of the level in use
+                self.counts.num_failed += 1
+                logger.exception("guard: request %s could not be ranked at %s", shadow.request.request_id, cheaper)
+        if monitor.level != level:  # another request has moved it meanwhile
+            self.counts.num_stale += 1
+            return
         self.counts.num_shadowed += 1
         if event := monitor.observe(loss, cheaper_loss, self._wall_clock()):
             self._tell(event)
+
+    def took(self, start_s: float) -> None:
+        """A pass that began at `start_s` has ended; the next may begin when the guard has rested."""
+        took = self._clock() - start_s
+        self.counts.shadow_s += took
+        self._ready_at = start_s + took / self._shadowing.cpu_share
+
+    @property
+    def rests_s(self) -> float:
+        """Until the next pass may begin."""
+        return max(0.0, self._ready_at - self._clock())
+
+    def verdict(self, options: RankOptions) -> str:
+        """What is known of requests of this kind, in a sentence for receipts."""
+        monitor = self._monitors.get(kind_of(options))
+        if monitor is None:
+            return f"{self.level(options)}: no request of this kind was recomputed yet"
+        test = monitor.drift
+        found = (
+            f"mean loss {test.mean_loss:.4f} (target {test.bound:g}), e-value {test.e_value:.3g} of {1 / test.alpha:g}"
+        )
+        return (
+            f"{monitor.level}: {found}, over {test.num_samples} shadows" if test.num_samples else self._since(monitor)
+        )
+
+    def _since(self, monitor: DriftMonitor) -> str:
+        last = next((event for event in reversed(self.events) if event.to_level == str(monitor.level)), None)
+        return f"{monitor.level}: " + (f"{last.kind} from {last.from_level}" if last else "no shadows yet")
 
     def stats(self) -> GuardStats:
         kinds = tuple(
@@ -149,34 +203,17 @@ class GuardCore:
         )
         return GuardStats(replace(self.counts), kinds)
 
-    def _cheaper_loss(self, shadow: Shadow, full_scores: Scores, cheaper: Level) -> float | None:
-        """None where the cheaper level fails, or is refused: that must not hide the losses of the level in use."""
-        try:
-            return rank_loss(full_scores, self._pass(shadow, cheaper).scores)
-        except RcllmError:
-            self.counts.num_failed += 1
-            logger.exception("guard: request %s could not be ranked at %s", shadow.request.request_id, cheaper)
-            return None
-
-    def _pass(self, shadow: Shadow, level: Level) -> RankResponse:
-        """Ranks when the budget and the engine's other work let it.
-
-        Without the user, so that nothing derived from one who may have been erased since is published again; and
-        without a bias that depends on the requests before.
-        """
-        bias = "none" if shadow.options.bias == "running_mean" else shadow.options.bias
-        options = replace(shadow.options, level=level, bias=bias)
-        self._sleep(max(0.0, self._ready_at - self._clock()))
+    def _ranked(self, asked: RankRequest) -> RankResponse:
+        """Ranks when the budget and the engine's other work let it."""
+        self._sleep(self.rests_s)
         give_up_at = self._clock() + self._shadowing.patience_s
         while not self._idle() and self._clock() < give_up_at:
             self._sleep(_POLL_S)
         start = self._clock()
         try:
-            return self._rank(replace(shadow.request, user_id=None, options=options))
+            return self._rank(asked)
         finally:
-            took = self._clock() - start
-            self.counts.shadow_s += took
-            self._ready_at = start + took / self._shadowing.cpu_share
+            self.took(start)
 
     def _tell(self, event: GuardEvent) -> None:
         self.events.append(event)
@@ -193,6 +230,14 @@ class GuardCore:
             event.e_value,
         )
         self._on_event(event)
+
+
+def _asked(shadow: Shadow, level: Level) -> RankRequest:
+    """Without the user, so that nothing derived from one who may have been erased since is published again; and
+    without a bias that depends on the requests before."""
+    bias = "none" if shadow.options.bias == "running_mean" else shadow.options.bias
+    options = replace(shadow.options, level=level, bias=bias)
+    return replace(shadow.request, user_id=None, options=options)
 
 
 def kind_of(options: RankOptions) -> str:

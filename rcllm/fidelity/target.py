@@ -9,9 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Interval
-
-from rcllm.annotated import Opt
+from rcllm.annotated import Ge, Interval, Opt
 from rcllm.fields import check
 
 if TYPE_CHECKING:

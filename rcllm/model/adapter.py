@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 from rcllm.core.ranking import Mask
 from rcllm.durable import renamed, write
 from rcllm.errors import ModelError
-from rcllm.json_files import read_json
 from rcllm.model.adapter_config import CONFIG, LoraConfig, load_config
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, Weights, check_finite
-from rcllm.plain_json import to_json, without_nan
+from rcllm.plain_json import read_json, to_json, without_nan
 
 _NAMES = {
     "q": "self_attn.q_proj",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rcllm.errors import ModelError
-from rcllm.json_files import read_json
+from rcllm.plain_json import read_json
 
 CONFIG = "adapter_config.json"
 

@@ -57,6 +57,7 @@ _COMPUTES = re.compile(  # words by which a key speaks of the computation; other
     "attn|attention|rope|rotary|scal|multipl|softcap|norm|bias|window|expert|causal|bidirectional|alibi|clip|residual"
     "|embedding|position|cross|encoder"
 )
+INT8_GROUP = 16  # values of KV in int8 that share one scale, which has 2 bytes (`kv_int8.py`)
 _DEFAULT_BOS_EOS: dict[str, tuple[int | None, int | None]] = {"llama": (1, 2), "mistral": (1, 2)}
 
 
@@ -171,8 +172,8 @@ class ModelSpec:
         return self.num_kv_heads * self.head_dim
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-        """Bytes of K and V of one token in all layers."""
-        return 2 * self.num_layers * self.kv_size * dtype_bytes
+        """Bytes of K and V of one token in all layers, kept in values of 4, 2 or 1 bytes (int8, with its scales)."""
+        return 2 * self.num_layers * self.num_kv_heads * kv_row_bytes(self.head_dim, dtype_bytes)
 
     @property
     def linear_flops_per_token(self) -> int:
@@ -199,6 +200,11 @@ class ModelSpec:
     @property
     def _layer_matrix_weights(self) -> int:
         return self.hidden_size * (2 * self.q_size + 2 * self.kv_size + 3 * self.ffn_size)
+
+
+def kv_row_bytes(head_dim: int, dtype_bytes: int) -> int:
+    """Of K or V of one token and head; one byte a value is int8, whose rows end in their scales."""
+    return head_dim * dtype_bytes + (2 * -(-head_dim // INT8_GROUP) if dtype_bytes == 1 else 0)
 
 
 def _family(config: Mapping[str, Any]) -> str:

@@ -19,8 +19,8 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from rcllm.errors import ModelError, UnsupportedModelError
-from rcllm.json_files import read_json, read_json_if_there
 from rcllm.model.spec import ModelSpec
+from rcllm.plain_json import read_json, read_json_if_there
 
 _IGNORED = "rotary_emb.inv_freq"  # a buffer that old exports wrote; it follows from the config
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them

@@ -181,7 +181,7 @@ class Prompter:
                 f"level {level} is for rankings; open prompts take full, exact, linked(k), tail(r), blocks"
             )
         options = RankOptions(level=level, history=request.history_mode)
-        draft = Draft(self.namespace, RankRequest(request.request_id, (), request.history, request.user_id), options)
+        draft = Draft(self.namespace, _closed(request), options)
         draft.add(BlockKind.INSTRUCTION, self.instructions["history_first"])
         self._add_history(draft)
         ids = self.tokenizer.encode_control(self.template.question + self.chat.assistant + self.template.answer)
@@ -285,7 +285,7 @@ class Prompter:
             written = self.event(event, request.texts)
             _note(draft, "events", written, event.item_id or "own words")
             private = event.text is not None
-            owner = request.user_id if private else event.item_id
+            owner = draft.user if private else event.item_id
             key = None
             if options.history == "shared" and owner is not None:
                 key = self.key(BlockKind.HISTORY, written.ids, options.layout, owner if private else None)
@@ -360,6 +360,11 @@ class Prompter:
                 f"request {request.request_id!r}: expected each candidate once, got {listed(twice)} more than once; "
                 "remove the repetitions"
             )
+
+
+def _closed(request: OpenRequest) -> RankRequest:
+    """The same user and history, for a draft."""
+    return RankRequest(request.request_id, (), request.history, request.user_id, tenant=request.tenant)
 
 
 def _note(draft: Draft, of: str, written: Written, name: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from blake3 import blake3
 
-from rcllm.core.ranking import Block, BoolArray, ContentKey, Prompt, RankOptions, RankRequest, Read, TokenIds
+from rcllm.core.ranking import Block, BoolArray, ContentKey, Prompt, RankOptions, RankRequest, Read, TokenIds, whose
 from rcllm.core.receipts import BlockKind
 from rcllm.prompt.keys import content_key, token_bytes
 
@@ -47,6 +47,7 @@ class Draft:
     def __init__(self, namespace: bytes, request: RankRequest, options: RankOptions) -> None:
         """`namespace`: what the keys of all blocks begin with."""
         self.namespace, self.request, self.options = namespace, request, options
+        self.user = whose(request.user_id, request.tenant)
         self.blocks: list[Block] = []
         self.reads: list[Read] = []
         self.notes = Notes()
@@ -112,13 +113,13 @@ class Draft:
             num_candidates,
             self.label_ids,
             self.options,
-            request.user_id,
+            self.user,
             (*told, *notes),
         )
 
     def _chain_key(self, kind: BlockKind, ids: TokenIds) -> ContentKey | None:
         """Names the KV of a block after exactly what precedes it; a user's history belongs to that user alone."""
-        owner = None if kind is BlockKind.INSTRUCTION else self.request.user_id
+        owner = None if kind is BlockKind.INSTRUCTION else self.user
         if owner is None and kind is not BlockKind.INSTRUCTION:
             return None
         return content_key(self.namespace, self._context.digest(), ids, owner)

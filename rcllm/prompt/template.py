@@ -14,9 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Ge
 from blake3 import blake3
 
+from rcllm.annotated import Ge
 from rcllm.config import PromptConfig, nearest
 from rcllm.errors import ConfigError
 from rcllm.fields import parse

@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from rcllm.core.ranking import TokenIds
 from rcllm.errors import ModelError
-from rcllm.json_files import read_json, read_json_if_there
+from rcllm.plain_json import read_json, read_json_if_there
 from rcllm.prompt.continuing import continuing
 from rcllm.prompt.remembered import Remembered
 from rcllm.prompt.template import told_format

@@ -33,10 +33,10 @@ from rcllm.prompt.keys import token_bytes
 from rcllm.prototypes.config import PrototypeConfig
 from rcllm.prototypes.lookup import Matcher, PrototypeIndex, always_fresh
 from rcllm.prototypes.lsh import Canonical, Ints, Lsh, Words, choose
-from rcllm.prototypes.pool import VERSION, PrototypeHeader, embedding_rows, is_pool, namespace_digest, write
+from rcllm.prototypes.pool import DTYPES, VERSION, PrototypeHeader, embedding_rows, is_pool, namespace_digest, write
 from rcllm.reuse.assemble import assemble_blocks
 
-_DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _OURS = re.compile(r"shard-\d+\.safetensors|\..*\.partial")  # in a work folder, beside the recipe
 _HELD_OUT, _MAX_HELD_OUT = 0.05, 500  # share of the texts, and number, that tell how much of new text is found
 
@@ -96,8 +96,12 @@ class PrototypeBuilder:
         layout: Layout = "history_first",
         pass_tokens: int = 2048,
     ) -> None:
-        """`layout`: whose instruction stands before the texts; `pass_tokens`: most tokens in one forward pass."""
+        """`layout`: whose instruction stands before the texts; `pass_tokens`: most tokens in one forward pass.
+
+        `kv_dtype`: fp16 for int8, since a prototype is a sum of rows, which have no common scale.
+        """
         check(config)
+        kv_dtype = torch.float16 if kv_dtype == torch.int8 else kv_dtype
         self.decoder, self.prompter, self.config, self.out = decoder, prompter, config, out
         self.model_id, self.kv_dtype, self.pass_tokens = model_id, kv_dtype, pass_tokens
         self.instruction = prompter.instructions[layout]

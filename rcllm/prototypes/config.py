@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Interval
-
-from rcllm.annotated import Opt, Rule, check_regex
+from rcllm.annotated import Ge, Interval, Opt, Rule, check_regex
 
 MemberContext = Literal["history", "instruction"]
 FRESH_PATTERN = r"\d|^[\W_]*$"  # a digit (numbers, ids, timestamps), or no letter at all (delimiters)

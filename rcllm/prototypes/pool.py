@@ -32,7 +32,7 @@ from rcllm.prototypes.lsh import Canonical, Floats, Ints, Lsh, Rows, Words
 
 VERSION = 1
 _META = "rcllm_semantic_pool"
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
 
 
@@ -61,7 +61,7 @@ class PrototypeHeader:
 
     @property
     def kv_bytes(self) -> int:
-        per_layer = 2 * self.kv_heads * self.head_dim * _DTYPES[self.dtype].itemsize
+        per_layer = 2 * self.kv_heads * self.head_dim * DTYPES[self.dtype].itemsize
         return self.prototypes * self.layers * per_layer
 
 
@@ -171,7 +171,7 @@ def write(
     shape = (header.prototypes, header.layers, 2, header.kv_heads, header.head_dim)
     last = torch.from_numpy(fresh.astype(np.uint8))
     described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    described |= {"kv": (_DTYPES[header.dtype], shape), "fresh": (last.dtype, tuple(last.shape))}
+    described |= {"kv": (DTYPES[header.dtype], shape), "fresh": (last.dtype, tuple(last.shape))}
     head, offsets = _layout(header, described)
     with renamed(path) as partial:
         with partial.open("wb") as file:
@@ -182,7 +182,7 @@ def write(
             file.seek(offsets["fresh"])
             file.write(last.numpy().tobytes())
         mapped = np.memmap(partial, np.uint8, "r+", offsets["kv"], (header.kv_bytes,))
-        kv = torch.from_numpy(mapped).view(_DTYPES[header.dtype]).view(shape)  # zeros so far
+        kv = torch.from_numpy(mapped).view(DTYPES[header.dtype]).view(shape)  # zeros so far
         for prototypes, weights, rows in parts:
             kv.index_add_(0, torch.from_numpy(prototypes), (rows.float() * weights.view(-1, 1, 1, 1, 1)).to(kv.dtype))
         mapped.flush()

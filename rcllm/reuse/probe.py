@@ -16,6 +16,7 @@ import torch
 
 from rcllm.core.ranking import BoolArray, ContentKey, IntArray, Reduction
 from rcllm.model.decoder import Decoder
+from rcllm.model.kv_int8 import widen
 from rcllm.reuse.assemble import assemble
 from rcllm.reuse.plan import Planned
 from rcllm.reuse.select import FloatArray, Signals, Tokens, questions
@@ -109,15 +110,13 @@ def _differences(
 ) -> Seen:
     """How far K and V of whole reused pieces, the tokens `compared`, are from the cached ones, at their positions."""
     starts = np.cumsum([0, *map(len, planned.plan.pieces)]).tolist()
-    cached = torch.cat(
-        [
-            kv[piece.key][layer, :, :, piece.start : piece.stop]
-            for piece, start in zip(planned.plan.pieces, starts, strict=False)
-            if piece.key is not None and compared[start]
-        ],
-        dim=2,
-    )  # [2, KV, compared, D]
-    num_bytes = cached.numel() * cached.element_size()
+    kept = [
+        kv[piece.key][layer, :, :, piece.start : piece.stop]
+        for piece, start in zip(planned.plan.pieces, starts, strict=False)
+        if piece.key is not None and compared[start]
+    ]
+    num_bytes = sum(some.numel() * some.element_size() for some in kept)
+    cached = torch.cat([widen(some) for some in kept], dim=2)  # [2, KV, compared, D]
     bases = np.array([block.base for block in planned.prompt.blocks])[tokens.block[compared]]
     at = torch.from_numpy(np.flatnonzero(compared))
     k, v = rows.k[at].float(), rows.v[at].float()
@@ -176,8 +175,9 @@ class _Watcher:
     def look(self, layer: int, rows: Heads) -> None:
         k = rows.k
         if self._cached:
-            cached = torch.cat([kv[layer, 0, :, start:stop] for kv, start, stop in self._cached], dim=1)
-            self.num_bytes += cached.numel() * cached.element_size()
+            kept = [kv[layer, 0, :, start:stop] for kv, start, stop in self._cached]
+            self.num_bytes += sum(some.numel() * some.element_size() for some in kept)
+            cached = torch.cat([widen(some) for some in kept], dim=1)
             cached = self._decoder.rope.shift(cached.to(k.dtype).transpose(0, 1), self._bases)
             k = torch.cat((cached, k))[self._order]
         self._total += attention_received(self._sees, self._block, rows.q[self._rows], self._asked, k, "question")

@@ -39,6 +39,7 @@ class Admitted:
 
     options: RankOptions
     notes: tuple[str, ...] = ()  # for the receipt: why, where it is not as asked
+    guard: str = ""  # for the receipt: what a guard that watches over it knows
 
 
 class Admission(Protocol):
@@ -46,6 +47,9 @@ class Admission(Protocol):
 
     def admit(self, options: RankOptions) -> Admitted:
         """Raises UncalibratedError for a level that may not be used."""
+
+    def cheaper(self, options: RankOptions) -> tuple[Admitted, ...]:
+        """What may be used instead of `options`, which were admitted, to save time; the dearest of them first."""
 
 
 AdmissionFactory = Callable[[Identity, str], Admission]  # of an engine's identity and canonical context
@@ -67,10 +71,22 @@ class Open:
             return Admitted(options)
         return exactly(options, self.mask, "for there is no calibration; `rcllm calibrate` finds how far reuse may go")
 
+    def cheaper(self, options: RankOptions) -> tuple[Admitted, ...]:
+        """What is exact all the same; of other levels nothing is known."""
+        return exact_blocks(options, self.mask)
+
 
 def is_exact(options: RankOptions, mask: Mask) -> bool:
     """Whether the answer is that of a full prefill under the model's mask; a model tuned for blocks reads blocks."""
     return options.level.name in ("full", "exact") or (mask == "blocks" and options.history != "semantic")
+
+
+def exact_blocks(options: RankOptions, mask: Mask) -> tuple[Admitted, ...]:
+    """Instead of computing every block anew: under the block mask, reading those that are cached is exact too."""
+    blocks = replace(options, level=Level("blocks"))
+    if options.level.name not in ("full", "exact") or not is_exact(blocks, mask):
+        return ()
+    return (Admitted(blocks, (f"level blocks instead of {options.level}, exact as well under the model's mask",)),)
 
 
 def exactly(options: RankOptions, mask: Mask, why: str) -> Admitted:

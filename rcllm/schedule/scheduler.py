@@ -1,35 +1,56 @@
-"""What runs next: who waits, who runs, and whose turn it is. Never imports torch, never sees a prompt or a clock.
+"""What runs next: who waits, who runs, and whose turn it is. Never imports torch, never sees a prompt.
 
 Kinds and, within a kind, tenants take turns by the rows that they were given (start-time fair queueing: Goyal et al.,
-1996); within a tenant, work goes by its deadline, or by its arrival where it has none. Everything that runs takes a
-step in every pass, and prompts that fit go through the layers beside it.
+1996); within a tenant, work goes by its deadline, or by its arrival where it has none. What runs takes a step in every
+pass, beside the prompts that enter, unless its rows would hold up work of a single pass (`PassLimits.other_rows`).
 
-    add → waiting —turn→ running —end→ gone           cancel: from either, at once
+    add → waiting —turn→ running —end→ gone           cancel: from either, at once; expired: from waiting, by a turn
 
 Invariants: a number is in one place at a time; who was given least goes first, and is waited for where it needs more
-room, so that nothing starves; what was cancelled is in no turn. Not thread-safe: the engine locks.
+room, so that nothing starves; what was cancelled is in no turn. The time is an argument. Not thread-safe: the engine
+locks.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from bisect import bisect, insort
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rcllm.core.ranking import ContentKey
-from rcllm.schedule.work import KindLimits, PassLimits, Turn, Work
+from rcllm.schedule.cost import MARGIN
+from rcllm.schedule.work import KindLimits, PassLimits, Queue, Turn, Work
 
 _PATIENCE_S = 1.0  # work without a deadline stands in its queue like work that has this long from its arrival
 _IDLE_TENANTS = 64  # whose shares are remembered before those that no longer matter are forgotten
+_HOPELESS = 0.5  # work that has less than this share of its estimated time left is late even where that is too high
+
+_Place = tuple[float, int, float]  # of waiting work in its queue: when it is due, its number, its estimated ms
 
 
 @dataclass(slots=True)
 class _Tenant:
     """The waiting work of one tenant, of one kind."""
 
-    served: float  # rows that it was given; never behind those who waited while it did not
-    queue: list[tuple[float, int]] = field(default_factory=list)  # a heap of (due, number)
+    served: float  # rows that it was given, by its share; never behind those who waited while it did not
+    share: float
+    queue: list[_Place] = field(default_factory=list)  # in order
+    ms: float = 0.0  # of all of it
     listed: bool = False  # in its kind's order
+
+    def put(self, place: _Place) -> None:
+        insort(self.queue, place)
+        self.ms += place[2]
+
+    def take(self, place: _Place) -> None:
+        del self.queue[bisect(self.queue, place) - 1]
+        self.ms = self.ms - place[2] if self.queue else 0.0
+
+    def ms_before(self, due: float) -> float:
+        """Of what is due earlier, or at the same time and was there before."""
+        end = bisect(self.queue, due, key=lambda place: place[0])
+        return self.ms if end == len(self.queue) else sum(place[2] for place in self.queue[:end])
 
 
 @dataclass(slots=True)
@@ -44,6 +65,9 @@ class _Kind:
     running: dict[int, Work] = field(default_factory=dict)
     step_rows: int = 0  # of what runs, as the next
     own_bytes: int = 0
+    num_waiting: int = 0
+    waiting_rows: int = 0
+    saved: float = 0.0  # rows that it may step beside work of a single pass, and has not
 
     def has_room(self, work: Work) -> bool:
         limits = self.limits
@@ -53,16 +77,31 @@ class _Kind:
             and self.own_bytes + work.own_bytes <= limits.own_bytes
         )
 
+    @property
+    def waiting_ms(self) -> float:
+        return sum(tenant.ms for tenant in self.tenants.values())
+
+    def ms_before(self, tenant: str, due: float, ms: float) -> float:
+        """The estimated time of what goes before new work of a tenant: its own that is due earlier, and meanwhile of
+        every other tenant as much as its share allows."""
+        own = self.tenants.get(tenant)
+        before = own.ms_before(due) if own else 0.0
+        fair = (before + ms) / (own.share if own else 1.0)
+        others = (each for name, each in self.tenants.items() if each.queue and name != tenant)
+        return before + sum(min(each.ms, fair * each.share) for each in others)
+
 
 class Scheduler:
-    """Decides for one device. `limits`: of the prompts in one pass."""
+    """Decides for one device. `limits`: of one pass; `shares`: of tenants, 1 for those that are not named."""
 
-    def __init__(self, limits: PassLimits) -> None:
-        self.limits = limits
+    def __init__(self, limits: PassLimits, shares: Mapping[str, float] | None = None) -> None:
+        self.limits, self._shares = limits, dict(shares or {})
         self._works: dict[int, Work] = {}  # all that wait or run
         self._kinds: dict[str, _Kind] = {}
         self._running: dict[int, _Kind] = {}
+        self._latest: list[tuple[float, int]] = []  # a heap of (when its deadline is lost, number); some are gone
         self._now = 0.0  # what the kind that entered last had been given by then
+        self._saved = 0.0  # rows of prompts that may enter beside work of a single pass, and have not
 
     def open(self, kind: str, limits: KindLimits) -> None:
         """Names a kind of work; its limits may be given anew."""
@@ -76,26 +115,53 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def step_rows(self) -> int:
+        """Of everything that runs, as its next step."""
+        return sum(kind.step_rows for kind in self._kinds.values())
+
+    def queue(self, work: Work) -> Queue:
+        """What `work` would find, were it added now. Changes nothing."""
+        kinds = {name: kind for name, kind in self._kinds.items() if kind.num_waiting and not kind.limits.idle}
+        kind = self._kinds[work.kind]
+        before = kind.ms_before(work.tenant, _due(work), work.ms)
+        fair = (before + work.ms) / kind.limits.share
+        others = sum(min(k.waiting_ms, fair * k.limits.share) for name, k in kinds.items() if name != work.kind)
+        tenants = {name: len(t.queue) for k in kinds.values() for name, t in k.tenants.items() if t.queue}
+        return Queue(
+            sum(k.num_waiting for k in kinds.values()),
+            sum(len(k.tenants[work.tenant].queue) for k in kinds.values() if work.tenant in k.tenants),
+            len(tenants.keys() | {work.tenant}),
+            before + others,
+            sum(k.waiting_rows for k in kinds.values()),
+        )
+
     def add(self, work: Work) -> None:
         """Puts work into its queue."""
         assert work.number not in self._works, "a number names one work"
         kind = self._kinds[work.kind]
         if not kind.order:
             kind.served = max(kind.served, self._now)  # who did not wait has earned no credit
-        tenant = kind.tenants.setdefault(work.tenant, _Tenant(kind.now))
+        tenant = kind.tenants.setdefault(work.tenant, _Tenant(kind.now, self._shares.get(work.tenant, 1.0)))
         if not tenant.listed:
             tenant.served, tenant.listed = max(tenant.served, kind.now), True
             heapq.heappush(kind.order, (tenant.served, work.tenant))
-        due = work.arrival_s + _PATIENCE_S if work.deadline_s is None else work.deadline_s
-        heapq.heappush(tenant.queue, (due, work.number))
+        tenant.put(_place(work))
+        kind.num_waiting += 1
+        kind.waiting_rows += work.rows
+        if work.deadline_s is not None:
+            heapq.heappush(self._latest, (work.deadline_s - _HOPELESS * work.ms / 1e3, work.number))
         self._works[work.number] = work
 
     def cancel(self, number: int) -> bool:
         """Takes work out, wherever it is; returns whether there was such work."""
         if number in self._running:
             self.end(number)
-            return True
-        return self._works.pop(number, None) is not None  # its place in the queue is skipped when it comes up
+        elif number in self._works:
+            self._leave(self._works.pop(number))
+        else:
+            return False
+        return True
 
     def end(self, number: int) -> None:
         """Work that ran is done."""
@@ -104,31 +170,74 @@ class Scheduler:
         kind.step_rows -= work.step_rows
         kind.own_bytes -= work.own_bytes
 
-    def turn(self) -> Turn:
-        """Who computes in the next pass. Whoever enters runs until `end`."""
-        step = tuple(self._running)
-        return Turn(tuple(work.number for work in self._entering()), step)
+    def turn(self, now_s: float = 0.0) -> Turn:
+        """Who computes in the next pass. Whoever enters runs until `end`; who has expired is gone."""
+        expired = tuple(self._expiring(now_s))
+        running = list(self._running)
+        enter = tuple(self._entering(now_s))
+        hurried = any(not work.goes_on for work in map(self._works.__getitem__, enter))
+        stepping = {id(kind) for kind in self._kinds.values() if self._steps(kind, running, hurried)}
+        return Turn(enter, tuple(number for number in running if id(self._running[number]) in stepping), expired)
 
-    def _entering(self) -> Iterator[Work]:
-        waiting = {name: kind for name, kind in self._kinds.items() if kind.order}
-        taken = _Taken(self.limits)
+    # ---- waiting ----
+
+    def _leave(self, work: Work) -> None:
+        """Work leaves its queue."""
+        kind = self._kinds[work.kind]
+        kind.tenants[work.tenant].take(_place(work))
+        kind.num_waiting -= 1
+        kind.waiting_rows -= work.rows
+
+    def _expiring(self, now_s: float) -> Iterator[int]:
+        """Takes out whose deadline can no longer be kept."""
+        while self._latest and self._latest[0][0] < now_s:
+            number = heapq.heappop(self._latest)[1]
+            if number in self._works and number not in self._running:
+                self._leave(self._works.pop(number))
+                yield number
+
+    # ---- entering ----
+
+    def _entering(self, now_s: float) -> Iterator[int]:
+        waiting = {name: kind for name, kind in self._kinds.items() if kind.num_waiting and not kind.limits.idle}
+        if not waiting and not self._running:
+            yield from self._fill_idle_time()
+        hurried = self._earn(waiting)
+        taken = _Taken(self.limits, now_s)
         while waiting:
             name = min(waiting, key=lambda each: waiting[each].served)
             kind = waiting[name]
             work = self._head(kind)
-            if work is None or not kind.has_room(work) or not taken.add(work):
+            held = work is not None and hurried and work.goes_on and work.rows > self._saved
+            if work is None or held or not kind.has_room(work) or not taken.add(work):
                 del waiting[name]  # until the next turn: what came after it would overtake it
                 continue
+            if hurried and work.goes_on:
+                self._saved -= work.rows
             self._start(kind, work)
-            yield work
+            yield work.number
+
+    def _fill_idle_time(self) -> Iterator[int]:
+        """One work of a kind that runs where nothing else does."""
+        for kind in self._kinds.values():
+            if kind.limits.idle and (work := self._head(kind)) is not None:
+                self._start(kind, work)
+                yield work.number
+                return
+
+    def _earn(self, waiting: Mapping[str, _Kind]) -> bool:
+        """Whether work of a single pass waits; while it does, prompts of what goes on save up the rows to enter."""
+        heads = [work for kind in waiting.values() if (work := self._head(kind)) is not None]
+        hurried = any(not work.goes_on for work in heads)
+        most = max([self.limits.other_rows, *(work.rows for work in heads if work.goes_on)])
+        self._saved = min(self._saved + self.limits.other_rows, most) if hurried else 0.0
+        return hurried
 
     def _head(self, kind: _Kind) -> Work | None:
         """The next work of a kind: of the tenant that was given least, the one that is due first."""
         while kind.order:
             served, name = kind.order[0]
             tenant = kind.tenants[name]
-            while tenant.queue and tenant.queue[0][1] not in self._works:
-                heapq.heappop(tenant.queue)  # was cancelled
             if not tenant.queue:
                 tenant.listed = False
                 heapq.heappop(kind.order)
@@ -140,9 +249,9 @@ class Scheduler:
 
     def _start(self, kind: _Kind, work: Work) -> None:
         tenant = kind.tenants[work.tenant]
-        heapq.heappop(tenant.queue)
+        self._leave(work)
         kind.now, self._now = tenant.served, kind.served
-        tenant.served += work.rows
+        tenant.served += work.rows / tenant.share
         kind.served += work.rows / kind.limits.share
         kind.running[work.number] = work
         kind.step_rows += work.step_rows
@@ -151,30 +260,57 @@ class Scheduler:
         if len(kind.tenants) > 2 * len(kind.order) + _IDLE_TENANTS:
             kind.tenants = {name: t for name, t in kind.tenants.items() if t.listed or t.served > kind.now}
 
+    # ---- stepping ----
+
+    def _steps(self, kind: _Kind, running: list[int], hurried: bool) -> bool:
+        """Whether what ran of a kind takes a step; beside work of a single pass, as its saved rows allow."""
+        rows = sum(kind.running[number].step_rows for number in running if number in kind.running)
+        if not hurried:
+            kind.saved = 0.0
+            return True
+        kind.saved = min(kind.saved + self.limits.other_rows, max(self.limits.other_rows, rows))
+        if rows > kind.saved:
+            return False
+        kind.saved -= rows
+        return True
+
     def check(self) -> None:
         """Asserts that everything is in one place, and that sums are right."""
-        queued = [number for kind in self._kinds.values() for t in kind.tenants.values() for _, number in t.queue]
-        alive = [number for number in queued if number in self._works]
+        queued = [number for kind in self._kinds.values() for t in kind.tenants.values() for _, number, _ in t.queue]
         assert len(queued) == len(set(queued)), "a number stands in two queues"
-        assert not set(alive) & set(self._running), "what runs still waits"
-        assert set(alive) | set(self._running) == set(self._works), "work was lost"
-        for kind in self._kinds.values():
+        assert not set(queued) & set(self._running), "what runs still waits"
+        assert set(queued) | set(self._running) == set(self._works), "work was lost"
+        for name, kind in self._kinds.items():
+            some = [work for work in self._works.values() if work.kind == name and work.number not in self._running]
+            assert (kind.num_waiting, kind.waiting_rows) == (len(some), sum(work.rows for work in some))
+            assert abs(kind.waiting_ms - sum(work.ms for work in some)) < 1e-6 * (1 + len(some))
             assert kind.step_rows == sum(work.step_rows for work in kind.running.values())
             assert kind.own_bytes == sum(work.own_bytes for work in kind.running.values())
-            listed = [name for _, name in kind.order]
+            assert all(tenant.queue == sorted(tenant.queue) for tenant in kind.tenants.values())
+            listed = [tenant for _, tenant in kind.order]
             assert sorted(listed) == sorted(name for name, tenant in kind.tenants.items() if tenant.listed)
+
+
+def _due(work: Work) -> float:
+    return work.arrival_s + _PATIENCE_S if work.deadline_s is None else work.deadline_s
+
+
+def _place(work: Work) -> _Place:
+    return _due(work), work.number, work.ms
 
 
 class _Taken:
     """What the prompts of one pass take of its limits; the first one always fits.
 
     Blocks that prompts share count once. They are told apart only where the pass would be too large without sharing.
+    Nobody joins whose rows would make one that is in it late: an answer comes with the end of its pass.
     """
 
-    def __init__(self, limits: PassLimits) -> None:
-        self._limits = limits
+    def __init__(self, limits: PassLimits, now_s: float) -> None:
+        self._limits, self._now_s = limits, now_s
         self._works: list[Work] = []
         self._rows = self._kv_bytes = 0  # bytes: no fewer than it takes
+        self._ms, self._deadline_s = 0.0, float("inf")
         self._keys: dict[ContentKey, int] = {}  # of the first `_num_merged` works
         self._num_merged = 0
 
@@ -184,12 +320,17 @@ class _Taken:
         if self._works:
             if work.phase != self._works[0].phase or rows > self._limits.rows:
                 return False
+            if self._now_s + MARGIN * (self._ms + work.ms) / 1e3 > self._deadline_s:
+                return False
             if kv_bytes > self._limits.kv_bytes:
                 kv_bytes = self._kv_bytes_with(work)
                 if kv_bytes > self._limits.kv_bytes:
                     return False
         self._works.append(work)
         self._rows, self._kv_bytes = rows, kv_bytes
+        self._ms += work.ms
+        if work.deadline_s is not None and self._now_s + MARGIN * self._ms / 1e3 <= work.deadline_s:  # it can be kept
+            self._deadline_s = min(self._deadline_s, work.deadline_s)
         return True
 
     def _kv_bytes_with(self, work: Work) -> int:

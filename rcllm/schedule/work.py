@@ -9,6 +9,17 @@ from rcllm.core.ranking import ContentKey
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """How a request wants to be served, apart from what it asks."""
+
+    deadline_ms: float | None = None  # until the pass of its prompt ends: a ranking, a first token; None: as configured
+    prior: tuple[float, ...] = ()  # of each candidate, higher is better; empty: the better the earlier it was named
+
+
+DEFAULT_TERMS = Terms()
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """One request that waits for its prompt to be computed, and may run on for several passes after that."""
 
@@ -22,6 +33,12 @@ class Work:
     tenant: str = ""
     arrival_s: float = 0.0
     deadline_s: float | None = None  # of its first token
+    ms: float = 0.0  # that its prompt takes, by estimate; 0: unknown
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it runs on after the pass of its prompt."""
+        return self.step_rows > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +47,7 @@ class PassLimits:
 
     rows: int
     kv_bytes: int
+    other_rows: int = 1 << 30  # of what goes on, where work of a single pass enters; what it leaves is saved up
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,10 @@ class KindLimits:
     step_rows: int = 1 << 30
     own_bytes: int = 1 << 60
     share: float = 1.0  # of the rows of prompts, where other kinds wait as well
+    idle: bool = False  # enters alone, and only where nothing of another kind waits or runs
+
+
+NO_LIMITS = KindLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +70,18 @@ class Turn:
 
     enter: tuple[int, ...] = ()  # whose prompts are computed
     step: tuple[int, ...] = ()  # who takes a step besides
+    expired: tuple[int, ...] = ()  # who left the queue unanswered, for its deadline can no longer be kept
 
     def __bool__(self) -> bool:
         return bool(self.enter or self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What new work would find before it, were it added now. Work that only fills idle time does not count."""
+
+    num_waiting: int = 0
+    num_own: int = 0  # of its own tenant
+    num_tenants: int = 1  # that would have work waiting, its own among them
+    ahead_ms: float = 0.0  # of prompts that are computed before it, by estimate
+    ahead_rows: int = 0  # of all prompts that wait

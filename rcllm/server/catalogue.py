@@ -6,19 +6,17 @@ ended; when a user is erased, no block, draft or queue holds that user's words.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from rcllm.codes.updates import Update
-from rcllm.core.ranking import ItemId, UserId
+from rcllm.core.ranking import Item, ItemId, whose
+from rcllm.data.text import did_you_mean, shown
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.recommend import Recommender
-from rcllm.errors import RequestError
+from rcllm.errors import RequestError, UnknownItemError
 from rcllm.server.backend import Change, Changed, EraseUser, PutItems, RemoveItems
 from rcllm.server.pools import DraftPoolsByName
 from rcllm.sid.vocabulary import with_sid
-
-Naming = Callable[[frozenset[ItemId]], Iterable[threading.Event]]
 
 
 class Keeper:
@@ -27,75 +25,67 @@ class Keeper:
     def __init__(self, engine: Engine, recommender: Recommender | None, pools: DraftPoolsByName) -> None:
         self._engine, self._recommender, self._pools = engine, recommender, pools
 
-    def make(self, change: Change, naming: Naming) -> Changed:
-        """`naming`: what ends with each request under way that names some items. Raises RcllmError."""
+    def make(self, change: Change) -> Changed:
+        """Raises RcllmError."""
         match change:
             case PutItems():
-                return self._put(change, naming)
+                return self._put(change)
             case RemoveItems():
-                return self._remove(change, naming)
+                return self._remove(change.item_ids)
             case EraseUser():
-                return self._erase(change.user_id)
+                return self._erase(change)
         raise AssertionError(change)
 
-    def _put(self, change: PutItems, naming: Naming) -> Changed:
-        self._check_codes(change)
-        item_ids = [item.item_id for item in change.items]
-        num_new = self._engine.put_items(change.items)
-        if self._recommender is not None:
-            self._recode(self._recommender, change)
-        return Changed(len(change.items), num_new, self._retire(item_ids, naming))
-
-    def _check_codes(self, change: PutItems) -> None:
+    def _put(self, change: PutItems) -> Changed:
         if change.codes and self._recommender is None:
             raise RequestError("codes: no decoder of semantic IDs is served; leave them out")
+        made = self._engine.upsert_items(change.items)
+        if self._recommender is not None:
+            self._recode(self._recommender, change)
+        return Changed(len(change.items), len(made.added), made.num_blocks)
 
     def _recode(self, recommender: Recommender, change: PutItems) -> None:
+        """The same items for the decoder, which reads their semantic IDs."""
         if change.codes:
-            known = recommender.codes.epoch().item_ids
-            ids = list(change.codes)
-            there = [each for each, number in zip(ids, known.find(ids), strict=True) if number is not None]
-            recommender.codes.apply(Update(remove=frozenset(there), add=change.codes))
+            there = frozenset(_with_codes(recommender, change.codes))
+            recommender.codes.apply(Update(remove=there, add=change.codes))
             recommender.codes.flush()
-        catalogue = recommender.engine.prompter.catalogue
-        items = [with_sid(item, self._codes_of(recommender, item.item_id)) for item in change.items]
         if recommender.engine is not self._engine:
-            recommender.engine.put_items(each for each in items if each.fields or each.item_id in catalogue)
+            recommender.engine.upsert_items(with_sid(item, _codes_of(recommender, item)) for item in change.items)
 
-    def _codes_of(self, recommender: Recommender, item_id: ItemId) -> list[int] | None:
-        index = recommender.codes.epoch()
-        number = index.number_of(item_id)
-        return None if number is None else index.codes[number].tolist()
-
-    def _remove(self, change: RemoveItems, naming: Naming) -> Changed:
-        item_ids = change.item_ids
-        self._engine.remove_items(item_ids)
+    def _remove(self, item_ids: Iterable[ItemId]) -> Changed:
+        gone = list(dict.fromkeys(item_ids))
+        for item_id in gone:
+            if item_id not in self._engine.catalogue:
+                known = self._engine.catalogue
+                told = f"the catalogue of {len(known):,} items has no item {shown(item_id)}."
+                raise UnknownItemError(told + did_you_mean(item_id, known))
+        made = self._engine.upsert_items((), gone=gone)
         if self._recommender is not None:
-            self._forget(self._recommender, item_ids)
-        return Changed(len(set(item_ids)), 0, self._retire(item_ids, naming))
+            if there := _with_codes(self._recommender, gone):
+                self._recommender.codes.remove(there)
+                self._recommender.codes.flush()
+            if self._recommender.engine is not self._engine:
+                self._recommender.engine.upsert_items((), gone=gone)
+        return Changed(len(gone), 0, made.num_blocks)
 
-    def _forget(self, recommender: Recommender, item_ids: Iterable[ItemId]) -> None:
-        ids = list(item_ids)
-        found = recommender.codes.epoch().item_ids.find(ids)
-        there = [each for each, number in zip(ids, found, strict=True) if number is not None]
-        if there:
-            recommender.codes.remove(there)
-            recommender.codes.flush()
-        if recommender.engine is not self._engine:
-            catalogue = recommender.engine.prompter.catalogue
-            recommender.engine.remove_items([each for each in ids if each in catalogue])
-
-    def _retire(self, item_ids: Iterable[ItemId], naming: Naming) -> int:
-        ids = list(dict.fromkeys(item_ids))
-        for ended in list(naming(frozenset(ids))):
-            ended.wait()
-        engines = [self._engine] + ([self._recommender.engine] if self._recommender is not None else [])
-        return sum(engine.retire_item(item_id) for engine in dict.fromkeys(engines) for item_id in ids)
-
-    def _erase(self, user_id: UserId) -> Changed:
+    def _erase(self, change: EraseUser) -> Changed:
         with self._engine.alone():
-            self._pools.erase(user_id)
-        removed = self._engine.erase_user(user_id)
+            self._pools.erase(whose(change.user_id, change.tenant) or change.user_id)
+        removed = self._engine.erase_user(change.user_id, change.tenant)
         if self._recommender is not None and self._recommender.engine is not self._engine:
-            removed += self._recommender.engine.erase_user(user_id)
+            removed += self._recommender.engine.erase_user(change.user_id, change.tenant)
         return Changed(num_blocks=removed)
+
+
+def _with_codes(recommender: Recommender, item_ids: Iterable[ItemId]) -> list[ItemId]:
+    """Those that can be recommended."""
+    ids = list(item_ids)
+    found = recommender.codes.epoch().item_ids.find(ids)
+    return [item_id for item_id, number in zip(ids, found, strict=True) if number is not None]
+
+
+def _codes_of(recommender: Recommender, item: Item) -> list[int] | None:
+    index = recommender.codes.epoch()
+    number = index.number_of(item.item_id)
+    return None if number is None else index.codes[number].tolist()

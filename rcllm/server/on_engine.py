@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcllm.core.decoding import RecommendRequest
-from rcllm.core.ranking import ItemId, RankRequest, TokenIds
+from rcllm.core.ranking import RankRequest, TokenIds
 from rcllm.core.texts import ScoreRequest, TextRequest
 from rcllm.engine.engine import Engine
 from rcllm.engine.job import Job, Refused, Ticket
@@ -26,7 +26,8 @@ from rcllm.engine.jobs.score import Score
 from rcllm.errors import CancelledError, ClosingError, NotServedError, RequestError
 from rcllm.prompt.chat import Chat, ChatPrompt, Message
 from rcllm.prompt.tokenizer import Tokenizer
-from rcllm.server.backend import KINDS, About, Asked, Change, Changed, Request, Response, Stats, WarmItems
+from rcllm.schedule.work import Terms
+from rcllm.server.backend import KINDS, About, Asked, Change, Changed, Response, Stats, WarmItems
 from rcllm.server.catalogue import Keeper
 from rcllm.server.loop import Loop
 from rcllm.server.pools import DraftPoolsByName
@@ -107,12 +108,12 @@ class EngineBackend:
             self._warmer.begin(change.item_ids)
             return Changed()
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._changers, self._keeper.make, change, self._naming)
+        return await loop.run_in_executor(self._changers, self._keeper.make, change)
 
     def stats(self) -> Stats:
         pool = self._engine.stats()
         return Stats(
-            num_items=len(self._engine.prompter.catalogue),
+            num_items=len(self._engine.catalogue),
             num_unanswered=len(self._unanswered),
             num_blocks=pool.num_blocks,
             num_bytes=pool.num_bytes,
@@ -134,11 +135,12 @@ class EngineBackend:
             return
         route = self._routes[type(waiting.asked.request)]
         try:
-            ticket = route.engine.submit(route.job, waiting.asked.request, waiting)
+            terms = Terms(deadline_ms=waiting.asked.deadline_ms)
+            ticket = route.engine.submit(route.job, waiting.asked.request, terms=terms, listener=waiting)
         except Exception as error:  # a mistake of ours; told to its client alone
             waiting.done(error)
             return
-        if isinstance(ticket, Refused):
+        if isinstance(ticket, Refused) or ticket.done:  # an answer may be there at once: scores that were kept
             waiting.done(ticket.outcome)
             return
         waiting.entered(ticket)
@@ -149,14 +151,8 @@ class EngineBackend:
         self._loop.wake()
 
     def ended(self, waiting: Waiting) -> None:
-        waiting.over.set()
         with self._lock:
             self._unanswered.discard(waiting)
-
-    def _naming(self, item_ids: frozenset[ItemId]) -> list[threading.Event]:
-        """What ends with each request under way that names one of these."""
-        with self._lock:
-            return [each.over for each in self._unanswered if not item_ids.isdisjoint(_items_of(each.asked.request))]
 
     def _fail_all(self, error: Exception) -> None:
         with self._lock:
@@ -171,7 +167,6 @@ class Waiting:
     def __init__(self, backend: EngineBackend, asked: Asked, loop: asyncio.AbstractEventLoop) -> None:
         self.asked = asked
         self.future: asyncio.Future[Any] = loop.create_future()
-        self.over = threading.Event()  # nothing will be computed for it any more
         self.abandoned = False
         self._backend, self._loop = backend, loop
         self._ticket: Ticket | None = None
@@ -249,13 +244,6 @@ _WANTING: Mapping[type, str] = {
     ScoreRequest: "the model scores no texts",
     TextRequest: "the model writes no texts",
 }
-
-
-def _items_of(request: Request) -> set[ItemId]:
-    if isinstance(request, RankRequest | RecommendRequest):
-        named = {event.item_id for event in request.history if event.item_id is not None}
-        return named | set(request.candidates) if isinstance(request, RankRequest) else named
-    return set()
 
 
 def _about(engine: Engine, name: str, kinds: frozenset[type]) -> About:

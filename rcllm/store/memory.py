@@ -6,13 +6,11 @@ Knows nothing of tensors. Invariant: index and blocks name the same keys.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rcllm.core.ranking import ContentKey
-from rcllm.store.contract import Found, Stored, StoreStats
+from rcllm.store.contract import Found, Stored, TierStats
 from rcllm.store.index import Entry, Index
-
-_BYTES_PER_MS = 10e6  # of a copy from host memory: 10 GB/s
 
 
 class MemoryStore:
@@ -21,12 +19,13 @@ class MemoryStore:
     def __init__(self, budget: int) -> None:
         self._index = Index(budget)
         self._blocks: dict[ContentKey, Stored] = {}
+        self._dropped = 0
         self._lock = threading.Lock()
 
     def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
         with self._lock:
             sizes = {key: self._blocks[key].num_bytes for key in keys if key in self._blocks}
-        return {key: Found("host", size, size / _BYTES_PER_MS) for key, size in sizes.items()}
+        return {key: Found("host", size) for key, size in sizes.items()}
 
     def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Stored]:
         with self._lock:
@@ -36,26 +35,42 @@ class MemoryStore:
             return found
 
     def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
+        self.put_evicting(blocks)
+
+    def put_evicting(self, blocks: Mapping[ContentKey, Stored]) -> Mapping[ContentKey, Stored]:
+        """The same; returns the blocks that had to make way, which a farther tier may want."""
+        copies = {key: block.owned() for key, block in blocks.items()}
+        evicted: dict[ContentKey, Stored] = {}
         with self._lock:
-            for key, block in blocks.items():
-                if key in self._blocks or block.num_bytes > self._index.budget:
+            for key in copies.keys() & self._blocks.keys():
+                self._drop(key)
+            for key, block in copies.items():
+                if block.num_bytes > self._index.budget:
+                    self._dropped += 1
                     continue
-                for victim in self._index.make_room(block.num_bytes):
-                    del self._blocks[victim]
+                evicted |= {victim: self._blocks.pop(victim) for victim in self._index.make_room(block.num_bytes)}
                 self._index.add(key, Entry(block.num_bytes, block.cost, block.owner))
                 self._blocks[key] = block
+        return evicted
 
     def delete_owner(self, owner: str) -> int:
         with self._lock:
             owned = self._index.owned_by(owner)
             for key in owned:
-                self._index.remove(key)
-                del self._blocks[key]
+                self._drop(key)
             return len(owned)
 
-    def stats(self) -> StoreStats:
+    def _drop(self, key: ContentKey) -> None:
+        self._index.remove(key)
+        del self._blocks[key]
+
+    def stats(self) -> Sequence[TierStats]:
         with self._lock:
-            return StoreStats(len(self._blocks), self._index.used, self._index.budget)
+            index = self._index
+            return (TierStats("host", len(index), index.used, index.budget, index.evictions, self._dropped),)
+
+    def close(self) -> None:
+        pass
 
     def check(self) -> None:
         """Asserts that index and blocks agree."""

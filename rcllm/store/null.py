@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rcllm.core.ranking import ContentKey
-from rcllm.store.contract import Found, Stored, StoreStats
+from rcllm.store.contract import Found, Stored, TierStats
 
 
 class NullStore:
@@ -23,5 +23,8 @@ class NullStore:
     def delete_owner(self, owner: str) -> int:
         return 0
 
-    def stats(self) -> StoreStats:
-        return StoreStats(0, 0, 0)
+    def stats(self) -> Sequence[TierStats]:
+        return ()
+
+    def close(self) -> None:
+        pass

@@ -9,10 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Interval, MinLen
-
-from rcllm.annotated import Opt
-from rcllm.core.ranking import Mask, Negatives, Readout
+from rcllm.annotated import Ge, Gt, Interval, MinLen, Opt
+from rcllm.core.requests import Mask, Negatives, Readout
 from rcllm.errors import ConfigError
 from rcllm.fields import check
 

@@ -10,7 +10,8 @@ from blake3 import blake3
 
 from rcllm.config import Config, Hardware, ModelConfig, PromptConfig, resolve
 from rcllm.data import Dataset
-from rcllm.engine.build import chosen_chat, load_tokenizer
+from rcllm.engine.build import load_tokenizer
+from rcllm.engine.space import chosen_chat
 from rcllm.model.adapter import adapter_fingerprint
 from rcllm.model.pull import pull
 from rcllm.model.weights import fingerprint, load_model

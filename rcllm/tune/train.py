@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from rcllm.config import as_json
 from rcllm.core.ranking import Prompt, RankOptions, RankRequest, order
 from rcllm.errors import ConfigError, ModelError
 from rcllm.fidelity.measures import ndcg
 from rcllm.model.adapter import load_adapter, save_adapter
 from rcllm.model.checkpoint import Checkpoint
 from rcllm.model.training_folder import check_folder, not_numbers
+from rcllm.plain_json import as_json
 from rcllm.prompt.blocks import Prompter
 from rcllm.tune.config import TuneConfig, check_config
 from rcllm.tune.examples import TrainingSet, batch_of

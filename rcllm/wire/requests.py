@@ -96,6 +96,7 @@ def request_to_json(request: RankRequest) -> dict[str, object]:
     whole: dict[str, object] = {
         "request_id": request.request_id,
         "user_id": request.user_id,
+        "tenant": request.tenant or None,
         "history": history,
         "candidates": list(request.candidates),
         "volatile": {item_id: dict(texts) for item_id, texts in request.volatile.items()} or None,

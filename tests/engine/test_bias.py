@@ -16,7 +16,7 @@ from tests.engine import tiny
 def blank(engine: Engine, count: int, **options: Any) -> RankRequest:
     """A request whose candidates all read as the content-free ones do."""
     ids = tuple(ItemId(f"blank {i}") for i in range(count))
-    engine.prompter.catalogue.update({item_id: Item(item_id, {}) for item_id in ids})  # type: ignore[attr-defined]
+    engine.catalogue.put(Item(item_id, {}) for item_id in ids)
     asked = tiny.request(1, (), **options)
     return RankRequest("blank", ids, options=asked.options)
 
@@ -55,4 +55,4 @@ def test_priors_are_kept_apart_by_what_they_depend_on(engine: Engine) -> None:
         tiny.request(3, bias="content_free", label_place="before"),
     ):
         engine.rank(request)
-    assert len(engine._rank._bias._priors) == 5
+    assert len(engine.rank_job._bias._priors) == 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from rcllm.core.ranking import ContentKey
 from rcllm.engine.engine import Engine
 from rcllm.errors import CapacityError, ConfigError
-from rcllm.store.contract import Found, Stored, StoreStats
+from rcllm.store.contract import Found, Stored, TierStats
 from tests.conftest import assert_no_pins
 from tests.engine import tiny
 
@@ -69,7 +69,10 @@ class BrokenStore:
     def delete_owner(self, owner: str) -> int:
         raise OSError("broken")
 
-    def stats(self) -> StoreStats:
+    def stats(self) -> Sequence[TierStats]:
+        raise OSError("broken")
+
+    def close(self) -> None:
         raise OSError("broken")
 
 
@@ -77,7 +80,7 @@ class LyingStore(BrokenStore):
     """Says that it has everything, and has nothing."""
 
     def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
-        return dict.fromkeys(keys, Found("host", 1, 0.0))
+        return dict.fromkeys(keys, Found("host", 1))
 
 
 @pytest.mark.parametrize("store", [BrokenStore(), LyingStore()])

@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rcllm.cache.lookup import Lookup
+from rcllm.cache.below import nameless
+from rcllm.cache.lookup import Located, Lookup
 from rcllm.cache.pool import Held, Pool
 from rcllm.core.ranking import ContentKey, Item, ItemId, RankRequest, UserId
 from rcllm.core.receipts import BlockKind
 from rcllm.engine.engine import Engine
 from rcllm.reuse.missing import user_owner
-from rcllm.store.contract import Found
 from rcllm.store.memory import MemoryStore
 from tests.engine import tiny
 
@@ -27,7 +27,7 @@ def keys(engine: Engine, request: RankRequest, kind: BlockKind = BlockKind.ITEM)
 
 
 def owned(engine: Engine, user: str) -> list[ContentKey]:
-    return engine.pool._index.owned_by(user_owner(user) or "")
+    return engine.pool._index.owned_by(nameless(user_owner(user)) or "")
 
 
 @pytest.mark.parametrize("readout", ["label", "pointwise"])
@@ -53,12 +53,12 @@ def test_a_changed_title_is_another_key_and_an_equal_text_the_same() -> None:
     asked = tiny.request((0, 1))
     before = keys(engine, asked)
     wanted = engine.rank(asked).scores
-    engine.prompter.catalogue[tiny.IDS[0]] = Item(tiny.IDS[0], {"title": "another thing"})  # type: ignore[index]
+    engine.catalogue.put([Item(tiny.IDS[0], {"title": "another thing"})])
     changed = keys(engine, asked)
     assert changed[0] != before[0]
     assert changed[1] == before[1]
     assert engine.rank(asked).scores != wanted
-    engine.prompter.catalogue[ItemId("copy")] = tiny.catalogue()[tiny.IDS[1]]  # type: ignore[index]
+    engine.catalogue.put([replace(tiny.catalogue()[tiny.IDS[1]], item_id=ItemId("copy"))])
     copy = keys(engine, replace(asked, candidates=(ItemId("copy"),)))
     assert copy == [before[1]], "the content is the key, not the id"
 
@@ -87,11 +87,11 @@ def test_anothers_own_words_are_never_read_though_they_are_the_same(engine: Engi
     assert sources == ["computed", "device"], "own words, and an event of the catalogue"
     assert len(owned(engine, "u1")) == len(owned(engine, "u2")) == 1
     item = ItemId("u1")  # an item of the user's name is another owner
-    engine.prompter.catalogue[item] = tiny.catalogue()[tiny.IDS[7]]  # type: ignore[index]
+    engine.catalogue.put([replace(tiny.catalogue()[tiny.IDS[7]], item_id=item)])
     engine.rank(tiny.request(1, (30,)))
     engine.rank(replace(tiny.request(1), candidates=(item,)))
     assert engine.erase_user(UserId("u1")) == 1
-    del engine.prompter.catalogue[item]  # type: ignore[attr-defined]
+    engine.catalogue.put([], gone=[item])
 
 
 def keys_of_chain(engine: Engine, request: RankRequest) -> list[ContentKey | None]:
@@ -166,7 +166,7 @@ class _Forgetful(Pool):
     """Says that it has whatever it is asked for."""
 
     def lookup_many(self, keys: Iterable[ContentKey]) -> Lookup:
-        return Lookup({key: Found("device", 1, 0.0) for key in keys})
+        return Lookup({key: Located("device", 1, 0.0) for key in keys})
 
     def refreshed(self, lookup: Lookup, keys: Iterable[ContentKey]) -> Lookup:
         return self.lookup_many(keys)

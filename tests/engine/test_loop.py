@@ -105,7 +105,7 @@ def test_a_ranking_a_recommendation_and_a_text_in_one_pass_equal_each_alone(
     passes = Passes(engine, monkeypatch)
     assert engine.step()
     assert len(passes.seen) == 1, "both prompts go through the layers together"
-    tickets.insert(0, engine.submit(engine._rank, asked))
+    tickets.insert(0, engine.submit(engine.rank_job, asked))
     del passes.seen[:]
     assert engine.step()
     rows = [len(work.token_ids) for work in passes.seen]
@@ -247,7 +247,7 @@ def test_a_search_whose_requests_are_all_cancelled_lets_go_of_its_blocks(engine:
 def test_erasing_a_user_reaches_requests_that_were_asked_before(engine: Engine) -> None:
     """A request that waits while its user is erased is answered, and leaves nothing behind."""
     asked = tiny.request(3, ("my own words",), level="exact", user="ann")
-    ticket = engine.submit(engine._rank, asked)
+    ticket = engine.submit(engine.rank_job, asked)
     engine.erase_user(UserId("ann"))
     assert engine.step()
     assert isinstance(ticket.outcome, RankResponse)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rcllm.core.ranking import UserId
 from rcllm.engine.engine import Engine
 from rcllm.engine.warming import WarmProgress, blocks_to_warm
+from rcllm.store.memory import MemoryStore
 from tests.conftest import assert_no_pins
 from tests.engine import tiny
 
@@ -49,3 +50,43 @@ def test_warming_evicts_nothing_that_a_user_left(engine: Engine) -> None:
     engine.rank(tiny.request(3, ("my own words",), level="exact", user="ann"))
     engine.warm()
     assert engine.erase_user(UserId("ann")) > 0
+
+
+def test_what_does_not_fit_into_the_pool_is_kept_below_it() -> None:
+    store = MemoryStore(1 << 24)
+    instruction = len(tiny.fresh().prompter.instructions["history_first"])
+    engine = tiny.fresh(pool_tokens=instruction + 100, store=store)
+    told = engine.warm()
+    assert (told.done_blocks, told.full) == (told.total_blocks, False)
+    assert engine.stats().evictions == 0
+    assert engine.stats().tiers[0].num_blocks >= told.total_blocks
+    engine.pool.rates.bytes_of["host"].per_s = 1e12  # blocks of so small a model are sooner computed than read
+    receipt = engine.rank(tiny.request(8, (1, 2), level="blocks")).receipt
+    assert receipt.num_computed == 0
+    assert "host" in {block.source for block in receipt.blocks}
+    assert_no_pins(engine)
+
+
+def test_warming_stops_where_the_tier_below_is_full_too() -> None:
+    instruction = len(tiny.fresh().prompter.instructions["history_first"])
+    per_token = tiny.fresh().decoder.spec.kv_bytes_per_token(4)
+    engine = tiny.fresh(pool_tokens=instruction + 100, store=MemoryStore((instruction + 300) * per_token))
+    told = engine.warm()
+    assert told.full
+    assert 0 < told.done_blocks < told.total_blocks
+    assert engine.stats().tiers[0].evictions == 0
+
+
+def test_an_engine_over_the_store_of_another_computes_nothing_and_answers_the_same() -> None:
+    store, asked = MemoryStore(1 << 24), tiny.request(8, (1, 2), level="blocks")
+    first = tiny.fresh(store=store)
+    first.warm()
+    wanted = first.rank(asked)
+    second = tiny.fresh(store=store)
+    assert second.warm().computed_tokens == 0
+    second.pool.rates.bytes_of["host"].per_s = 1e12  # blocks of so small a model are sooner computed than read
+    answer = second.rank(asked)
+    assert answer.receipt.num_computed == 0
+    sources = {block.kind: block.source for block in answer.receipt.blocks if block.num_reused}
+    assert sources == {"instruction": "device", "history": "host", "item": "host"}, "warming looks for the first one"
+    assert answer.scores == wanted.scores

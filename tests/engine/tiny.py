@@ -21,13 +21,14 @@ from tokenizers import Tokenizer as BackendTokenizer
 from rcllm.cache.pool import Pool
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core.ranking import Event, Item, ItemId, Level, RankOptions, RankRequest, UserId
+from rcllm.data.live import LiveCatalogue
 from rcllm.engine.engine import Engine
 from rcllm.store.contract import Store
 from tests.tiny_models import tiny_model
 
 NATIVE, TORCH = "qwen3", "llama"  # head_dim 32: the compiled kernels; head_dim 16: plain torch
 VOCAB = 512
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = r"""
 name = "tiny"
@@ -186,10 +187,8 @@ def fresh(
 ) -> Engine:
     """An engine with an empty pool (of `pool_tokens` tokens) over a model that is loaded once."""
     engine = _prototype(family)
-    prompter = engine.prompter
-    if items is not None:
-        prompter = copy.copy(prompter)
-        prompter.catalogue = items
+    prompter = copy.copy(engine.prompter)
+    prompter.catalogue = LiveCatalogue(catalogue() if items is None else items)
     dtype: torch.dtype = DTYPES[kv_dtype]
     per_token = engine.decoder.spec.kv_bytes_per_token(dtype.itemsize)
     budget = engine.pool.budget if pool_tokens is None else pool_tokens * per_token

@@ -215,3 +215,31 @@ def test_another_file_is_refused(tmp_path: Path, content: str, why: str) -> None
         Calibration.load(path)
     with pytest.raises(DataError, match="rcllm calibrate"):
         Calibration.load(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("asked", "cheaper"),
+    [
+        ("exact", ["corrected(0.3, 0.3)", "linked(4)", "tail(0.1)"]),
+        ("full", ["corrected(0.3, 0.3)", "linked(4)", "tail(0.1)"]),
+        ("linked(4)", ["tail(0.1)"]),
+        ("tail(0.1)", []),
+    ],
+)
+def test_what_may_save_time_passes_and_is_cheaper_the_dearest_first(asked: str, cheaper: list[str]) -> None:
+    """`blocks` is the cheapest of all, was measured, and does not pass."""
+    found = calibrated().cheaper(options(asked))
+    assert [str(each.options.level) for each in found] == cheaper
+    for each in found:
+        assert calibrated().admit(each.options).options == each.options
+        assert each.notes[0].startswith(f"level {each.options.level} instead of {asked}: NDCG@10")
+    if cheaper and cheaper[0].startswith("corrected"):
+        assert found[0].options.selection == Selection("two_pass"), "as it was measured"
+
+
+def test_what_may_save_time_where_nothing_is_calibrated() -> None:
+    assert calibrated(None).cheaper(options("exact")) == ()
+    blocks = calibrated(None, identity=replace(IDENTITY, mask="blocks"))
+    assert [each.options.level for each in blocks.cheaper(options("exact"))] == [Level("blocks")]
+    assert blocks.cheaper(options("blocks")) == ()
+    assert blocks.cheaper(options("exact", history="semantic")) == (), "prototypes are approximate under any mask"

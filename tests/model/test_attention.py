@@ -1,4 +1,4 @@
-"""Attention over segments: all backends against the fp64 reference. Close: 2e-5; 16-bit KV is exact once widened."""
+"""Attention over segments: all backends against the fp64 reference. Close: 2e-5; KV in fewer bits, once widened."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from rcllm.model.attend.choose import prepare
 from rcllm.model.attend.contract import Attend, merge
 from rcllm.model.attend.native import kernels
 from rcllm.model.attend.segments import Group, Keys, Segment
+from rcllm.model.kv_int8 import kept, widen
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec, RopeSpec
 from tests.reference import attend as reference
 
 BACKENDS = ("native", "native gather", "segmented", "gather")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # of cached KV
 SPEC = ModelSpec(
     family="llama",
     num_layers=2,
@@ -63,7 +65,7 @@ def random_group(seed: int, spec: ModelSpec = SPEC, dtype: torch.dtype = torch.f
             size = size + rows
             fresh_from, fresh_to = 0, size
         shape = (spec.num_layers, 2, spec.num_kv_heads, size, spec.head_dim)
-        kv = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(dtype)
+        kv = kept(torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)), dtype, torch.device("cpu"))
         base = int(rng.integers(0, 1500)) * int(rng.random() < 0.8)
         for start, stop in ((0, fresh_from), (fresh_to, size)):
             if start < stop:
@@ -79,7 +81,7 @@ def random_rows(groups: list[Group], spec: ModelSpec = SPEC) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000), num_groups=st.integers(1, 3))
 def test_backend_is_close_to_the_reference(backend: str, dtype: torch.dtype, seed: int, num_groups: int) -> None:
@@ -95,12 +97,46 @@ def test_backend_is_close_to_the_reference(backend: str, dtype: torch.dtype, see
     ("heads", "kv_heads", "head_dim"), [(4, 4, 32), (8, 2, 64), (14, 2, 64), (16, 1, 128), (32, 1, 96)]
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_grouping_of_heads(backend: str, heads: int, kv_heads: int, head_dim: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_every_grouping_of_heads(dtype: torch.dtype, backend: str, heads: int, kv_heads: int, head_dim: int) -> None:
     spec = dataclasses.replace(SPEC, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
-    groups = [random_group(3, spec), random_group(4, spec)]
+    groups = [random_group(3, spec, dtype), random_group(4, spec, dtype)]
     qkv = random_rows(groups, spec)
     got, expected = make(backend, spec, groups)(1, qkv), reference.attend(spec, groups, 1, qkv)
     torch.testing.assert_close(got.output.double(), expected.output, atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10_000))
+def test_int8_is_read_as_the_values_that_it_stands_for(backend: str, head_dim: int, seed: int) -> None:
+    """Exact: a level times its scale rounds nothing, so the bits are those of a block of these values in fp32."""
+    spec = dataclasses.replace(SPEC, head_dim=head_dim)
+    narrow = random_group(seed, spec, torch.int8)
+    wide = dataclasses.replace(narrow, segments=tuple(dataclasses.replace(s, kv=widen(s.kv)) for s in narrow.segments))
+    qkv = random_rows([narrow], spec)
+    got, expected = (make(backend, spec, [group])(1, qkv) for group in (narrow, wide))
+    assert torch.equal(got.output, expected.output)
+    assert torch.equal(got.lse, expected.lse) or backend == "gather"  # which has none
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_segments_of_all_dtypes_in_one_group(backend: str) -> None:
+    """A prompt that goes on has its cached blocks in int8 and its own rows in the compute dtype."""
+    segments = [
+        next(segment for seed in range(20) for segment in random_group(seed, dtype=dtype).segments) for dtype in DTYPES
+    ]
+    count = len(segments)
+    mixed = Group(
+        tuple(dataclasses.replace(segment, block=i) for i, segment in enumerate(segments)),
+        np.full(3, count, np.int32),
+        np.arange(3, dtype=np.int32),
+        np.tri(count + 1, k=-1, dtype=bool),
+    )
+    qkv = random_rows([mixed])
+    got, expected = make(backend, SPEC, [mixed])(1, qkv), reference.attend(SPEC, [mixed], 1, qkv)
+    torch.testing.assert_close(got.output.double(), expected.output, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -127,20 +163,25 @@ def test_rows_of_large_groups_agree_between_backends() -> None:
 
 @pytest.mark.parametrize("backend", ["native", "native gather"])
 @pytest.mark.parametrize("loud", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000), cut=st.integers(1, 329))
-def test_compiled_rows_depend_on_their_keys_alone(backend: str, loud: float, seed: int, cut: int) -> None:
+def test_compiled_rows_depend_on_their_keys_alone(
+    backend: str, loud: float, dtype: torch.dtype, seed: int, cut: int
+) -> None:
     """To the bit: however the keys are divided among segments, tiles and fresh rows, with masked keys among them.
 
     loud: of the queries; the larger, the oftener the running maximum moves, and the more keys weigh next to nothing.
+    dtype: of the segments; their values are those of the fresh rows.
     """
     rng = np.random.default_rng(seed)
     qkv = random_rows([Group.causal(330)])
     qkv[:, : SPEC.q_size] *= loud
+    k, v = qkv[:, SPEC.q_size :].unflatten(1, (2, 1, SPEC.head_dim)).unbind(1)
+    kv = kept(torch.stack([k, v]).transpose(1, 2)[None], dtype, torch.device("cpu"))  # [1, 2, KV, rows, D]
+    qkv[:, SPEC.q_size :] = widen(kv)[0].permute(2, 0, 1, 3).flatten(1)
     whole = make(backend, SPEC, [Group.causal(330)])(0, qkv)
 
-    k, v = qkv[:, SPEC.q_size :].unflatten(1, (2, 1, SPEC.head_dim)).unbind(1)
-    kv = torch.stack([k, v]).transpose(1, 2)[None].contiguous()  # [1, 2, KV, rows, D]
     sees = np.tri(2, k=-1, dtype=bool)
     stops = sorted({*rng.integers(1, cut + 1, 3).tolist(), cut})
     segments = tuple(Segment(kv, 0, a, b, 0) for a, b in zip([0, *stops], stops, strict=False))
@@ -165,9 +206,10 @@ def _branches(segments: tuple[Segment, ...], branch: np.ndarray) -> Group:
     return Group(segments, np.arange(1, n + 1, dtype=np.int32), np.zeros(n, np.int32), sees)
 
 
-def test_segmented_reads_published_kv_without_copying_it() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_segmented_reads_published_kv_without_copying_it(dtype: torch.dtype) -> None:
     """Zero copies, shown: the kernel's table holds the addresses of the published tensors, and nothing else is made."""
-    groups = [random_group(5)]
+    groups = [random_group(5, dtype=dtype)]
     attend = make("native", SPEC, groups)
     pointers = attend._segments[:, 0].tolist()  # type: ignore[attr-defined]
     assert pointers == [segment.kv.data_ptr() for segment in groups[0].segments]
@@ -179,8 +221,9 @@ def test_segmented_reads_published_kv_without_copying_it() -> None:
 
 
 @pytest.mark.parametrize("backend", ["gather", "native gather"])
-def test_gather_says_what_it_copied(backend: str) -> None:
-    group = random_group(5)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_says_what_it_copied(backend: str, dtype: torch.dtype) -> None:
+    group = random_group(5, dtype=dtype)
     attend = make(backend, SPEC, [group])
     attend(0, random_rows([group]))
     assert attend.bytes_copied == sum(segment.num_bytes for segment in group.segments) // SPEC.num_layers

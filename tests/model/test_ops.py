@@ -17,7 +17,7 @@ from rcllm.model.attend.choose import prepare
 from rcllm.model.attend.native import Kernels, kernels
 from rcllm.model.ops import NativeOps, TorchOps
 from rcllm.model.rope import Rope
-from tests.model.test_attention import SPEC, random_group, random_rows
+from tests.model.test_attention import DTYPES, SPEC, random_group, random_rows
 
 
 @pytest.fixture
@@ -106,7 +106,9 @@ def test_kernels_of_other_processors(
     narrow = native.kernels.__wrapped__()
     assert narrow is not None
     rope = Rope.of(SPEC, SPEC.max_positions)
-    groups = [random_group(21, dtype=torch.float16), random_group(22, rows=250)]
+    narrow_kv = [random_group(seed, dtype=dtype) for dtype in DTYPES for seed in (21, 23)]
+    assert all(any(group.segments for group in narrow_kv[at : at + 2]) for at in range(0, len(narrow_kv), 2))
+    groups = [*narrow_kv, random_group(22, rows=250)]
     qkv = random_rows(groups)
     wide = prepare("segmented", SPEC, rope, groups, compiled)(1, qkv)
     got = prepare("segmented", SPEC, rope, groups, narrow)(1, qkv)

@@ -62,7 +62,8 @@ def test_smollm2_has_its_published_size() -> None:
     assert (spec.family, spec.head_dim, spec.max_positions, spec.eos_ids) == ("llama", 64, 8192, (2,))
     assert spec.rope.theta == 100_000
     assert spec.num_weights == 134_515_008
-    assert spec.kv_bytes_per_token(2) == 23_040
+    assert [spec.kv_bytes_per_token(size) for size in (4, 2)] == [46_080, 23_040]
+    assert spec.kv_bytes_per_token(1) == 12_960, "a scale of two bytes for every 16 values"
     assert spec.linear_flops_per_token == 2 * 30 * 576 * (576 + 2 * 192 + 576 + 3 * 1536)
     assert spec.head_flops_per_read == 2 * 576 * 49_152
     assert spec.attention_flops(10) == 10 * 4 * 576 * 30

@@ -11,6 +11,7 @@ from rcllm.model.attend.contract import Attended
 from rcllm.model.attend.segments import Group
 from rcllm.model.frequencies import inverse_frequencies
 from rcllm.model.spec import ModelSpec
+from tests.reference import kv_int8
 
 
 def attend(spec: ModelSpec, groups: Sequence[Group], layer: int, qkv: torch.Tensor) -> Attended:
@@ -27,7 +28,8 @@ def attend(spec: ModelSpec, groups: Sequence[Group], layer: int, qkv: torch.Tens
             list(zip(group.block.tolist(), group.offset.tolist(), strict=True)),
         )
         for segment in group.segments:
-            cached = segment.kv[layer, :, :, segment.start : segment.stop].double().transpose(1, 2)
+            kept = segment.kv[layer, :, :, segment.start : segment.stop]
+            cached = (kv_int8.widen(kept) if kept.dtype == torch.int8 else kept.double()).transpose(1, 2)
             keys.append(turn(spec, cached[0], segment.base))
             values.append(cached[1])
             places += [(segment.block, place) for place in range(segment.start, segment.stop)]

@@ -55,3 +55,12 @@ def test_build_tells_the_factory_what_the_engine_is(one_compute_thread: None) ->
     assert engine.rank(tiny.request(level="auto")).receipt.level == "blocks"
     other = tiny.fresh(tiny.TORCH).identity
     assert {text.split()[0] for text in engine.identity.differences(other)} == {"model", "mask"}
+
+
+def test_what_is_open_saves_time_by_what_is_exact_alone() -> None:
+    exact = RankOptions(Level("exact"))
+    assert Open("causal").cheaper(exact) == ()
+    (blocks,) = Open("blocks").cheaper(exact)
+    assert blocks.options.level == Level("blocks")
+    assert "exact as well under the model's mask" in blocks.notes[0]
+    assert Open("blocks").cheaper(blocks.options) == ()

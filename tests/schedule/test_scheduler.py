@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rcllm.core.ranking import ContentKey
 from rcllm.schedule.scheduler import Scheduler
@@ -22,7 +23,7 @@ LIMITS = {
     "recommend": KindLimits(step_rows=100, own_bytes=1000),
     "generate": KindLimits(requests=4, own_bytes=1000),
 }
-PASSES = {"rank": 0, "recommend": 2, "generate": 7}  # after that of the prompt
+PASSES = {"rank": 0, "shadow": 0, "recommend": 2, "generate": 7}  # after that of the prompt
 PASS = PassLimits(rows=100, kv_bytes=1000)
 
 
@@ -35,8 +36,8 @@ def work(number: int, kind: str = "rank", **fields: object) -> Work:
     return Work(number, kind, **values)  # type: ignore[arg-type]
 
 
-def scheduler(limits: PassLimits = PASS) -> Scheduler:
-    made = Scheduler(limits)
+def scheduler(limits: PassLimits = PASS, shares: Mapping[str, float] | None = None) -> Scheduler:
+    made = Scheduler(limits, shares)
     for kind in KINDS:
         made.open(kind, LIMITS[kind])
     return made
@@ -51,6 +52,7 @@ class Device:
     left: dict[int, int] = field(default_factory=dict)  # passes of what runs
     entered: Counter[int] = field(default_factory=Counter)
     ended: list[int] = field(default_factory=list)
+    expired: set[int] = field(default_factory=set)
     cancelled: set[int] = field(default_factory=set)
     now: float = 0.0
 
@@ -60,10 +62,12 @@ class Device:
 
     def run(self) -> bool:
         """One pass; whether there was anybody."""
-        turn = self.scheduler.turn()
+        turn = self.scheduler.turn(self.now)
+        self._expire(turn.expired)
         assert not set(turn.enter) & set(turn.step)
         assert not (set(turn.enter) | set(turn.step)) & self.cancelled, "cancelled work ran"
-        assert set(turn.step) == set(self.left), "whoever runs takes a step in every pass"
+        if self.scheduler.limits.other_rows >= 1 << 30:
+            assert set(turn.step) == set(self.left), "whoever runs takes a step in every pass"
         self._judge([self.works[number] for number in turn.enter])
         self.now += 1.0
         for number in turn.step:
@@ -77,6 +81,14 @@ class Device:
             self.ended.append(number)
         self.scheduler.check()
         return bool(turn)
+
+    def _expire(self, numbers: tuple[int, ...]) -> None:
+        for number in numbers:
+            work = self.works[number]
+            assert number not in self.entered, "what ran has expired"
+            assert work.deadline_s is not None
+            assert self.now > work.deadline_s - work.ms / 2e3, "it had the time"
+        self.expired |= set(numbers)
 
     def _judge(self, entering: list[Work]) -> None:
         assert len({each.phase for each in entering}) <= 1
@@ -93,7 +105,7 @@ class Device:
                 assert sum(each.own_bytes for each in some) <= LIMITS[kind].own_bytes
 
     def cancel(self, number: int) -> None:
-        known = number in self.works and number not in self.ended and number not in self.cancelled
+        known = number in self.works and number not in {*self.ended, *self.cancelled, *self.expired}
         assert self.scheduler.cancel(number) == known
         if known:
             self.cancelled.add(number)
@@ -107,17 +119,18 @@ works = st.builds(
     phase=st.sampled_from([None, "check", "blocks"]),
     keys=st.sets(st.integers(0, 40), max_size=8).map(lambda some: {key(n): n * 37 % 200 + 1 for n in some}),
     own_bytes=st.integers(0, 1200),
-    tenant=st.sampled_from(["", "ann", "bob"]),
+    tenant=st.sampled_from(["", "ann", "bob", "quiet"]),
     deadline_s=st.none() | st.floats(0, 100),
+    ms=st.floats(0, 5000),
 )
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Whatever is added, cancelled and run, in any order."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.device = Device(scheduler())
+    @initialize(other_rows=st.sampled_from([1 << 30, 30, 0]), shares=st.sampled_from([{}, {"ann": 3.0, "bob": 0.5}]))
+    def begin(self, other_rows: int, shares: dict[str, float]) -> None:
+        self.device = Device(scheduler(replace(PASS, other_rows=other_rows), shares))
 
     @rule(some=st.lists(works, min_size=1, max_size=5))
     def add(self, some: list[dict[str, object]]) -> None:
@@ -143,10 +156,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         device = self.device
-        for _ in range(10 * len(device.works) + 10):
+        for _ in range(20 * len(device.works) + 20):
             if not device.run():
                 break
-        assert set(device.ended) | device.cancelled == set(device.works), "everything is answered in the end"
+        assert set(device.ended) | device.cancelled | device.expired == set(device.works), (
+            "everything is answered in the end"
+        )
         assert device.scheduler.num_waiting == device.scheduler.num_running == 0
 
 
@@ -158,16 +173,22 @@ TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=30
 @given(
     starved=st.builds(dict, kind=st.sampled_from(KINDS), rows=st.integers(1, 150), phase=st.sampled_from([None, "x"])),
     flood=st.lists(works, min_size=1, max_size=4),
+    within=st.none() | st.floats(0.1, 50),
+    other_rows=st.sampled_from([1 << 30, 30]),
 )
 def test_nobody_starves_under_a_flood_that_never_ends(
-    starved: dict[str, object], flood: list[dict[str, object]]
+    starved: dict[str, object], flood: list[dict[str, object]], within: float | None, other_rows: int
 ) -> None:
-    """New work comes with every pass, of every kind, more than one pass takes; the one that waits gets in."""
-    device = Device(scheduler())
+    """New work comes with every pass, of every kind, more than one pass takes; the one that waits gets in.
+
+    So it does where what comes is more urgent, where it is of its own tenant, and where rankings hold others up.
+    """
+    device = Device(scheduler(replace(PASS, other_rows=other_rows)))
     device.add(work(0, tenant="quiet", own_bytes=1200, **starved))  # type: ignore[arg-type]
-    for _ in range(400):
+    for _ in range(600):
         for each in flood:
-            fields = {**each, "deadline_s": None}
+            deadline = None if within is None else device.now + within
+            fields = {**each, "deadline_s": deadline, "ms": 0.0}
             device.add(work(len(device.works), arrival_s=device.now, **fields))  # type: ignore[arg-type]
         device.run()
         if 0 in device.ended:
@@ -183,6 +204,123 @@ def test_tenants_share_alike_whatever_they_send() -> None:
         device.run()
     by_tenant = Counter(device.works[number].tenant for number in device.ended)
     assert by_tenant == {"loud": 20, "quiet": 20}
+
+
+def test_tenants_share_by_their_weights() -> None:
+    device = Device(scheduler(shares={"gold": 3.0}))
+    for number in range(400):
+        device.add(work(number, tenant="gold" if number % 2 else "plain"))
+    for _ in range(8):
+        device.run()
+    assert Counter(device.works[number].tenant for number in device.ended) == {"gold": 60, "plain": 20}
+
+
+def test_earliest_deadline_first_within_a_tenant_and_fair_between_them() -> None:
+    device = Device(scheduler(PassLimits(10, 1000)))
+    for number in range(10):
+        device.add(work(number, tenant="ann", deadline_s=100.0 - number))
+    device.add(work(10, tenant="bob", deadline_s=1000.0))
+    while device.run():
+        pass
+    assert device.ended == [9, 10, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+
+
+def test_what_can_no_longer_be_in_time_is_not_computed() -> None:
+    device = Device(scheduler(PassLimits(10, 1000)))
+    device.add(work(0, deadline_s=0.5))
+    device.add(work(1, deadline_s=2.5, ms=1000.0))
+    device.add(work(2, deadline_s=2.5, ms=2000.0))
+    device.add(work(3, deadline_s=9.0))
+    while device.run():
+        pass
+    assert device.ended == [0, 1, 3]
+    assert device.expired == {2}, "at 2 s it had half a second of the two that it takes"
+
+
+def test_a_pass_is_not_filled_beyond_a_deadline_in_it() -> None:
+    device = Device(scheduler())
+    device.add(work(0, ms=1000.0, deadline_s=3.0))
+    for number in range(1, 5):
+        device.add(work(number, ms=1000.0, deadline_s=30.0))
+    device.run()
+    assert device.ended == [0, 1], "a third would end it at 3 s, and estimates are not that good"
+    device.run()
+    assert device.ended == [0, 1, 2, 3, 4]
+
+
+def test_idle_work_enters_alone_and_only_where_nothing_else_waits_or_runs() -> None:
+    device = Device(scheduler())
+    device.scheduler.open("shadow", KindLimits(idle=True))
+    for number in (0, 1):
+        device.add(Work(number, "shadow", rows=10))
+    device.add(work(2, "generate"))
+    order = []
+    for _ in range(12):
+        before = set(device.ended)
+        device.run()
+        order.append(sorted(set(device.ended) - before))
+    assert [number for some in order for number in some] == [2, 0, 1]
+    assert [some for some in order if some] == [[2], [0], [1]]
+
+
+@pytest.mark.parametrize(("other_rows", "held"), [(1 << 30, 0), (10, 0), (5, 1), (3, 3)])
+def test_steps_of_others_are_held_while_rankings_enter_and_go_on_in_turn(other_rows: int, held: int) -> None:
+    """`held`: passes in a row that ten rows of a text are kept from, while a ranking enters with each."""
+    made = scheduler(PassLimits(100, 1000, other_rows))
+    made.add(work(0, "generate"))
+    made.turn()
+    steps = []
+    for number in range(1, 13):
+        made.add(work(number))
+        turn = made.turn()
+        assert turn.enter == (number,)
+        made.end(number)
+        steps.append(bool(turn.step))
+    assert max(map(len, "".join("1" if step else "0" for step in steps).split("1"))) == held
+    assert made.turn().step == (0,), "where no ranking enters, nothing is held"
+
+
+def test_prompts_of_texts_wait_beside_rankings_and_enter_in_turn() -> None:
+    made = scheduler(PassLimits(100, 1000, other_rows=20))
+    made.add(work(0, "generate", rows=50))
+    entered = []
+    for number in range(1, 7):
+        made.add(work(number))
+        entered.append(made.turn().enter)
+        made.end(number)
+    assert [0 in some for some in entered] == [False, False, True, False, False, False]
+    assert all(number in some for number, some in enumerate(entered, 1)), "no ranking waited for it"
+
+
+# ---- what new work would find ----------------------------------------------------------------------------------------
+
+
+def test_new_work_waits_for_its_own_tenants_work_and_for_as_much_of_others_as_is_fair() -> None:
+    made = scheduler()
+    for number in range(10):
+        made.add(work(number, tenant="loud", ms=100.0))
+    first = made.queue(work(99, tenant="quiet", ms=100.0))
+    assert (first.num_waiting, first.num_own, first.num_tenants, first.ahead_rows) == (10, 0, 2, 100)
+    assert first.ahead_ms == pytest.approx(100.0), "one of the loud tenant's, in turn"
+    assert made.queue(work(99, tenant="loud", ms=100.0)).ahead_ms == pytest.approx(1000.0)
+    early = made.queue(work(99, tenant="loud", ms=100.0, deadline_s=0.0))
+    assert early.ahead_ms == 0, "it would be the first to go"
+    assert made.queue(work(99, "recommend", tenant="quiet", ms=300.0)).ahead_ms == pytest.approx(300.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(some=st.lists(works, max_size=30), one=works)
+def test_nothing_is_ahead_but_what_waits_and_a_later_deadline_never_waits_less(
+    some: list[dict[str, object]], one: dict[str, object]
+) -> None:
+    made = scheduler()
+    for number, each in enumerate(some):
+        made.add(work(number, **each))  # type: ignore[arg-type]
+    ahead = [made.queue(work(99, **{**one, "deadline_s": due})).ahead_ms for due in (1.0, 20.0, 99.0)]  # type: ignore[arg-type]
+    assert ahead == sorted(ahead)
+    assert 0 <= ahead[-1] <= sum(float(each["ms"]) for each in some) + 1e-6  # type: ignore[arg-type]
+    assert made.queue(work(99, **one)).num_waiting == len(some)  # type: ignore[arg-type]
+    made.check()
 
 
 def test_rest_earns_no_credit() -> None:

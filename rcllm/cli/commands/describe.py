@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-from annotated_types import Ge, Interval
-
-from rcllm.annotated import Opt
+from rcllm.annotated import Ge, Interval, Opt
 from rcllm.cli.options import EngineOptions, ItemOptions
 from rcllm.cli.spread import spread
 from rcllm.describe.options import DescribeOptions
@@ -63,11 +60,10 @@ class JobOptions:
 def describe(
     rows: Annotated[
         Path,
-        typer.Argument(
-            metavar="ROWS",
-            help="Users (user_id, history: item ids or texts, oldest first) or items (item_id and text fields), as "
+        Opt(
+            "Users (user_id, history: item ids or texts, oldest first) or items (item_id and text fields), as "
             '.parquet, .jsonl or .csv (there a history is one cell: ["i1", "i2"] or i1|i2).',
-            show_default=False,
+            name="ROWS",
         ),
     ],
     out: Annotated[Path, Opt("The parquet file to write.", metavar="FILE")],
@@ -77,7 +73,7 @@ def describe(
     engine_options: EngineOptions,
     item_options: ItemOptions,
 ) -> None:
-    """Describe every user or item of a file in text: knowledge for the features of a click model.
+    """Describe every user or item in text: knowledge for a click model.
 
     Killed or interrupted, it goes on where it was when it is run again with the same options. Rows that cannot be used
     go to OUT.rejects.jsonl. Each answer has its finish reason, its tokens, how many were accepted per pass, where

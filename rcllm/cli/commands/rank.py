@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from annotated_types import Ge
-
-from rcllm.annotated import Opt
-from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, Restart
+from rcllm.annotated import Ge, Opt
+from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, Restart, StoreOptions
 from rcllm.cli.spread import spread
 
 Warm = Annotated[bool, Opt("Compute the blocks that the requests name first, outside the times.")]
@@ -19,6 +17,7 @@ def rank(
     item_options: ItemOptions,
     ranking: RankingOptions,
     fidelity: FidelityOptions,
+    store: StoreOptions,
     requests: Annotated[str, Opt("Requests as JSON lines; - is stdin.", metavar="FILE|-", name="--in")],
     out: Annotated[str, Opt("Where answers go, as JSON lines; - is stdout.", metavar="FILE|-")] = "-",
     batch: Annotated[int, Ge(1), Opt("Requests that are computed together.")] = 1,
@@ -50,6 +49,7 @@ def explain(
     item_options: ItemOptions,
     ranking: RankingOptions,
     fidelity: FidelityOptions,
+    store: StoreOptions,
     request: Annotated[str, Opt("Requests as JSON lines; N is the line, else the first request.", metavar="FILE[:N]")],
     warm: Warm = True,
     top: Annotated[int, Ge(1), Opt("How many candidates to show.")] = 20,
@@ -80,10 +80,11 @@ def ttft(
     seed: Annotated[int, Ge(0), Opt("Draws users and candidates.")] = 0,
     out: Annotated[str | None, Opt("Also write the figures here, as JSON.", metavar="FILE")] = None,
 ) -> None:
-    """Time to first token (here: to the scores) of every reuse level, and how far its answer is from full recompute.
+    """Time to first token of every reuse level, and how far off its answers are.
 
-    One request at a time on a warm cache, all levels of a request before the next one. 20 requests tell times, not
-    quality: for that, give hundreds. --level is ignored; --readout, --layout and --label-place hold for all levels.
+    The first token is here the scores, and far off means far from full recompute. One request at a time on a warm
+    cache, all levels of a request before the next one. 20 requests tell times, not quality: for that, give hundreds.
+    --level is ignored; --readout, --layout and --label-place hold for all levels.
 
     Example: `rcllm bench ttft --items items.jsonl --in requests.jsonl --levels "blocks tail(0.2)"`
     """
@@ -102,7 +103,7 @@ def position(
     seed: Annotated[int, Ge(0), Opt("Draws orders, users and candidates.")] = 0,
     out: Annotated[str | None, Opt("Write the JSON line here, not to stdout.", metavar="FILE")] = None,
 ) -> None:
-    """How much of a score is the candidate, and how much its place in the list.
+    """How much of a score is the candidate, and how much its place.
 
     Ranks every request again under other orders of its candidates. Their KV is reused, so that an order costs its fresh
     tokens only. **share of order** is what order does to an item's score, within / (within + between) variance: 0 is a

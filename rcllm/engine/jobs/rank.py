@@ -24,19 +24,23 @@ from rcllm.model.decoder import Decoder, Pass, Passed
 from rcllm.prompt.blocks import Prompter
 from rcllm.reuse.plan import Planned
 from rcllm.schedule.admission import Admission
-from rcllm.schedule.work import KindLimits
+from rcllm.schedule.work import NO_LIMITS, KindLimits
 
 
 class Rank:
     """The job of `Engine.rank`. `admission`: which reuse levels may be used; it may be replaced at any time."""
 
-    kind = "rank"
-    limits = KindLimits()
-
     def __init__(
-        self, config: Config, decoder: Decoder, prompter: Prompter, prefill: Prefill, admission: Admission
+        self,
+        config: Config,
+        decoder: Decoder,
+        prompter: Prompter,
+        prefill: Prefill,
+        admission: Admission,
+        kind: str = "rank",
+        limits: KindLimits = NO_LIMITS,
     ) -> None:
-        self.admission = admission
+        self.admission, self.kind, self.limits = admission, kind, limits
         self._config, self._decoder, self._prompter, self._prefill = config, decoder, prompter, prefill
         self._bias = LabelBias(prefill.score_content_free)
 
@@ -47,7 +51,22 @@ class Rank:
         admitted = self.admission.admit(options)
         self._check(admitted.options)
         prompt = self._prompter.build(replace(request, options=admitted.options))
-        return Opening(replace(prompt, notes=prompt.notes + admitted.notes))
+        return Opening(replace(prompt, notes=prompt.notes + admitted.notes), guard=admitted.guard)
+
+    def cheaper(self, opening: Opening) -> Iterator[Opening]:
+        """The same at the cheaper levels that the admission allows, the dearest first."""
+        for admitted in self.admission.cheaper(opening.prompt.options):
+            self._check(admitted.options)
+            prompt = replace(opening.prompt, options=admitted.options, notes=opening.prompt.notes + admitted.notes)
+            yield replace(opening, prompt=prompt, degraded=("level",), guard=admitted.guard)
+
+    def fewer(self, request: RankRequest, opening: Opening, keep: Sequence[int]) -> tuple[RankRequest, Opening]:
+        """The same for some of its candidates alone."""
+        fewer = replace(request, candidates=tuple(request.candidates[i] for i in keep))
+        prompt = self._prompter.build(replace(fewer, options=opening.prompt.options))
+        said = f"{len(keep)} of {len(request.candidates)} candidates, those with the highest prior"
+        notes = tuple(dict.fromkeys((*prompt.notes, *opening.prompt.notes, said)))
+        return fewer, replace(opening, prompt=replace(prompt, notes=notes), degraded=(*opening.degraded, "candidates"))
 
     def _check(self, options: RankOptions) -> None:
         """Raises ConfigError for options that this model, or what was loaded with it, cannot serve."""
@@ -102,6 +121,7 @@ def _receipt(entered: Entered, context: str) -> RankReceipt:
         label_place=options.label_place if options.readout == "label" else "none",
         context=context,
         bias=options.bias,
+        selection=options.selection if options.level.name == "corrected" else None,
         kv_bytes_read=entered.kv_bytes_read,
         kv_bytes_copied=entered.kv_bytes_copied,
         blocks=_block_receipts(entered.planned, entered.held.sources),

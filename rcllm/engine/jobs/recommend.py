@@ -63,7 +63,7 @@ class Recommender:
         """Raises RequestError, ConfigError."""
         _check(request)
         prompt = self.engine.prompter.build_open(
-            OpenRequest(request.request_id, request.history, request.user_id, request.level)
+            OpenRequest(request.request_id, request.history, request.user_id, request.level, tenant=request.tenant)
         )
         needed, limit = prompt.num_tokens + self.codes.epoch().num_levels - 1, self.engine.decoder.max_positions
         if needed > limit:

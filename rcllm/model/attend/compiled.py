@@ -21,11 +21,11 @@ from rcllm.model.attend.segments import Group, Keys
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
 
 class NativeSegmented:
-    """fp32 compute on the CPU over fp32, fp16 or bf16 segments, read in place: nothing is copied.
+    """fp32 compute on the CPU over fp32, fp16, bf16 or int8 segments, read in place: nothing is copied.
 
     Needs head_dim to be a multiple of 32 (whole vectors in each half of a head).
     """

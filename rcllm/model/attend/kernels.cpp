@@ -29,13 +29,17 @@ typedef int32_t ivec __attribute__((vector_size(VL * 4)));
 typedef uint16_t hvec __attribute__((vector_size(VL * 2)));
 typedef _Float16 f16vec __attribute__((vector_size(VL * 2)));
 typedef vec vec_u __attribute__((aligned(4)));
+typedef int8_t bvec __attribute__((vector_size(VL)));
 typedef hvec hvec_u __attribute__((aligned(2)));
+typedef bvec bvec_u __attribute__((aligned(1)));
 
 constexpr int ROW_TILE = 192;   // query rows (tokens × heads per KV head) of one work item
 constexpr int MIN_TOKENS = 12;  // a tile with fewer spends its time on reading keys
 constexpr int KEY_TILE = 96;    // keys per softmax step
 constexpr int LINE = 16;        // floats of a cache line
 constexpr float HIDDEN = -1048576.f;  // score of a masked pair: far below any other, and still within exp2v
+// A masked key weighs up to 2^-126 (exp2v). That is lost in any sum but one of zeros, which values in int8 often are.
+constexpr float NOTHING = 0x1p-80f;
 
 inline vec splat(float x) { return vec{} + x; }
 inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
@@ -137,28 +141,47 @@ void panel_product(int M, int K, const float* A, const float* B, float* C, int l
 
 // ---- reading cached K and V ----
 
-enum Dtype : int64_t { F32 = 0, F16 = 1, BF16 = 2 };
+enum Dtype : int64_t { F32 = 0, F16 = 1, BF16 = 2, I8 = 3 };
 
-inline vec widen(const char* p, int64_t i, int64_t dtype) {
-  if (dtype == F32) return load(reinterpret_cast<const float*>(p) + i);
-  hvec h = *reinterpret_cast<const hvec_u*>(reinterpret_cast<const uint16_t*>(p) + i);
+constexpr int INT8_GROUP = 16;  // levels that share a scale; a row of I8 is its levels and behind them the scales in bf16
+static_assert(INT8_GROUP % VL == 0, "a vector has one scale");
+
+inline int64_t row_bytes(int64_t dim, int64_t dtype) {
+  if (dtype == I8) return dim + dim / INT8_GROUP * 2;
+  return dim * (dtype == F32 ? 4 : 2);
+}
+
+inline float from_bf16(const char* p) {
+  uint16_t high;
+  std::memcpy(&high, p, 2);
+  const uint32_t bits = (uint32_t)high << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Values d … d + VL - 1 of a row; d is a multiple of VL.
+inline vec widen(const char* row, int d, int dim, int64_t dtype) {
+  if (dtype == F32) return load(reinterpret_cast<const float*>(row) + d);
+  if (dtype == I8) {
+    const vec levels = __builtin_convertvector(*reinterpret_cast<const bvec_u*>(row + d), vec);
+    return levels * splat(from_bf16(row + dim + d / INT8_GROUP * 2));
+  }
+  hvec h = *reinterpret_cast<const hvec_u*>(reinterpret_cast<const uint16_t*>(row) + d);
   if (dtype == F16) return __builtin_convertvector((f16vec)h, vec);
   return (vec)(__builtin_convertvector(h, ivec) << 16);
 }
-
-inline const char* at(const char* p, int64_t elements, int64_t dtype) { return p + elements * (dtype == F32 ? 4 : 2); }
 
 // Rows of `dim` values: widened and, for keys, rotated by the angle whose cos and sin are given ([dim / 2], or null).
 void read_rows(const char* src, int64_t dtype, int rows, int dim, const float* cos, const float* sin, float* dst,
                int64_t stride) {
   const int half = dim / 2;
-  for (int r = 0; r < rows; r++, dst += stride) {
-    const int64_t row = (int64_t)r * dim;
+  for (int r = 0; r < rows; r++, dst += stride, src += row_bytes(dim, dtype)) {
     if (!cos) {
-      for (int d = 0; d < dim; d += VL) store(dst + d, widen(src, row + d, dtype));
+      for (int d = 0; d < dim; d += VL) store(dst + d, widen(src, d, dim, dtype));
     } else {
       for (int d = 0; d < half; d += VL) {
-        vec a = widen(src, row + d, dtype), b = widen(src, row + d + half, dtype), c = load(cos + d), s = load(sin + d);
+        vec a = widen(src, d, dim, dtype), b = widen(src, d + half, dim, dtype), c = load(cos + d), s = load(sin + d);
         store(dst + d, a * c - b * s);
         store(dst + d + half, b * c + a * s);
       }
@@ -172,7 +195,8 @@ struct Segment {  // one row of the segment table, int64 each; of a block [layer
   int64_t pointer, block_len, start, len, base, dtype;
 
   const char* rows(int64_t plane, int64_t kv_heads, int64_t head, int64_t dim) const {  // plane: 2 · layer, + 1 for values
-    return at(reinterpret_cast<const char*>(pointer), ((plane * kv_heads + head) * block_len + start) * dim, dtype);
+    const int64_t row = (plane * kv_heads + head) * block_len + start;
+    return reinterpret_cast<const char*>(pointer) + row * row_bytes(dim, dtype);
   }
 };
 struct Group {  // rows that attend to keys in one buffer (their own among them) and to segments in place
@@ -289,8 +313,7 @@ void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v
         for (int64_t j = 0; j < seg.len; j += KEY_TILE) {
           const int keys = std::min<int64_t>(KEY_TILE, seg.len - j);
           const bool turned = seg.base != 0 || seg.dtype != F32;
-          const char* kj = at(ks, j * dim, seg.dtype);
-          const char* vj = at(vs, j * dim, seg.dtype);
+          const char *kj = ks + j * row_bytes(dim, seg.dtype), *vj = vs + j * row_bytes(dim, seg.dtype);
           const float *kt = reinterpret_cast<const float*>(kj), *vt = reinterpret_cast<const float*>(vj);
           if (turned)
             read_rows(kj, seg.dtype, keys, dim, seg.base ? cos + seg.base * half : nullptr, sin + seg.base * half, w.k, dim), kt = w.k;
@@ -342,7 +365,10 @@ void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v
           const float norm = any ? 1.f / w.l[r] : 0.f;
           const int64_t row = group.row_start + first + t;
           float* o = out + (row * heads + head * share + h) * dim;
-          for (int d = 0; d < dim; d++) o[d] = w.o[d * ROW_TILE + r] * norm;
+          for (int d = 0; d < dim; d++) {
+            const float x = w.o[d * ROW_TILE + r] * norm;
+            o[d] = std::fabs(x) < NOTHING ? 0.f : x;
+          }
           if (lse) lse[row * heads + head * share + h] = any ? (w.m[r] + std::log2(w.l[r])) * 0.69314718056f : -INFINITY;
         }
     }
@@ -366,6 +392,7 @@ void rcllm_gather(const Segment* segments, int64_t num_segments, const int64_t* 
 }
 
 int64_t rcllm_panel() { return PANEL; }
+int64_t rcllm_int8_group() { return INT8_GROUP; }
 
 // Lays a matrix [size, inner] out in panels of PANEL outputs, each [inner, PANEL]; zeros fill up the last.
 void rcllm_pack(const float* weight, int64_t size, int64_t inner, float* packed, int64_t num_threads) {

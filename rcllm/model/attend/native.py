@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from rcllm.fetch import cache_dir
+from rcllm.model.spec import INT8_GROUP
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi")
@@ -32,6 +33,8 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self.panel: int = library.rcllm_panel()  # outputs of a packed matrix that are stored together
+        self.int8_group: int = library.rcllm_int8_group()
+        assert self.int8_group == INT8_GROUP, "blocks have one layout"
 
     def call(self, name: str, *arguments: torch.Tensor | int | float | None) -> None:
         """Calls `rcllm_<name>`; tensors go as pointers (None as null), ints as int64, floats as float."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from rcllm.model.attend.contract import Attended, merge
 from rcllm.model.attend.segments import Group
+from rcllm.model.kv_int8 import widen
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
@@ -88,7 +89,8 @@ class Segmented(TorchAttend):
             if not len(rows):
                 continue
             back = torch.full((len(rows),), -segment.base, device=q.device)
-            keys, values = segment.kv[layer, :, :, segment.start : segment.stop].transpose(1, 2)  # views [keys, KV, D]
+            cached = widen(segment.kv[layer, :, :, segment.start : segment.stop])
+            keys, values = cached.transpose(1, 2)  # [keys, KV, D], views unless they are kept in int8
             seen = torch.ones(len(rows), len(segment), dtype=torch.bool, device=q.device)
             some = self.part(self.rope.shift(q[rows], back), keys, values, seen)
             output, lse = torch.zeros_like(parts[0].output), torch.full_like(parts[0].lse, -math.inf)
@@ -114,9 +116,9 @@ class Gather(TorchAttend):
         sees_segment, mask = masks
         if group.segments:
             lengths = [len(s) for s in group.segments]
-            cached = torch.cat([s.kv[layer, :, :, s.start : s.stop] for s in group.segments], dim=2)  # [2, KV, keys, D]
-            self.bytes_copied += cached.numel() * cached.element_size()
-            keys, values = cached.to(q.dtype).transpose(1, 2)
+            cached = torch.cat([widen(s.kv[layer, :, :, s.start : s.stop]) for s in group.segments], dim=2)
+            self.bytes_copied += sum(s.num_bytes for s in group.segments) // self.spec.num_layers
+            keys, values = cached.to(q.dtype).transpose(1, 2)  # from [2, KV, keys, D]
             base = torch.tensor([s.base for s in group.segments], device=q.device)
             by = base.repeat_interleave(torch.tensor(lengths, device=q.device))
             k, v = torch.cat((self.rope.shift(keys, by), k)), torch.cat((values, v))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from rcllm.core.ranking import BoolArray, IntArray
+from rcllm.model.kv_int8 import widen
 from rcllm.model.rope import Rope
 
 
@@ -22,7 +23,7 @@ from rcllm.model.rope import Rope
 class Segment:
     """Tokens `start` to `stop` of one KV block, as one request sees them."""
 
-    kv: torch.Tensor  # [layers, 2, kv_heads, block_len, head_dim]; contiguous; K turned to block-local positions
+    kv: torch.Tensor  # [layers, 2, kv_heads, block_len, columns]; contiguous; K turned to block-local positions
     base: int  # position of the block's token 0 in this prompt
     start: int
     stop: int
@@ -106,7 +107,7 @@ def copy_segments(segments: Sequence[Segment], rope: Rope, out: torch.Tensor) ->
     """Copies segments one after the other into out [layers, 2, kv_heads, tokens, D], keys turned to their positions."""
     lengths = [len(segment) for segment in segments]
     for segment, to in zip(segments, out.split(lengths, dim=3), strict=True):
-        to.copy_(segment.kv[:, :, :, segment.start : segment.stop])
+        to.copy_(widen(segment.kv[:, :, :, segment.start : segment.stop]))
     bases = torch.tensor([segment.base for segment in segments], device=out.device)
     by = bases.repeat_interleave(torch.tensor(lengths, device=out.device))
     for keys in out[:, 0]:  # one layer at a time, which stays in the caches

@@ -1,0 +1,124 @@
+"""The store as the pool sees it: it never fails a request, and how fast each tier is gets learned from each read.
+
+Knows nothing of the pool's budget or pins. Invariant: an exception of the store, or a block that is not whole, is a
+miss and is counted; only erasing may raise, for erasing is not best-effort.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from rcllm.cache.lookup import Located
+from rcllm.cache.rates import Rates
+from rcllm.core.ranking import ContentKey
+from rcllm.core.receipts import Source
+from rcllm.metrics import Clock
+from rcllm.store.codec import decode, encode
+from rcllm.store.contract import Found, Store, Stored, TierStats
+from rcllm.store.null import NullStore
+from rcllm.store.owners import alias, digest
+from rcllm.store.sealed import CorruptBlockError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A published KV block. The tensor is immutable from here on."""
+
+    kv: torch.Tensor  # [layers, 2, kv_heads, len, columns], in the pool's dtype
+    cost: float  # of computing it again, in FLOPs
+    owner: str | None  # nameless
+
+    @property
+    def num_bytes(self) -> int:
+        return self.kv.numel() * self.kv.element_size()
+
+
+def nameless(owner: str | None) -> str | None:
+    """How an owner is called from the pool downwards: no user's name is in any tier."""
+    return alias(digest(owner))
+
+
+class Below:
+    """One store; `space`: what all blocks that are written are made by, see `store.contract.Stored`."""
+
+    def __init__(self, store: Store, space: str, rates: Rates, clock: Clock) -> None:
+        self.store, self.space, self.rates = store, space, rates
+        self._clock = clock
+        self._lock = threading.Lock()  # of the counts and the rates
+        self.errors = 0
+
+    @property
+    def keeps_nothing(self) -> bool:
+        return isinstance(self.store, NullStore)
+
+    def lookup_many(self, keys: Sequence[ContentKey]) -> dict[ContentKey, Located]:
+        """Where each of `keys` is, and how long reading it is estimated to take."""
+        return {
+            key: Located(found.tier, found.num_bytes, self.rates.fetch_ms(found.tier, found.num_bytes))
+            for key, found in self._found(keys).items()
+        }
+
+    def read_many(self, keys: Sequence[ContentKey]) -> dict[ContentKey, tuple[Block, Source]]:
+        """Those of `keys` that are there and whole, each with its tier; on the CPU, in place where a tier allows."""
+        by_tier: dict[Source, list[ContentKey]] = {}
+        for key, found in self._found(keys).items():
+            by_tier.setdefault(found.tier, []).append(key)
+        read: dict[ContentKey, tuple[Block, Source]] = {}
+        for tier, some in by_tier.items():
+            start = self._clock()
+            blocks = self._decoded(self._asking(lambda some=some: self.store.get_many(some)) or {})  # type: ignore[misc]
+            seconds = self._clock() - start
+            with self._lock:
+                self.rates.bytes_of[tier].saw(sum(block.num_bytes for block in blocks.values()), seconds)
+            read |= {key: (block, tier) for key, block in blocks.items()}
+        return read
+
+    def write_many(self, blocks: Mapping[ContentKey, Block]) -> None:
+        """Hands blocks down."""
+        self._asking(
+            lambda: self.store.put_many(
+                {key: Stored(encode(block.kv), block.cost, block.owner, self.space) for key, block in blocks.items()}
+            )
+        )
+
+    def stats(self) -> tuple[TierStats, ...]:
+        return tuple(self._asking(self.store.stats) or ())
+
+    def passed_over(self, tiers: Iterable[Source]) -> None:
+        """Blocks of these tiers were computed, since reading them was estimated to take longer."""
+        with self._lock:
+            for tier in tiers:
+                self.rates.bytes_of[tier].hope()
+
+    def _found(self, keys: Sequence[ContentKey]) -> Mapping[ContentKey, Found]:
+        if not keys or self.keeps_nothing:
+            return {}
+        return self._asking(lambda: self.store.lookup_many(keys)) or {}
+
+    def _decoded(self, stored: Mapping[ContentKey, Stored]) -> dict[ContentKey, Block]:
+        blocks = {}
+        for key, block in stored.items():
+            try:
+                blocks[key] = Block(decode(block.data), block.cost, nameless(block.owner))
+            except CorruptBlockError:
+                self._count_error()
+        return blocks
+
+    def _asking(self, ask: Callable[[], T]) -> T | None:
+        """What the store answers; None, counted, where it fails."""
+        try:
+            return ask()
+        except Exception:
+            self._count_error()
+            return None
+
+    def _count_error(self) -> None:
+        with self._lock:
+            self.errors += 1

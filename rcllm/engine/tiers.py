@@ -1,0 +1,102 @@
+"""Opens the tiers that a configuration names, and ends them.
+
+Knows nothing of requests or of what is in a block. Invariant: a tier that cannot be used is told of, and the others go
+on; what was learned of the tiers' speed is kept with them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rcllm.cache.pool import Pool
+from rcllm.cache.rates import Rates
+from rcllm.config import MIB, StoreConfig
+from rcllm.core.receipts import Source
+from rcllm.errors import StoreError, StoreWarning
+from rcllm.fetch import cache_dir
+from rcllm.store.contract import Store
+from rcllm.store.disk import DiskStore
+from rcllm.store.null import NullStore
+from rcllm.store.tiered import Tiered
+from rcllm.store.valkey import ValkeyStore
+
+RATES = "rates.json"  # in the folder of the store
+_SHARE = 4  # of the free disk, what a store takes that was told no size
+
+
+@dataclass(slots=True)
+class Tiers:
+    """The tiers below one pool."""
+
+    store: Store = field(default_factory=NullStore)
+    disk: DiskStore | None = None
+    folder: Path | None = None
+    erasures: int = 0  # of other processes, that the pool has heeded
+
+    def heed_erasures(self, pool: Pool) -> None:
+        """Lets the pool forget what other processes erased since the last time; a disk that fails says nothing."""
+        if self.disk is None:
+            return
+        try:
+            erased = self.disk.erased_since(self.erasures)
+        except StoreError:
+            return
+        if erased.now != self.erasures:
+            pool.heed(erased)
+            self.erasures = erased.now
+
+    def load_rates(self, rates: Rates) -> None:
+        if self.folder is not None:
+            rates.load(self.folder / RATES)
+
+    def close(self, rates: Rates) -> None:
+        """Ends the tiers, and leaves what was learned of them. A folder that cannot be written keeps what it had."""
+        with ExitStack() as ends:
+            ends.callback(self.store.close)
+            if self.folder is not None and self.disk is not None and self.disk.use().writable:
+                try:
+                    rates.save(self.folder / RATES)
+                except OSError as error:
+                    warnings.warn(f"{self.folder}: {error}", StoreWarning, stacklevel=2)
+
+
+def open_tiers(config: StoreConfig, space: str, made_by: Mapping[str, str]) -> Tiers:
+    """A disk that cannot be used is told of, and the others go on; `made_by`: what is said of the space.
+
+    Raises ConfigError for an address that means nothing.
+    """
+    if not config.enabled:
+        return Tiers()
+    lasting = dict[Source, Store]()
+    disk, folder = None, folder_of(config)
+    try:
+        disk = DiskStore.open(folder, budget_of(config, folder))
+        lasting["disk"] = disk
+        disk.name_space(space, made_by)
+    except StoreError as error:
+        warnings.warn(f"{error}. Nothing is kept on disk meanwhile", StoreWarning, stacklevel=2)
+    if config.shared:
+        lasting["shared"] = ValkeyStore(config.shared)
+    if not lasting and not config.host_mb:
+        return Tiers()
+    store = Tiered(lasting, memory_bytes=config.host_mb * MIB, queue_bytes=config.queue_mb * MIB)
+    erasures = disk.erased_since(0).now if disk is not None else 0
+    return Tiers(store, disk, folder if disk is not None else None, erasures)
+
+
+def folder_of(config: StoreConfig) -> Path:
+    return Path(config.folder) if config.folder else cache_dir() / "store"
+
+
+def budget_of(config: StoreConfig, folder: Path) -> int:
+    """Bytes that blocks on disk may take: as configured, else a share of what is free and of what they take now."""
+    if config.disk_mb:
+        return config.disk_mb * MIB
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    taken = sum(path.stat().st_size for path in folder.glob("*.mdb")) if folder.is_dir() else 0
+    return (shutil.disk_usage(there).free + taken) // _SHARE

@@ -1,0 +1,196 @@
+"""The guard within a serving loop: shadows are work of the same loop, which runs them where nothing else waits or runs.
+
+Knows engines and their loop, and starts no thread. Invariants: a served request pays for a coin toss and an append; a
+shadow pass begins on an idle engine alone, and rests after it keep the guard within `cpu_share`; what a busy engine
+leaves no time for is dropped and counted; after a trip no request is answered at a level that was left.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
+from rcllm.errors import CancelledError, OverloadedError
+from rcllm.fidelity.monitor import GuardEvent, GuardPolicy
+from rcllm.fidelity.shadow import GuardCore, GuardStats, Passes, Shadow, Shadowing
+from rcllm.schedule.admission import Admission, Admitted, Open
+from rcllm.schedule.work import KindLimits, Terms
+
+if TYPE_CHECKING:
+    from rcllm.engine.engine import Engine
+    from rcllm.engine.job import Refused, Ticket
+
+logger = logging.getLogger(__name__)
+
+SHADOW = "shadow"  # the kind of its work
+_NO_DEADLINE = Terms(deadline_ms=float("inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class GuardStatus:
+    """What a page and metrics show."""
+
+    ladder: tuple[str, ...]  # cheapest first
+    target: float  # highest mean loss that is fine
+    share: float  # of the served requests that are recomputed
+    stats: GuardStats
+    events: tuple[GuardEvent, ...]  # the latest steps, oldest first
+    num_waiting: int  # sampled requests that were not recomputed yet
+    rests_s: float  # until the next pass may begin
+
+
+class Guarded:
+    """An Admission that follows a guard: what `inner` admits, but never a level that the guard has left."""
+
+    def __init__(self, inner: Admission, core: GuardCore, ladder: Sequence[Level]) -> None:
+        self.inner, self._core, self._ladder = inner, core, tuple(ladder)
+
+    def admit(self, options: RankOptions) -> Admitted:
+        """Raises UncalibratedError for a level that may not be used."""
+        admitted = self.inner.admit(options)
+        verdict, least = self._core.verdict(admitted.options), self._least(admitted.options)
+        if (place := self._place(admitted.options.level)) is None or place >= least:
+            return replace(admitted, guard=verdict if place is not None else "")
+        level = self._ladder[least]
+        said = f"level {level} instead of {admitted.options.level}, which the fidelity guard has left"
+        return Admitted(replace(admitted.options, level=level), (*admitted.notes, said), verdict)
+
+    def cheaper(self, options: RankOptions) -> tuple[Admitted, ...]:
+        """Of the levels that `inner` names, those that the guard has not left."""
+        least, verdict = self._least(options), self._core.verdict(options)
+        return tuple(
+            replace(each, guard=verdict)
+            for each in self.inner.cheaper(options)
+            if (place := self._place(each.options.level)) is None or place >= least
+        )
+
+    def _least(self, options: RankOptions) -> int:
+        return self._ladder.index(self._core.level(options))
+
+    def _place(self, level: Level) -> int | None:
+        return self._ladder.index(level) if level in self._ladder else None
+
+
+class OnlineGuard:
+    """Guards one engine whose loop somebody runs: `observe` what was served, and ask `turn` when nothing else runs.
+
+    Make it once the engine's admission is there: it stands in front of it from then on.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: GuardPolicy,
+        shadowing: Shadowing | None = None,
+        *,
+        seed: int = 0,
+        wall_clock: Callable[[], float] = time.time,
+        on_event: Callable[[GuardEvent], None] = lambda event: None,
+    ) -> None:
+        """`on_event` runs in the thread that calls `turn`; steps are logged in any case."""
+        self._engine, self._policy, self._shadowing = engine, policy, shadowing or Shadowing()
+        self._core = GuardCore(
+            engine.rank,
+            policy,
+            self._shadowing,
+            defaults=engine.config.rank,
+            seed=seed,
+            idle=lambda: True,
+            clock=engine.clock,
+            wall_clock=wall_clock,
+            sleep=lambda seconds: None,
+            on_event=on_event,
+        )
+        self._job = engine.ranking(Open(engine.identity.mask), SHADOW, KindLimits(idle=True))
+        self._lock = threading.RLock()  # of the coin, the counts and what waits; `on_event` may ask for `status`
+        self._waiting: deque[Shadow] = deque(maxlen=self._shadowing.queue_size)
+        self._passes: Passes | None = None  # of the shadow that is being computed
+        self._asked: RankRequest | None = None  # its next pass, which is not due yet
+        self._ticket: Ticket | Refused | None = None  # of the pass that runs
+        self._engine.admission = Guarded(engine.admission, self._core, policy.ladder)
+
+    def observe(self, request: RankRequest, response: RankResponse) -> None:
+        """Tells of a served request; from any thread, in microseconds."""
+        asked = replace(request, candidates=response.candidates)  # fewer, where its deadline left no time for all
+        with self._lock:
+            if shadow := self._core.sample(asked, response):
+                self._core.counts.num_dropped += len(self._waiting) == self._waiting.maxlen
+                self._waiting.append(shadow)
+
+    def turn(self) -> bool:
+        """Puts the next pass of the guard into the engine's queue, where one is due; whether `Engine.step` has work.
+
+        For the thread that runs the loop, when `step` found nothing to do. Takes in what the pass before gave.
+        """
+        if self._ticket is not None and not self._ticket.done:
+            return True  # it waits for the engine to be idle
+        asked = self._next()
+        if asked is None:
+            return False
+        self._ticket = self._engine.submit(self._job, asked, terms=_NO_DEADLINE)
+        return True
+
+    @property
+    def due_s(self) -> float | None:
+        """In how many seconds `turn` will have something to do; None: not before another request is sampled."""
+        if self._ticket is not None and self._ticket.done:
+            return 0.0
+        return self._core.rests_s if self._waiting or self._asked is not None else None
+
+    def status(self) -> GuardStatus:
+        """A snapshot; any thread may ask."""
+        with self._lock:
+            return GuardStatus(
+                tuple(map(str, self._policy.ladder)),
+                self._policy.target,
+                self._shadowing.share,
+                self._core.stats(),
+                tuple(self._core.events),
+                len(self._waiting),
+                self._core.rests_s,
+            )
+
+    def _next(self) -> RankRequest | None:
+        """What is to be ranked next; None: nothing now."""
+        with self._lock:
+            if self._ticket is not None:
+                outcome, self._ticket = self._ticket.outcome, None
+                self._take(outcome)
+            while self._asked is None and self._waiting:
+                self._passes = self._core.passes(self._waiting.popleft())
+                self._advance(next)
+            if self._asked is None or self._core.rests_s > 0:
+                return None
+            asked, self._asked = self._asked, None
+            return asked
+
+    def _take(self, outcome: object) -> None:
+        """What became of the pass before."""
+        if isinstance(outcome, RankResponse):
+            stage_ms = outcome.receipt.stage_ms
+            self._core.took(self._engine.clock() - (stage_ms["total"] - stage_ms["wait"]) / 1e3)
+            self._advance(lambda passes: passes.send(outcome))
+        elif isinstance(outcome, OverloadedError | CancelledError):
+            self._core.counts.num_dropped += 1
+            self._passes = None
+        else:
+            assert isinstance(outcome, BaseException)
+            self._advance(lambda passes: passes.throw(outcome))
+
+    def _advance(self, step: Callable[[Passes], RankRequest]) -> None:
+        """To the next request of the shadow that is being computed, or to its end. A mistake ends that shadow alone."""
+        assert self._passes is not None
+        try:
+            self._asked = step(self._passes)
+        except StopIteration:
+            self._passes = None
+        except Exception:
+            self._core.counts.num_failed += 1
+            self._passes = None
+            logger.exception("guard: a request could not be shadowed")
