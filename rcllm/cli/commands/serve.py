@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from rcllm.annotated import Of, Opt
 from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, StoreOptions
 from rcllm.cli.spread import spread
@@ -33,7 +31,7 @@ def serve(
     fidelity: FidelityOptions,
     store: StoreOptions,
     server: ServerOptions,
-    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="As --model.", show_default=False)] = None,
+    name: Annotated[str | None, Opt("As --model.", name="MODEL")] = None,
     decoder: Annotated[
         Path | None,
         Opt("Also recommend, with this folder of `rcllm sid train`.", metavar="FOLDER", panel="Server"),
@@ -43,7 +41,7 @@ def serve(
     """Serve a model over HTTP: rank, recommend, rerank, score, complete and chat.
 
     Clients of OpenAI, Cohere and Jina, and score calls of vLLM and SGLang work as they are; docs/serving.md has an
-    example for each address. Keys stand in the file (`[server]`, api_keys and admin_key) or in RCLLM_SERVER_API_KEYS
+    example for each address. Keys stand in the file (`[server]`, api_keys and admin_key), or in RCLLM_SERVER_API_KEYS
     and RCLLM_SERVER_ADMIN_KEY. Options go before the environment, that before the file. The first signal drains, a
     second one ends at once.
 
