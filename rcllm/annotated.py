@@ -66,6 +66,15 @@ class MinLen(Limits):
         super().__init__(min_length=min_length)
 
 
+class MaxLen(Limits):
+    """With at most so many elements or characters."""
+
+    __slots__ = ()
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__(max_length=max_length)
+
+
 class MultipleOf(Limits):
     """A multiple of."""
 

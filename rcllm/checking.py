@@ -52,6 +52,7 @@ _EXPECTED = {  # by pydantic's name of a fault; in braces what it knows of the l
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
     "string_too_short": "a text of at least {min_length} characters",
+    "string_too_long": "a text of at most {max_length} characters",
     "finite_number": "a finite number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -73,7 +74,7 @@ class Wording:
 
     where: str  # opens the message
     name: Namer  # a key, in the words of whoever gave it
-    show: Callable[[object], str]  # a value
+    show: Callable[[object], str] | None  # a value; None: in a few words
     error: type[RcllmError]
 
     def raised(self, kind: Any, wrong: ValidationError) -> RcllmError:
@@ -237,8 +238,8 @@ def _message(kind: type[Any], faults: Sequence[Any], wording: Wording) -> str:
 
 
 def _fault(kind: type[Any], fault: Any, wording: Wording) -> str:
-    name, show = wording.name, wording.show
-    key, what, got = fault["loc"], fault["type"], show(fault["input"])
+    name = wording.name
+    key, what, got = fault["loc"], fault["type"], (wording.show or brief)(fault["input"])
     if not key:
         return f"expected an object, got {got}"
     if what == "extra_forbidden":

@@ -41,13 +41,13 @@ def parse(
     name: Namer = dotted,
     error: type[RcllmError] = ConfigError,
     readers: Mapping[Any, Callable[[Any], Any]] | None = None,
-    show: Callable[[object], str] = brief,
+    show: Callable[[object], str] | None = None,
 ) -> T:
     """`values` as a `kind`, over `base` where there is one; sections may lie in each other.
 
     `where` opens the message and `name` names a key in the words of whoever gave it. `readers` read values of types
     that a file or a body writes in a way of its own; they raise ValueError or one of our errors. `show` says a value in
-    messages. Raises `error`, whose `field` is the name of the first value that is wrong.
+    messages, by default in a few words. Raises `error`, whose `field` is the name of the first value that is wrong.
     """
     wording = checking.Wording(where, name, show, error)
     made: T = checking.parse(kind, values, base, wording, tuple((readers or {}).items()))
@@ -63,7 +63,7 @@ def schema(kind: type[Any]) -> dict[str, Any]:
 def check(value: DataclassInstance, where: str = "", *, name: Namer = dotted) -> None:
     """Raises ConfigError where a field of a dataclass, made in Python, holds what a file could not have said."""
     if values := given(value):
-        checking.check(value, values, checking.Wording(where, name, brief, ConfigError))
+        checking.check(value, values, checking.Wording(where, name, None, ConfigError))
 
 
 def given(value: Any) -> dict[str, Any]:

@@ -52,16 +52,17 @@ def serve_command(
     _check_extra()
     keys.check_address(config.server)
     inputs = _movielens() if demo else load_inputs(item_options)
-    with make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank]) as engine:
-        check_level(engine)
-        recommender = _recommender(config, decoder, inputs) if decoder is not None else None
-        backend = on_engine.EngineBackend(engine, config.model.path, recommender)
-        logs.configure()
+    engine = make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank])
+    check_level(engine)
+    recommender = _recommender(config, decoder, inputs) if decoder is not None else None
+    backend = on_engine.EngineBackend(engine, config.model.path, recommender)
+    logs.configure()
+    with engine:
         run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs))
 
 
 def _over(section: ServerConfig, options: ServerOptions) -> ServerConfig:
-    """The section with the options that were given. What is off can be switched on alone, and the reverse."""
+    """The section with the options that were given; --insecure can only allow, --no-warm only leave out."""
     given = {name: getattr(options, name) for name in ("host", "port", "served_name")}
     section = replace(section, **{name: value for name, value in given.items() if value is not None})
     return replace(section, insecure=section.insecure or options.insecure, warm=section.warm and options.warm)

@@ -36,6 +36,7 @@ class ScoreRequest:
     item_first: bool = False  # the item stands before the query
     user_id: UserId | None = None  # whose words the query is, so that its KV may be kept
     level: Level | None = None  # None: exact
+    tenant: str = ""  # whose user it is, as in RankRequest
 
 
 @dataclass(frozen=True, slots=True)

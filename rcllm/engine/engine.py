@@ -213,34 +213,34 @@ class Engine:
         self,
         job: Job[Request, Response],
         request: Request,
-        listener: Listener | None = None,
         *,
         terms: Terms = DEFAULT_TERMS,
+        listener: Listener | None = None,
     ) -> Ticket | Refused:
         """Takes a request in, in the caller's thread; one that is wrong, or has no time, is done at once.
 
-        `listener`: told of tokens and of the outcome as they come, for callers that do not run the loop themselves.
-        `terms`: by when it is wanted; what is given up for that stands in its receipt.
+        `terms`: by when it is wanted; what is given up for that stands in its receipt. `listener`: told of tokens and
+        of the outcome as they come, for callers that do not run the loop themselves.
         """
         self._tiers.heed_erasures(self.pool)
         number, start = next(self._numbers), self.clock()
         taken: Ticket | None = None
         try:
             while taken is None:
-                taken = self._take_in(self._open(number, job, request, start, terms, listener))
+                ticket = self._open(number, job, request, start, terms)
+                ticket.listener = listener
+                taken = self._take_in(ticket)
         except RcllmError as error:
             return Refused(request, error)
         return taken
 
-    def _open(
-        self, number: int, job: Job[Any, Any], request: Any, start: float, terms: Terms, listener: Listener | None
-    ) -> Ticket:
+    def _open(self, number: int, job: Job[Any, Any], request: Any, start: float, terms: Terms) -> Ticket:
         """prompt → lookup → plan"""
         watch, version = Stopwatch(self.clock), self.catalogue.version
         with watch.stage("prompt"):
             opening = job.open(request)
         ticket = self._make.of(number, job, request, start, opening, terms, watch)
-        ticket.catalogue_version, ticket.listener = version, listener
+        ticket.catalogue_version = version
         return ticket
 
     def _take_in(self, ticket: Ticket) -> Ticket | None:
@@ -254,9 +254,9 @@ class Engine:
             left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue))
             if self.intake.in_time(ticket, left_ms):
                 return self._enqueue(ticket)
-        degraded = self.intake.degraded(ticket, left_ms, lambda: not self._tickets)
-        degraded.catalogue_version, degraded.listener = ticket.catalogue_version, ticket.listener
-        ticket = degraded
+        version = ticket.catalogue_version
+        ticket = self.intake.degraded(ticket, left_ms, lambda: not self._tickets)
+        ticket.catalogue_version = version
         with self._lock:
             return ticket if ticket.done else self._enqueue(ticket)
 

@@ -47,6 +47,7 @@ class Tickets:
         """For fewer candidates, or at another level."""
         watch = Stopwatch(self._clock)
         made = self.of(ticket.number, ticket.job, request, ticket.submitted_s, opening, ticket.terms, watch)
+        made.listener = ticket.listener
         made.add(ticket.stage_ms)
         return made
 

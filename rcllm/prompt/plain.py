@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from blake3 import blake3
 
-from rcllm.core.ranking import Level, Prompt, RankOptions, RankRequest, Read, TokenIds
+from rcllm.core.ranking import HistoryMode, Level, Prompt, RankOptions, RankRequest, Read, TokenIds
 from rcllm.core.receipts import BlockKind
 from rcllm.core.texts import ScoreRequest, TextRequest
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError
@@ -26,13 +26,13 @@ def text_prompt(prompter: Prompter, request: TextRequest) -> Prompt:
     if not parts:
         raise RequestError(f"request {request.request_id!r}: the prompt is empty; there is nothing to go on from")
     _check_tokens(prompter, request.request_id, parts)
-    draft = _draft(prompter, request.request_id, request.level, request.user_id, history="chain")
+    draft = _draft(prompter, request, "chain")
     shared = request.shares_first and len(parts) > 1
     for number, part in enumerate(parts[:-1]):
         if number == 0 and shared:
             draft.add(BlockKind.INSTRUCTION, part)
         else:
-            draft.add(BlockKind.HISTORY, part, request.user_id, private=True)
+            draft.add(BlockKind.HISTORY, part, draft.user, private=True)
     last = draft.add(BlockKind.QUESTION, parts[-1])
     draft.reads.append(Read(last, len(parts[-1]) - 1, ()))
     return _finished(prompter, draft, 0)
@@ -48,9 +48,9 @@ def score_prompt(prompter: Prompter, request: ScoreRequest) -> Prompt:
     if not all(request.items) or (request.item_first and not request.query):
         raise RequestError(f"request {request.request_id!r}: expected tokens in every item, got an empty text")
     _check_tokens(prompter, request.request_id, [request.query, *request.items, request.label_ids])
-    draft = _draft(prompter, request.request_id, request.level, request.user_id, history="shared")
+    draft = _draft(prompter, request, "shared")
     if request.query and not request.item_first:
-        draft.add(BlockKind.HISTORY, request.query, request.user_id, private=True)
+        draft.add(BlockKind.HISTORY, request.query, draft.user, private=True)
     draft.isolate_slots()
     for slot, item in enumerate(request.items):
         draft.open_slot(slot)
@@ -77,12 +77,13 @@ def text_id(text: str) -> str:
     return f"text-{blake3(text.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}"
 
 
-def _draft(prompter: Prompter, request_id: str, level: Level | None, user_id: object, *, history: str) -> Draft:
-    level = level or Level("exact")
+def _draft(prompter: Prompter, request: TextRequest | ScoreRequest, history: HistoryMode) -> Draft:
+    level = request.level or Level("exact")
     if level.name in ("corrected", "auto"):
         raise ConfigError(f"level {level} is for rankings; prompts in token ids take {_ALLOWED}")
-    options = RankOptions(level=level, readout="pointwise", history=history)  # type: ignore[arg-type]
-    return Draft(prompter.namespace, RankRequest(request_id, (), user_id=user_id), options)  # type: ignore[arg-type]
+    options = RankOptions(level=level, readout="pointwise", history=history)
+    whose = RankRequest(request.request_id, (), user_id=request.user_id, tenant=request.tenant)
+    return Draft(prompter.namespace, whose, options)
 
 
 def _finished(prompter: Prompter, draft: Draft, num_items: int) -> Prompt:

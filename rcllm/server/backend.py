@@ -66,7 +66,6 @@ class Asked:
     """One request on its way to the backend."""
 
     request: Request
-    tenant: str = ""
     deadline_ms: float | None = None  # until the first token, or the scores
     on_tokens: Callable[[Sequence[int]], None] | None = None  # called in the event loop as a text goes on
 
@@ -92,6 +91,7 @@ class EraseUser:
     """Removes everything that was computed from a user's words and kept."""
 
     user_id: UserId
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

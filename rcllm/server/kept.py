@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rcllm.core.ranking import Event, UserId
+from rcllm.core.ranking import Event, UserId, whose
 from rcllm.server.backend import Asked, Response
 
 
@@ -46,11 +46,15 @@ class Answers:
         return self._kept.get((caller, request_id))
 
     def erase(self, user_id: UserId) -> int:
-        """Of one user; returns how many there were."""
-        gone = [name for name, kept in self._kept.items() if kept.asked.request.user_id == user_id]
+        """Of one user, as `whose` names them; returns how many there were."""
+        gone = [name for name, kept in self._kept.items() if _user_of(kept) == user_id]
         for name in gone:
             del self._kept[name]
         return len(gone)
+
+
+def _user_of(kept: Answered) -> UserId | None:
+    return whose(kept.asked.request.user_id, kept.asked.request.tenant)
 
 
 class Histories:

@@ -26,7 +26,8 @@ from rcllm.engine.jobs.score import Score
 from rcllm.errors import CancelledError, ClosingError, NotServedError, RequestError
 from rcllm.prompt.chat import Chat, ChatPrompt, Message
 from rcllm.prompt.tokenizer import Tokenizer
-from rcllm.server.backend import KINDS, About, Asked, Change, Changed, Response, Stats, Texts, WarmItems
+from rcllm.schedule.work import Terms
+from rcllm.server.backend import KINDS, About, Asked, Change, Changed, Response, Stats, WarmItems
 from rcllm.server.catalogue import Keeper
 from rcllm.server.loop import Loop
 from rcllm.server.pools import DraftPoolsByName
@@ -60,9 +61,7 @@ class EngineBackend:
             del self._routes[RankRequest]
         if recommender is not None:
             self._routes[RecommendRequest] = _Route(recommender.engine, recommender)
-        self.texts: Texts = EngineTexts(
-            engine.prompter.tokenizer, Chat(engine.prompter.tokenizer, engine.prompter.chat)
-        )
+        self.texts = EngineTexts(engine.prompter.tokenizer, Chat(engine.prompter.tokenizer, engine.prompter.chat))
         self.about = _about(engine, name, frozenset(self._routes))
         engines = [engine] if recommender is None else [engine, recommender.engine]
         self._loop = Loop(engines, self._fail_all)
@@ -79,7 +78,7 @@ class EngineBackend:
 
     async def stop(self, drain_s: float) -> None:
         self._closing = True
-        self._warmer.stop()
+        await asyncio.to_thread(self._warmer.stop)
         end = asyncio.get_running_loop().time() + drain_s
         while self._unanswered and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.01)
@@ -114,7 +113,7 @@ class EngineBackend:
     def stats(self) -> Stats:
         pool = self._engine.stats()
         return Stats(
-            num_items=len(self._engine.prompter.catalogue),
+            num_items=len(self._engine.catalogue),
             num_unanswered=len(self._unanswered),
             num_blocks=pool.num_blocks,
             num_bytes=pool.num_bytes,
@@ -136,11 +135,12 @@ class EngineBackend:
             return
         route = self._routes[type(waiting.asked.request)]
         try:
-            ticket = route.engine.submit(route.job, waiting.asked.request, waiting)
+            terms = Terms(deadline_ms=waiting.asked.deadline_ms)
+            ticket = route.engine.submit(route.job, waiting.asked.request, terms=terms, listener=waiting)
         except Exception as error:  # a mistake of ours; told to its client alone
             waiting.done(error)
             return
-        if isinstance(ticket, Refused):
+        if isinstance(ticket, Refused) or ticket.done:  # an answer may be there at once: scores that were kept
             waiting.done(ticket.outcome)
             return
         waiting.entered(ticket)
@@ -151,7 +151,6 @@ class EngineBackend:
         self._loop.wake()
 
     def ended(self, waiting: Waiting) -> None:
-        waiting.over.set()
         with self._lock:
             self._unanswered.discard(waiting)
 
@@ -168,7 +167,6 @@ class Waiting:
     def __init__(self, backend: EngineBackend, asked: Asked, loop: asyncio.AbstractEventLoop) -> None:
         self.asked = asked
         self.future: asyncio.Future[Any] = loop.create_future()
-        self.over = threading.Event()  # nothing will be computed for it any more
         self.abandoned = False
         self._backend, self._loop = backend, loop
         self._ticket: Ticket | None = None

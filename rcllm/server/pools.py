@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from rcllm.core.decoding import GenerateRequest
-from rcllm.core.ranking import TokenIds, UserId
+from rcllm.core.ranking import TokenIds, UserId, whose
 from rcllm.core.texts import TextRequest
 from rcllm.drafts.draft import Drafter
 from rcllm.drafts.pool_drafter import PoolDrafter
@@ -31,7 +31,7 @@ class DraftPoolsByName:
         if not isinstance(request, TextRequest) or not request.pool:
             return None
         # the prompt's last tokens would be learned with the answer; they may be a user's own words
-        return PoolDrafter(self._pool(request.pool), (), request.user_id)
+        return PoolDrafter(self._pool(request.pool), (), whose(request.user_id, request.tenant))
 
     def _pool(self, name: str) -> SuffixPool:
         if name not in self._pools:

@@ -75,6 +75,11 @@ class Ask:
         """A part of the address."""
         return str(self.http.path_params[name])
 
+    @property
+    def tenant(self) -> str:
+        """Whose user the address names."""
+        return self.http.query_params.get("tenant", "")
+
     def check_model(self, name: str) -> None:
         """Raises NotServedError for a model that is not the one here."""
         known = self.served.model_names
@@ -84,12 +89,12 @@ class Ask:
             raise error
 
     async def answer(
-        self, request: Request, deadline_ms: float | None = None, tenant: str = "", on_tokens: OnTokens | None = None
+        self, request: Request, deadline_ms: float | None = None, on_tokens: OnTokens | None = None
     ) -> Any:
         """The backend's response to one request. Raises RcllmError."""
         served, kind = self.served, KINDS[type(request)]
         first = _First(served.clock, on_tokens)
-        asked = Asked(request, tenant or self.caller.name, deadline_ms, first if kind == "generate" else None)
+        asked = Asked(request, deadline_ms, first if kind == "generate" else None)
         try:
             self._check(request)
             served.num_unanswered += 1

@@ -10,8 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from annotated_types import Gt, MaxLen
-
+from rcllm.annotated import Gt
 from rcllm.core.ranking import Level
 from rcllm.errors import RequestError
 from rcllm.fields import parse
@@ -31,7 +30,6 @@ class Extras:
 
     level: Level | None = None  # how far reuse may go; None: as the server is set up
     deadline_ms: Annotated[float, Gt(0)] | None = None  # until the scores, or the first token
-    tenant: Annotated[str, MaxLen(64)] = ""  # whose turn it takes where several wait
     explain: bool = False  # add the whole receipt
 
 

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from annotated_types import MinLen
-
+from rcllm.annotated import MinLen
 from rcllm.core.ranking import Event, Item, ItemId, TokenIds
 from rcllm.errors import RequestError
 from rcllm.wire.bodies import Object, named, read

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NewType
 
-from annotated_types import Ge, Gt, Interval, MaxLen, MinLen
 from blake3 import blake3
 
+from rcllm.annotated import Ge, Gt, Interval, MaxLen, MinLen
 from rcllm.core.decoding import Generated, GenerateOptions, Speculation
 from rcllm.core.ranking import Level, TokenIds, UserId
 from rcllm.core.texts import TextRequest
@@ -197,6 +197,7 @@ def text_requests(
                 speculation=body.speculation if body.pool else Speculation("none"),
             ),
             level=body.level,
+            tenant=body.tenant,
             parts=prompt.parts,
             shares_first=prompt.shares_first,
             pool=tenant_pool,

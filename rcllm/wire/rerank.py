@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, NewType
 
-from annotated_types import Ge, Gt, MinLen
-
+from rcllm.annotated import Ge, Gt, MinLen
 from rcllm.core.ranking import Event, ItemId, Level, RankOptions, RankRequest, RankResponse, Readout, UserId
 from rcllm.data.text import as_text, well_formed
 from rcllm.errors import RequestError
@@ -82,7 +81,9 @@ class Reranking:
             options = replace(options, level=body.level)
         places = {item_id: place for place, item_id in enumerate(texts)}
         history = (Event(text=body.query),)
-        request = RankRequest(request_id, tuple(texts), history, body.user, texts=texts, options=options)
+        request = RankRequest(
+            request_id, tuple(texts), history, body.user, texts=texts, options=options, tenant=body.tenant
+        )
         return cls(request, tuple(places[item_id] for item_id in ids))
 
     def relevances(self, response: RankResponse) -> list[float]:

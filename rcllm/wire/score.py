@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NewType
 
-from annotated_types import Gt, MinLen
-
+from rcllm.annotated import Gt, MinLen
 from rcllm.core.ranking import Level, TokenIds, UserId
 from rcllm.core.texts import ScoreRequest, ScoreResponse
 from rcllm.data.text import well_formed
@@ -118,7 +117,8 @@ def score_request(
 
     query = ids(body.query, going_on if body.item_first else opening)
     items = tuple(ids(item, opening if body.item_first else going_on) for item in body.items)
-    return ScoreRequest(request_id, query, items, body.label_token_ids, body.item_first, body.user, body.level)
+    labels = body.label_token_ids
+    return ScoreRequest(request_id, query, items, labels, body.item_first, body.user, body.level, body.tenant)
 
 
 def score_to_json(body: SglangBody, response: ScoreResponse, model: str) -> dict[str, object]:

@@ -8,7 +8,6 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis.checks import not_a_server_error
-from schemathesis.generation import GenerationMode
 
 from rcllm.config import ServerConfig
 from rcllm.server.app import make_app
@@ -19,7 +18,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the tool and what it is 
 _APP = make_app(FakeBackend({"a": "red lamp", "b": "blue lamp"}), ServerConfig(warm=False))
 _CONFIG = schemathesis.config.SchemathesisConfig.from_dict({"generation": {"mode": "all"}})
 _SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", _APP, config=_CONFIG)
-_MODES = GenerationMode.all()
 
 
 def _settings(examples: int) -> Any:

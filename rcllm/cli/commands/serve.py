@@ -41,7 +41,7 @@ def serve(
     """Serve a model over HTTP: rank, recommend, rerank, score, complete and chat.
 
     Clients of OpenAI, Cohere and Jina, and score calls of vLLM and SGLang work as they are; docs/serving.md has an
-    example for each address. Keys stand in the file (`[server]`, api_keys and admin_key) or in RCLLM_SERVER_API_KEYS
+    example for each address. Keys stand in the file (`[server]`, api_keys and admin_key), or in RCLLM_SERVER_API_KEYS
     and RCLLM_SERVER_ADMIN_KEY. Options go before the environment, that before the file. The first signal drains, a
     second one ends at once.
 

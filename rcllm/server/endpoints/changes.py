@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from rcllm.core.ranking import ItemId, UserId
+from rcllm.core.ranking import ItemId, UserId, whose
 from rcllm.data.text import well_formed
 from rcllm.errors import UnknownItemError
 from rcllm.server.backend import EraseUser, PutItems, RemoveItems, WarmItems
@@ -41,18 +41,23 @@ async def delete_items(ask: Ask) -> JsonReply:
     return JsonReply(asdict(await ask.served.backend.change(RemoveItems(body.item_ids))))
 
 
+def _whose(user_id: UserId, ask: Ask) -> UserId:
+    """The name under which a user's things are kept; `?tenant=` says whose user it is."""
+    return whose(user_id, ask.tenant) or user_id
+
+
 async def append_event(ask: Ask) -> JsonReply:
     user_id = UserId(well_formed(ask.path("user_id")))
     event = parse_event(ask.value)
-    return JsonReply({"known_events": ask.served.histories.append(user_id, (event,))})
+    return JsonReply({"known_events": ask.served.histories.append(_whose(user_id, ask), (event,))})
 
 
 async def erase_user(ask: Ask) -> JsonReply:
     """Events and receipts go, and every block of cached KV that was made of the user's words."""
     user_id = UserId(well_formed(ask.path("user_id")))
-    events = ask.served.histories.erase(user_id)
-    changed = await ask.served.backend.change(EraseUser(user_id))
-    answers = ask.served.answers.erase(user_id)  # last, so that none that was on its way stays
+    events = ask.served.histories.erase(_whose(user_id, ask))
+    changed = await ask.served.backend.change(EraseUser(user_id, ask.tenant))
+    answers = ask.served.answers.erase(_whose(user_id, ask))  # last, so that none that was on its way stays
     return JsonReply({"num_blocks": changed.num_blocks, "num_events": events, "num_receipts": answers})
 
 

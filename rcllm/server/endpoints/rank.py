@@ -9,7 +9,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from rcllm.core.ranking import Event, RankOptions
+from rcllm.core.ranking import Event, RankOptions, whose
 from rcllm.server.reply import JsonReply
 from rcllm.server.served import Ask
 from rcllm.wire.lines import recommendation_to_json
@@ -23,7 +23,7 @@ async def rank(ask: Ask) -> JsonReply:
     body = parse_rank_body(ask.value, ask.request_id, about.options, about.text_field)
     events = _known(ask, body)
     request = replace(body.request, history=body.request.history or events)
-    response = await ask.answer(request, body.extras.deadline_ms, body.extras.tenant)
+    response = await ask.answer(request, body.extras.deadline_ms)
     return JsonReply(rank_to_json(response, body, **_told(events)))
 
 
@@ -31,14 +31,14 @@ async def recommend(ask: Ask) -> JsonReply:
     body = parse_recommend_body(ask.value, ask.request_id)
     events = _known(ask, body)
     request = replace(body.request, history=body.request.history or events)
-    response = await ask.answer(request, body.extras.deadline_ms, body.extras.tenant)
+    response = await ask.answer(request, body.extras.deadline_ms)
     answer = recommendation_to_json(response, receipts=body.extras.explain)
     return JsonReply({**answer, "scores": list(response.scores), **_told(events)})
 
 
 def _known(ask: Ask, body: Body[Any]) -> tuple[Event, ...]:
     """What the server was told of the user, where the body says nothing of the history."""
-    return () if body.has_history else ask.served.histories.of(body.request.user_id)
+    return () if body.has_history else ask.served.histories.of(whose(body.request.user_id, body.request.tenant))
 
 
 def _told(events: tuple[Event, ...]) -> dict[str, object]:
@@ -61,7 +61,7 @@ async def _rerank(ask: Ask, *, documents: bool) -> JsonReply:
     ask.check_model(body.model)
     ask.check_items(len(body.documents), "documents")
     reranking = _reranking(ask, body, ask.request_id)
-    response = await ask.answer(reranking.request, body.deadline_ms, body.tenant)
+    response = await ask.answer(reranking.request, body.deadline_ms)
     return JsonReply(rerank_to_json(body, reranking, response, ask.served.model, documents=documents))
 
 
@@ -84,7 +84,7 @@ async def _sglang(ask: Ask, body: SglangBody) -> JsonReply:
     texts = ask.served.backend.texts
     request = score_request(body, ask.request_id, texts.opening, texts.going_on)
     ask.check_tokens(len(request.query) + sum(map(len, request.items)))
-    response = await ask.answer(request, body.deadline_ms, body.tenant)
+    response = await ask.answer(request, body.deadline_ms)
     return JsonReply(score_to_json(body, response, ask.served.model))
 
 

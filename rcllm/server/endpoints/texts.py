@@ -67,7 +67,7 @@ async def _answered(
         events = _stream(ask, body, requests, named, len(prompts))
         return EventStream(await anext(events), events)
     async with asyncio.TaskGroup() as together:
-        tasks = [together.create_task(ask.answer(each, body.deadline_ms, body.tenant)) for each in requests]
+        tasks = [together.create_task(ask.answer(each, body.deadline_ms)) for each in requests]
     return JsonReply(named.whole([task.result() for task in tasks], len(prompts)))
 
 
@@ -120,7 +120,7 @@ async def _news(
             queue.put_nowait(_News(index, token_ids))
 
         try:
-            ended = await ask.answer(request, body.deadline_ms, body.tenant, on_tokens)
+            ended = await ask.answer(request, body.deadline_ms, on_tokens)
         except Exception as error:
             queue.put_nowait(_News(index, ended=error))
         else:
