@@ -27,7 +27,7 @@ from rcllm.errors import CancelledError, ClosingError, NotServedError, RequestEr
 from rcllm.prompt.chat import Chat, ChatPrompt, Message
 from rcllm.prompt.tokenizer import Tokenizer
 from rcllm.schedule.work import Terms
-from rcllm.server.backend import KINDS, About, Asked, Change, Changed, Response, Stats, WarmItems
+from rcllm.server.backend import KINDS, About, Asked, Change, Changed, Response, Stats, Texts, WarmItems
 from rcllm.server.catalogue import Keeper
 from rcllm.server.loop import Loop
 from rcllm.server.pools import DraftPoolsByName
@@ -61,7 +61,7 @@ class EngineBackend:
             del self._routes[RankRequest]
         if recommender is not None:
             self._routes[RecommendRequest] = _Route(recommender.engine, recommender)
-        self.texts = EngineTexts(engine.prompter.tokenizer, Chat(engine.prompter.tokenizer, engine.prompter.chat))
+        self.texts: Texts = EngineTexts(engine.prompter.tokenizer, Chat(engine.prompter.tokenizer, engine.prompter.chat))
         self.about = _about(engine, name, frozenset(self._routes))
         engines = [engine] if recommender is None else [engine, recommender.engine]
         self._loop = Loop(engines, self._fail_all)
