@@ -273,7 +273,7 @@ class Engine:
             before = self.loop.under_way() if changes.stale else []
             self.loop.run(until=lambda: all(ticket.done for ticket in before))
             for item_id in changes.stale:
-                self.loop.intake.last_scores.forget_item(item_id)
+                self.intake.last_scores.forget_item(item_id)
             return replace(changes, num_blocks=sum(self.retire_item(item_id) for item_id in changes.stale))
 
     def reload_items(self, items: Iterable[Item]) -> ItemChanges:
@@ -288,9 +288,10 @@ class Engine:
         that was made of users' texts: build it again without the user (`rcllm pool build --exclude-users`). Raises what
         the store raises: erasing is not best-effort.
         """
-        num_blocks = self._erase(user_owner(whose(user_id, tenant)) or "")
-        self.loop.intake.forget_user(user_id)
-        return num_blocks
+        try:
+            return self._erase(user_owner(whose(user_id, tenant)) or "")
+        finally:
+            self.intake.forget_user(user_id, tenant)
 
     def retire_item(self, item_id: ItemId) -> int:
         """Removes the blocks of an item whose text changed or that is gone; returns how many there were.

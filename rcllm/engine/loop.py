@@ -164,6 +164,7 @@ class RequestLoop:
         self._num_passes += 1
         answers: list[Answer] = []
         start = self._clock()
+        self._pass_ends_s = start + sum(map(self.intake.needs_ms, entering)) / 1e3
         try:
             with self._prefill.pool_of([ticket.planned for ticket in entering]).hold() as held:
                 prompts = Prompts.of(entering, self._prefill, held, watch.stage)  # plan, materialise, select, assemble
@@ -173,7 +174,8 @@ class RequestLoop:
                 first, passed = forward(self._decoder, prompts, steps, watch.stage)  # forward
                 answers += steps.take(passed, watch.stage)  # read
                 answers += enter(prompts, first, self._prefill, held, self._names, watch.stage)  # publish, read
-            self.costs.observe(asked, (self._clock() - start) * 1e3 - watch.stages.get("measure", 0.0))
+            if asked.rows:
+                self.costs.observe(asked, (self._clock() - start) * 1e3 - watch.stages.get("measure", 0.0))
         except BaseException as error:  # a pass that broke is told to everybody in it, and an interrupt to its thread
             answers = [Answer(ticket.number, error) for ticket in (*entering, *running)]
             if not isinstance(error, Exception):
