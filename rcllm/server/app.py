@@ -100,6 +100,7 @@ def make_app(backend: Backend, config: ServerConfig = _DEFAULTS) -> FastAPI:
 
     @asynccontextmanager
     async def living(app: FastAPI) -> AsyncIterator[None]:
+        served.is_closing = False
         await backend.start()
         if config.warm and "rank" in backend.about.kinds:
             await backend.change(WarmItems())

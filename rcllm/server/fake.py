@@ -73,7 +73,8 @@ class FakeBackend:
         self._unanswered = 0
         self._warmth = Warmth()
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        self._closing = False
 
     async def stop(self, drain_s: float) -> None:
         self._closing = True
