@@ -90,7 +90,12 @@ def _by_python(engine: Engine, request: RankRequest) -> float:
 def _serving(backend: Backend) -> Iterator[str]:
     listening, address = threading.Event(), list[str]()
     config = ServerConfig(port=0, warm=False)
-    server = HttpServer(make_app(backend, config), config, lambda where: (address.append(where), listening.set())[0])
+
+    def told(where: str) -> None:
+        address.append(where)
+        listening.set()
+
+    server = HttpServer(make_app(backend, config), config, told)
     thread = threading.Thread(target=server.run)
     thread.start()
     listening.wait()

@@ -457,8 +457,8 @@ class Engine:
     def queue(self, tenant: str = "") -> Queue:
         """What a ranking of a tenant would find, were it asked for now: for metrics, pages and routing."""
         with self._lock:
-            self._scheduler.open(self._rank.kind, self._rank.limits)
-            found = self._scheduler.queue(Work(-1, self._rank.kind, 0, tenant=tenant, arrival_s=self.clock()))
+            self._scheduler.open(self.rank_job.kind, self.rank_job.limits)
+            found = self._scheduler.queue(Work(-1, self.rank_job.kind, 0, tenant=tenant, arrival_s=self.clock()))
             return replace(found, ahead_ms=found.ahead_ms + self._running_ms(found))
 
     def stats(self) -> PoolStats:

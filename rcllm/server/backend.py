@@ -131,7 +131,7 @@ class Stats:
     num_blocks: int = 0
     num_bytes: int = 0
     budget_bytes: int = 0
-    hits: int = 0
+    hits: Mapping[str, int] = field(default_factory=dict)  # blocks that were found, by tier
     misses: int = 0
     evictions: int = 0
     store_errors: int = 0
@@ -142,8 +142,10 @@ class Stats:
 class Backend(Protocol):
     """Answers requests and makes changes. All of its methods are called in one event loop."""
 
-    about: About
-    texts: Texts
+    @property
+    def about(self) -> About: ...
+    @property
+    def texts(self) -> Texts: ...
 
     async def start(self) -> None:
         """Begins to answer."""

@@ -54,7 +54,7 @@ class FakeBackend:
 
     def __init__(
         self,
-        items: Mapping[str, str] | None = None,
+        items: Mapping[Any, str] | None = None,
         *,
         kinds: frozenset[str] = frozenset(KINDS.values()),
         delay_s: float = 0.0,
@@ -130,7 +130,7 @@ class FakeBackend:
             num_items=len(self.catalogue),
             num_unanswered=self._unanswered,
             num_blocks=len(self._seen),
-            hits=sum(self._seen.values()),
+            hits={"device": sum(self._seen.values())},
             misses=len(self._seen),
             warmth=self._warmth,
         )

@@ -134,12 +134,15 @@ class _OfBackend(Collector):
             "rcllm:warm_blocks_wanted": ("Blocks that warming is to do.", now.warmth.total_blocks),
         }
         counters = {
-            "rcllm:cache_hits": ("Blocks that were found.", now.hits),
             "rcllm:cache_misses": ("Blocks that were not found.", now.misses),
             "rcllm:cache_evictions": ("Blocks that were dropped for others.", now.evictions),
             "rcllm:store_errors": ("Errors of stores; each was a miss.", now.store_errors),
             "rcllm:loop_failures": ("Passes that ended by a mistake of the server.", now.loop_failures),
         }
+        hits = CounterMetricFamily("rcllm:cache_hits", "Blocks that were found.", labels=[_MODEL, "tier"])
+        for tier, number in now.hits.items():
+            hits.add_metric([self._model, tier], number)
+        yield hits
         for name, (about, value) in gauges.items():
             gauge = GaugeMetricFamily(name, about, labels=[_MODEL])
             gauge.add_metric([self._model], value)

@@ -118,7 +118,7 @@ class EngineBackend:
             num_blocks=pool.num_blocks,
             num_bytes=pool.num_bytes,
             budget_bytes=pool.budget_bytes,
-            hits=pool.hits,
+            hits={str(tier): number for tier, number in pool.hits.items()},
             misses=pool.misses,
             evictions=pool.evictions,
             store_errors=pool.store_errors,
