@@ -7,10 +7,10 @@
     ├── FetchError               a package or model could not be downloaded
     ├── ModelError               a model folder cannot be used
     │   └── UnsupportedModelError    the architecture, or a variant of it, is not implemented
+    ├── StoreError               a tier of the store cannot be opened, read or written
     ├── AccessError              a request brings no key that fits
     │   └── ForbiddenError           its key may ask, but not change what is served
     ├── ClosingError             the server is going down, and takes no more requests
-    ├── StoreError               a tier of the store cannot be opened, read or written
     ├── RequestError             one request is wrong; the engine and other requests go on
     │   ├── UnknownItemError         a candidate or event names an item the catalogue lacks
     │   ├── NotServedError           it is fine, but nothing here answers such requests

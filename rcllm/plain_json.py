@@ -63,10 +63,12 @@ def read_json(path: Path, of: str = "a Hugging Face model folder") -> dict[str, 
     if not path.is_file():
         raise ModelError(f"{path} is missing; expected {_told(path.parent, of)}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); fetch it again") from error
-    return read_object(text, str(path), ModelError)
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def read_json_if_there(path: Path, of: str = "a Hugging Face model folder") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from rcllm.metrics import Clock
 from rcllm.store.codec import decode, encode
 from rcllm.store.contract import Found, Store, Stored, TierStats
 from rcllm.store.null import NullStore
-from rcllm.store.owners import alias, digest
+from rcllm.store.owners import one_name
 from rcllm.store.sealed import CorruptBlockError
 
 T = TypeVar("T")
@@ -33,16 +33,11 @@ class Block:
 
     kv: torch.Tensor  # [layers, 2, kv_heads, len, columns], in the pool's dtype
     cost: float  # of computing it again, in FLOPs
-    owner: str | None  # nameless
+    owner: str | None  # by the one name that tiers know; see store/owners.py
 
     @property
     def num_bytes(self) -> int:
         return self.kv.numel() * self.kv.element_size()
-
-
-def nameless(owner: str | None) -> str | None:
-    """How an owner is called from the pool downwards: no user's name is in any tier."""
-    return alias(digest(owner))
 
 
 class Below:
@@ -106,7 +101,7 @@ class Below:
         blocks = {}
         for key, block in stored.items():
             try:
-                blocks[key] = Block(decode(block.data), block.cost, nameless(block.owner))
+                blocks[key] = Block(decode(block.data), block.cost, one_name(block.owner))
             except CorruptBlockError:
                 self._count_error()
         return blocks

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rcllm.cache.below import Below, Block, nameless
+from rcllm.cache.below import Below, Block
 from rcllm.cache.lookup import Located, Lookup
 from rcllm.cache.rates import Rates
 from rcllm.core.ranking import ContentKey
@@ -29,7 +29,7 @@ from rcllm.store.contract import Store, TierStats
 from rcllm.store.disk.store import Erased
 from rcllm.store.index import Entry, Index
 from rcllm.store.null import NullStore
-from rcllm.store.owners import alias
+from rcllm.store.owners import alias, one_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Pool:
     def was_erased(self, owner: str | None, since: int) -> bool:
         """Whether an owner was erased after a look-up, whose `erasures` is `since`."""
         with self._lock:
-            return self._erasures.hit(nameless(owner), since)
+            return self._erasures.hit(one_name(owner), since)
 
     def _on_device(self, keys: Iterable[ContentKey]) -> dict[ContentKey, Located]:
         with self._lock:
@@ -130,7 +130,7 @@ class Pool:
         A running request that holds one finishes with it; nobody else can get it any more. A store that fails here
         raises: erasing is not best-effort.
         """
-        name = nameless(owner)
+        name = one_name(owner)
         assert name is not None
         with self._lock:
             owned = self._forget(name)
@@ -314,7 +314,7 @@ class Held:
     def publish(self, key: ContentKey, kv: torch.Tensor, cost: float, owner: str | None) -> None:
         """Copies `kv` into the pool in its dtype, pinned. Raises CapacityError when pinned blocks leave no room."""
         if key not in self.blocks:
-            kv_kept = self._pool._insert(key, Block(kv, cost, nameless(owner)), written=False)
+            kv_kept = self._pool._insert(key, Block(kv, cost, one_name(owner)), written=False)
             assert kv_kept is not None
             self.blocks[key] = kv_kept
             self.sources[key] = "computed"

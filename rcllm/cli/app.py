@@ -36,6 +36,8 @@ COMMANDS = (
     Listed("calibrate", "calibrate:calibrate", "Measure how far KV reuse may go before answers change."),
     Listed("tune", "tune:tune", "Teach a language model to rank: LoRA with a listwise loss on interactions."),
     Listed("describe", "describe:describe", "Describe every user or item in text: knowledge for a click model."),
+    Listed("sim", "sim:sim", "Simulate a cluster: times, hits and use of nodes, before there is one."),
+    Listed("plan", "sim:plan", "Plan a cluster: nodes, memory, times to the first token, and what it costs."),
     Listed("cache stats", "cache:stats", "Show what is kept: blocks, bytes and rates, and which model they belong to."),
     Listed("cache verify", "cache:verify", "Read every block against its checksum."),
     Listed("cache compact", "cache:compact", "Give disk space back that removed blocks took."),
@@ -44,6 +46,10 @@ COMMANDS = (
     Listed("cache export", "cache:export", "Copy the store into a folder to take to another machine."),
     Listed("cache import", "cache:import_", "Take the blocks of an export into the store, each checked."),
     Listed("bench ttft", "rank:ttft", "Time to first token of every reuse level, and how far off its answers are."),
+    Listed("place build", "place:build", "Decide which node holds which items, from the requests of the past."),
+    Listed("place eval", "place:evaluate", "Tell what a placement is worth: a request's items on its best node."),
+    Listed("place diff", "place:diff", "Show what changes from one placement to another, and plan bounded moves."),
+    Listed("place explain", "place:explain", "Explain where an item is, or which node would answer a request."),
     Listed("pool build", "pool:build", "Build the semantic history pool: token prototypes shared by all users."),
     Listed("probe position", "rank:position", "How much of a score is the candidate, and how much its place."),
     Listed("sid build", "sid:build", "Give every item its semantic ID, by its text and by who touched it."),
@@ -52,6 +58,7 @@ COMMANDS = (
 GROUPS = {
     "cache": "What is kept on disk between runs, and its care.",
     "bench": "Measure your own model, catalogue and requests.",
+    "place": "Many machines: which node holds which items, and which answers a request.",
     "pool": "The semantic history pool: token prototypes shared by all users.",
     "probe": "Look for what a ranking should not depend on.",
     "sid": "Semantic IDs: codes of items, and a decoder that generates them.",
@@ -105,7 +112,8 @@ def main(
     block. **calibrate** finds how far reuse may go before answers change, and rank goes that far; **tune** teaches a
     model to rank, also so that reuse changes nothing. **bench ttft** says what reuse saves on your data; **probe
     position**, what the order of the candidates does; **pool build** makes token prototypes for histories.
-    **recommend** finds items of the whole catalogue, with a decoder that **sid train** made. Example:
+    **recommend** finds items of the whole catalogue, with a decoder that **sid train** made; **serve** answers over
+    HTTP. Example:
 
     - `rcllm pull`
     - `rcllm warm --items items.jsonl --limit 500`

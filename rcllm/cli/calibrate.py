@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rcllm.cli.calibrated import FILE
-from rcllm.cli.inputs import Inputs, context_requests, load_inputs, load_requests, make_config, make_engine
+from rcllm.cli.inputs import Inputs, check_ranks, context_requests, load_inputs, load_requests, make_config, make_engine
 from rcllm.cli.options import EngineOptions, ItemOptions
 from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import GOES_ON, console, interruptible, progress, say
@@ -53,6 +53,7 @@ def calibrate_command(
 ) -> None:
     """Searches, saves and reports."""
     config = make_config(engine_options)
+    check_ranks(config.prompt)
     records = out.with_name(f"{out.name}.records.jsonl")
     _check_out(out, records, requests, config, engine_options, item_options)
     inputs = load_inputs(item_options)

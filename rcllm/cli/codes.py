@@ -55,10 +55,10 @@ def code_warnings(codes: Codes) -> list[str]:
             "--levels, or make --size smaller"
         )
     if codes.moved > len(codes.codes) // 2:
-        warnings.append(
-            f"{codes.moved:,} of {len(codes.codes):,} items have codes that are not their nearest, because many items "
-            "have the same text: embed more fields, or give --interactions"
-        )
+        why = "the codes are too coarse for what tells items apart: give --interactions, or more --levels"
+        if codes.twins > codes.moved // 2:
+            why = f"{codes.twins:,} have the same text as another: embed more fields, or give --interactions"
+        warnings.append(f"{codes.moved:,} of {len(codes.codes):,} items have codes that are not their nearest; {why}")
     return warnings
 
 

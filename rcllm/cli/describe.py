@@ -38,6 +38,7 @@ def describe_command(
     item_options: ItemOptions,
 ) -> None:
     """Runs the job, or estimates it."""
+    _check_speculation(speculation, options.kind)
     options = replace(options, speculation=_speculation(speculation))
     check_options(options)
     engine_options = replace(engine_options, template=engine_options.template or f"describe_{options.kind}")
@@ -105,6 +106,17 @@ def _bar(kind: Kind, total: int) -> Iterator[Callable[[Progress], None]]:
             bar.update(task, completed=now.num_profiles, rate=f"{now.rate.tokens_per_s:,.0f} tokens/s")
 
         yield show
+
+
+def _check_speculation(given: SpeculationOptions, kind: Kind) -> None:
+    """Raises ConfigError for what would be ignored."""
+    default = SpeculationOptions()
+    if given.speculate != "relaxed" and (given.k, given.p) != (default.k, default.p):
+        raise ConfigError(f"--k and --p are for --speculate relaxed, got --speculate {given.speculate}")
+    if given.speculate == "none" and (given.pools is not None or given.groups != default.groups):
+        raise ConfigError("--pools and --groups say what to draft from; leave them out with --speculate none")
+    if kind == "item" and given.groups != default.groups:
+        raise ConfigError("--groups puts users together; leave it out with --kind item")
 
 
 def _speculation(options: SpeculationOptions) -> Speculation:

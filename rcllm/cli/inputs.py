@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions, StoreOptions
 from rcllm.cli.screen import busy, say, warm_with_progress
-from rcllm.config import Config, StoreConfig, check_options, context_samples
+from rcllm.config import Config, PromptConfig, StoreConfig, check_options, context_samples
 from rcllm.core.ranking import RankOptions, RankRequest
 from rcllm.data import (
     Catalogue,
@@ -104,6 +104,7 @@ def make_config(
         store=_stored(config.store, store),
     )
     if ranking is not None:
+        check_ranks(config.prompt)
         given = {"level": ranking.level, "readout": ranking.readout, "layout": ranking.layout}
         config = replace(config, rank=_over(config.rank, **given, label_place=ranking.label_place))
         if ranking.semantic_pool is not None:
@@ -120,6 +121,12 @@ def _stored(config: StoreConfig, given: StoreOptions | None) -> StoreConfig:
         return replace(config, enabled=False)
     over = _over(config, folder=given.store_folder, disk_mb=given.disk_mb, shared=given.shared_store)
     return replace(over, enabled=True)
+
+
+def check_ranks(prompt: PromptConfig) -> None:
+    """Raises ConfigError for a template that asks for a text, before a model is loaded for it."""
+    if Template.of(prompt).open:
+        raise ConfigError(f"template {prompt.template!r} is for open prompts and ranks no candidates; use another")
 
 
 def make_engine(

@@ -66,6 +66,8 @@ def _histories(items: ItemOptions, options: TextOptions) -> tuple[Inputs, str, l
     """What to read items from, what the texts are, in words, and the texts."""
     excluded = read_users_file(options.exclude_users) if options.exclude_users else frozenset[UserId]()
     if options.texts is not None:
+        if options.reviews:
+            raise ConfigError("--reviews are of a --dataset; leave it out with --texts, which are taken as they are")
         inputs = load_inputs(items) if items.items or items.dataset else Inputs(Catalogue(()))
         histories, report = file_histories(options.texts, options.history, excluded)
         if report is not None:

@@ -177,6 +177,8 @@ def _numbers(catalogue: Catalogue) -> dict[ItemId, int]:
 
 def _embeddings(catalogue: Catalogue, options: VectorOptions) -> FloatArray:
     if options.embeddings is not None:
+        if replace(options, embeddings=None) != VectorOptions():
+            raise ConfigError("--embeddings are read as they are; leave out --encoder, --field and --max-tokens")
         return _read_embeddings(options.embeddings, len(catalogue))
     texts = item_texts(catalogue.values(), options.field or ())
     if not any(texts):
@@ -194,6 +196,7 @@ def _read_embeddings(path: Path, num_items: int) -> FloatArray:
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is not a .npy file of numbers: {error}") from error
     if not isinstance(table, np.ndarray):
+        table.close()
         raise DataError(f"{path} is an archive of arrays; expected one array, as np.save writes it")
     if table.ndim != 2 or table.shape[0] != num_items or not np.issubdtype(table.dtype, np.floating):
         raise DataError(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import typer
 
-from rcllm.cache.below import nameless
 from rcllm.cache.rates import Rates
 from rcllm.cli.inputs import make_config
 from rcllm.cli.options import EngineOptions, StoreOptions
@@ -27,6 +26,7 @@ from rcllm.errors import ConfigError, StoreError
 from rcllm.plain_json import to_json
 from rcllm.reuse.missing import item_owner, user_owner
 from rcllm.store.disk import DiskStore, Space, Verified, compact, repair
+from rcllm.store.owners import one_name
 
 _DAY_S = 86_400.0
 
@@ -100,7 +100,7 @@ def erase_command(
         if tiers.disk is None:
             raise StoreError(f"{folder_of(config)}: nothing was erased there")
         for name, owner in owners.items():
-            num_blocks = tiers.store.delete_owner(nameless(owner) or "")
+            num_blocks = tiers.store.delete_owner(one_name(owner) or "")
             console().print(f"{name}: {num_blocks:,} blocks removed")
         if scrub:
             with busy("overwriting what was removed"):

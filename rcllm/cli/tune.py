@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rcllm.cli.commands.tune import ColumnOptions, ShapeOptions
-from rcllm.cli.inputs import columns_of, tell_read
+from rcllm.cli.inputs import check_ranks, columns_of, tell_read
 from rcllm.cli.outputs import check_folder
 from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
@@ -32,6 +32,8 @@ def tune_command(
 ) -> None:
     """Trains, and says what became better."""
     config = replace(config, alpha=2.0 * config.rank, examples=_examples(config, shape))
+    prompt = PromptConfig(template=template or TEMPLATES[config.mask])
+    check_ranks(prompt)
     for folder in (out, out / "best"):
         check_folder(folder, dataset, model, template, start)
     check_out(out)
@@ -39,7 +41,6 @@ def tune_command(
         datasets = [load_dataset(format, folder, columns=columns_of(columns)) for folder in dataset]
         for each in datasets:
             tell_read(each.reports, each.notes)
-        prompt = PromptConfig(template=template or TEMPLATES[config.mask])
         trainer = make_trainer(ModelConfig(path=model), prompt, datasets, config, out, start)
     with interruptible(GOES_ON), progress("loss", "validation") as bar:
         task = bar.add_task("tuning, percent", total=100, loss="", validation="")

@@ -122,7 +122,7 @@ def _request(pool: NegativePool, history: tuple[Interaction, ...], at: int, shap
     if len(drawn) < wanted.count:
         raise DataError(
             f"expected {wanted.count} items that user {user_id!r} never touched, got {len(drawn)} in a catalogue of "
-            f"{len(pool.item_ids)}; lower num_candidates"
+            f"{len(pool.item_ids)}; ask for fewer candidates"
         )
     candidates = (target.item_id, *(pool.item_ids[number] for number in drawn))
     return RankRequest(

@@ -293,6 +293,7 @@ class Engine:
         self._num_passes += 1
         answers: list[Answer] = []
         start = self.clock()
+        self._pass_ends_s = start + sum(map(self.intake.needs_ms, entering)) / 1e3
         try:
             with self._prefill.pool_of([ticket.planned for ticket in entering]).hold() as held:
                 prompts = Prompts.of(entering, self._prefill, held, watch.stage)  # plan, materialise, select, assemble
@@ -302,7 +303,8 @@ class Engine:
                 first, passed = forward(self.decoder, prompts, steps, watch.stage)  # forward
                 answers += steps.take(passed, watch.stage)  # read
                 answers += enter(prompts, first, self._prefill, held, self._names, watch.stage)  # publish, read
-            self.costs.observe(asked, (self.clock() - start) * 1e3 - watch.stages.get("measure", 0.0))
+            if asked.rows:
+                self.costs.observe(asked, (self.clock() - start) * 1e3 - watch.stages.get("measure", 0.0))
         except BaseException as error:  # a pass that broke is told to everybody in it, and an interrupt to its thread
             answers = [Answer(ticket.number, error) for ticket in (*entering, *running)]
             if not isinstance(error, Exception):
@@ -438,9 +440,10 @@ class Engine:
         that was made of users' texts: build it again without the user (`rcllm pool build --exclude-users`). Raises what
         the store raises: erasing is not best-effort.
         """
-        num_blocks = self._erase(user_owner(whose(user_id, tenant)) or "")
-        self.intake.forget_user(user_id)
-        return num_blocks
+        try:
+            return self._erase(user_owner(whose(user_id, tenant)) or "")
+        finally:
+            self.intake.forget_user(user_id, tenant)
 
     def retire_item(self, item_id: ItemId) -> int:
         """Removes the blocks of an item whose text changed or that is gone; returns how many there were.

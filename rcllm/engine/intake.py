@@ -193,8 +193,8 @@ class Intake:
             now = self._clock()
             self.last_scores.keep(user_id, tenant, kind, response.candidates, response.scores, now)
 
-    def forget_user(self, user_id: UserId) -> None:
-        self.last_scores.forget_user(user_id)
+    def forget_user(self, user_id: UserId, tenant: str) -> None:
+        self.last_scores.forget_user(user_id, tenant)
 
     # ---- counts ----
 

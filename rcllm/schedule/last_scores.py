@@ -65,10 +65,10 @@ class LastScores:
             found = {item_id: kept[item_id] for item_id in candidates if item_id in kept}
         return Known({i: score for i, (score, _) in found.items()}, min((s for _, s in found.values()), default=0.0))
 
-    def forget_user(self, user_id: UserId) -> int:
-        """Removes all that is known of a user, of every tenant; returns how many scores that were."""
+    def forget_user(self, user_id: UserId, tenant: str = "") -> int:
+        """Removes all that is known of a tenant's user; returns how many scores that were."""
         with self._lock:
-            keys = [key for key in self._users if key[0] == user_id]
+            keys = [key for key in self._users if key[:2] == (user_id, tenant)]
             return sum(len(self._users.pop(key)) for key in keys)
 
     def forget_item(self, item_id: ItemId) -> int:

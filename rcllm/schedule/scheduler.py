@@ -81,12 +81,14 @@ class _Kind:
     def waiting_ms(self) -> float:
         return sum(tenant.ms for tenant in self.tenants.values())
 
-    def ms_before(self, tenant: str, due: float, ms: float) -> float:
-        """The estimated time of what goes before new work of a tenant: its own that is due earlier, and meanwhile of
-        every other tenant as much as its share allows."""
+    def ms_before(self, tenant: str, due: float, ms: float, share: float) -> float:
+        """The estimated time of what goes before new work of a tenant that has this share.
+
+        Its own that is due earlier, and meanwhile of every other tenant as much as its share allows.
+        """
         own = self.tenants.get(tenant)
         before = own.ms_before(due) if own else 0.0
-        fair = (before + ms) / (own.share if own else 1.0)
+        fair = (before + ms) / share
         others = (each for name, each in self.tenants.items() if each.queue and name != tenant)
         return before + sum(min(each.ms, fair * each.share) for each in others)
 
@@ -124,7 +126,7 @@ class Scheduler:
         """What `work` would find, were it added now. Changes nothing."""
         kinds = {name: kind for name, kind in self._kinds.items() if kind.num_waiting and not kind.limits.idle}
         kind = self._kinds[work.kind]
-        before = kind.ms_before(work.tenant, _due(work), work.ms)
+        before = kind.ms_before(work.tenant, _due(work), work.ms, self._share(work.tenant))
         fair = (before + work.ms) / kind.limits.share
         others = sum(min(k.waiting_ms, fair * k.limits.share) for name, k in kinds.items() if name != work.kind)
         tenants = {name: len(t.queue) for k in kinds.values() for name, t in k.tenants.items() if t.queue}
@@ -142,7 +144,7 @@ class Scheduler:
         kind = self._kinds[work.kind]
         if not kind.order:
             kind.served = max(kind.served, self._now)  # who did not wait has earned no credit
-        tenant = kind.tenants.setdefault(work.tenant, _Tenant(kind.now, self._shares.get(work.tenant, 1.0)))
+        tenant = kind.tenants.setdefault(work.tenant, _Tenant(kind.now, self._share(work.tenant)))
         if not tenant.listed:
             tenant.served, tenant.listed = max(tenant.served, kind.now), True
             heapq.heappush(kind.order, (tenant.served, work.tenant))
@@ -178,6 +180,9 @@ class Scheduler:
         hurried = any(not work.goes_on for work in map(self._works.__getitem__, enter))
         stepping = {id(kind) for kind in self._kinds.values() if self._steps(kind, running, hurried)}
         return Turn(enter, tuple(number for number in running if id(self._running[number]) in stepping), expired)
+
+    def _share(self, tenant: str) -> float:
+        return self._shares.get(tenant, 1.0)
 
     # ---- waiting ----
 

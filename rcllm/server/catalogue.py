@@ -10,10 +10,9 @@ from collections.abc import Iterable
 
 from rcllm.codes.updates import Update
 from rcllm.core.ranking import Item, ItemId, whose
-from rcllm.data.text import did_you_mean, shown
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.recommend import Recommender
-from rcllm.errors import RequestError, UnknownItemError
+from rcllm.errors import RequestError
 from rcllm.server.backend import Change, Changed, EraseUser, PutItems, RemoveItems
 from rcllm.server.pools import DraftPoolsByName
 from rcllm.sid.vocabulary import with_sid
@@ -55,11 +54,7 @@ class Keeper:
 
     def _remove(self, item_ids: Iterable[ItemId]) -> Changed:
         gone = list(dict.fromkeys(item_ids))
-        for item_id in gone:
-            if item_id not in self._engine.catalogue:
-                known = self._engine.catalogue
-                told = f"the catalogue of {len(known):,} items has no item {shown(item_id)}."
-                raise UnknownItemError(told + did_you_mean(item_id, known))
+        self._engine.catalogue.check_all_known(gone)
         made = self._engine.upsert_items((), gone=gone)
         if self._recommender is not None:
             if there := _with_codes(self._recommender, gone):

@@ -109,12 +109,10 @@ class FakeBackend:
     async def change(self, change: Change) -> Changed:
         match change:
             case PutItems():
-                num_new = sum(item.item_id not in self.catalogue for item in change.items)
-                self.catalogue.put(change.items)
+                num_new = self.catalogue.put(change.items)
                 return Changed(len(change.items), num_new, self._forget({item.item_id for item in change.items}))
             case RemoveItems():
-                for item_id in change.item_ids:
-                    self.catalogue[item_id]  # raises UnknownItemError
+                self.catalogue.check_all_known(change.item_ids)
                 self.catalogue.put((), gone=change.item_ids)
                 return Changed(len(set(change.item_ids)), 0, self._forget(set(change.item_ids)))
             case EraseUser():

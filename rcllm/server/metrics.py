@@ -58,6 +58,7 @@ class Metrics:
         self._tokens = self._count("rcllm:tokens", "Tokens of rankings by block and source.", "block", "source")
         self._reads = self._count("rcllm:block_reads", "Blocks of rankings by the tier they came from.", "tier")
         self._levels = self._count("rcllm:answers", "Answers by reuse level.", "kind", "level")
+        self._degraded = self._count("rcllm:degraded", "What was given up to keep deadlines.", "step")
         self._failures = self._count("rcllm:request_failures", "Requests without an answer.", "kind", "code")
         self.registry.register(_OfBackend(model, stats))
         ProcessCollector(registry=self.registry)
@@ -84,6 +85,8 @@ class Metrics:
         self._hits.labels(model).inc(receipt.num_reused)
         level = receipt.level.partition("(")[0]
         self._levels.labels(model, kind, level if level in _LEVELS else "other").inc()
+        for step in receipt.degraded:
+            self._degraded.labels(model, step).inc()
         reason = "stop"
         if isinstance(response, Generated):
             self._answer_tokens.labels(model).inc(len(response.token_ids))

@@ -75,6 +75,7 @@ class Codes:
     moved: int  # items whose codes are not the nearest ones, so that all differ
     levels: tuple[LevelStats, ...]
     likeness: Likeness  # of items that share their first code
+    twins: int  # items whose vector an earlier item has, too: nothing but the last level can tell them apart
 
     @property
     def items_per_first_code(self) -> float:
@@ -112,6 +113,7 @@ def quantise(vectors: FloatArray, config: CodeConfig, on_level: Callable[[int], 
         int((unique != table).any(axis=1).sum()),
         tuple(_level_stats(column, error) for column, error in zip(unique.T, errors, strict=True)),
         likeness(centred, unique[:, 0]),
+        len(vectors) - len({hash(row.tobytes()) for row in vectors}),
     )
 
 

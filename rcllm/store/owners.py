@@ -31,6 +31,11 @@ def alias(owner: OwnerDigest) -> str | None:
     return None if owner == NOBODY else f"{_WORDS[owner[:1]]}#{owner[1:].hex()}"
 
 
+def one_name(owner: str | None) -> str | None:
+    """The same for a name and for its alias, which a lasting tier returns in its place."""
+    return alias(digest(owner))
+
+
 def _of_alias(owner: str) -> OwnerDigest | None:
     word, mark, digits = owner.partition("#")
     if not mark or len(digits) != 2 * (DIGEST_BYTES - 1) or not set(digits) <= set("0123456789abcdef"):

@@ -7,6 +7,8 @@ tier that fails is a tier that has nothing, except for `delete_owner`.
     put ──▶ memory ──evicted──▶ queue ──▶ disk ──▶ shared          the queue drops what it has no room for, and counts
             memory ◀── copied ── what is found farther away ──▶ queue, for those lasting tiers before it
 
+Owners go by one name, the alias that stands in lasting tiers, so that a copy that was read back is erased as well.
+
 Where the queue dropped what was put, a lasting tier may still have what was put under the same key before: equal by its
 content key, unless it is corrupt, which whoever opens it finds out.
 """
@@ -30,6 +32,7 @@ from rcllm.store.behind import Batch, Waiting, WriteBehind
 from rcllm.store.contract import Found, Store, Stored, TierStats
 from rcllm.store.guarded import GuardedStore
 from rcllm.store.memory import MemoryStore
+from rcllm.store.owners import one_name
 from rcllm.store.sealed import is_whole
 
 
@@ -95,7 +98,7 @@ class Tiered:
             with self._lock:
                 self._memory_hits += len(near)
                 self._hits.update(each.place for each in farther.values())
-                farther = {key: each for key, each in farther.items() if each.block.owner not in read.erased}
+                farther = {key: each for key, each in farther.items() if one_name(each.block.owner) not in read.erased}
                 self._promote({key: each for key, each in farther.items() if key not in read.replaced})
         return near | {key: each.block for key, each in farther.items()}
 
@@ -124,7 +127,7 @@ class Tiered:
                 if not self._is_copied(placed):
                     found[key] = placed
                 elif is_whole(block.data):
-                    found[key] = _Placed(place, block.owned())
+                    found[key] = _Placed(place, _copied(block))
                 else:
                     tier.note_corrupt()
         return found
@@ -150,7 +153,7 @@ class Tiered:
 
     def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
         """Never waits for a lasting tier."""
-        copies = {key: block.owned() for key, block in blocks.items()}
+        copies = {key: _copied(block) for key, block in blocks.items()}
         with self._lock:
             for read in self._reads:
                 read.replaced.update(copies)
@@ -161,22 +164,24 @@ class Tiered:
 
     def delete_owner(self, owner: str) -> int:
         """Asks every tier, also one that is left alone. Raises ErasureError, when all were asked, if one failed."""
+        name = one_name(owner)
+        assert name is not None
         with self._lock:
-            self._erasing.append(owner)
+            self._erasing.append(name)
             for read in self._reads:
-                read.erased.add(owner)
-            counts = [self._memory.delete_owner(owner), self._behind.delete_owner(owner)]
+                read.erased.add(name)
+            counts = [self._memory.delete_owner(name), self._behind.delete_owner(name)]
         failed: dict[Source, Exception] = {}
         try:
             with self._behind.between_batches():
                 for tier in self._lasting:
                     try:
-                        counts.append(tier.delete_owner(owner))
+                        counts.append(tier.delete_owner(name))
                     except Exception as error:
                         failed[tier.tier] = error
         finally:
             with self._lock:
-                self._erasing.remove(owner)
+                self._erasing.remove(name)
         if failed:
             raise _not_erased(owner, failed) from next(iter(failed.values()))
         return max(counts)
@@ -208,6 +213,10 @@ class Tiered:
         """Asserts that memory and queue agree with themselves."""
         self._memory.check()
         self._behind.check()
+
+
+def _copied(block: Stored) -> Stored:
+    return replace(block.owned(), owner=one_name(block.owner))
 
 
 def _not_erased(owner: str, failed: Mapping[Source, Exception]) -> ErasureError:

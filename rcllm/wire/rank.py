@@ -95,6 +95,9 @@ def _texts(value: object) -> Mapping[Any, Any]:
 def rank_to_json(response: RankResponse, body: Body[RankRequest], **told: object) -> dict[str, object]:
     """What `rcllm rank` writes, and why each step was taken. Raises ModelError where a score is no number."""
     answer = dict(response_to_json(response, receipts=body.extras.explain))
-    if response.receipt.notes:
-        answer["notes"] = list(response.receipt.notes)
+    for name in ("notes", "degraded"):  # what was cut or guessed, and what was given up for the deadline
+        if said := getattr(response.receipt, name):
+            answer[name] = list(said)
+    if response.receipt.guard:
+        answer["guard"] = response.receipt.guard
     return {**answer, **told}

@@ -232,6 +232,13 @@ def test_a_dry_run_writes_nothing(run: Run, shop: Shop, users: Path, tmp_path: P
         (("--template", "shopping"), "is for rankings"),
         (("--kind", "item"), "leave out --items"),
         (("--speculate", "relaxed", "--temperature", "1"), "is for greedy decoding"),
+        (("--k", "5"), "--k and --p are for --speculate relaxed, got --speculate strict"),
+        (("--speculate", "none", "--p", "0.5"), "--k and --p are for --speculate relaxed, got --speculate none"),
+        (("--speculate", "none", "--groups", "3"), "leave them out with --speculate none"),
+        (("--kind", "item", "--groups", "3"), "--groups puts users together"),
+        (("--max-tokens", "0"), "--max-tokens must be at least 1, got 0"),
+        (("--limit", "0"), "--limit must be at least 1, got 0"),
+        (("--stop", ""), "--stop must be a text of at least 1 characters"),
     ],
 )
 def test_what_cannot_be_is_said(
@@ -250,3 +257,22 @@ def test_files_that_are_not_there(run: Run, shop: Shop, users: Path, tmp_path: P
     missing = run(*_words(shop, tmp_path / "nobody.parquet", tmp_path / "out.parquet"))
     assert missing.exit_code == 1
     assert "no such file" in missing.stderr
+
+
+def test_a_limit_is_raised_and_the_job_goes_on(run: Run, shop: Shop, users: Path, tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole.parquet", tmp_path / "part.parquet"
+    assert run(*_words(shop, users, whole)).exit_code == 0
+    assert run(*_words(shop, users, part, "--limit", "5")).exit_code == 0
+    assert [row["user_id"] for row in _rows(part)] == [f"u{n}" for n in range(5)]
+    other = run(*_words(shop, users, part))
+    assert other.exit_code == 2, "a finished file of another job is not replaced"
+    assert "limit" in other.stderr
+    assert _texts(part) == _texts(whole)[:5]
+
+
+def test_the_dry_run_names_the_first_row_that_cannot_be_used(run: Run, shop: Shop, tmp_path: Path) -> None:
+    rows = write_lines(tmp_path / "rows.jsonl", [{"user_id": "a", "history": ["i1"]}, {"history": ["i1"]}, {"x": 1}])
+    shown = run(*_words(shop, rows, tmp_path / "out.parquet", "--dry-run"))
+    assert shown.exit_code == 0, shown.stderr
+    assert re.search(r"rows +1 to describe, 2 that cannot be used", shown.stdout)
+    assert re.search(r"first bad row +\d: .*… and 1 more", shown.stdout)

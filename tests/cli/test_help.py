@@ -57,6 +57,7 @@ def test_all_commands_are_there() -> None:
     alone = {name for name in LISTED if " " not in name}
     assert set(pages(typer.main.get_command(app))) == {"", *alone, *GROUPS, *LISTED}
     assert {"demo", "doctor", "pull", "warm", "rank", "explain", "recommend", "calibrate", "tune", "describe"} <= alone
+    assert {"sim", "plan"} <= alone
 
 
 @pytest.mark.parametrize("words", ["", *GROUPS, *LISTED], ids=lambda words: words or "rcllm")

@@ -11,6 +11,7 @@ from rcllm.cli.options import ItemOptions
 from rcllm.core.ranking import UserId
 from rcllm.data import histories
 from rcllm.errors import ConfigError, DataError
+from tests.cli.conftest import Run, Shop
 
 
 def test_books_in_latin_1_with_semicolons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,3 +63,27 @@ def test_a_misspelt_volatile_field_is_refused(tmp_path: Path) -> None:
     path.write_text('{"item_id": "a", "price": 3}\n')
     with pytest.raises(DataError, match="Did you mean 'price'"):
         load_inputs(ItemOptions(items=path, volatile=("prise",)))
+
+
+@pytest.mark.parametrize("words", ["rank --in", "explain --request", "bench ttft --in", "probe position --in"])
+def test_a_template_that_ranks_nothing_is_said_before_the_model_is_loaded(run: Run, shop: Shop, words: str) -> None:
+    shown = run(
+        *words.split(), shop.requests, "--items", shop.items, "--model", "nowhere", "--template", "describe_user"
+    )
+    assert shown.exit_code == 2
+    assert "template 'describe_user' is for open prompts and ranks no candidates" in shown.stderr
+
+
+@pytest.mark.parametrize("command", ["calibrate", "tune"])
+def test_the_same_of_commands_that_learn(run: Run, shop: Shop, tmp_path: Path, command: str) -> None:
+    words = ("--dataset", shop.dataset, "--model", "nowhere", "--template", "describe_user", "--out")
+    shown = run(command, *words, tmp_path / "out.json")
+    assert shown.exit_code == 2
+    assert "ranks no candidates" in shown.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_candidates_than_there_are_items(run: Run, shop: Shop) -> None:
+    shown = run("bench", "ttft", *shop.on_dataset, "--count", "2")
+    assert shown.exit_code == 1
+    assert "in a catalogue of 40; ask for fewer candidates" in shown.stderr

@@ -71,9 +71,12 @@ def test_users_can_be_left_out(run: Run, shop: Shop, tmp_path: Path) -> None:
         (("--threshold", "1.5"), "--threshold"),
         (("--member-context", "nothing"), "history, instruction"),
         (("--fresh-pattern", "("), "--fresh-pattern: '(' is no regular expression"),
+        (("--texts", "words.txt", "--reviews"), "--reviews are of a --dataset"),
+        (("--bits", "49"), "--bits must be at most 48, got 49"),
+        (("--threshold", "0"), "--threshold must be above 0, got 0"),
     ],
 )
-def test_options_that_cannot_work(run: Run, shop: Shop, tmp_path: Path, words: tuple[str, str], message: str) -> None:
+def test_options_that_cannot_work(run: Run, shop: Shop, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
     shown = run("pool", "build", *shop.on_dataset, *words, "--out", tmp_path / "pool")
     assert shown.exit_code == 2
     assert message in shown.stderr

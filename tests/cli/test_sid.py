@@ -102,7 +102,18 @@ def test_what_cannot_be_built(run: Run, shop: Shop, embeddings: Path, tmp_path: 
     (tmp_path / "broken.npy").write_text("no", encoding="utf-8")
     assert "is not a .npy file" in told("--items", shop.items, "--embeddings", tmp_path / "broken.npy")
     assert "no item has text" in told("--items", shop.items, "--field", "colour")
-    assert "not a folder with a sentence encoder" in told("--items", shop.items, "--encoder", tmp_path)
+    assert "expected a folder with a sentence encoder" in told("--items", shop.items, "--encoder", tmp_path)
+    for words in (("--field", "title"), ("--encoder", tmp_path), ("--max-tokens", "9")):
+        assert "read as they are" in told("--items", shop.items, "--embeddings", embeddings, *words)
+    np.savez(tmp_path / "two.npz", a=np.zeros(3), b=np.zeros(3))
+    assert "archive of arrays" in told("--items", shop.items, "--embeddings", tmp_path / "two.npz")
+    np.save(tmp_path / "whole.npy", np.zeros((NUM_ITEMS, 3), np.int64))
+    assert "got int64 [40, 3]" in told("--items", shop.items, "--embeddings", tmp_path / "whole.npy")
+    bad = np.zeros((NUM_ITEMS, 3), np.float32)
+    bad[3, 1] = np.nan
+    np.save(tmp_path / "nan.npy", bad)
+    assert "not finite" in told("--items", shop.items, "--embeddings", tmp_path / "nan.npy")
+    assert not (tmp_path / "codes.parquet").exists()
     assert "codes.txt" in told("--items", shop.items, "--embeddings", embeddings, "--out", tmp_path / "codes.txt")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Run, Shop, read_lines
+from tests.cli.conftest import Run, Shop, read_lines, write_lines
 
 FEW = ("--losses", "32", "--evaluate-every", "16", "--rank", "2", "--candidates", "4", "--history", "3")
 
@@ -39,6 +41,11 @@ def test_tune_then_rank(run: Run, shop: Shop, tmp_path: Path, mask: str) -> None
         (("--minutes", "0"), "above 0"),
         (("--validation-requests", "500"), "expected 500 validation users"),
         (("--start", "nowhere"), "nowhere"),
+        (("--candidates", "1"), "--candidates must be at least 2, got 1"),
+        (("--rank", "0"), "--rank must be at least 1, got 0"),
+        (("--format", "tape"), "tape"),
+        (("--template", "describe_user"), "describe_user"),
+        (("--dataset", "nowhere"), "nowhere"),
     ],
 )
 def test_what_cannot_be_tuned_is_said(
@@ -54,3 +61,57 @@ def test_an_adapter_that_is_not_there_is_said(run: Run, shop: Shop, tmp_path: Pa
     shown = run("rank", *shop.on_items, "--adapter", tmp_path, "--in", shop.requests)
     assert shown.exit_code == 1
     assert "expected the folder of a LoRA adapter" in shown.stderr
+
+
+def test_it_goes_on_with_the_same_options_and_with_no_others(run: Run, shop: Shop, tmp_path: Path) -> None:
+    words = ("tune", "--model", shop.model, "--dataset", shop.dataset, "--out", tmp_path, *FEW)
+    words = (*words, "--validation-requests", "3")
+    assert run(*words).exit_code == 0
+    before = (tmp_path / "best" / "adapter_model.safetensors").read_bytes()
+    for other in (("--seed", "1"), ("--learning-rate", "0.01"), ("--mask", "blocks"), ("--template", "echo")):
+        shown = run(*words, *other)
+        assert shown.exit_code == 2
+        assert "made with other settings" in shown.stderr
+        assert "Traceback" not in shown.stderr
+    assert (tmp_path / "best" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_two_data_sets_are_learnt_from_together(run: Run, shop: Shop, tmp_path: Path) -> None:
+    other = tmp_path / "films"
+    shutil.copytree(shop.dataset, other)
+    words = ("tune", "--model", shop.model, "--dataset", shop.dataset, "--dataset", other, "--out", tmp_path / "out")
+    shown = run(*words, *FEW, "--validation-requests", "3")
+    assert shown.exit_code == 0, shown.stderr
+    record = json.loads((tmp_path / "out" / "best" / "rcllm.json").read_text(encoding="utf-8"))
+    assert record["datasets"] == ["dataset", "films"]
+    assert re.search(r"trained +32 losses", shown.stdout)
+    assert shown.stderr.count("validation loss") >= 2, "each validation is told as it is done"
+
+
+def test_columns_of_other_names(run: Run, shop: Shop, tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    shutil.copy(shop.items, folder / "items.jsonl")
+    rows = [{"who": f"u{n}", "what": f"i{(n * 7 + k) % 40}", "timestamp": k} for n in range(60) for k in range(5)]
+    write_lines(folder / "interactions.jsonl", rows)
+    words = ("tune", "--model", shop.model, "--dataset", folder, "--out", tmp_path / "out", *FEW)
+    refused = run(*words, "--validation-requests", "3")
+    assert refused.exit_code == 1
+    assert "--user-field" in refused.stderr
+    shown = run(*words, "--validation-requests", "3", "--user-field", "who", "--item-field", "what")
+    assert shown.exit_code == 0, shown.stderr
+
+
+def test_what_stands_in_the_way_stays(run: Run, shop: Shop, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine", encoding="utf-8")
+    words = ("tune", "--model", shop.model, "--dataset", shop.dataset, *FEW)
+    shown = run(*words, "--out", file)
+    assert (shown.exit_code, "is a file: expected the name of a folder" in shown.stderr) == (2, True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    shown = run("tune", "--model", shop.model, "--dataset", empty, "--out", tmp_path / "out", *FEW)
+    assert shown.exit_code == 1
+    assert str(empty) in shown.stderr
+    assert file.read_text(encoding="utf-8") == "mine"
+    assert not (tmp_path / "out").exists()

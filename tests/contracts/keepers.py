@@ -11,6 +11,7 @@ from random import Random
 from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
 from rcllm.store.contract import Store, Stored
+from rcllm.store.disk import DiskStore
 from rcllm.store.faulty import Faults, FaultyStore
 from rcllm.store.memory import MemoryStore
 from rcllm.store.null import NullStore
@@ -33,6 +34,9 @@ class Place:
     port: Callable[[], int]  # of a server, which is started when it is first asked for
     prefix: str = field(default_factory=lambda: f"test-{next(_prefixes)}:")
 
+    def disk(self) -> DiskStore:
+        return DiskStore.open(self.folder, BUDGET)
+
     def valkey(self) -> ValkeyStore:
         return ValkeyStore(f"valkey://127.0.0.1:{self.port()}/0", prefix=self.prefix, read_s=10.0)
 
@@ -54,15 +58,24 @@ KEEPERS: dict[str, Callable[[Place], Store]] = {
     "null": lambda place: NullStore(),
     "memory": lambda place: memory(),
     "memory, no room": lambda place: MemoryStore(BLOCK_BYTES - 1),
+    "disk": Place.disk,
     "valkey": Place.valkey,
     "tiered": tiered,
     "tiered, behind alone": lambda place: Tiered({"disk": memory()}, queue_bytes=4 * BUDGET),
     "tiered, memory alone": lambda place: Tiered({}, memory_bytes=BUDGET, queue_bytes=0),
     NO_QUEUE: lambda place: Tiered({"disk": memory()}, memory_bytes=BUDGET, queue_bytes=0),
     "tiered, over a server": over_a_server,
+    "tiered, over a disk": lambda place: Tiered(
+        {"disk": place.disk()}, memory_bytes=BUDGET // 2, queue_bytes=4 * BUDGET
+    ),
     "faulty, without faults": lambda place: FaultyStore(memory(), Faults(), Random(0)),
 }
-LASTING = {"valkey", "tiered, over a server"}  # made anew at the same place, they have what they had
+LASTING = {
+    "disk",
+    "valkey",
+    "tiered, over a server",
+    "tiered, over a disk",
+}  # made anew at the same place, they have what they had
 
 FAULTS = Faults(failed=0.1, slow=0.1, dropped=0.1, lost=0.1, flipped=0.1, truncated=0.1)
 

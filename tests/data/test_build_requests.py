@@ -144,7 +144,7 @@ def test_what_the_data_cannot_give_is_refused_with_advice() -> None:
     ):
         build_requests(DATA, 1000)
     with pytest.raises(
-        DataError, match=r"expected 59 items that user '\w+' never touched, got 5\d .*lower num_candidates"
+        DataError, match=r"expected 59 items that user '\w+' never touched, got 5\d .*ask for fewer candidates"
     ):
         build_requests(DATA, 1, num_candidates=60)
     with pytest.raises(ConfigError, match=r"got 'popular'\. Did you mean 'popularity'"):

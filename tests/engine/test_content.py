@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rcllm.cache.below import nameless
 from rcllm.cache.lookup import Located, Lookup
 from rcllm.cache.pool import Held, Pool
 from rcllm.core.ranking import ContentKey, Item, ItemId, RankRequest, UserId
@@ -17,6 +16,7 @@ from rcllm.core.receipts import BlockKind
 from rcllm.engine.engine import Engine
 from rcllm.reuse.missing import user_owner
 from rcllm.store.memory import MemoryStore
+from rcllm.store.owners import one_name
 from tests.engine import tiny
 
 WORDS = ("my secret words", 31)
@@ -27,7 +27,7 @@ def keys(engine: Engine, request: RankRequest, kind: BlockKind = BlockKind.ITEM)
 
 
 def owned(engine: Engine, user: str) -> list[ContentKey]:
-    return engine.pool._index.owned_by(nameless(user_owner(user)) or "")
+    return engine.pool._index.owned_by(one_name(user_owner(user)) or "")
 
 
 @pytest.mark.parametrize("readout", ["label", "pointwise"])

@@ -29,9 +29,12 @@ def test_nothing_is_left_of_a_user_or_an_item_that_is_forgotten() -> None:
     for tenant in ("", "shop"):
         last.keep(ANN, tenant, "label", [A, B], [0.1, 0.2], 1.0)
     last.keep(BOB, "", "label", [A], [0.7], 1.0)
-    assert last.forget_user(ANN) == 4
-    assert last.forget_user(ANN) == 0
+    last.keep(ANN, "shop", "pointwise", [B], [0.4], 1.0)
+    assert last.forget_user(ANN, "shop") == 3
+    assert last.forget_user(ANN, "shop") == 0
     assert last.known(ANN, "shop", "label", [A]).scores == {}
+    assert last.known(ANN, "", "label", [A]).scores == {A: 0.1}, "another tenant's user of the same name"
+    assert last.forget_user(ANN) == 2
     assert last.forget_item(A) == 1
     assert last.known(BOB, "", "label", [A]).scores == {}
 

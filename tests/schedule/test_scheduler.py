@@ -302,6 +302,10 @@ def test_new_work_waits_for_its_own_tenants_work_and_for_as_much_of_others_as_is
     first = made.queue(work(99, tenant="quiet", ms=100.0))
     assert (first.num_waiting, first.num_own, first.num_tenants, first.ahead_rows) == (10, 0, 2, 100)
     assert first.ahead_ms == pytest.approx(100.0), "one of the loud tenant's, in turn"
+    weighted = scheduler(shares={"loud": 3.0, "quiet": 2.0})
+    for number in range(10):
+        weighted.add(work(number, tenant="loud", ms=100.0))
+    assert weighted.queue(work(99, tenant="quiet", ms=100.0)).ahead_ms == pytest.approx(150.0)
     assert made.queue(work(99, tenant="loud", ms=100.0)).ahead_ms == pytest.approx(1000.0)
     early = made.queue(work(99, tenant="loud", ms=100.0, deadline_s=0.0))
     assert early.ahead_ms == 0, "it would be the first to go"

@@ -72,7 +72,7 @@ def test_principal_components_keep_what_differs_most() -> None:
 def test_items_with_one_text_get_codes_of_their_own() -> None:
     codes = build_codes(np.ones((10, 6), np.float32), [], CONFIG)
     assert len(np.unique(codes.codes, axis=0)) == 10
-    assert codes.collisions == 9
+    assert codes.collisions == codes.twins == 9
     assert codes.moved > 0
 
 

@@ -63,7 +63,7 @@ def test_texts_do_not_depend_on_each_other_and_are_cut(folder: Path) -> None:
 
 
 def test_folders_that_hold_no_encoder(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is not a folder with a sentence encoder"):
+    with pytest.raises(ModelError, match=r"config.json is missing; expected a folder with a sentence encoder"):
         SentenceEncoder.load(tmp_path)
     for name in ("model.safetensors", "tokenizer.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())

@@ -10,6 +10,7 @@ import pytest
 from rcllm.core.ranking import ContentKey
 from rcllm.store import behind
 from rcllm.store.behind import Batch, Waiting, WriteBehind
+from rcllm.store.contract import Stored
 from tests.contracts.keepers import BLOCK_BYTES, block, key, version_of
 
 
@@ -80,11 +81,9 @@ def test_what_is_put_anew_takes_the_place_of_what_waits_and_a_copy_does_not(queu
 
 
 def test_an_older_block_goes_also_where_there_is_no_room_for_the_newer(queue: WriteBehind) -> None:
-    queue.add_many({key(n): anew(n) for n in (1, 2)})
-    large = Waiting(block(1), 2, anew=True).block.owned()
-    queue.add_many({key(3): anew(3)})
-    double = Waiting(type(large)(memoryview(bytes(2 * BLOCK_BYTES)), 1.0, None), 2, anew=True)
-    queue.add_many({key(1): double})
+    queue.add_many({key(n): anew(n) for n in (1, 2, 3)})
+    double = Stored(memoryview(bytes(2 * BLOCK_BYTES)), 1.0, None)
+    queue.add_many({key(1): Waiting(double, 2, anew=True)})
     assert key(1) not in queue.get_many([key(1)])
 
 

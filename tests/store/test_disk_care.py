@@ -19,6 +19,7 @@ from rcllm.store.disk import (
 )
 from rcllm.store.disk.pages import OVERFLOW, PAGE_HEADER, DamagedFileError
 from rcllm.store.owners import digest
+from tests.killed import run_killed
 from tests.store.disks import MB, block, key, put, served, start
 
 
@@ -313,3 +314,38 @@ def test_an_export_that_is_not_whole_is_refused(tmp_path: Path, harm: str) -> No
         assert store.stats()[0].num_blocks == 0
     with pytest.raises(StoreError, match="export"):
         check_export(tmp_path / "out")
+
+
+def test_an_import_that_is_killed_leaves_whole_blocks_and_goes_on(tmp_path: Path) -> None:
+    with DiskStore.open(tmp_path / "a", 100 * MB) as store:
+        put(store, range(30))
+        store.export_to(tmp_path / "out")
+    run_killed(f"""
+from pathlib import Path
+from rcllm.store.disk import DiskStore, travel
+travel._BATCH_BYTES = 100_000
+store = DiskStore.open({str(tmp_path / "b")!r}, 1 << 30)
+store.put_many = die_at(3, store.put_many)
+store.import_from(Path({str(tmp_path / "out")!r}))
+""")
+    with DiskStore.open(tmp_path / "b", 100 * MB) as store:
+        first = served(store, range(30))
+        assert 0 < len(first) < 30
+        store.check()
+        assert store.import_from(tmp_path / "out") == Imported(num_taken=30 - len(first), num_there=len(first))
+        assert served(store, range(30)) == set(range(30))
+
+
+def test_an_export_that_is_killed_has_no_name(tmp_path: Path) -> None:
+    with DiskStore.open(tmp_path / "a", 100 * MB) as store:
+        put(store, range(30))
+    run_killed(f"""
+from pathlib import Path
+from rcllm.store.disk import DiskStore, travel
+travel.json.dumps = die_at(1, travel.json.dumps)
+DiskStore.open({str(tmp_path / "a")!r}, 1 << 30).export_to(Path({str(tmp_path / "out")!r}))
+""")
+    assert not (tmp_path / "out").exists()
+    with DiskStore.open(tmp_path / "a", 100 * MB) as store:
+        assert store.export_to(tmp_path / "out").blocks == 30
+    check_export(tmp_path / "out")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rcllm.errors import StoreError
+from rcllm.errors import StoreError, StoreWarning
 from rcllm.store.disk import DiskStore
 from rcllm.store.owners import digest
-from tests.store.disks import MB, key, put, run, served, start
+from tests.store.disks import MB, key, number_of, put, run, served, start
 
 NUM_KEYS = 60
 BUDGET = 40 * 20_048
@@ -161,6 +161,30 @@ def test_the_file_stays_bounded_under_churn(tmp_path: Path, mode: str) -> None:
             put(store, [number], num_bytes=200_000 if mode == "one" else 4 * rng.randrange(1_000, 100_000))
         assert store.stats()[0].num_bytes > 3 * MB
         assert store.use().file_bytes < 12 * MB
+
+
+def test_a_lease_does_not_let_the_file_grow_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are dropped, with a warning, until whoever holds an old one lets it go."""
+    monkeypatch.setattr("rcllm.store.disk.store._GROWTH_BYTES", 4 * MB)
+    with DiskStore.open(tmp_path, 4 * MB) as store:
+        put(store, [0], num_bytes=200_000)
+        lent = store.get_many([key(0)])
+        with pytest.warns(StoreWarning, match="outgrown its budget"):
+            _put_one_by_one(store, 1, 150)
+        held = store.use().file_bytes
+        assert held < 13 * MB
+        assert store.stats()[0].dropped > 50
+        assert number_of(key(0), lent[key(0)], 200_000) == 0
+        del lent
+        _put_one_by_one(store, 150, 170)
+        assert store.use().file_bytes <= held
+        assert 169 in served(store, range(150, 170), 200_000)
+        store.check()
+
+
+def _put_one_by_one(store: DiskStore, first: int, last: int) -> None:
+    for number in range(first, last):
+        put(store, [number], num_bytes=200_000)
 
 
 def test_a_lease_lets_the_file_grow_and_its_end_lets_pages_be_used_again(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from rcllm.core.ranking import ContentKey
 from rcllm.errors import ErasureError, StoreWarning
 from rcllm.store.contract import Stored
 from rcllm.store.memory import MemoryStore
+from rcllm.store.owners import one_name
 from rcllm.store.tiered import Tiered
 from tests.contracts.keepers import BLOCK_BYTES, block, key, version_of
 
@@ -62,7 +63,7 @@ def fail() -> None:
 
 
 def put(store: Tiered | Tier, *numbers: int, owner: str | None = None, version: int = 0) -> None:
-    store.put_many({key(n): block(n, owner, version) for n in numbers})
+    store.put_many({key(n): block(n, one_name(owner), version) for n in numbers})
 
 
 def versions(store: Tiered | Tier, *numbers: int) -> dict[int, int | None]:
@@ -130,7 +131,7 @@ def test_what_memory_evicts_goes_to_the_next_tier_unless_that_has_it(tiered: Tie
     put(tiered, 1, 2, 3)
     tiered.flush()
     put(disk, 1, owner="lost")
-    disk.delete_owner("lost")  # gives it up, as an eviction does
+    disk.delete_owner(one_name("lost") or "")  # gives it up, as an eviction does
     disk.given = []
     put(tiered, 4, 5, 6)
     tiered.flush()

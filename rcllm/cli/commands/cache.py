@@ -84,8 +84,9 @@ def erase(
 ) -> None:
     """Remove users or items from every tier.
 
-    Each is a line in audit.jsonl beside the store, without its name. Processes that have the store open let go of the same blocks with their next request. A semantic pool is a file made
-    of users' texts: build it again with `rcllm pool build --exclude-users`.
+    Each is a line in audit.jsonl beside the store, without its name. Processes that have the store open let go of the
+    same blocks with their next request. A semantic pool is a file made of users' texts: build it again with
+    `rcllm pool build --exclude-users`.
 
     Example: `rcllm cache erase --user ann --scrub`
     """

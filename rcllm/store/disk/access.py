@@ -74,7 +74,8 @@ class Access:
                 edit.touch(key)
             yield edit
             edit.finish()
-        self.evictions += edit.evictions
+        with self._notes:
+            self.evictions += edit.evictions
         self._look_for_dead_readers()
 
     @contextlib.contextmanager
@@ -98,6 +99,12 @@ class Access:
         if last_page > self._last_page:
             self._last_page = last_page
             self.opened.env.reader_check()
+
+    def old_readers(self, least: int) -> set[str]:
+        """Processes that read the file as it was before transaction `least`, so that its pages stay in place."""
+        self.opened.env.reader_check()
+        readers = [line.split() for line in self.opened.env.readers().splitlines()[1:]]
+        return {each[0] for each in readers if len(each) == 3 and each[2].isdigit() and int(each[2]) < least}
 
     def flush(self) -> None:
         """Writes the uses and finds that wait, where that can be done."""

@@ -155,9 +155,7 @@ def _runs(numbers: pages.Numbers) -> Iterator[tuple[int, int]]:
 
 def _check_readers(access: Access, least: int) -> None:
     """That nobody reads the file as it was before transaction `least`."""
-    access.opened.env.reader_check()
-    readers = [line.split() for line in access.opened.env.readers().splitlines()[1:]]
-    old = {reader[0] for reader in readers if len(reader) == 3 and reader[2].isdigit() and int(reader[2]) < least}
+    old = access.old_readers(least)
     if old:
         raise StoreError(
             f"{access.folder}: blocks from before the last removal are in use (process {', '.join(sorted(old))}); "

@@ -32,6 +32,8 @@ from rcllm.store.owners import OwnerDigest, alias, digest
 
 T = TypeVar("T")
 _BATCH_BYTES = 64 << 20  # LMDB keeps what a transaction writes in memory until it ends
+_GROWTH_BYTES = 256 << 20  # beyond twice its budget, what a file may grow while blocks are read that were removed
+_AHEAD_BYTES = 1 << 30  # of one look-up that the system is asked to bring in; who asks for more reads a catalogue
 _SLACK_BYTES = 1 << 20  # a disk with less room than this is full
 
 
@@ -90,13 +92,15 @@ class DiskStore:
 
     def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
         found: dict[ContentKey, Found] = {}
-        access = self._access
+        access, announced = self._access, 0
         with access.telling(), access.reading() as txn:
             for key in keys:
                 entry = access.entry(txn, key)
                 if entry is not None and (data := txn.get(key, db=access.opened.dbs.blocks)) is not None:
                     found[key] = Found("disk", entry.num_bytes)
-                    ahead.announce(data)
+                    announced += entry.num_bytes
+                    if announced <= _AHEAD_BYTES:
+                        ahead.announce(data)
         return found
 
     def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Stored]:
@@ -116,6 +120,9 @@ class DiskStore:
 
     def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
         for batch in _batches(blocks):
+            if self._is_held_back():
+                self._access.drop(len(batch))
+                continue
             try:
                 with self._access.telling(), self._access.writing() as edit:
                     taken = [edit.put(key, block, self.budget_bytes) for key, block in batch.items()]
@@ -242,6 +249,19 @@ class DiskStore:
                 raise
         with self._access.telling():
             return act()
+
+    def _is_held_back(self) -> bool:
+        """Whether the file has outgrown its budget because somebody reads what was removed: then nothing is added."""
+        if self._access.file.stat().st_size <= 2 * self._budget + _GROWTH_BYTES:
+            return False
+        env = self._access.opened.env
+        old = self._access.old_readers(env.info()["last_txnid"] - 1)
+        if old:
+            _warn(
+                f"{self.folder}: blocks that were removed are in use (process {', '.join(sorted(old))}), and the file "
+                "has outgrown its budget for them; until they are let go, blocks are dropped"
+            )
+        return bool(old)
 
     def _is_full(self, error: StoreError, num_bytes: int) -> bool:
         """Whether the disk, or the map, had no room for so much."""

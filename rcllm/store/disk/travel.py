@@ -26,7 +26,7 @@ from rcllm.store.disk.access import Access
 from rcllm.store.disk.edit import read_erasure
 from rcllm.store.disk.environment import DATA, FORMAT_VERSION, open_copy, told
 from rcllm.store.disk.records import rank_key
-from rcllm.store.owners import OwnerDigest, alias
+from rcllm.store.owners import OwnerDigest, alias, digest
 from rcllm.store.sealed import CorruptBlockError, open_sealed
 
 MANIFEST = "manifest.json"
@@ -103,51 +103,67 @@ def check_export(folder: Path) -> Manifest:
 
 def import_from(access: Access, folder: Path, put_many: Callable[[Mapping[ContentKey, Stored]], None]) -> Imported:
     manifest = check_export(folder)
-    erased = _erased_after(access, manifest.made)
     opened = open_copy(folder)
     try:
         source = Access(folder, opened, access.clock)
-        imported = Imported()
         with source.reading() as txn:
-            batch: dict[ContentKey, Stored] = {}
+            taking = _Taking(access, source, txn, _erased_after(access, manifest.made))
             for key in _cheapest_first(txn, opened.dbs):
-                imported = _sort_in(access, source, txn, key, erased, batch, imported)
-                if sum(block.num_bytes for block in batch.values()) > _BATCH_BYTES:
-                    put_many(batch)
-                    batch = {}
-            put_many(batch)
+                taking.take(key)
+                if taking.num_bytes > _BATCH_BYTES:
+                    put_many(taking.batch())
+            put_many(taking.batch())
     finally:
         opened.close()
     with access.telling(), access.writing() as edit:
         for space, about in manifest.spaces.items():
             edit.name_space(space, about)
-    return imported
+    return taking.imported
 
 
-def _sort_in(
-    access: Access,
-    source: Access,
-    txn: Any,
-    key: ContentKey,
-    erased: frozenset[OwnerDigest],
-    batch: dict[ContentKey, Stored],
-    imported: Imported,
-) -> Imported:
-    """Adds a block to `batch`, or says why not."""
-    entry = source.entry(txn, key)
-    if entry is None or (data := source.block(txn, key, entry)) is None:
-        return replace(imported, num_damaged=imported.num_damaged + 1)
-    if entry.owner in erased:
-        return replace(imported, num_erased=imported.num_erased + 1)
-    with access.telling(), access.reading() as here:
-        if access.entry(here, key) is not None:
-            return replace(imported, num_there=imported.num_there + 1)
-    try:
-        open_sealed(data)
-    except CorruptBlockError:
-        return replace(imported, num_damaged=imported.num_damaged + 1)
-    batch[key] = Stored(data, entry.cost, alias(entry.owner), entry.space)
-    return replace(imported, num_taken=imported.num_taken + 1)
+class _Taking:
+    """Blocks of an export, sorted into those that are taken and those that are not."""
+
+    def __init__(self, here: Access, source: Access, txn: Any, erased: frozenset[OwnerDigest]) -> None:
+        self._here, self._source, self._txn, self._erased = here, source, txn, erased
+        self._batch: dict[ContentKey, Stored] = {}
+        self.num_bytes = 0  # of the batch
+        self.imported = Imported()
+
+    def batch(self) -> Mapping[ContentKey, Stored]:
+        """What was taken since the last call. Its bytes lie in the export."""
+        batch, self._batch, self.num_bytes = self._batch, {}, 0
+        return batch
+
+    def take(self, key: ContentKey) -> None:
+        so_far = self.imported
+        block = self._block(key)
+        if block is None:
+            self.imported = replace(so_far, num_damaged=so_far.num_damaged + 1)
+        elif digest(block.owner) in self._erased:
+            self.imported = replace(so_far, num_erased=so_far.num_erased + 1)
+        elif self._is_here(key):
+            self.imported = replace(so_far, num_there=so_far.num_there + 1)
+        else:
+            self.imported = replace(so_far, num_taken=so_far.num_taken + 1)
+            self._batch[key] = block
+            self.num_bytes += block.num_bytes
+
+    def _block(self, key: ContentKey) -> Stored | None:
+        """None: it is damaged."""
+        entry = self._source.entry(self._txn, key)
+        data = None if entry is None else self._source.block(self._txn, key, entry)
+        if entry is None or data is None:
+            return None
+        try:
+            open_sealed(data)
+        except CorruptBlockError:
+            return None
+        return Stored(data, entry.cost, alias(entry.owner), entry.space)
+
+    def _is_here(self, key: ContentKey) -> bool:
+        with self._here.telling(), self._here.reading() as txn:
+            return self._here.entry(txn, key) is not None
 
 
 def _cheapest_first(txn: Any, dbs: Any) -> Iterator[ContentKey]:

@@ -1,0 +1,90 @@
+"""The placement policies by name, from statistics and room to a placement.
+
+    strata → parts (hash, random, popularity, METIS) → halo (none, one pass, in rounds, with load in mind) → owners
+
+With a halo, parts are cut with bytes in balance alone, and owners are chosen among holders, so that heat is too.
+Where copies are too few for that, parts are balanced in both from the start. Knows nothing of requests to come.
+Invariant: a policy is a pure function, and what it returns passes `check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rcllm.cluster.halo import HaloConfig, grow
+from rcllm.cluster.ownership import adopted, imbalance, relabelled
+from rcllm.cluster.partition import PARTITIONS, Division, fit
+from rcllm.cluster.placement import Placement, Room
+from rcllm.cluster.statistics import Statistics
+from rcllm.cluster.strata import HOT_SHARE, IMBALANCE, divide
+from rcllm.data.text import did_you_mean
+from rcllm.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A placement policy of the parts above. See `placement.Place`."""
+
+    name: str
+    partition: str = "metis"
+    halo: HaloConfig | None = None  # None: no copies
+    hot_share: float = HOT_SHARE
+    seed: int = 0
+
+    def __call__(self, statistics: Statistics, room: Room) -> Placement:
+        if self.halo is None:
+            return self.copied(statistics, self.divided(statistics, room), room)
+        best = replace(self, partition="cut")
+        placement = best.copied(statistics, best.divided(statistics, room), room)
+        if imbalance(placement, statistics.heat) <= IMBALANCE:
+            return placement
+        return self.copied(statistics, self.divided(statistics, room), room)  # too few copies to choose owners among
+
+    def divided(self, statistics: Statistics, room: Room) -> Division:
+        """Strata and owners. Raises CapacityError, ConfigError."""
+        if room.num_nodes < 1:
+            raise ConfigError(f"expected one node or more, got {room.num_nodes}")
+        strata = divide(statistics, room, self.hot_share)
+        owner = PARTITIONS[self.partition](statistics, strata, room, self.seed)
+        return fit(statistics, Division(strata, owner), room)
+
+    def copied(self, statistics: Statistics, division: Division, room: Room) -> Placement:
+        """The placement that a division becomes with its copies."""
+        none = tuple(np.empty(0, np.int64) for _ in range(room.num_nodes))
+        halos = none if self.halo is None else grow(statistics, division, room, self.halo).items
+        placement = Placement(
+            statistics.item_ids,
+            statistics.num_bytes,
+            room,
+            division.strata.replicated,
+            division.strata.evicted,
+            division.owner,
+            halos,
+            self.name,
+        )
+        return placement if self.halo is None else relabelled(adopted(placement), statistics.heat)
+
+
+ONE_PASS = HaloConfig(rounds=1, temperature=0.0, smoothing=0.0)
+
+PLACES: dict[str, Callable[..., Composed]] = {
+    "hash": lambda **given: Composed("hash", "hash", **given),
+    "random": lambda **given: Composed("random", "random", **given),
+    "popularity": lambda **given: Composed("popularity", "popularity", **given),
+    "metis": lambda **given: Composed("metis", **given),
+    "halo": lambda **given: Composed("halo", halo=ONE_PASS, **given),
+    "learned": lambda **given: Composed("learned", halo=HaloConfig(), **given),
+    "spread": lambda **given: Composed("spread", halo=HaloConfig(spread=True), **given),
+}
+
+
+def make_place(name: str, **parameters: float) -> Composed:
+    """The policy of that name. Raises ConfigError."""
+    if name not in PLACES:
+        raise ConfigError(
+            f"expected a placement policy ({', '.join(PLACES)}), got {name!r}.{did_you_mean(name, PLACES)}"
+        )
+    return PLACES[name](**parameters)
