@@ -163,8 +163,10 @@ class Stats:
 class Backend(Protocol):
     """Answers requests and makes changes. All of its methods are called in one event loop."""
 
-    about: About
-    texts: Texts
+    @property
+    def about(self) -> About: ...
+    @property
+    def texts(self) -> Texts: ...
 
     async def start(self) -> None:
         """Begins to answer."""

@@ -56,7 +56,7 @@ class FakeBackend:
 
     def __init__(
         self,
-        items: Mapping[str, str] | None = None,
+        items: Mapping[Any, str] | None = None,
         *,
         kinds: frozenset[str] = frozenset(KINDS.values()),
         delay_s: float = 0.0,

@@ -59,6 +59,7 @@ class Metrics:
         self._tokens = self._count("rcllm:tokens", "Tokens of rankings by block and source.", "block", "source")
         self._reads = self._count("rcllm:block_reads", "Blocks of rankings by the tier they came from.", "tier")
         self._levels = self._count("rcllm:answers", "Answers by reuse level.", "kind", "level")
+        self._degraded = self._count("rcllm:degraded", "What was given up to keep deadlines.", "step")
         self._failures = self._count("rcllm:request_failures", "Requests without an answer.", "kind", "code")
         self.registry.register(_OfBackend(model, stats))
         ProcessCollector(registry=self.registry)
@@ -85,6 +86,8 @@ class Metrics:
         self._hits.labels(model).inc(receipt.num_reused)
         level = receipt.level.partition("(")[0]
         self._levels.labels(model, kind, level if level in _LEVELS else "other").inc()
+        for step in receipt.degraded:
+            self._degraded.labels(model, step).inc()
         reason = "stop"
         if isinstance(response, Generated):
             self._answer_tokens.labels(model).inc(len(response.token_ids))
@@ -204,7 +207,6 @@ def _schedule(now: Stats) -> Iterable[Figure]:
     yield _gauge("vllm:num_requests_waiting", "Requests that wait for their first pass.", door.num_waiting)
     yield _gauge("rcllm:queue_wait_estimate_seconds", "That the next ranking would wait.", door.wait_ms / 1e3)
     yield Figure("rcllm:door", "Requests by what became of them.", door.outcomes, "outcome", counts=True)
-    yield Figure("rcllm:degraded", "Answers by what was given up for a deadline.", door.degraded, "step", counts=True)
     if costs is not None:
         yield _gauge("rcllm:estimate_error_ratio", "Median of |estimate / time - 1| of passes.", costs.median_error)
         yield _gauge("rcllm:load_ratio", "How many times as long as usual passes take lately.", costs.load)

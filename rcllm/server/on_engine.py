@@ -29,7 +29,7 @@ from rcllm.fidelity.online import OnlineGuard
 from rcllm.prompt.chat import Chat, ChatPrompt, Message
 from rcllm.prompt.tokenizer import Tokenizer
 from rcllm.schedule.admission import Open
-from rcllm.server.backend import KINDS, About, Asked, Change, Changed, Door, Response, Stats, Texts, WarmItems
+from rcllm.server.backend import KINDS, About, Asked, Change, Changed, Door, Response, Stats, WarmItems
 from rcllm.server.catalogue import Keeper
 from rcllm.server.loop import Loop
 from rcllm.server.pools import DraftPoolsByName
@@ -70,9 +70,7 @@ class EngineBackend:
         if recommender is not None:
             self._routes[RecommendRequest] = _Route(recommender.engine, recommender)
         self._pinned = _Route(engine, engine.ranking(Open(engine.identity.mask)))  # rankings that are run again
-        self.texts: Texts = EngineTexts(
-            engine.prompter.tokenizer, Chat(engine.prompter.tokenizer, engine.prompter.chat)
-        )
+        self.texts = EngineTexts(engine.prompter.tokenizer, Chat(engine.prompter.tokenizer, engine.prompter.chat))
         self.about = _about(engine, name, frozenset(self._routes))
         engines = [engine] if recommender is None else [engine, recommender.engine]
         self._loop = Loop(engines, self._fail_all, guard)

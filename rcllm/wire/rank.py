@@ -101,15 +101,11 @@ def _texts(value: object) -> Mapping[Any, Any]:
 
 
 def rank_to_json(response: RankResponse, body: Body[RankRequest], **told: object) -> dict[str, object]:
-    """What `rcllm rank` writes, what was given up and why, and what the guard knows.
-
-    Raises ModelError where a score is no number.
-    """
-    answer, receipt = dict(response_to_json(response, receipts=body.extras.explain)), response.receipt
-    if receipt.notes:
-        answer["notes"] = list(receipt.notes)
-    if receipt.degraded:
-        answer["degraded"] = list(receipt.degraded)
-    if receipt.guard:
-        answer["guard"] = receipt.guard
+    """What `rcllm rank` writes, and why each step was taken. Raises ModelError where a score is no number."""
+    answer = dict(response_to_json(response, receipts=body.extras.explain))
+    for name in ("notes", "degraded"):  # what was cut or guessed, and what was given up for the deadline
+        if said := getattr(response.receipt, name):
+            answer[name] = list(said)
+    if response.receipt.guard:
+        answer["guard"] = response.receipt.guard
     return {**answer, **told}

@@ -1,7 +1,4 @@
-"""Requests made from the server's own document, right and wrong: none of them finds a mistake of the server.
-
-A 503 is right where a request brings a deadline that nothing can keep.
-"""
+"""Requests made from the server's own document, right and wrong: none of them is answered with a mistake."""
 
 from __future__ import annotations
 
@@ -33,21 +30,20 @@ def _settings(examples: int) -> Any:
     )
 
 
-def check(case: Any) -> None:
+def _check(case: Any) -> None:
+    """A deadline of a thousandth of a millisecond is fine, and cannot be kept."""
     reply = case.call()
-    if reply.status_code >= 500:
-        assert reply.status_code == 503, reply.text
-        assert reply.json()["error"]["code"] == "deadline"
+    assert reply.status_code < 500 or reply.json()["error"]["code"] == "deadline", reply.text
 
 
 @_SCHEMA.parametrize()
-@_settings(6)
+@_settings(3)
 def test_a_few_requests_of_each_kind(case: Any) -> None:
-    check(case)
+    _check(case)
 
 
 @pytest.mark.slow
 @_SCHEMA.parametrize()
 @_settings(300)
 def test_many_requests_of_each_kind(case: Any) -> None:
-    check(case)
+    _check(case)
