@@ -64,8 +64,8 @@ class Served:
 
 def spoil(engine: Engine) -> list[str]:
     """Corrupts every cached item, which `blocks` reads and `exact` does not; returns whose blocks these are."""
-    found = {block.owner for block in engine.pool._blocks.values() if block.owner is not None}
-    owners = sorted(owner for owner in found if owner.startswith("item:"))
+    owners = sorted({block.owner for block in engine.pool._blocks.values() if block.owner is not None})
+    assert all(owner.startswith("item#") for owner in owners)
     return [owner for owner in owners if add_noise_to_values(engine, owner)]
 
 
