@@ -52,7 +52,7 @@ def overhead(chosen: Options) -> dict[str, float]:
     gc.freeze()
     with _serving(EngineBackend(engine, "model")) as address, _client(address) as client:
         pairs = [(_by_python(engine, request), client.ask(request)) for request in requests][_WARM_UP:]
-    titles = {item_id: " ".join(item.fields.values()) for item_id, item in data.catalogue.items()}
+    titles: dict[str, str] = {item_id: " ".join(item.fields.values()) for item_id, item in data.catalogue.items()}
     with _serving(FakeBackend(titles)) as address, _client(address) as client:
         by_rule = [client.ask(request) for request in requests][_WARM_UP:]
     python, http = ([pair[side] for pair in pairs] for side in (0, 1))

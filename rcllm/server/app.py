@@ -65,6 +65,7 @@ ENDPOINTS = (
     Endpoint("GET", "/metrics", sight.metrics),
     Endpoint("GET", "/v1/models", sight.models),
     Endpoint("GET", "/v1/cache/stats", sight.cache_stats),
+    Endpoint("GET", "/v1/guard", sight.guard),
     Endpoint("GET", "/v1/receipts/{request_id}", sight.receipt),
     Endpoint("POST", "/v1/replay/{request_id}", sight.replay),
     Endpoint("POST", "/v1/rank", rank.rank, RankRequest),

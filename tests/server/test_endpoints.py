@@ -329,7 +329,7 @@ def test_receipts_and_replay(client: TestClient, backend: FakeBackend) -> None:
     client.put("/v1/items/c", json={"fields": {"title": "red lamp"}})
     told = post(client, "/v1/replay/r9")
     assert told["same"] is False
-    assert told["first_difference"] == {"field": "scores", "index": 1, "then": 1.0, "now": 3.0}
+    assert told["first_difference"] == {"where": "num_tokens", "before": "18", "after": "17"}
     assert client.post("/v1/replay/never").json()["error"]["code"] == "not_served"
 
 
