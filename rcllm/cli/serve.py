@@ -6,6 +6,7 @@ Invariant: what a user gave wrongly, the address among it, is said before the mo
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +58,7 @@ def serve_command(
     recommender = _recommender(config, decoder, inputs) if decoder is not None else None
     backend = on_engine.EngineBackend(engine, config.model.path, recommender)
     logs.configure()
-    with engine:
+    with engine, nullcontext() if recommender is None else recommender.engine:
         run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs))
 
 
@@ -98,7 +99,7 @@ def _recommender(config: Config, decoder: Path, inputs: Inputs) -> Recommender:
     with busy(f"loading {decoder}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", TextWarning)
         model = replace(ModelConfig(), path=str(decoder), threads=config.model.threads)
-        return load_recommender(Config(model=model, cache=config.cache), items=inputs.catalogue)
+        return load_recommender(Config(model=model, cache=config.cache, store=config.store), items=inputs.catalogue)
 
 
 def _tell(address: str, config: ServerConfig, inputs: Inputs) -> None:

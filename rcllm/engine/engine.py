@@ -90,7 +90,7 @@ class Engine:
         """
         self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id
         self.prototypes, self.node, self.trace = prototypes, node or platform.node(), trace
-        self.clock, self._tiers = clock, tiers or Tiers()
+        self.clock, self.tiers = clock, tiers or Tiers()
         self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes, clock)
         self.rank_job = Rank(
             config, decoder, prompter, self._prefill, admission or Open.of(self.identity, prompter.context_name)
@@ -222,7 +222,7 @@ class Engine:
         `terms`: by when it is wanted; what is given up for that stands in its receipt. `listener`: told of tokens and
         of the outcome as they come, for callers that do not run the loop themselves.
         """
-        self._tiers.heed_erasures(self.pool)
+        self.tiers.heed_erasures(self.pool)
         number, start = next(self._numbers), self.clock()
         taken: Ticket | None = None
         try:
@@ -476,7 +476,7 @@ class Engine:
         """Hands the store what it does not have yet, and ends it. An engine without a store need not be closed."""
         with self._turns.alone():
             self.pool.write_through()
-            self._tiers.close(self.pool.rates)
+            self.tiers.close(self.pool.rates)
 
     def __enter__(self) -> Engine:
         return self
