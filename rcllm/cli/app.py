@@ -74,7 +74,8 @@ class _Rcllm(Group):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with screen.warnings_said():
+                return super().invoke(ctx)
         except (RcllmError, OSError, MemoryError, KeyboardInterrupt) as error:
             if ctx.params.get("debug"):
                 raise
