@@ -6,7 +6,7 @@ Invariant: what a user gave wrongly, the address among it, is said before the mo
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,21 +55,13 @@ def serve_command(
     _check_extra()
     keys.check_address(config.server)
     inputs = _movielens() if demo else load_inputs(item_options)
-<<<<<<< HEAD
-    with make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank]) as engine:
-        check_level(engine)
-        recommender = _recommender(config, decoder, inputs) if decoder is not None else None
-        guard = guarding.guard_of(engine, config.server)
-        backend = on_engine.EngineBackend(engine, config.model.path, recommender, guard)
-        logs.configure()
-=======
     engine = make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank])
     check_level(engine)
     recommender = _recommender(config, decoder, inputs) if decoder is not None else None
-    backend = on_engine.EngineBackend(engine, config.model.path, recommender)
+    guard = guarding.guard_of(engine, config.server)
+    backend = on_engine.EngineBackend(engine, config.model.path, recommender, guard)
     logs.configure()
     with engine, nullcontext() if recommender is None else recommender.engine:
->>>>>>> w-storecli
         run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs))
 
 
@@ -110,19 +102,12 @@ def _recommender(config: Config, decoder: Path, inputs: Inputs) -> Recommender:
     with busy(f"loading {decoder}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", TextWarning)
         model = replace(ModelConfig(), path=str(decoder), threads=config.model.threads)
-<<<<<<< HEAD
-        return load_recommender(
-            Config(model=model, cache=config.cache, schedule=config.schedule), items=inputs.catalogue
-        )
-=======
-        return load_recommender(Config(model=model, cache=config.cache, store=config.store), items=inputs.catalogue)
->>>>>>> w-storecli
+        config = Config(model=model, cache=config.cache, schedule=config.schedule, store=config.store)
+        return load_recommender(config, items=inputs.catalogue)
 
 
 def _tell(address: str, config: ServerConfig, inputs: Inputs) -> None:
     item_id = next(iter(inputs.catalogue))
-    say(
-        f"serving at {address}, {'with' if config.api_keys or config.tenant_keys else 'without'} keys; ready when {address}/ready says so",
-        "",
-    )
+    keyed = "with" if config.api_keys or config.tenant_keys else "without"
+    say(f"serving at {address}, {keyed} keys; ready when {address}/ready says so", "")
     say(f"""try: curl {address}/v1/rank -d '{{"candidates": ["{item_id}"]}}'""", "dim")

@@ -84,13 +84,8 @@ class Engine:
         clock: seconds; node: what receipts call this machine, by default its name; trace: told of every stage.
         """
         self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id
-<<<<<<< HEAD
         self.prototypes, self.node = prototypes, node or platform.node()
         self.clock, self.tiers = clock, tiers or Tiers()
-=======
-        self.prototypes, self.node, self.trace = prototypes, node or platform.node(), trace
-        self.clock, self.tiers = clock, tiers or Tiers()
->>>>>>> w-storecli
         self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes, clock)
         self.rank_job = Rank(
             config, decoder, prompter, self._prefill, admission or Open.of(self.identity, prompter.context_name)
@@ -207,72 +202,8 @@ class Engine:
         `terms`: by when it is wanted; what is given up for that stands in its receipt. `listener`: told of tokens and
         of the outcome as they come, for callers that do not run the loop themselves.
         """
-<<<<<<< HEAD
         self.tiers.heed_erasures(self.pool)
         return self.loop.submit(job, request, terms, listener)
-=======
-        self.tiers.heed_erasures(self.pool)
-        number, start = next(self._numbers), self.clock()
-        taken: Ticket | None = None
-        try:
-            while taken is None:
-                ticket = self._open(number, job, request, start, terms)
-                ticket.listener = listener
-                taken = self._take_in(ticket)
-        except RcllmError as error:
-            return Refused(request, error)
-        return taken
-
-    def _open(self, number: int, job: Job[Any, Any], request: Any, start: float, terms: Terms) -> Ticket:
-        """prompt → lookup → plan"""
-        watch, version = Stopwatch(self.clock), self.catalogue.version
-        with watch.stage("prompt"):
-            opening = job.open(request)
-        ticket = self._make.of(number, job, request, start, opening, terms, watch)
-        ticket.catalogue_version = version
-        return ticket
-
-    def _take_in(self, ticket: Ticket) -> Ticket | None:
-        """Into the queue, as it was asked or as its deadline allows; None: its items may read differently by now.
-
-        Raises OverloadedError, DeadlineError.
-        """
-        with self._lock:
-            self._scheduler.open(ticket.job.kind, ticket.job.limits)
-            queue = self._scheduler.queue(self._make.work(ticket, self.intake))
-            left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue))
-            if self.intake.in_time(ticket, left_ms):
-                return self._enqueue(ticket)
-        version = ticket.catalogue_version
-        ticket = self.intake.degraded(ticket, left_ms, lambda: not self._tickets)
-        ticket.catalogue_version = version
-        with self._lock:
-            return ticket if ticket.done else self._enqueue(ticket)
-
-    def _running_ms(self, queue: Queue) -> float:
-        """What the pass that runs still takes, and the steps of what goes on beside the passes that come first."""
-        rows = min(self._scheduler.step_rows, self._scheduler.limits.other_rows)
-        steps = Demand(rows=rows * (1 + queue.ahead_rows // self._scheduler.limits.rows))
-        return max(0.0, self._pass_ends_s - self.clock()) * 1e3 + self.costs.ms(steps)
-
-    def _enqueue(self, ticket: Ticket) -> Ticket | None:
-        if ticket.catalogue_version != self.catalogue.version:
-            return None
-        self._scheduler.add(self._make.work(ticket, self.intake))
-        self._tickets[ticket.number] = ticket
-        if not ticket.job.limits.idle:
-            self.intake.count_accepted(ticket.opening.degraded)
-        return ticket
-
-    def alone(self) -> AbstractContextManager[None]:
-        """Nothing is computed inside, for changes of what jobs keep between passes."""
-        return self._turns.alone()
-
-    def turn(self) -> bool:
-        """`step` in this thread's turn, beside others that compute; for whoever runs the loop for everybody."""
-        with self._turns.alone():
-            return self.step()
->>>>>>> w-storecli
 
     def step(self) -> bool:
         """One pass over the rows of whoever's turn it is; False where nobody waits. One thread at a time."""
