@@ -100,15 +100,11 @@ def _recommender(config: Config, decoder: Path, inputs: Inputs) -> Recommender:
     with busy(f"loading {decoder}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", TextWarning)
         model = replace(ModelConfig(), path=str(decoder), threads=config.model.threads)
-        return load_recommender(
-            Config(model=model, cache=config.cache, schedule=config.schedule), items=inputs.catalogue
-        )
+        config = Config(model=model, cache=config.cache, schedule=config.schedule)
+        return load_recommender(config, items=inputs.catalogue)
 
 
 def _tell(address: str, config: ServerConfig, inputs: Inputs) -> None:
-    item_id = next(iter(inputs.catalogue))
-    say(
-        f"serving at {address}, {'with' if config.api_keys or config.tenant_keys else 'without'} keys; ready when {address}/ready says so",
-        "",
-    )
+    item_id, keys_told = next(iter(inputs.catalogue)), "with" if config.api_keys or config.tenant_keys else "without"
+    say(f"serving at {address}, {keys_told} keys; ready when {address}/ready says so", "")
     say(f"""try: curl {address}/v1/rank -d '{{"candidates": ["{item_id}"]}}'""", "dim")
