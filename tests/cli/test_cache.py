@@ -18,13 +18,15 @@ import pytest
 from rcllm.cache import rates
 from rcllm.config import Config, StoreConfig
 from rcllm.drafts.folder import DraftPools
-from rcllm.drafts.groups import Router
+from rcllm.drafts.groups import GroupOptions, Member, Router
+from rcllm.drafts.suffix_index import owner_key
 from rcllm.engine.tiers import folder_of
 from rcllm.store.disk import DiskStore
 from tests.cli.conftest import TITLES, Run, Shop, read_lines, write_lines
 
 _ROOT = Path(__file__).resolve().parents[2]
 SAID = pytest.mark.filterwarnings("default::rcllm.errors.StoreWarning")
+LEVEL = ("--level", "blocks", "--allow-uncalibrated")  # which reads items
 NUM_BLOCKS = 2 * len(TITLES) + 1  # each as a candidate and as an event, and the instruction
 
 
@@ -52,7 +54,7 @@ class Kept:
         return shown.stdout
 
     def rank(self, *words: object, items: Path | None = None) -> list[dict[str, Any]]:
-        shown = self.run("rank", *self.on(items), "--in", self.shop.requests, "--no-warm", "--receipts", *words)
+        shown = self.run("rank", *self.on(items), "--in", self.shop.requests, "--no-warm", "--receipts", *LEVEL, *words)
         assert shown.exit_code == 0, shown.output
         return read_lines(shown.stdout)
 
@@ -87,6 +89,15 @@ def warmed(kept: Kept) -> Kept:
 
 def sources(answer: dict[str, Any]) -> set[str]:
     return {block["source"] for block in answer["receipt"]["blocks"] if block["num_reused"]}
+
+
+def scores(answers: list[dict[str, Any]]) -> list[Any]:
+    """Equal where blocks were computed in other company as well."""
+    return [pytest.approx(answer["scores"], abs=1e-5) for answer in answers]
+
+
+def plain(answers: list[dict[str, Any]]) -> list[Any]:
+    return [answer["scores"] for answer in answers]
 
 
 def fact(shown: str, name: str) -> str:
@@ -264,8 +275,8 @@ def test_a_file_in_the_place_of_the_folder(kept: Kept) -> None:
     kept.folder.write_text("no folder", encoding="utf-8")
     shown = kept.run("rank", *kept.on(), "--in", kept.shop.requests)
     assert shown.exit_code == 0, shown.output
-    [line] = shown.stderr.splitlines()
-    assert line.startswith(f"warning: {kept.folder}")
+    [line] = [line for line in shown.stderr.splitlines() if line.startswith("warning: ")]
+    assert str(kept.folder) in line
     assert line.endswith("Nothing is kept on disk meanwhile")
     assert kept.folder.read_text(encoding="utf-8") == "no folder"
     assert "there is no store" in kept.cache("stats", code=2)
@@ -274,7 +285,7 @@ def test_a_file_in_the_place_of_the_folder(kept: Kept) -> None:
 @SAID
 def test_a_folder_that_cannot_be_written_is_read(warmed: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rcllm.store.disk.environment._can_write", lambda file: False)
-    shown = warmed.run("rank", *warmed.on(), "--in", warmed.shop.requests, "--no-warm", "--receipts")
+    shown = warmed.run("rank", *warmed.on(), "--in", warmed.shop.requests, "--no-warm", "--receipts", *LEVEL)
     assert shown.exit_code == 0, shown.output
     assert sources(read_lines(shown.stdout)[0]) == {"disk"}
     assert shown.stderr.count("warning: ") == 1
@@ -299,7 +310,7 @@ def test_a_damaged_block_is_found_repaired_and_computed_again(warmed: Kept) -> N
     damage(warmed)
     shown = warmed.cache("verify", code=1)
     assert f"{NUM_BLOCKS} blocks, 1 of them damaged: damaged: run it with --repair" in shown
-    assert [each["scores"] for each in warmed.rank()] == [each["scores"] for each in whole]
+    assert scores(warmed.rank()) == plain(whole)
     assert "1 of them damaged: repaired" in warmed.cache("verify", "--repair")
     assert "all whole" in warmed.cache("verify")
     assert "80 of 80" in warmed.warm()
@@ -400,12 +411,13 @@ def test_an_erased_item_is_computed_again(warmed: Kept) -> None:
 
 def test_users_are_taken_out_of_draft_pools(warmed: Kept, tmp_path: Path) -> None:
     folder = tmp_path / "drafts"
-    pools = DraftPools.create(Router.together(), "tiny")
+    pools = DraftPools.create(Router(GroupOptions()), "tiny")
     for user, tokens in (("ann", [7, 8, 9, 10]), ("bob", [11, 12, 13, 14])):
-        pools.learn(Member(user), tokens)
+        pools.learn(Member("user", user), tokens)
     pools.save(folder)
     assert f"{folder}: written again" in warmed.cache("erase", "--user", "ann", "--drafts", folder)
-    assert [owners_in(folder, user) for user in ("ann", "bob")] == [False, True]
+    pools = DraftPools.open(folder, "tiny")
+    assert {answer.owner for answer in pools.pool("user-0").answers()} == {owner_key("bob")}
 
 
 @pytest.mark.parametrize(
@@ -432,14 +444,14 @@ def test_stats_tell_what_is_there_and_what_belongs_to_nobody(warmed: Kept) -> No
     assert told["tier"]["num_blocks"] == NUM_BLOCKS
     assert told["spaces"][told["current"]]["num_blocks"] == NUM_BLOCKS
     assert "disk" in told["rates"]
-    shown = warmed.cache("stats", "--model", warmed.shop.model, "--kv-dtype", "fp16")
+    shown = warmed.cache("stats", "--model", warmed.shop.model, "--kv-dtype", "int8")
     assert re.search(rf"of no current model +{NUM_BLOCKS} blocks", shown)
     assert "(current)" not in shown
     assert "(current)" in warmed.cache("stats", "--model", warmed.shop.model)
 
 
 def test_prune_keeps_the_configuration_that_it_is_given(warmed: Kept) -> None:
-    warmed.warm("--kv-dtype", "fp16")
+    warmed.warm("--kv-dtype", "fp32")
     assert warmed.num_blocks == 2 * NUM_BLOCKS
     assert f"{NUM_BLOCKS} blocks" in warmed.cache("prune", "--model", warmed.shop.model)
     assert warmed.num_blocks == NUM_BLOCKS
@@ -519,13 +531,13 @@ def test_rank_while_another_process_warms(kept: Kept, tmp_path: Path) -> None:
     asked = write_lines(
         tmp_path / "asked.jsonl", [{"request_id": f"r{n}", "candidates": [f"m{n}", f"m{399 - n}"]} for n in range(20)]
     )
-    words = ["rank", *kept.on(items), "--in", asked]
+    words = ["rank", *kept.on(items), "--in", asked, *LEVEL]
     without = read_lines(kept.run(*words, "--no-store").stdout)
     warming = started_on(kept, "warm", *kept.on(items))
     wait_for(lambda: (kept.folder / "data.mdb").exists())
     shown = kept.run(*words)
     assert shown.exit_code == 0, shown.output
-    assert [each["scores"] for each in read_lines(shown.stdout)] == [each["scores"] for each in without]
+    assert scores(read_lines(shown.stdout)) == plain(without)
     _, error = warming.communicate(timeout=60)
     assert warming.returncode == 0, error
     assert fact(kept.warm(items=items), "computed now").startswith("0 tokens")
