@@ -6,6 +6,7 @@ Invariant: what a user gave wrongly, the address among it, is said before the mo
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,12 +55,13 @@ def serve_command(
     _check_extra()
     keys.check_address(config.server)
     inputs = _movielens() if demo else load_inputs(item_options)
-    with make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank]) as engine:
-        check_level(engine)
-        recommender = _recommender(config, decoder, inputs) if decoder is not None else None
-        guard = guarding.guard_of(engine, config.server)
-        backend = on_engine.EngineBackend(engine, config.model.path, recommender, guard)
-        logs.configure()
+    engine = make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank])
+    check_level(engine)
+    recommender = _recommender(config, decoder, inputs) if decoder is not None else None
+    guard = guarding.guard_of(engine, config.server)
+    backend = on_engine.EngineBackend(engine, config.model.path, recommender, guard)
+    logs.configure()
+    with engine, nullcontext() if recommender is None else recommender.engine:
         run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs))
 
 
@@ -100,11 +102,12 @@ def _recommender(config: Config, decoder: Path, inputs: Inputs) -> Recommender:
     with busy(f"loading {decoder}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", TextWarning)
         model = replace(ModelConfig(), path=str(decoder), threads=config.model.threads)
-        config = Config(model=model, cache=config.cache, schedule=config.schedule)
+        config = Config(model=model, cache=config.cache, schedule=config.schedule, store=config.store)
         return load_recommender(config, items=inputs.catalogue)
 
 
 def _tell(address: str, config: ServerConfig, inputs: Inputs) -> None:
-    item_id, keys_told = next(iter(inputs.catalogue)), "with" if config.api_keys or config.tenant_keys else "without"
-    say(f"serving at {address}, {keys_told} keys; ready when {address}/ready says so", "")
+    item_id = next(iter(inputs.catalogue))
+    keyed = "with" if config.api_keys or config.tenant_keys else "without"
+    say(f"serving at {address}, {keyed} keys; ready when {address}/ready says so", "")
     say(f"""try: curl {address}/v1/rank -d '{{"candidates": ["{item_id}"]}}'""", "dim")
