@@ -1,6 +1,6 @@
 """`rcllm doctor`: what this machine is and can do, and what is wrong with it.
 
-Knows nothing of requests. Invariant: it downloads nothing, and changes no answer; every finding says what to do about it.
+Knows nothing of requests. Invariant: it downloads nothing, and keeps nothing; every finding says what to do about it.
 """
 
 from __future__ import annotations

@@ -79,14 +79,14 @@ def warnings_said() -> Iterator[None]:
     """Our own warnings are one line each, without the place in the code that Python would name."""
     shown = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, TextWarning | ModelWarning | StoreWarning):
             say(f"warning: {message}")
         else:
-            shown(message, category, *place)
+            shown(message, category, *place, **more)
 
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         yield
 
 

@@ -6,7 +6,7 @@ Invariant: what a user gave wrongly, the address among it, is said before the mo
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING

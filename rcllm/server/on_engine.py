@@ -61,7 +61,9 @@ class EngineBackend:
             del self._routes[RankRequest]
         if recommender is not None:
             self._routes[RecommendRequest] = _Route(recommender.engine, recommender)
-        self.texts: Texts = EngineTexts(engine.prompter.tokenizer, Chat(engine.prompter.tokenizer, engine.prompter.chat))
+        self.texts: Texts = EngineTexts(
+            engine.prompter.tokenizer, Chat(engine.prompter.tokenizer, engine.prompter.chat)
+        )
         self.about = _about(engine, name, frozenset(self._routes))
         engines = [engine] if recommender is None else [engine, recommender.engine]
         self._loop = Loop(engines, self._fail_all)

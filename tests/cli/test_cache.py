@@ -359,9 +359,12 @@ def history_sources(answer: dict[str, Any]) -> set[str]:
 
 def blocks_in(folder: Path) -> dict[bytes, bytes]:
     """The bytes of each block's KV."""
-    with DiskStore.open(folder, 1 << 30) as disk:
-        with disk._access.reading() as txn, txn.cursor(disk._access.opened.dbs.blocks) as cursor:
-            return {bytes(key): bytes(value)[48:] for key, value in cursor}
+    with (
+        DiskStore.open(folder, 1 << 30) as disk,
+        disk._access.reading() as txn,
+        txn.cursor(disk._access.opened.dbs.blocks) as cursor,
+    ):
+        return {bytes(key): bytes(value)[48:] for key, value in cursor}
 
 
 def test_an_erased_user_is_in_no_file(warmed: Kept, tmp_path: Path) -> None:
@@ -539,6 +542,8 @@ def test_rank_while_another_process_warms(kept: Kept, tmp_path: Path) -> None:
     assert warming.returncode == 0, error
     assert fact(kept.warm(items=items), "computed now").startswith("0 tokens")
     assert kept.num_blocks >= 801
+
+
 # ---- what they share ----
 
 

@@ -26,9 +26,7 @@ def doctor(run: Run, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return ask
 
 
-def test_tenants_are_kept_apart_and_a_store_is_made_when_it_is_used(
-    doctor: Callable[..., str], tmp_path: Path
-) -> None:
+def test_tenants_are_kept_apart_and_a_store_is_made_when_it_is_used(doctor: Callable[..., str], tmp_path: Path) -> None:
     shown = doctor()
     assert "kept apart: of 3 blocks of a user, another tenant's user found none" in shown
     assert "made when it is first used" in shown

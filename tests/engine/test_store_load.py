@@ -112,9 +112,7 @@ def text_of(item_id: ItemId, version: int) -> Item:
 def serving(folder: Path, workers: list[Worker], rng: Random) -> Iterator[Engine]:
     """An engine that was just started over what earlier ones left; what it leaves agrees with itself."""
     disk = DiskStore.open(folder, DISK_BYTES)
-    tiers = Tiered(
-        {"disk": FaultyStore(disk, FAULTS, rng)}, queue_bytes=1 << 20, clock=lambda: 100 * time.monotonic()
-    )
+    tiers = Tiered({"disk": FaultyStore(disk, FAULTS, rng)}, queue_bytes=1 << 20, clock=lambda: 100 * time.monotonic())
     items = dict(tiny.catalogue())
     for worker in workers:
         items |= {i: text_of(i, v) for i, v in zip(worker.item_ids, worker.versions, strict=True)}

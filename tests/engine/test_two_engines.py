@@ -45,7 +45,7 @@ def test_the_last_one_closes_it(folder: Path) -> None:
     first.rank(ASKED)
     first.close()
     assert second.rank(ASKED).receipt.num_computed == 0
-    with pytest.raises(StoreError, match="this process has it open"):
+    with pytest.raises(StoreError, match="already open in this process"):
         DiskStore.open(folder, 1 << 26)
     second.close()
     with DiskStore.open(folder, 1 << 26) as disk:
