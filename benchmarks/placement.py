@@ -26,11 +26,12 @@ import numpy as np
 from benchmarks.harness import SHARED, Options, console, options, run_parts, show
 from rcllm.cluster.cached import CachedHoldings
 from rcllm.cluster.evaluate import evaluate
+from rcllm.cluster.options import TrialConfig
 from rcllm.cluster.place import make_place
 from rcllm.cluster.placement import PlacedHoldings, Placement, Room
 from rcllm.cluster.route import HitOnly, RoundRobin
 from rcllm.cluster.statistics import Requests, Statistics, collect
-from rcllm.cluster.trial import Trial, TrialConfig, make_trial
+from rcllm.cluster.trial import Trial, make_trial
 from rcllm.cluster.view import ClusterView, NodeState, Route, RoutedBlock, RoutedRequest
 from rcllm.data import Dataset, fetch_movielens, load_dataset
 

@@ -314,7 +314,7 @@ def cost(machine: _Machine, chosen: Options) -> dict[str, float]:
         request = requests[number % len(requests)]
         kept = request.candidates[: int(draw.integers(5, 21))]
         asked = dataclasses.replace(request, candidates=kept, options=RankOptions(level=Level.parse(level)))
-        ticket = engine.submit(engine._rank, asked)
+        ticket = engine.submit(engine.rank_job, asked)
         assert isinstance(ticket, Ticket)
         estimate, start = engine.intake.needs_ms(ticket), time.perf_counter()
         assert engine.step()

@@ -52,7 +52,7 @@ def overhead(chosen: Options) -> dict[str, float]:
     gc.freeze()
     with _serving(EngineBackend(engine, "model")) as address, _client(address) as client:
         pairs = [(_by_python(engine, request), client.ask(request)) for request in requests][_WARM_UP:]
-    titles = {item_id: " ".join(item.fields.values()) for item_id, item in data.catalogue.items()}
+    titles: dict[str, str] = {item_id: " ".join(item.fields.values()) for item_id, item in data.catalogue.items()}
     with _serving(FakeBackend(titles)) as address, _client(address) as client:
         by_rule = [client.ask(request) for request in requests][_WARM_UP:]
     python, http = ([pair[side] for pair in pairs] for side in (0, 1))
@@ -90,7 +90,12 @@ def _by_python(engine: Engine, request: RankRequest) -> float:
 def _serving(backend: Backend) -> Iterator[str]:
     listening, address = threading.Event(), list[str]()
     config = ServerConfig(port=0, warm=False)
-    server = HttpServer(make_app(backend, config), config, lambda where: (address.append(where), listening.set())[0])
+
+    def told(where: str) -> None:
+        address.append(where)
+        listening.set()
+
+    server = HttpServer(make_app(backend, config), config, told)
     thread = threading.Thread(target=server.run)
     thread.start()
     listening.wait()

@@ -182,16 +182,30 @@ class StoreConfig:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleConfig:
-    """What is taken in, by when it is answered, and who shares. By default nothing is limited, and 0 is no limit."""
+    """What is taken in, by when it is answered, and who shares. 0 is no limit.
 
-    max_waiting: Annotated[int, Ge(0)] = 0  # requests that wait; one more is refused with OverloadedError
+    None: no limit in Python; what `for_serving` says in a server.
+    """
+
+    max_waiting: Annotated[int | None, Ge(0)] = None  # requests that wait; one more is refused with OverloadedError
     max_wait_ms: Annotated[float, Ge(0)] = 0.0  # a request that would wait longer, by estimate, is refused as well
     deadline_ms: Annotated[float, Ge(0)] = 0.0  # of requests that bring none
     min_candidates: Annotated[int, Ge(1)] = 10  # fewer are never ranked to keep a deadline
-    last_scores: Annotated[int, Ge(0)] = 0  # users whose last scores are kept, for when nothing else keeps a deadline
-    other_rows: Annotated[int, Ge(0)] = 0  # of texts and searches, in a pass that rankings enter
+    # users whose last scores are kept, for when nothing else keeps a deadline
+    last_scores: Annotated[int | None, Ge(0)] = None
+    other_rows: Annotated[int | None, Ge(0)] = None  # of texts and searches, in a pass that rankings enter
     # of the rows of prompts, where other tenants wait as well; 1 for those that are not named
     tenant_shares: Mapping[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
+
+
+def for_serving(config: ScheduleConfig) -> ScheduleConfig:
+    """With the limits of a server, where the configuration says nothing: its clients are many, and do not wait."""
+    return replace(
+        config,
+        max_waiting=256 if config.max_waiting is None else config.max_waiting,
+        last_scores=10_000 if config.last_scores is None else config.last_scores,
+        other_rows=64 if config.other_rows is None else config.other_rows,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +221,8 @@ class ServerConfig:
     warm: Annotated[bool, Opt("Compute the items at once; /ready says when it is done.", panel=_SERVER)] = True
     # keys are no options, since every user of a machine sees its command lines
     api_keys: tuple[Annotated[str, MinLen(8)], ...] = field(default=(), repr=False)  # who may ask; empty: everybody
+    # who may ask for one tenant alone, by tenant; other keys than these and the admin's may not name it
+    tenant_keys: Mapping[str, tuple[Annotated[str, MinLen(8)], ...]] = field(default_factory=dict, repr=False)
     admin_key: str = field(default="", repr=False)  # who may change what is served
     cors_origins: tuple[str, ...] = ()  # pages of other origins that may ask from a browser
     max_body_mb: Annotated[float, Gt(0)] = 8.0
@@ -214,12 +230,14 @@ class ServerConfig:
     max_tokens: Annotated[int, Ge(1)] = 1024  # of an answer in text
     max_request_tokens: Annotated[int, Ge(1)] = 131_072  # of all items of a score, or of all prompts of a completion
     max_history: Annotated[int, Ge(1)] = 1000  # events of one request
-    max_unanswered: Annotated[int, Ge(1)] = 256  # requests that wait or are computed; the next one is told to come back
     timeout_s: Annotated[float, Gt(0)] = 60.0  # of one request
     drain_s: Annotated[float, Ge(0)] = 30.0  # for requests under way, once the server is told to end
     kept_answers: Annotated[int, Ge(0)] = 1000  # whose receipts can be asked for, and which can be run again
     kept_users: Annotated[int, Ge(0)] = 10_000  # whose events are kept; the ones longest not used go first
     kept_events: Annotated[int, Ge(1)] = 100  # of one user; the oldest go first
+    # of rankings, that the fidelity guard computes anew in idle time where a calibration allows reuse; 0: no guard
+    guard_share: Annotated[float, Interval(ge=0, le=1)] = 0.05
+    guard_cpu_share: Annotated[float, Interval(gt=0, le=1)] = 0.05  # of wall time that it may compute
 
 
 @dataclass(frozen=True, slots=True)

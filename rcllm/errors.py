@@ -9,7 +9,8 @@
     │   └── UnsupportedModelError    the architecture, or a variant of it, is not implemented
     ├── StoreError               a tier of the store cannot be opened, read or written
     ├── AccessError              a request brings no key that fits
-    │   └── ForbiddenError           its key may ask, but not change what is served
+    │   ├── ForbiddenError           its key may ask, but not change what is served
+    │   └── TenantError              its key may ask, but not for this tenant
     ├── ClosingError             the server is going down, and takes no more requests
     ├── RequestError             one request is wrong; the engine and other requests go on
     │   ├── UnknownItemError         a candidate or event names an item the catalogue lacks
@@ -76,6 +77,10 @@ class AccessError(RcllmError):
 
 class ForbiddenError(AccessError):
     """The key of a request may ask, but not change what is served."""
+
+
+class TenantError(AccessError):
+    """The key of a request may not name the tenant that it names."""
 
 
 class ClosingError(RcllmError):

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rcllm.errors import ConfigError, RcllmError
 from rcllm.late import Late
-from rcllm.words import brief
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

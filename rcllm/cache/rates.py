@@ -61,11 +61,15 @@ class Rates:
         tiers = (f"{tier} {rate.per_s / 1e9:,.2f} GB/s{_guessed(rate)}" for tier, rate in self.bytes_of.items())
         return ", ".join([*tiers, f"computing {self.flops.per_s / 1e9:,.0f} GFLOP/s{_guessed(self.flops)}"])
 
+    def timed(self) -> dict[str, float]:
+        """Those that something was timed of, by name and unit."""
+        return {name: rate.per_s for name, rate in self._named() if not rate.is_guess}
+
     # ---- kept beside a store, so that the next process need not learn them again ----
 
     def save(self, path: Path) -> None:
         """Raises OSError."""
-        write(path, to_json({name: rate.per_s for name, rate in self._named() if not rate.is_guess}).encode())
+        write(path, to_json(self.timed()).encode())
 
     def load(self, path: Path) -> None:
         """Begins with what a process wrote; a file that is not there or says nothing useful is left alone."""

@@ -74,8 +74,7 @@ class _Rcllm(Group):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with screen.warnings_said():
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except (RcllmError, OSError, MemoryError, KeyboardInterrupt) as error:
             if ctx.params.get("debug"):
                 raise

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from rcllm.cli.inputs import make_config
-from rcllm.cli.options import EngineOptions, StoreOptions
 from rcllm.cli.kept import Finding, Looked, build_for_probes, look_at_store, probe_tenants
+from rcllm.cli.options import EngineOptions, StoreOptions
 from rcllm.cli.screen import busy, console
 from rcllm.cli.tables import facts_table
 from rcllm.config import Config, context_samples

@@ -79,14 +79,16 @@ def warnings_said() -> Iterator[None]:
     """Our own warnings are one line each, without the place in the code that Python would name."""
     shown = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any, **more: Any
+    ) -> None:
         if issubclass(category, TextWarning | ModelWarning | StoreWarning):
             say(f"warning: {message}")
         else:
-            shown(message, category, *place, **more)
+            shown(message, category, filename, lineno, *rest, **more)
 
     with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.showwarning = show
         yield
 
 

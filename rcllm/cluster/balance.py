@@ -16,6 +16,7 @@ from rcllm.cluster.statistics import FloatArray, IntArray
 _TRIED = 48  # moves, and items of a part, that are looked at
 _PARTNERS = 16  # parts that are asked for a swap
 _NOTHING = 1e-9  # less is no gain
+_STEPS = 20  # moves and swaps for each item, at most: gains may become ever smaller
 _PASSES = 3  # over all items, to win edges back
 
 
@@ -41,7 +42,9 @@ class _Balancing:
 
     def run(self) -> IntArray:
         stuck: set[int] = set()
-        while (part := self._heaviest(stuck)) is not None:
+        for _ in range(_STEPS * len(self.parts)):
+            if (part := self._heaviest(stuck)) is None:
+                break
             if self._move_out(part) or self._swap_out(part):
                 stuck.clear()
             else:

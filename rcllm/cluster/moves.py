@@ -170,6 +170,11 @@ def _check_alike(old: Placement, new: Placement) -> None:
     ):
         if one != other:
             raise DataError(f"expected two placements with the same {what}; build both from the same catalogue")
+    if new.room.node_bytes < old.room.node_bytes:
+        raise DataError(
+            f"expected nodes with as much memory as now, got {new.room.node_bytes:,} bytes after "
+            f"{old.room.node_bytes:,}; build the new placement with that, or take memory away by building anew"
+        )
 
 
 def differing(old: Placement, new: Placement) -> Sequence[tuple[str, int]]:

@@ -1,11 +1,9 @@
-"""The engine on one device: requests in, scores, items, text and receipts out, through one loop.
+"""The engine on one device: a model, a catalogue and a cache behind one loop.
 
-    submit: prompt → lookup → plan     step: schedule → plan → materialise → select → assemble → forward → read → reply
-
-Rank, recommend and generate are jobs (`engine/jobs/`), whose rows go through the layers together. Invariant: an answer
-does not depend on what else is in its pass or in the cache, beyond the tolerance of the kernels (docs/numerics.md); the
-cache decides how fast it comes. Threads may submit at any time; whoever waits for an answer runs the loop, one at a
-time.
+Rank, recommend and generate are jobs (`engine/jobs/`), whose rows go through the layers together; the path of a request
+stands in `engine/loop.py`. Invariant: an answer does not depend on what is in the cache, beyond the tolerance of the
+kernels (docs/numerics.md); the cache decides how fast it comes. Threads may ask at any time; whoever waits for an
+answer runs the loop.
 """
 
 from __future__ import annotations
@@ -38,26 +36,23 @@ from rcllm.engine.build import (
 from rcllm.engine.fit import fit
 from rcllm.engine.intake import Intake
 from rcllm.engine.items import ItemChanges, compare, completed
-from rcllm.engine.job import Answer, Job, Listener, Refused, Ticket
+from rcllm.engine.job import Job, Listener, Refused, Ticket
 from rcllm.engine.jobs.rank import Rank
-from rcllm.engine.passes import Prompts, Steps, demand, enter, forward
+from rcllm.engine.loop import RequestLoop
 from rcllm.engine.prefill import Prefill
 from rcllm.engine.space import about, declared_mask, model_fingerprint, space_of
-from rcllm.engine.tickets import Tickets
 from rcllm.engine.tiers import Tiers, open_tiers
-from rcllm.engine.turns import Turns
 from rcllm.engine.warming import Warming, WarmProgress
-from rcllm.errors import CancelledError, DeadlineError, RcllmError, answered
-from rcllm.metrics import Clock, Stopwatch, Trace
+from rcllm.errors import RcllmError, answered
+from rcllm.metrics import Clock, Trace
 from rcllm.model.decoder import Decoder
 from rcllm.model.pull import pull
 from rcllm.prompt.blocks import Prompter
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.reuse.missing import item_owner, user_owner
 from rcllm.schedule.admission import Admission, AdmissionFactory, Identity, Open
-from rcllm.schedule.cost import CostModel, Demand, Rates
-from rcllm.schedule.scheduler import Scheduler
-from rcllm.schedule.work import DEFAULT_TERMS, NO_LIMITS, KindLimits, PassLimits, Queue, Terms, Work
+from rcllm.schedule.cost import CostModel
+from rcllm.schedule.work import DEFAULT_TERMS, NO_LIMITS, KindLimits, Queue, Terms
 from rcllm.store.contract import Store
 
 Request = TypeVar("Request")
@@ -89,28 +84,15 @@ class Engine:
         clock: seconds; node: what receipts call this machine, by default its name; trace: told of every stage.
         """
         self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id
-        self.prototypes, self.node, self.trace = prototypes, node or platform.node(), trace
+        self.prototypes, self.node = prototypes, node or platform.node()
         self.clock, self.tiers = clock, tiers or Tiers()
         self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes, clock)
         self.rank_job = Rank(
             config, decoder, prompter, self._prefill, admission or Open.of(self.identity, prompter.context_name)
         )
-        kv_bytes, schedule = pool.budget // 2, config.schedule  # of one pass; the other half is for what runs on
-        limits = PassLimits(config.cache.pass_tokens, kv_bytes, schedule.other_rows or 1 << 30)
-        self._scheduler = Scheduler(limits, schedule.tenant_shares)
-        spec = decoder.spec
-        self.costs = CostModel(Rates.first(spec.linear_flops_per_token, spec.attention_flops(1)))
-        self._tickets: dict[int, Ticket] = {}  # those that wait or run
-        self._withdrawn: list[Ticket] = []  # to be dropped before the next pass
-        self._lock = threading.Lock()  # of the scheduler and the tickets; never held while something is computed
-        self._turns = Turns()  # who computes
-        self._updating = threading.Lock()  # of the catalogue; taken first
-        self._numbers = itertools.count()
-        self._num_passes = 0
-        self._names = {"node": self.node, "model": model_id}  # of receipts
-        self._make = Tickets(self._prefill, clock)
-        self.intake = Intake(schedule, self.costs, clock, self._make.anew, self.node, model_id)
-        self._pass_ends_s = 0.0  # of the pass that runs, by estimate
+        names = {"node": self.node, "model": model_id}  # of receipts
+        self.loop = RequestLoop(config, decoder, self._prefill, pool, self.catalogue, clock, names, trace)
+        self._updating = threading.Lock()  # of the catalogue; taken before a turn
 
     @classmethod
     def build(
@@ -185,7 +167,7 @@ class Engine:
         """Per request its response, or its error, in their order."""
         tickets = [self.submit(job, request) for request in requests]
         try:
-            self._loop(until=lambda: all(ticket.done for ticket in tickets))
+            self.loop.run(until=lambda: all(ticket.done for ticket in tickets))
         finally:
             self.cancel(tickets)  # where an interrupt left some
         return [_result(ticket) for ticket in tickets]
@@ -201,13 +183,11 @@ class Engine:
                     alive.append(self.submit(job, request))
                 if not alive:
                     return
-                self._loop(until=partial(_any_done, alive))
+                self.loop.run(until=partial(_any_done, alive))
                 done, alive = [t for t in alive if t.done], [t for t in alive if not t.done]
                 yield from ((ticket.request, _result(ticket)) for ticket in done)
         finally:
             self.cancel(alive)
-
-    # ---- the loop ----
 
     def submit(
         self,
@@ -223,172 +203,41 @@ class Engine:
         of the outcome as they come, for callers that do not run the loop themselves.
         """
         self.tiers.heed_erasures(self.pool)
-        number, start = next(self._numbers), self.clock()
-        taken: Ticket | None = None
-        try:
-            while taken is None:
-                ticket = self._open(number, job, request, start, terms)
-                ticket.listener = listener
-                taken = self._take_in(ticket)
-        except RcllmError as error:
-            return Refused(request, error)
-        return taken
-
-    def _open(self, number: int, job: Job[Any, Any], request: Any, start: float, terms: Terms) -> Ticket:
-        """prompt → lookup → plan"""
-        watch, version = Stopwatch(self.clock), self.catalogue.version
-        with watch.stage("prompt"):
-            opening = job.open(request)
-        ticket = self._make.of(number, job, request, start, opening, terms, watch)
-        ticket.catalogue_version = version
-        return ticket
-
-    def _take_in(self, ticket: Ticket) -> Ticket | None:
-        """Into the queue, as it was asked or as its deadline allows; None: its items may read differently by now.
-
-        Raises OverloadedError, DeadlineError.
-        """
-        with self._lock:
-            self._scheduler.open(ticket.job.kind, ticket.job.limits)
-            queue = self._scheduler.queue(self._make.work(ticket, self.intake))
-            left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue))
-            if self.intake.in_time(ticket, left_ms):
-                return self._enqueue(ticket)
-        version = ticket.catalogue_version
-        ticket = self.intake.degraded(ticket, left_ms, lambda: not self._tickets)
-        ticket.catalogue_version = version
-        with self._lock:
-            return ticket if ticket.done else self._enqueue(ticket)
-
-    def _running_ms(self, queue: Queue) -> float:
-        """What the pass that runs still takes, and the steps of what goes on beside the passes that come first."""
-        rows = min(self._scheduler.step_rows, self._scheduler.limits.other_rows)
-        steps = Demand(rows=rows * (1 + queue.ahead_rows // self._scheduler.limits.rows))
-        return max(0.0, self._pass_ends_s - self.clock()) * 1e3 + self.costs.ms(steps)
-
-    def _enqueue(self, ticket: Ticket) -> Ticket | None:
-        if ticket.catalogue_version != self.catalogue.version:
-            return None
-        self._scheduler.add(self._make.work(ticket, self.intake))
-        self._tickets[ticket.number] = ticket
-        if not ticket.job.limits.idle:
-            self.intake.count_accepted(ticket.opening.degraded)
-        return ticket
-
-    def alone(self) -> AbstractContextManager[None]:
-        """Nothing is computed inside, for changes of what jobs keep between passes."""
-        return self._turns.alone()
-
-    def turn(self) -> bool:
-        """`step` in this thread's turn, beside others that compute; for whoever runs the loop for everybody."""
-        with self._turns.alone():
-            return self.step()
+        return self.loop.submit(job, request, terms, listener)
 
     def step(self) -> bool:
         """One pass over the rows of whoever's turn it is; False where nobody waits. One thread at a time."""
-        entering, running = self._schedule()  # schedule
-        if not entering and not running:
-            return False
-        watch = Stopwatch(self.clock, self.trace, self._num_passes)
-        self._num_passes += 1
-        answers: list[Answer] = []
-        start = self.clock()
-        self._pass_ends_s = start + sum(map(self.intake.needs_ms, entering)) / 1e3
-        try:
-            with self._prefill.pool_of([ticket.planned for ticket in entering]).hold() as held:
-                prompts = Prompts.of(entering, self._prefill, held, watch.stage)  # plan, materialise, select, assemble
-                steps = Steps.of(running, watch.stage)  # assemble
-                asked = demand(prompts, steps)
-                self._pass_ends_s = start + self.costs.ms(asked) / 1e3
-                first, passed = forward(self.decoder, prompts, steps, watch.stage)  # forward
-                answers += steps.take(passed, watch.stage)  # read
-                answers += enter(prompts, first, self._prefill, held, self._names, watch.stage)  # publish, read
-            if asked.rows:
-                self.costs.observe(asked, (self.clock() - start) * 1e3 - watch.stages.get("measure", 0.0))
-        except BaseException as error:  # a pass that broke is told to everybody in it, and an interrupt to its thread
-            answers = [Answer(ticket.number, error) for ticket in (*entering, *running)]
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            self._pass_ends_s = 0.0
-            self._reply(answers, (*entering, *running), watch.stages)  # reply
-        self.pool.write_through()  # what was published, for whoever comes after this process
-        return True
+        return self.loop.step()
 
-    def _schedule(self) -> tuple[list[Ticket], list[Ticket]]:
-        """Who enters with the next pass, and who goes on."""
-        with self._lock:
-            withdrawn, self._withdrawn = self._withdrawn, []
-        self._drop(withdrawn)
-        with self._lock:
-            turn = self._scheduler.turn(self.clock())
-            entering, running = ([self._tickets[n] for n in some] for some in (turn.enter, turn.step))
-            expired = [self._tickets.pop(number) for number in turn.expired]
-        for ticket in expired:
-            self.intake.count_expired()
-            ticket.end(DeadlineError("too little time was left until its deadline when its turn came"))
-        for ticket in entering:
-            waited = (self.clock() - ticket.submitted_s) * 1e3 - sum(ticket.stage_ms.values())
-            ticket.stage_ms["wait"] = max(0.0, waited)
-        return entering, running
-
-    def _reply(self, answers: Sequence[Answer], took_part: Sequence[Ticket], stage_ms: Mapping[str, float]) -> None:
-        """Gives every answer to its ticket, with the times of all passes that the request took part in."""
-        for ticket in took_part:
-            ticket.add(stage_ms)
-        for answer in answers:
-            ticket = self._tickets[answer.number]
-            if isinstance(answer.outcome, BaseException):
-                ticket.job.drop(ticket.number)
-                ticket.end(answer.outcome)
-            else:
-                total_ms = (self.clock() - ticket.submitted_s) * 1e3
-                receipt = replace(answer.outcome.receipt, stage_ms={**ticket.stage_ms, "total": total_ms})
-                response = replace(answer.outcome, receipt=receipt)
-                if not self._was_erased(ticket):
-                    self.intake.keep(ticket, response)
-                ticket.end(response)
-        with self._lock:
-            for answer in answers:
-                self._scheduler.end(answer.number)
-                del self._tickets[answer.number]
-        self._prefill.forget_erased((ticket.planned.prompt, ticket.lookup) for ticket in took_part)
-
-    def _was_erased(self, ticket: Ticket) -> bool:
-        """Whether its user was erased after it had been asked for."""
-        owner = user_owner(ticket.planned.prompt.user_id)
-        return owner is not None and self.pool.was_erased(owner, ticket.lookup.erasures)
+    def turn(self) -> bool:
+        """`step` in this thread's turn, beside others that compute; for whoever runs the loop for everybody."""
+        return self.loop.turn()
 
     def cancel(self, tickets: Iterable[Ticket | Refused]) -> None:
         """Ends requests that are not done; waits for the pass that runs."""
-        if undone := [ticket for ticket in tickets if isinstance(ticket, Ticket) and not ticket.done]:
-            with self._turns.alone():
-                self._drop(undone)
+        self.loop.cancel(tickets)
 
     def withdraw(self, ticket: Ticket) -> None:
         """Ends a request before the next pass; returns at once."""
-        with self._lock:
-            self._withdrawn.append(ticket)
+        self.loop.withdraw(ticket)
 
-    def _drop(self, tickets: Iterable[Ticket]) -> None:
-        """Called by the thread whose turn it is, between passes."""
-        dropped = []
-        with self._lock:
-            for ticket in tickets:
-                if not ticket.done and self._scheduler.cancel(ticket.number):
-                    del self._tickets[ticket.number]
-                    dropped.append(ticket)
-        for ticket in dropped:
-            ticket.job.drop(ticket.number)
-            ticket.end(CancelledError("the request was cancelled before it was answered"))
+    def alone(self) -> AbstractContextManager[None]:
+        """Nothing is computed inside, for changes of what jobs keep between passes."""
+        return self.loop.alone()
 
-    def _loop(self, until: Callable[[], bool]) -> None:
-        """Runs passes, or waits while another thread does, until `until` holds."""
-        while self._turns.acquire(unless=until):
-            try:
-                self.step()
-            finally:
-                self._turns.release()
+    def queue(self, tenant: str = "") -> Queue:
+        """What a ranking of a tenant would find, were it asked for now: for metrics, pages and routing."""
+        return self.loop.queue(self.rank_job, tenant)
+
+    @property
+    def intake(self) -> Intake:
+        """What is taken in, and what became of requests at the door."""
+        return self.loop.intake
+
+    @property
+    def costs(self) -> CostModel:
+        """What passes are estimated to take."""
+        return self.loop.costs
 
     # ---- the cache ----
 
@@ -404,7 +253,7 @@ class Engine:
         computed when it is asked for. Give the most requested items first. Requests are served in between.
         """
         warming = Warming(self._prefill, self.prompter, self.pool, self.config, self.clock)
-        for progress in warming.run(item_ids, self._turns.alone):
+        for progress in warming.run(item_ids, self.loop.alone):
             if on_progress:
                 on_progress(progress)
         return progress
@@ -421,9 +270,8 @@ class Engine:
         with self._updating:
             changes = compare(self.prompter.texts, self.catalogue, given, gone)
             self.catalogue.put(given, gone)
-            with self._lock:
-                before = list(self._tickets.values()) if changes.stale else []
-            self._loop(until=lambda: all(ticket.done for ticket in before))
+            before = self.loop.under_way() if changes.stale else []
+            self.loop.run(until=lambda: all(ticket.done for ticket in before))
             for item_id in changes.stale:
                 self.intake.last_scores.forget_item(item_id)
             return replace(changes, num_blocks=sum(self.retire_item(item_id) for item_id in changes.stale))
@@ -453,16 +301,9 @@ class Engine:
         return self._erase(item_owner(item_id) or "")
 
     def _erase(self, owner: str) -> int:
-        with self._turns.alone():
+        with self.loop.alone():
             self._prefill.corrector.rankings.forget(owner)
             return self.pool.delete_owner(owner)
-
-    def queue(self, tenant: str = "") -> Queue:
-        """What a ranking of a tenant would find, were it asked for now: for metrics, pages and routing."""
-        with self._lock:
-            self._scheduler.open(self.rank_job.kind, self.rank_job.limits)
-            found = self._scheduler.queue(Work(-1, self.rank_job.kind, 0, tenant=tenant, arrival_s=self.clock()))
-            return replace(found, ahead_ms=found.ahead_ms + self._running_ms(found))
 
     def stats(self) -> PoolStats:
         return self.pool.stats()
@@ -474,7 +315,7 @@ class Engine:
 
     def close(self) -> None:
         """Hands the store what it does not have yet, and ends it. An engine without a store need not be closed."""
-        with self._turns.alone():
+        with self.loop.alone():
             self.pool.write_through()
             self.tiers.close(self.pool.rates)
 

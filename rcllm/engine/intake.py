@@ -39,6 +39,17 @@ class IntakeCounts:
     num_probes: int = 0  # computed though they were estimated to be late, to test the estimate
     degraded: dict[Step, int] = field(default_factory=dict)
 
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """By what became of them."""
+        return {
+            "accepted": self.num_accepted,
+            "overloaded": self.num_overloaded,
+            "late": self.num_late,
+            "expired": self.num_expired,
+            "probed": self.num_probes,
+        }
+
 
 class Intake:
     """For one engine. Threads may share it. `node`, `model_id`: for the receipts of what is not computed."""
@@ -48,7 +59,7 @@ class Intake:
     ) -> None:
         self._config, self._costs, self._clock, self._reopened = config, costs, clock, reopened
         self._node, self._model_id = node, model_id
-        self.last_scores = LastScores(config.last_scores)
+        self.last_scores = LastScores(config.last_scores or 0)
         self._counts, self._lock = IntakeCounts(), threading.Lock()
         self._probe = Probe()
 
@@ -69,13 +80,17 @@ class Intake:
 
     def left_ms(self, ticket: Ticket, queue: Queue, running_ms: float) -> float:
         """What its pass may take; infinite without a deadline. Raises OverloadedError where too much waits."""
-        if (error := refusal(self._config, queue, running_ms)) is not None:
-            self.count_overloaded()
-            raise error
+        self.check_room(queue, running_ms)
         deadline_ms = self.deadline_ms(ticket.terms)
         if deadline_ms is None:
             return math.inf
         return budget_ms(deadline_ms, self._elapsed_ms(ticket), running_ms + queue.ahead_ms)
+
+    def check_room(self, queue: Queue, running_ms: float = 0.0) -> None:
+        """Raises OverloadedError where too much waits."""
+        if (error := refusal(self._config, queue, running_ms)) is not None:
+            self.count_overloaded()
+            raise error
 
     def in_time(self, ticket: Ticket, left_ms: float) -> bool:
         """Whether it can be answered as it was asked."""

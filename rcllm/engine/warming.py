@@ -19,6 +19,7 @@ from rcllm.metrics import Clock
 from rcllm.prompt.blocks import Prompter
 from rcllm.reuse.missing import Missing, canonical, chunks
 
+_CHUNK_TOKENS = 512  # of a pass that warms: requests that come meanwhile wait for it, and more rows are hardly faster
 _HEADER = 48  # bytes of a block in a store, beside its KV
 
 
@@ -58,7 +59,7 @@ class Warming:
             eta = elapsed * left / (len(todo) - left) if left < len(todo) else 0.0
             return WarmProgress(len(wanted) - left, len(wanted), tokens, num_bytes, full, elapsed, eta)
 
-        for chunk in chunks(todo, self._config.cache.pass_tokens):
+        for chunk in chunks(todo, min(_CHUNK_TOKENS, self._config.cache.pass_tokens)):
             with alone():
                 fitting = self._within(self._pool.free_bytes, chunk)
                 tokens += self._compute(fitting, self._pool)

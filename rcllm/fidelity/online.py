@@ -12,13 +12,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
+from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse, UserId
 from rcllm.errors import CancelledError, OverloadedError
 from rcllm.fidelity.monitor import GuardEvent, GuardPolicy
-from rcllm.fidelity.shadow import GuardCore, GuardStats, Passes, Shadow, Shadowing
+from rcllm.fidelity.shadow import GuardCore, GuardStatus, Passes, Shadow, Shadowing
 from rcllm.schedule.admission import Admission, Admitted, Open
 from rcllm.schedule.work import KindLimits, Terms
 
@@ -30,19 +30,6 @@ logger = logging.getLogger(__name__)
 
 SHADOW = "shadow"  # the kind of its work
 _NO_DEADLINE = Terms(deadline_ms=float("inf"))
-
-
-@dataclass(frozen=True, slots=True)
-class GuardStatus:
-    """What a page and metrics show."""
-
-    ladder: tuple[str, ...]  # cheapest first
-    target: float  # highest mean loss that is fine
-    share: float  # of the served requests that are recomputed
-    stats: GuardStats
-    events: tuple[GuardEvent, ...]  # the latest steps, oldest first
-    num_waiting: int  # sampled requests that were not recomputed yet
-    rests_s: float  # until the next pass may begin
 
 
 class Guarded:
@@ -122,6 +109,13 @@ class OnlineGuard:
             if shadow := self._core.sample(asked, response):
                 self._core.counts.num_dropped += len(self._waiting) == self._waiting.maxlen
                 self._waiting.append(shadow)
+
+    def forget_user(self, user_id: UserId) -> None:
+        """Drops what waits to be computed again of a user, of every tenant."""
+        with self._lock:
+            kept = [shadow for shadow in self._waiting if shadow.request.user_id != user_id]
+            self._core.counts.num_dropped += len(self._waiting) - len(kept)
+            self._waiting = deque(kept, maxlen=self._waiting.maxlen)
 
     def turn(self) -> bool:
         """Puts the next pass of the guard into the engine's queue, where one is due; whether `Engine.step` has work.

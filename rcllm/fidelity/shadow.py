@@ -74,6 +74,19 @@ class GuardStats:
 
 
 @dataclass(frozen=True, slots=True)
+class GuardStatus:
+    """What a page and metrics show."""
+
+    ladder: tuple[str, ...]  # cheapest first
+    target: float  # highest mean loss that is fine
+    share: float  # of the served requests that are recomputed
+    stats: GuardStats
+    events: tuple[GuardEvent, ...]  # the latest steps, oldest first
+    num_waiting: int  # sampled requests that were not recomputed yet
+    rests_s: float  # until the next pass may begin
+
+
+@dataclass(frozen=True, slots=True)
 class Shadow:
     """A served request that waits to be recomputed."""
 

@@ -19,12 +19,13 @@ def refusal(config: ScheduleConfig, queue: Queue, running_ms: float = 0.0) -> Ov
     running_ms: until the pass that runs has ended, by estimate. Of a queue of `max_waiting` each of n tenants may fill
     the n-th part while others wait too; who was alone and filled more keeps it, and adds nothing.
     """
-    part = max(1, config.max_waiting // queue.num_tenants)
-    if config.max_waiting and queue.num_own >= part:
+    max_waiting = config.max_waiting or 0
+    part = max(1, max_waiting // queue.num_tenants)
+    if max_waiting and queue.num_own >= part:
         each_ms = queue.ahead_ms / max(queue.num_own, 1)
         return OverloadedError(
             f"{queue.num_waiting} requests wait, {queue.num_own} of this tenant, which may have {part} of the "
-            f"{config.max_waiting} of schedule.max_waiting: ask again later",
+            f"{max_waiting} of schedule.max_waiting: ask again later",
             _seconds(running_ms + each_ms * (queue.num_own - part + 1)),
         )
     wait_ms = running_ms + queue.ahead_ms

@@ -7,13 +7,16 @@ is what was computed, after degradation, so that neither a deadline nor a guard 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from rcllm.core.decoding import Generated, GenerateRequest, RecommendRequest, RecommendResponse
 from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
+from rcllm.core.texts import ScoreRequest, ScoreResponse, TextRequest
 from rcllm.errors import RequestError
 
-Request = RankRequest | RecommendRequest | GenerateRequest
-Response = RankResponse | RecommendResponse | Generated
+Request = RankRequest | RecommendRequest | GenerateRequest | ScoreRequest
+Response = RankResponse | RecommendResponse | Generated | ScoreResponse
+R = TypeVar("R", bound=Request)
 
 TOLERANCE = 1e-3  # of scores: what the cache changes by rounding in fp32 (docs/numerics.md); give more for 16 bits
 
@@ -27,12 +30,15 @@ class Difference:
     after: str
 
 
-def request_again(request: Request, response: Response, defaults: RankOptions) -> Request:
+def request_again(request: R, response: Response, defaults: RankOptions) -> R:
     """The request that `response` answered, with everything pinned that was decided on the way.
 
     `defaults`: options of requests that bring none. Raises RequestError for an answer that cannot come out again: one
-    of last known scores was not computed, and one under bias `running_mean` depends on the requests before it.
+    of last known scores was not computed, one under bias `running_mean` depends on the requests before it, and one of
+    relaxed speculation on the drafts that there were.
     """
+    if isinstance(request, TextRequest) and request.pool and request.options.speculation.name == "relaxed":
+        raise RequestError(f"request {request.request_id!r}: relaxed speculation depends on the answers before it")
     if not isinstance(request, RankRequest):
         return request  # beam, seed and level stand in it
     assert isinstance(response, RankResponse)
@@ -57,6 +63,10 @@ def first_difference(before: Response, after: Response, tolerance: float = TOLER
         assert isinstance(after, Generated)
         return _first("token_ids", before.token_ids, after.token_ids)
     assert not isinstance(after, Generated)
+    if isinstance(before, ScoreResponse):
+        assert isinstance(after, ScoreResponse)
+        return _of_labels(before, after, tolerance)
+    assert not isinstance(after, ScoreResponse)
     if isinstance(before, RecommendResponse):
         assert isinstance(after, RecommendResponse)
         return _of_items(before, after, tolerance)
@@ -77,6 +87,13 @@ def _of_scores(before: tuple[float, ...], after: tuple[float, ...], tolerance: f
     for i, (one, other) in enumerate(zip(before, after, strict=True)):
         if not abs(one - other) <= tolerance:
             return Difference(f"scores[{i}]", f"{one:.6g}", f"{other:.6g}")
+    return None
+
+
+def _of_labels(before: ScoreResponse, after: ScoreResponse, tolerance: float) -> Difference | None:
+    for i, (one, other) in enumerate(zip(before.log_probs, after.log_probs, strict=True)):
+        if found := _of_scores(one, other, tolerance):
+            return replace(found, where=f"log_probs[{i}]{found.where.removeprefix('scores')}")
     return None
 
 

@@ -65,6 +65,7 @@ ENDPOINTS = (
     Endpoint("GET", "/metrics", sight.metrics),
     Endpoint("GET", "/v1/models", sight.models),
     Endpoint("GET", "/v1/cache/stats", sight.cache_stats),
+    Endpoint("GET", "/v1/guard", sight.guard),
     Endpoint("GET", "/v1/receipts/{request_id}", sight.receipt),
     Endpoint("POST", "/v1/replay/{request_id}", sight.replay),
     Endpoint("POST", "/v1/rank", rank.rank, RankRequest),
@@ -100,6 +101,7 @@ def make_app(backend: Backend, config: ServerConfig = _DEFAULTS) -> FastAPI:
 
     @asynccontextmanager
     async def living(app: FastAPI) -> AsyncIterator[None]:
+        served.is_closing = False
         await backend.start()
         if config.warm and "rank" in backend.about.kinds:
             await backend.change(WarmItems())

@@ -13,7 +13,11 @@ from typing import Protocol
 from rcllm.core.decoding import Generated, RecommendRequest, RecommendResponse
 from rcllm.core.ranking import Item, ItemId, RankOptions, RankRequest, RankResponse, Readout, TokenIds, UserId
 from rcllm.core.texts import ScoreRequest, ScoreResponse, TextRequest
+from rcllm.fidelity.shadow import GuardStatus
 from rcllm.prompt.chat import ChatPrompt, Message
+from rcllm.schedule.cost import CostStats
+from rcllm.schedule.work import DEFAULT_TERMS, Terms
+from rcllm.store.contract import TierStats
 
 Request = RankRequest | RecommendRequest | ScoreRequest | TextRequest
 Response = RankResponse | RecommendResponse | ScoreResponse | Generated
@@ -66,7 +70,8 @@ class Asked:
     """One request on its way to the backend."""
 
     request: Request
-    deadline_ms: float | None = None  # until the first token, or the scores
+    terms: Terms = DEFAULT_TERMS  # its deadline: until the first token, or the scores
+    again: bool = False  # it was answered before, and its level is the one that it was answered at
     on_tokens: Callable[[Sequence[int]], None] | None = None  # called in the event loop as a text goes on
 
 
@@ -123,27 +128,45 @@ class Warmth:
 
 
 @dataclass(frozen=True, slots=True)
+class Door:
+    """What waits, and what became of requests where they are taken in."""
+
+    num_waiting: int = 0
+    wait_ms: float = 0.0  # that the next ranking would wait, by estimate
+    outcomes: Mapping[str, int] = field(default_factory=dict)  # accepted, overloaded, late, expired, probed
+    degraded: Mapping[str, int] = field(default_factory=dict)  # answers, by what they gave up for their deadline
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """What the backend holds at this moment."""
 
     num_items: int = 0
     num_unanswered: int = 0  # requests that wait or are computed
-    num_blocks: int = 0
+    num_blocks: int = 0  # in the pool
     num_bytes: int = 0
     budget_bytes: int = 0
-    hits: int = 0
+    hits: Mapping[str, int] = field(default_factory=dict)  # blocks that were asked for, by the tier that had them
     misses: int = 0
     evictions: int = 0
     store_errors: int = 0
+    tiers: tuple[TierStats, ...] = ()  # below the pool, the nearest first
+    rates: Mapping[str, float] = field(default_factory=dict)  # that were timed, in bytes or FLOPs per second
+    door: Door = Door()
+    costs: CostStats | None = None  # how well passes were estimated
+    guard: GuardStatus | None = None  # None: nothing is guarded
     loop_failures: int = 0  # passes that ended by a mistake of ours
+    guard_failures: int = 0  # the same of the guard's turns
     warmth: Warmth = Warmth()
 
 
 class Backend(Protocol):
     """Answers requests and makes changes. All of its methods are called in one event loop."""
 
-    about: About
-    texts: Texts
+    @property
+    def about(self) -> About: ...
+    @property
+    def texts(self) -> Texts: ...
 
     async def start(self) -> None:
         """Begins to answer."""

@@ -13,6 +13,7 @@ from rcllm.core.ranking import Item, ItemId, whose
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.recommend import Recommender
 from rcllm.errors import RequestError
+from rcllm.fidelity.online import OnlineGuard
 from rcllm.server.backend import Change, Changed, EraseUser, PutItems, RemoveItems
 from rcllm.server.pools import DraftPoolsByName
 from rcllm.sid.vocabulary import with_sid
@@ -21,8 +22,10 @@ from rcllm.sid.vocabulary import with_sid
 class Keeper:
     """Makes one change at a time; blocks until it holds."""
 
-    def __init__(self, engine: Engine, recommender: Recommender | None, pools: DraftPoolsByName) -> None:
-        self._engine, self._recommender, self._pools = engine, recommender, pools
+    def __init__(
+        self, engine: Engine, recommender: Recommender | None, pools: DraftPoolsByName, guard: OnlineGuard | None
+    ) -> None:
+        self._engine, self._recommender, self._pools, self._guard = engine, recommender, pools, guard
 
     def make(self, change: Change) -> Changed:
         """Raises RcllmError."""
@@ -67,6 +70,8 @@ class Keeper:
     def _erase(self, change: EraseUser) -> Changed:
         with self._engine.alone():
             self._pools.erase(whose(change.user_id, change.tenant) or change.user_id)
+        if self._guard is not None:
+            self._guard.forget_user(change.user_id)
         removed = self._engine.erase_user(change.user_id, change.tenant)
         if self._recommender is not None and self._recommender.engine is not self._engine:
             removed += self._recommender.engine.erase_user(change.user_id, change.tenant)

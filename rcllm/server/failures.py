@@ -23,6 +23,7 @@ from rcllm.errors import (
     OverloadedError,
     PromptTooLongError,
     RequestError,
+    TenantError,
     TooLargeError,
     UncalibratedError,
     UnknownItemError,
@@ -42,6 +43,7 @@ class Failure:
 FAILURES: Mapping[type[BaseException], Failure] = {
     AccessError: Failure(401, "authentication_error", "invalid_api_key"),
     ForbiddenError: Failure(403, "permission_error", "admin_key_needed"),
+    TenantError: Failure(403, "permission_error", "other_tenant"),
     OverloadedError: Failure(429, "rate_limit_error", "overloaded"),
     DeadlineError: Failure(503, "server_error", "deadline"),
     ClosingError: Failure(503, "server_error", "closing"),

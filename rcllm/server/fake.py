@@ -23,6 +23,7 @@ from rcllm.data.live import LiveCatalogue
 from rcllm.errors import (
     ClosingError,
     NotServedError,
+    OverloadedError,
     PromptTooLongError,
     RcllmError,
     RequestError,
@@ -41,6 +42,7 @@ from rcllm.server.backend import (
     Request,
     Response,
     Stats,
+    Texts,
     WarmItems,
     Warmth,
 )
@@ -54,26 +56,31 @@ class FakeBackend:
 
     def __init__(
         self,
-        items: Mapping[str, str] | None = None,
+        items: Mapping[Any, str] | None = None,
         *,
         kinds: frozenset[str] = frozenset(KINDS.values()),
         delay_s: float = 0.0,
         rule: Callable[[Request], Response | RcllmError] | None = None,
+        max_waiting: int = 0,
     ) -> None:
-        """`items`: titles by id. `delay_s`: of every answer. `rule`: what answers instead; an error is raised."""
+        """`items`: titles by id. `delay_s`: of every answer. `rule`: what answers instead; an error is raised.
+
+        `max_waiting`: requests that are answered at a time, where one more is refused; 0: all.
+        """
         titles = {ItemId(item_id): title for item_id, title in (items or {}).items()}
         self.catalogue = LiveCatalogue({i: Item(i, {"title": title}) for i, title in titles.items()})
         self.about = About("fake", "0" * 12, _POSITIONS, 500, kinds, options=RankOptions(readout="pointwise"))
-        self.texts = FakeTexts()
+        self.texts: Texts = FakeTexts()
         self.answered: list[Request] = []
         self.cancelled: list[Request] = []
-        self._delay_s, self._rule = delay_s, rule or self._by_rule
+        self._delay_s, self._rule, self._max_waiting = delay_s, rule or self._by_rule, max_waiting
         self._seen: Counter[str] = Counter()  # texts that are «cached», by their owner's name and text
         self._closing = False
         self._unanswered = 0
         self._warmth = Warmth()
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        self._closing = False
 
     async def stop(self, drain_s: float) -> None:
         self._closing = True
@@ -87,6 +94,8 @@ class FakeBackend:
             raise ClosingError("the server is going down; send the request to another one")
         if KINDS[type(asked.request)] not in self.about.kinds:
             raise NotServedError(f"nothing here answers requests of kind {KINDS[type(asked.request)]}")
+        if self._max_waiting and self._unanswered >= self._max_waiting:
+            raise OverloadedError(f"{self._unanswered} requests wait: ask again later", 1.0)
         self._unanswered += 1
         try:
             await asyncio.sleep(self._delay_s)
@@ -127,7 +136,7 @@ class FakeBackend:
             num_items=len(self.catalogue),
             num_unanswered=self._unanswered,
             num_blocks=len(self._seen),
-            hits=sum(self._seen.values()),
+            hits={"device": sum(self._seen.values())},
             misses=len(self._seen),
             warmth=self._warmth,
         )
@@ -262,7 +271,7 @@ def _score(request: ScoreRequest) -> ScoreResponse:
     return ScoreResponse(request.request_id, rows, Receipt(**_shared(tokens, 0)))
 
 
-def _generate(request: TextRequest, texts: FakeTexts, reused: bool) -> Generated:
+def _generate(request: TextRequest, texts: Texts, reused: bool) -> Generated:
     prompt = [token for part in request.parts for token in part]
     if not prompt:
         raise RequestError("the prompt is empty; there is nothing to go on from")

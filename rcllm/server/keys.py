@@ -1,7 +1,7 @@
-"""Who asks: API keys, and the key for everything that changes what is served.
+"""Who asks, and for which tenant: API keys, and the key for everything that changes what is served.
 
 Knows nothing of endpoints. Invariant: keys are compared in constant time, all of them, whichever fits; a key itself is
-kept nowhere but in the configuration.
+kept nowhere but in the configuration. A tenant that has keys of its own is named by those and by the admin's alone.
 """
 
 from __future__ import annotations
@@ -14,13 +14,21 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from rcllm.config import ServerConfig
-from rcllm.errors import AccessError, ConfigError, ForbiddenError
+from rcllm.errors import AccessError, ConfigError, ForbiddenError, TenantError
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
     name: str  # 8 hex digits of the key's hash; empty without keys
     is_admin: bool
+    tenant: str = ""  # whose key it is; empty: of nobody in particular
+    barred: frozenset[str] = frozenset()  # tenants that it may not name
+
+    def tenant_of(self, named: str) -> str:
+        """The tenant of a request that names one, or none. Raises TenantError."""
+        if named in self.barred or (self.tenant and named not in ("", self.tenant)):
+            raise TenantError("tenant: this key may not ask for the tenant that the request names")
+        return self.tenant or named
 
 
 class Keys:
@@ -28,8 +36,10 @@ class Keys:
 
     def __init__(self, config: ServerConfig) -> None:
         self._api = tuple(key.encode() for key in config.api_keys)
+        self._of_tenants = tuple((key.encode(), name) for name, keys in config.tenant_keys.items() for key in keys)
+        self._closed = frozenset(config.tenant_keys)
         self._admin = config.admin_key.encode()
-        self._is_open = not self._api and not self._admin
+        self._is_open = not self._api and not self._admin and not self._of_tenants
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """By `Authorization: Bearer KEY` or `X-API-Key: KEY`. Raises AccessError."""
@@ -38,10 +48,12 @@ class Keys:
         given = _given(headers)
         is_admin = bool(self._admin) and hmac.compare_digest(given, self._admin)
         fitting = [hmac.compare_digest(given, key) for key in self._api]
-        if not is_admin and not any(fitting) and self._api:
+        tenants = [name for key, name in self._of_tenants if hmac.compare_digest(given, key)]
+        known = is_admin or any(fitting) or bool(tenants)
+        if not known and (self._api or self._of_tenants):
             raise AccessError("expected a key in the header Authorization (Bearer …) or X-API-Key, got none that fits")
-        known = is_admin or any(fitting)
-        return Caller(blake3(given).hexdigest()[:8] if known else "", is_admin)
+        name, tenant = blake3(given).hexdigest()[:8] if known else "", tenants[0] if tenants else ""
+        return Caller(name, is_admin, tenant, frozenset() if is_admin else self._closed - {tenant})
 
 
 def check_admin(caller: Caller) -> None:
@@ -54,7 +66,7 @@ def check_admin(caller: Caller) -> None:
 
 def check_address(config: ServerConfig) -> None:
     """Raises ConfigError for an address that others reach, where nobody needs a key."""
-    if config.insecure or config.api_keys or _is_loopback(config.host):
+    if config.insecure or config.api_keys or config.tenant_keys or _is_loopback(config.host):
         return
     raise ConfigError(
         f"--host {config.host} is reached by others, and nobody needs a key: set server.api_keys "

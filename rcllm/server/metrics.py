@@ -1,4 +1,4 @@
-"""Figures of this server for Prometheus: how long, how many, from where.
+"""Figures of this server for Prometheus: how long, how many, from which tier, and how well that was foreseen.
 
 Names are vLLM's where it has one, with its label for the model. Knows nothing of endpoints. Invariant: every label is
 one of a few words of ours, so that no request can make a new series, and none holds what a user wrote.
@@ -7,7 +7,8 @@ one of a few words of ours, so that no request can make a new series, and none h
 from __future__ import annotations
 
 from collections import Counter as Counted
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import (
     GC_COLLECTOR,
@@ -58,6 +59,7 @@ class Metrics:
         self._tokens = self._count("rcllm:tokens", "Tokens of rankings by block and source.", "block", "source")
         self._reads = self._count("rcllm:block_reads", "Blocks of rankings by the tier they came from.", "tier")
         self._levels = self._count("rcllm:answers", "Answers by reuse level.", "kind", "level")
+        self._degraded = self._count("rcllm:degraded", "What was given up to keep deadlines.", "step")
         self._failures = self._count("rcllm:request_failures", "Requests without an answer.", "kind", "code")
         self.registry.register(_OfBackend(model, stats))
         ProcessCollector(registry=self.registry)
@@ -84,6 +86,8 @@ class Metrics:
         self._hits.labels(model).inc(receipt.num_reused)
         level = receipt.level.partition("(")[0]
         self._levels.labels(model, kind, level if level in _LEVELS else "other").inc()
+        for step in receipt.degraded:
+            self._degraded.labels(model, step).inc()
         reason = "stop"
         if isinstance(response, Generated):
             self._answer_tokens.labels(model).inc(len(response.token_ids))
@@ -122,29 +126,109 @@ class _OfBackend(Collector):
 
     def collect(self) -> Iterable[Metric]:
         now = self._stats()
-        share = now.num_bytes / now.budget_bytes if now.budget_bytes else 0.0
-        gauges = {
-            "vllm:num_requests_running": ("Requests that wait or are computed.", now.num_unanswered),
-            "vllm:kv_cache_usage_perc": ("Share of the pool that is in use.", share),
-            "rcllm:cache_blocks": ("KV blocks in the pool.", now.num_blocks),
-            "rcllm:cache_bytes": ("Bytes of KV in the pool.", now.num_bytes),
-            "rcllm:cache_budget_bytes": ("Bytes of KV that the pool may hold.", now.budget_bytes),
-            "rcllm:items": ("Items of the catalogue.", now.num_items),
-            "rcllm:warm_blocks": ("Blocks that warming has done.", now.warmth.done_blocks),
-            "rcllm:warm_blocks_wanted": ("Blocks that warming is to do.", now.warmth.total_blocks),
-        }
-        counters = {
-            "rcllm:cache_hits": ("Blocks that were found.", now.hits),
-            "rcllm:cache_misses": ("Blocks that were not found.", now.misses),
-            "rcllm:cache_evictions": ("Blocks that were dropped for others.", now.evictions),
-            "rcllm:store_errors": ("Errors of stores; each was a miss.", now.store_errors),
-            "rcllm:loop_failures": ("Passes that ended by a mistake of the server.", now.loop_failures),
-        }
-        for name, (about, value) in gauges.items():
-            gauge = GaugeMetricFamily(name, about, labels=[_MODEL])
-            gauge.add_metric([self._model], value)
-            yield gauge
-        for name, (about, value) in counters.items():
-            counter = CounterMetricFamily(name, about, labels=[_MODEL])
-            counter.add_metric([self._model], value)
-            yield counter
+        for figures in (_cache(now), _tiers(now), _schedule(now), _guard(now)):
+            yield from (self._family(each) for each in figures)
+
+    def _family(self, figure: Figure) -> Metric:
+        labels = (_MODEL, *((figure.label,) if figure.label else ()))
+        family = (CounterMetricFamily if figure.counts else GaugeMetricFamily)(figure.name, figure.about, labels=labels)
+        for word, value in figure.values.items():
+            family.add_metric((self._model, *((word,) if figure.label else ())), value)
+        return family
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One name of figures, with a value for each word of its label."""
+
+    name: str
+    about: str
+    values: Mapping[str, float]
+    label: str = ""  # empty: one value, whose word is empty
+    counts: bool = False  # it never falls
+
+
+def _gauge(name: str, about: str, value: float) -> Figure:
+    return Figure(name, about, {"": value})
+
+
+def _counter(name: str, about: str, value: float) -> Figure:
+    return Figure(name, about, {"": value}, counts=True)
+
+
+def _cache(now: Stats) -> Iterable[Figure]:
+    yield _gauge("vllm:num_requests_running", "Requests that wait or are computed.", now.num_unanswered)
+    share = now.num_bytes / now.budget_bytes if now.budget_bytes else 0.0
+    yield _gauge("vllm:kv_cache_usage_perc", "Share of the pool that is in use.", share)
+    yield _gauge("rcllm:cache_blocks", "KV blocks in the pool.", now.num_blocks)
+    yield _gauge("rcllm:cache_bytes", "Bytes of KV in the pool.", now.num_bytes)
+    yield _gauge("rcllm:cache_budget_bytes", "Bytes of KV that the pool may hold.", now.budget_bytes)
+    yield _gauge("rcllm:items", "Items of the catalogue.", now.num_items)
+    yield _gauge("rcllm:warm_blocks", "Blocks that warming has done.", now.warmth.done_blocks)
+    yield _gauge("rcllm:warm_blocks_wanted", "Blocks that warming is to do.", now.warmth.total_blocks)
+    yield Figure(
+        "rcllm:cache_hits", "Blocks that were found, by the tier that had them.", now.hits, "tier", counts=True
+    )
+    yield _counter("rcllm:cache_misses", "Blocks that were not found.", now.misses)
+    yield _counter("rcllm:cache_evictions", "Blocks that the pool dropped for others.", now.evictions)
+    yield _counter("rcllm:store_errors", "Errors of stores; each was a miss.", now.store_errors)
+    yield _counter("rcllm:loop_failures", "Passes that ended by a mistake of the server.", now.loop_failures)
+
+
+def _tiers(now: Stats) -> Iterable[Figure]:
+    """Of the tiers below the pool."""
+    for name, (attribute, told) in _TIER_GAUGES.items():
+        yield Figure(f"rcllm:tier_{name}", told, _by_tier(now, attribute), "tier")
+    for name, told in _TIER_COUNTS.items():
+        yield Figure(f"rcllm:tier_{name}", told, _by_tier(now, name), "tier", counts=True)
+    yield Figure("rcllm:rate", "Bytes or FLOPs per second that were timed.", now.rates, "of")
+
+
+def _by_tier(now: Stats, attribute: str) -> dict[str, float]:
+    return {each.tier: getattr(each, attribute) for each in now.tiers}
+
+
+_TIER_GAUGES = {
+    "blocks": ("num_blocks", "Blocks in each tier below the pool."),
+    "bytes": ("num_bytes", "Bytes in each tier below the pool."),
+    "budget_bytes": ("budget_bytes", "Bytes that each tier below the pool may take."),
+    "waiting_bytes": ("waiting_bytes", "Bytes that are still to be written to each tier."),
+}
+_TIER_COUNTS = {
+    "evictions": "Blocks that each tier dropped for others.",
+    "dropped": "Blocks that each tier was given and could not take.",
+    "errors": "Calls of each tier that failed, and blocks that were not whole.",
+    "promoted": "Blocks that were copied from each tier into nearer ones.",
+}
+
+
+def _schedule(now: Stats) -> Iterable[Figure]:
+    door, costs = now.door, now.costs
+    yield _gauge("vllm:num_requests_waiting", "Requests that wait for their first pass.", door.num_waiting)
+    yield _gauge("rcllm:queue_wait_estimate_seconds", "That the next ranking would wait.", door.wait_ms / 1e3)
+    yield Figure("rcllm:door", "Requests by what became of them.", door.outcomes, "outcome", counts=True)
+    if costs is not None:
+        yield _gauge("rcllm:estimate_error_ratio", "Median of |estimate / time - 1| of passes.", costs.median_error)
+        yield _gauge("rcllm:load_ratio", "How many times as long as usual passes take lately.", costs.load)
+
+
+def _guard(now: Stats) -> Iterable[Figure]:
+    """`requests`: kinds of rankings that are answered alike."""
+    if (guard := now.guard) is None:
+        return
+    kinds, counts = guard.stats.kinds, guard.stats.counts
+    rungs = {each.requests: float(guard.ladder.index(each.level)) for each in kinds}
+    yield Figure("rcllm:guard_rung", "Rung of the guard's ladder in use; 0 is the cheapest.", rungs, "requests")
+    losses = {each.requests: each.mean_loss for each in kinds}
+    yield Figure("rcllm:guard_mean_loss", "Mean loss of the level in use.", losses, "requests")
+    evidence = {each.requests: each.e_value for each in kinds}
+    yield Figure("rcllm:guard_e_value", "Evidence of drift of the level in use.", evidence, "requests")
+    steps = Counted[str](event.kind for event in guard.events)
+    yield Figure("rcllm:guard_steps", "Latest steps of the guard, by kind.", steps, "step")
+    fates = {name: getattr(counts, f"num_{name}") for name in _FATES}
+    yield Figure("rcllm:guard_requests", "Rankings by how far the guard went with them.", fates, "fate", counts=True)
+    yield _counter("rcllm:guard_seconds", "Time that the guard computed.", counts.shadow_s)
+    yield _counter("rcllm:guard_failures", "Turns of the guard that ended by a mistake.", now.guard_failures)
+
+
+_FATES = ("observed", "sampled", "dropped", "stale", "undefined", "failed", "shadowed")

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from rcllm.core.decoding import RecommendRequest
-from rcllm.core.ranking import RankRequest, TokenIds
+from rcllm.core.ranking import RankRequest, RankResponse, TokenIds
 from rcllm.core.texts import ScoreRequest, TextRequest
 from rcllm.engine.engine import Engine
 from rcllm.engine.job import Job, Refused, Ticket
@@ -24,10 +25,11 @@ from rcllm.engine.jobs.generate import Generator
 from rcllm.engine.jobs.recommend import Recommender
 from rcllm.engine.jobs.score import Score
 from rcllm.errors import CancelledError, ClosingError, NotServedError, RequestError
+from rcllm.fidelity.online import OnlineGuard
 from rcllm.prompt.chat import Chat, ChatPrompt, Message
 from rcllm.prompt.tokenizer import Tokenizer
-from rcllm.schedule.work import Terms
-from rcllm.server.backend import KINDS, About, Asked, Change, Changed, Response, Stats, Texts, WarmItems
+from rcllm.schedule.admission import Open
+from rcllm.server.backend import KINDS, About, Asked, Change, Changed, Door, Response, Stats, WarmItems
 from rcllm.server.catalogue import Keeper
 from rcllm.server.loop import Loop
 from rcllm.server.pools import DraftPoolsByName
@@ -47,9 +49,15 @@ class _Route:
 class EngineBackend:
     """Serves `engine`, and `recommender` beside it. See `Backend`."""
 
-    def __init__(self, engine: Engine, name: str, recommender: Recommender | None = None) -> None:
-        """`name`: what the model is called to clients."""
-        self._engine = engine
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        recommender: Recommender | None = None,
+        guard: OnlineGuard | None = None,
+    ) -> None:
+        """`name`: what the model is called to clients. `guard`: of the engine's rankings, for idle time."""
+        self._engine, self._guard = engine, guard
         self._pools = DraftPoolsByName(engine)
         generator = Generator(engine, self._pools.drafter_of)
         self._routes: dict[type, _Route] = {
@@ -61,18 +69,18 @@ class EngineBackend:
             del self._routes[RankRequest]
         if recommender is not None:
             self._routes[RecommendRequest] = _Route(recommender.engine, recommender)
-        self.texts: Texts = EngineTexts(
-            engine.prompter.tokenizer, Chat(engine.prompter.tokenizer, engine.prompter.chat)
-        )
+        self._pinned = _Route(engine, engine.ranking(Open(engine.identity.mask)))  # rankings that are run again
+        self.texts = EngineTexts(engine.prompter.tokenizer, Chat(engine.prompter.tokenizer, engine.prompter.chat))
         self.about = _about(engine, name, frozenset(self._routes))
         engines = [engine] if recommender is None else [engine, recommender.engine]
-        self._loop = Loop(engines, self._fail_all)
-        self._keeper = Keeper(engine, recommender, self._pools)
+        self._loop = Loop(engines, self._fail_all, guard)
+        self._keeper = Keeper(engine, recommender, self._pools, guard)
         self._warmer = Warmer(engine)
         self._submitters = ThreadPoolExecutor(_SUBMITTERS, thread_name_prefix="rcllm-submit")
         self._changers = ThreadPoolExecutor(1, thread_name_prefix="rcllm-change")
         self._lock = threading.Lock()
         self._unanswered: set[Waiting] = set()
+        self._opening: Counter[str] = Counter()  # requests whose prompts are being made, by tenant
         self._closing = False
 
     async def start(self) -> None:
@@ -95,11 +103,11 @@ class EngineBackend:
         if type(asked.request) not in self._routes:
             raise NotServedError("nothing here answers such requests: " + _WANTING[type(asked.request)])
         waiting = Waiting(self, asked, asyncio.get_running_loop())
-        with self._lock:
-            self._unanswered.add(waiting)
-        self._submitters.submit(self._submit, waiting)
+        self._enter(waiting)
         try:
             outcome: Response = await waiting.future
+            if self._guard is not None and isinstance(outcome, RankResponse) and not asked.again:
+                self._guard.observe(asked.request, outcome)  # type: ignore[arg-type]  # it was a ranking
             return outcome
         except asyncio.CancelledError:
             waiting.abandon()
@@ -120,28 +128,61 @@ class EngineBackend:
             num_blocks=pool.num_blocks,
             num_bytes=pool.num_bytes,
             budget_bytes=pool.budget_bytes,
-            hits=sum(pool.hits.values()),
+            hits={str(tier): number for tier, number in pool.hits.items()},
             misses=pool.misses,
             evictions=pool.evictions,
             store_errors=pool.store_errors,
+            tiers=pool.tiers,
+            rates=self._engine.pool.rates.timed(),
+            door=self._door(),
+            costs=self._engine.costs.stats(),
+            guard=None if self._guard is None else self._guard.status(),
             loop_failures=self._loop.failures,
+            guard_failures=self._loop.idle_failures,
             warmth=self._warmer.warmth,
         )
 
+    def _door(self) -> Door:
+        engines = {route.engine for route in self._routes.values()}
+        counts, queue = [engine.intake.counts() for engine in engines], self._engine.queue()
+        degraded, outcomes = Counter[str](), Counter[str]()
+        for each in counts:
+            degraded.update(each.degraded)
+            outcomes.update(each.outcomes)
+        with self._lock:
+            num_opening = self._opening.total()
+        return Door(queue.num_waiting + num_opening, queue.ahead_ms, outcomes, degraded)
+
     # ---- requests under way ----
 
-    def _submit(self, waiting: Waiting) -> None:
+    def _enter(self, waiting: Waiting) -> None:
+        """Hands it to a worker thread. Raises OverloadedError at once where too much waits, before any work for it."""
+        tenant, route = waiting.asked.request.tenant, self._route(waiting.asked)
+        with self._lock:
+            num_opening, num_own = self._opening.total(), self._opening[tenant]
+        route.engine.loop.check_room(route.job, tenant, num_opening, num_own)
+        with self._lock:
+            self._unanswered.add(waiting)
+            self._opening[tenant] += 1
+        self._submitters.submit(self._submit, waiting, route)
+
+    def _route(self, asked: Asked) -> _Route:
+        is_pinned = asked.again and isinstance(asked.request, RankRequest)
+        return self._pinned if is_pinned else self._routes[type(asked.request)]
+
+    def _submit(self, waiting: Waiting, route: _Route) -> None:
         """In a worker thread: prompt, look-up, plan."""
         if waiting.abandoned:
+            self._opened(waiting)
             self.ended(waiting)
             return
-        route = self._routes[type(waiting.asked.request)]
         try:
-            terms = Terms(deadline_ms=waiting.asked.deadline_ms)
-            ticket = route.engine.submit(route.job, waiting.asked.request, terms=terms, listener=waiting)
+            ticket = route.engine.submit(route.job, waiting.asked.request, terms=waiting.asked.terms, listener=waiting)
         except Exception as error:  # a mistake of ours; told to its client alone
             waiting.done(error)
             return
+        finally:
+            self._opened(waiting)
         if isinstance(ticket, Refused) or ticket.done:  # an answer may be there at once: scores that were kept
             waiting.done(ticket.outcome)
             return
@@ -151,6 +192,11 @@ class EngineBackend:
     def withdraw(self, waiting: Waiting, ticket: Ticket) -> None:
         self._routes[type(waiting.asked.request)].engine.withdraw(ticket)
         self._loop.wake()
+
+    def _opened(self, waiting: Waiting) -> None:
+        with self._lock:
+            self._opening[waiting.asked.request.tenant] -= 1
+            self._opening += Counter()  # without tenants that have none
 
     def ended(self, waiting: Waiting) -> None:
         with self._lock:

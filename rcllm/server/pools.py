@@ -24,16 +24,16 @@ class DraftPoolsByName:
 
     def __init__(self, engine: Engine) -> None:
         self._fingerprint = f"{engine.model_id} {engine.prompter.tokenizer.fingerprint.hex()[:12]}"
-        self._pools: OrderedDict[str, SuffixPool] = OrderedDict()
+        self._pools: OrderedDict[tuple[str, str], SuffixPool] = OrderedDict()  # by tenant and name
 
     def drafter_of(self, request: GenerateRequest, prompt: TokenIds) -> Drafter | None:
         """For `Generator`: none where the request names no pool."""
         if not isinstance(request, TextRequest) or not request.pool:
             return None
         # the prompt's last tokens would be learned with the answer; they may be a user's own words
-        return PoolDrafter(self._pool(request.pool), (), whose(request.user_id, request.tenant))
+        return PoolDrafter(self._pool((request.tenant, request.pool)), (), whose(request.user_id, request.tenant))
 
-    def _pool(self, name: str) -> SuffixPool:
+    def _pool(self, name: tuple[str, str]) -> SuffixPool:
         if name not in self._pools:
             self._pools[name] = SuffixPool.create(self._fingerprint)
         self._pools.move_to_end(name)

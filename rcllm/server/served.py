@@ -10,16 +10,17 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
 from rcllm.config import ServerConfig
 from rcllm.core.decoding import RecommendRequest
 from rcllm.core.ranking import RankRequest
-from rcllm.errors import DeadlineError, NotServedError, OverloadedError, RequestError, TooLargeError
+from rcllm.errors import DeadlineError, NotServedError, RequestError, TooLargeError
 from rcllm.metrics import Clock
 from rcllm.plain_json import read_object
+from rcllm.schedule.work import Terms
 from rcllm.server.backend import KINDS, Asked, Backend, Request, Response
 from rcllm.server.failures import failure_of
 from rcllm.server.kept import Answers, Histories
@@ -28,7 +29,7 @@ from rcllm.server.metrics import Metrics
 from rcllm.words import nearest
 
 OnTokens = Callable[[Sequence[int]], None]
-R = TypeVar("R")
+_MAX_TENANT = 64
 
 
 @dataclass(slots=True)
@@ -42,7 +43,6 @@ class Served:
     histories: Histories
     clock: Clock = time.perf_counter
     wall_clock: Clock = time.time
-    num_unanswered: int = 0
     is_closing: bool = False
     started_s: float = field(default_factory=time.time)
 
@@ -77,8 +77,18 @@ class Ask:
 
     @property
     def tenant(self) -> str:
-        """Whose user the address names."""
-        return self.http.query_params.get("tenant", "")
+        """Whose user the address names. Raises TenantError."""
+        return self.tenant_of(self.http.query_params.get("tenant", ""))
+
+    def tenant_of(self, named: str) -> str:
+        """The tenant of a request: as its body names it, as the header X-Tenant does, or as its key is one's own.
+
+        Raises TenantError, TooLargeError.
+        """
+        named = named or self.http.headers.get("x-tenant", "")
+        if len(named) > _MAX_TENANT:
+            raise TooLargeError(f"tenant: expected a name of at most {_MAX_TENANT} characters, got more")
+        return self.caller.tenant_of(named)
 
     def check_model(self, name: str) -> None:
         """Raises NotServedError for a model that is not the one here."""
@@ -89,19 +99,21 @@ class Ask:
             raise error
 
     async def answer(
-        self, request: Request, deadline_ms: float | None = None, on_tokens: OnTokens | None = None
+        self,
+        request: Request,
+        deadline_ms: float | None = None,
+        on_tokens: OnTokens | None = None,
+        *,
+        prior: tuple[float, ...] = (),
     ) -> Any:
         """The backend's response to one request. Raises RcllmError."""
         served, kind = self.served, KINDS[type(request)]
         first = _First(served.clock, on_tokens)
-        asked = Asked(request, deadline_ms, first if kind == "generate" else None)
         try:
+            request = replace(request, tenant=self.tenant_of(request.tenant))
+            asked = Asked(request, Terms(deadline_ms, prior), on_tokens=first if kind == "generate" else None)
             self._check(request)
-            served.num_unanswered += 1
-            try:
-                response = await self._in_time(asked)
-            finally:
-                served.num_unanswered -= 1
+            response = await self._in_time(asked)
         except Exception as error:
             served.metrics.failed(kind, failure_of(error).code)
             raise
@@ -111,20 +123,18 @@ class Ask:
         return response
 
     async def _in_time(self, asked: Asked) -> Response:
-        """A text's deadline is that of its first token, and whoever schedules it sees to that."""
-        answering = self.served.backend.answer(asked)
-        if asked.deadline_ms is None or asked.on_tokens is not None:
+        """An answer after its deadline is of no use; of a text, it is that of the first token, which the schedule
+        keeps."""
+        answering, deadline_ms = self.served.backend.answer(asked), asked.terms.deadline_ms
+        if deadline_ms is None or asked.on_tokens is not None:
             return await answering
         try:
-            return await asyncio.wait_for(answering, asked.deadline_ms / 1e3)
+            return await asyncio.wait_for(answering, deadline_ms / 1e3)
         except TimeoutError:
-            raise DeadlineError(f"there was no answer within {asked.deadline_ms:g} ms (deadline_ms)") from None
+            raise DeadlineError(f"there was no answer within {deadline_ms:g} ms (deadline_ms)") from None
 
     def _check(self, request: Request) -> None:
         limits = self.served.config
-        if self.served.num_unanswered >= limits.max_unanswered:
-            told = f"{limits.max_unanswered} requests wait already (server.max_unanswered); send it again later"
-            raise OverloadedError(told, retry_after_s=1.0)
         if isinstance(request, RankRequest | RecommendRequest) and len(request.history) > limits.max_history:
             raise TooLargeError(
                 f"history: expected at most {limits.max_history} events (server.max_history), got "

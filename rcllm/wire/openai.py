@@ -183,7 +183,6 @@ def text_requests(
 ) -> list[TextRequest]:
     """A request per choice, `n` for each prompt, whose seeds follow each other. Raises ConfigError."""
     seed = body.seed if body.seed is not None else int.from_bytes(blake3(request_id.encode()).digest()[:4], "little")
-    tenant_pool = f"{body.tenant}/{body.pool}" if body.pool else ""
     return [
         TextRequest(
             f"{request_id}-{place * body.n + choice}" if len(prompts) * body.n > 1 else request_id,
@@ -200,7 +199,7 @@ def text_requests(
             tenant=body.tenant,
             parts=prompt.parts,
             shares_first=prompt.shares_first,
-            pool=tenant_pool,
+            pool=body.pool,
         )
         for place, prompt in enumerate(prompts)
         for choice in range(body.n)

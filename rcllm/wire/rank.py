@@ -22,10 +22,16 @@ _ID_NAMES = ("item_id", "id")
 
 
 @dataclass(frozen=True, slots=True)
+class RankExtras(Extras):
+    prior: tuple[float, ...] = ()  # of each candidate: where time is short, those with the least are left out first
+
+
+@dataclass(frozen=True, slots=True)
 class Body(Generic[R]):
     request: R
     extras: Extras
     has_history: bool  # whether the body says what the user did
+    prior: tuple[float, ...] = ()
 
 
 def parse_rank_body(value: Object, request_id: str, defaults: RankOptions, text_field: str) -> Body[RankRequest]:
@@ -33,15 +39,17 @@ def parse_rank_body(value: Object, request_id: str, defaults: RankOptions, text_
 
     `text_field`: the field that a candidate's `text` stands for. Raises RequestError.
     """
-    own, rest = split(value, Extras)
-    extras = read(Extras, own)
+    own, rest = split(value, RankExtras)
+    extras = read(RankExtras, own)
     candidates, texts = _candidates(rest.get("candidates"), text_field)
     if texts:
         rest = {**rest, "candidates": candidates, "texts": {**_texts(rest.get("texts")), **texts}}
     request = parse_request({"request_id": request_id, **rest}, defaults, shape)
     if extras.level is not None:
         request = replace(request, options=replace(request.options or defaults, level=extras.level))
-    return Body(request, extras, bool(request.history) or "history" in rest or "items" in rest)
+    if extras.prior and len(extras.prior) != len(request.candidates):
+        raise named(f"prior: expected a number for each of {len(request.candidates)} candidates", "prior")
+    return Body(request, extras, bool(request.history) or "history" in rest or "items" in rest, extras.prior)
 
 
 def parse_recommend_body(value: Object, request_id: str) -> Body[RecommendRequest]:
@@ -95,6 +103,9 @@ def _texts(value: object) -> Mapping[Any, Any]:
 def rank_to_json(response: RankResponse, body: Body[RankRequest], **told: object) -> dict[str, object]:
     """What `rcllm rank` writes, and why each step was taken. Raises ModelError where a score is no number."""
     answer = dict(response_to_json(response, receipts=body.extras.explain))
-    if response.receipt.notes:
-        answer["notes"] = list(response.receipt.notes)
+    for name in ("notes", "degraded"):  # what was cut or guessed, and what was given up for the deadline
+        if said := getattr(response.receipt, name):
+            answer[name] = list(said)
+    if response.receipt.guard:
+        answer["guard"] = response.receipt.guard
     return {**answer, **told}

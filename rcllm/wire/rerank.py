@@ -86,10 +86,12 @@ class Reranking:
         )
         return cls(request, tuple(places[item_id] for item_id in ids))
 
-    def relevances(self, response: RankResponse) -> list[float]:
-        """Per document."""
-        readout = response.receipt.readout
-        return [relevance(readout, response.scores[candidate]) for candidate in self.candidate_of]
+    def relevances(self, response: RankResponse) -> dict[int, float]:
+        """By document; without those that were left out to keep a deadline."""
+        readout, asked = response.receipt.readout, self.request.candidates
+        scores = dict(zip(response.candidates, response.scores, strict=True))
+        found = ((document, scores.get(asked[candidate])) for document, candidate in enumerate(self.candidate_of))
+        return {document: relevance(readout, score) for document, score in found if score is not None}
 
 
 def _fields(document: Document, chosen: tuple[str, ...], shown: tuple[str, ...], text_field: str) -> dict[str, str]:
@@ -112,7 +114,7 @@ def rerank_to_json(
 ) -> dict[str, object]:
     """Best first. `documents`: whether they are returned where the body does not say."""
     relevances = reranking.relevances(response)
-    best = sorted(range(len(relevances)), key=lambda i: -relevances[i])[: body.top_n or None]
+    best = sorted(relevances, key=lambda i: -relevances[i])[: body.top_n or None]
     shows = documents if body.return_documents is None else body.return_documents
     results: list[dict[str, object]] = []
     for index in best:
@@ -126,6 +128,8 @@ def rerank_to_json(
     }
     if receipt.notes:
         meta["warnings"] = list(receipt.notes)
+    if receipt.degraded:
+        meta["degraded"] = list(receipt.degraded)
     return {
         "id": response.request_id,
         "model": model,

@@ -80,6 +80,11 @@ def test_other_items_or_nodes() -> None:
             plan_moves(one, other, np.ones(2))
 
 
+def test_nodes_that_lose_memory() -> None:
+    with pytest.raises(DataError, match="as much memory as now, got 2 bytes after 3"):
+        plan_moves(placement_of([0, 1], [[], []], 3), placement_of([0, 1], [[], []], 2), np.ones(2))
+
+
 @settings(max_examples=80, deadline=None)
 @given(logs(), st.integers(1, 4), st.floats(1.1, 3), st.sampled_from(sorted(PLACES)), st.integers(0, 12))
 def test_every_plan_is_bounded_whole_and_loses_nothing(

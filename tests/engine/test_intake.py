@@ -61,7 +61,7 @@ def make() -> Iterator[Callable[..., Engine]]:
         engine = Engine(
             config, plain.decoder, plain.prompter, plain.pool, plain.model_id, Levels("causal"), clock=Time()
         )  # fmt: skip
-        engine.costs = engine.intake._costs = Fixed()
+        engine.loop.costs = engine.intake._costs = Fixed()
         made.append(engine)
         return engine
 
@@ -69,7 +69,7 @@ def make() -> Iterator[Callable[..., Engine]]:
     for engine in made:
         while engine.step():
             pass
-        engine._scheduler.check()
+        engine.loop.scheduler.check()
         assert_no_pins(engine)
 
 

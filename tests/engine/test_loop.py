@@ -142,8 +142,8 @@ def test_many_of_all_kinds_from_several_threads_are_answered_as_alone(engine: En
             assert np.allclose(values(found[number])[1], expected[1], atol=1e-5)
         else:
             assert values(found[number]) == expected
-    engine._scheduler.check()
-    assert engine._scheduler.num_running == engine._scheduler.num_waiting == 0
+    engine.loop.scheduler.check()
+    assert engine.loop.scheduler.num_running == engine.loop.scheduler.num_waiting == 0
 
 
 def test_a_wrong_request_fails_alone_and_costs_no_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_an_interrupt_leaves_a_loop_that_goes_on(engine: Engine, monkeypatch: py
         patched.setattr(engine.decoder, "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generating.generate([text_for("a", 1), text_for("b", 2)])
-    assert engine._scheduler.num_running == engine._scheduler.num_waiting == 0
+    assert engine.loop.scheduler.num_running == engine.loop.scheduler.num_waiting == 0
     assert len(answered(generating.generate([text_for("a", 1)]))) == 1
     assert_no_pins(engine)
 
@@ -224,9 +224,9 @@ def test_a_stream_that_is_left_cancels_what_it_asked_for(engine: Engine) -> None
     generating = generator(engine)
     stream = generating.stream(text_for(f"t{i}", i, tokens=30) for i in range(40))
     next(stream)
-    assert engine._scheduler.num_running
+    assert engine.loop.scheduler.num_running
     stream.close()
-    assert engine._scheduler.num_running == engine._scheduler.num_waiting == 0
+    assert engine.loop.scheduler.num_running == engine.loop.scheduler.num_waiting == 0
     assert not generating._live
     assert_no_pins(engine)
 
@@ -273,7 +273,7 @@ def test_a_waiting_thread_is_answered_while_another_goes_on(engine: Engine) -> N
     generating, answers = generator(engine), list[Sequence[object]]()
     long = threading.Thread(target=lambda: answers.append(generating.generate([text_for("long", 1, tokens=200)])))
     long.start()
-    while not engine._scheduler.num_running and long.is_alive():
+    while not engine.loop.scheduler.num_running and long.is_alive():
         pass
     engine.rank(tiny.request(3))
     still_running = long.is_alive()

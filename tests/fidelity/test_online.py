@@ -65,7 +65,7 @@ class Served:
 def spoil(engine: Engine) -> list[str]:
     """Corrupts every cached item, which `blocks` reads and `exact` does not; returns whose blocks these are."""
     owners = sorted({block.owner for block in engine.pool._blocks.values() if block.owner is not None})
-    assert all(owner.startswith("item:") for owner in owners)
+    assert all(owner.startswith("item#") for owner in owners)
     return [owner for owner in owners if add_noise_to_values(engine, owner)]
 
 

@@ -243,9 +243,9 @@ def test_a_client_that_hangs_up_is_not_computed_for(address: str, tiny_engine: E
             break
     assert begun.is_set()
     end = time.monotonic() + 10
-    while tiny_engine._tickets and time.monotonic() < end:
+    while tiny_engine.loop.tickets and time.monotonic() < end:
         time.sleep(0.01)
-    assert not tiny_engine._tickets
+    assert not tiny_engine.loop.tickets
 
 
 def test_a_replay_of_what_was_served_is_equal_to_the_bit(address: str) -> None:

@@ -24,7 +24,7 @@ def test_every_address_has_an_example() -> None:
         pattern = re.sub(r"{\w+(:\w+)?}", "[^/]+", endpoint.path)
         assert any(re.fullmatch(pattern, path) for path in asked), endpoint.path
     known = "|".join(re.sub(r"{\w+(:\w+)?}", "[^/]+", endpoint.path) for endpoint in ENDPOINTS)
-    assert all(re.fullmatch(known, path) for path in asked - {"/v1/users/"} if "{" not in path), asked
+    assert [path for path in asked if not re.fullmatch(known, path)] == []
 
 
 def test_every_code_is_told() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,6 +73,19 @@ def test_a_request_without_an_id_gets_the_one_of_its_header(client: TestClient) 
     assert reply.headers["x-request-id"] == reply.json()["request_id"] == "trace-7"
     unfit = client.post("/v1/rank", json={"candidates": ["a"]}, headers={"x-request-id": "a b"})
     assert unfit.json()["request_id"] not in ("", "a b")
+
+
+def test_what_was_given_up_for_a_deadline_is_named_and_counted() -> None:
+    plain = FakeBackend({"a": "red", "b": "blue"})
+
+    def hurried(request: Any) -> Any:
+        answer = plain._rank(request)
+        return replace(answer, receipt=replace(answer.receipt, degraded=("level", "candidates"), guard="watched"))
+
+    with TestClient(make_app(FakeBackend({"a": "red", "b": "blue"}, rule=hurried))) as client:
+        told = post(client, "/v1/rank", candidates=["a", "b"])
+        assert (told["degraded"], told["guard"]) == (["level", "candidates"], "watched")
+        assert 'rcllm:degraded_total{model_name="fake",step="level"} 1.0' in client.get("/metrics").text
 
 
 def test_recommend(client: TestClient) -> None:
@@ -315,7 +329,7 @@ def test_receipts_and_replay(client: TestClient, backend: FakeBackend) -> None:
     client.put("/v1/items/c", json={"fields": {"title": "red lamp"}})
     told = post(client, "/v1/replay/r9")
     assert told["same"] is False
-    assert told["first_difference"] == {"field": "scores", "index": 1, "then": 1.0, "now": 3.0}
+    assert told["first_difference"] == {"where": "num_tokens", "before": "18", "after": "17"}
     assert client.post("/v1/replay/never").json()["error"]["code"] == "not_served"
 
 

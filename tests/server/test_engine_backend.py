@@ -16,8 +16,10 @@ from rcllm.core.texts import ScoreRequest, ScoreResponse, TextRequest
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.generate import Generator
 from rcllm.errors import CancelledError, ClosingError, NotServedError, UnknownItemError
+from rcllm.reuse.missing import user_owner
 from rcllm.server.backend import Asked, EraseUser, PutItems, RemoveItems, WarmItems
 from rcllm.server.on_engine import EngineBackend
+from rcllm.store.owners import one_name
 from tests.conftest import assert_no_pins
 from tests.engine import tiny
 
@@ -122,7 +124,7 @@ def test_a_request_that_nobody_waits_for_is_dropped_before_its_pass(
         try:
             task = asyncio.create_task(computing.answer(Asked(tiny.request(name="dropped"))))
             other = asyncio.create_task(computing.answer(Asked(tiny.request(name="wanted"))))
-            while len(tiny_engine._tickets) < 2:
+            while len(tiny_engine.loop.tickets) < 2:
                 await asyncio.sleep(0.001)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -133,7 +135,7 @@ def test_a_request_that_nobody_waits_for_is_dropped_before_its_pass(
         assert answer.receipt.batch_size == 1, "the other one was computed, too"
 
     running(computing, ask)
-    assert not tiny_engine._tickets
+    assert not tiny_engine.loop.tickets
     assert_no_pins(tiny_engine)
 
 
@@ -144,7 +146,7 @@ def test_a_text_that_nobody_reads_ends_early(tiny_engine: Engine, computing: Eng
         task = asyncio.create_task(computing.answer(asked))
         await asyncio.wait_for(begun.wait(), 20)
         task.cancel()
-        while tiny_engine._tickets:
+        while tiny_engine.loop.tickets:
             await asyncio.sleep(0.001)
 
     running(computing, ask)
@@ -157,7 +159,7 @@ def test_a_pass_that_breaks_is_told_to_those_in_it_and_the_loop_goes_on(
     real, broken = tiny_engine.turn, threading.Event()
 
     def turn() -> bool:
-        if tiny_engine._tickets and not broken.is_set():
+        if tiny_engine.loop.tickets and not broken.is_set():
             broken.set()
             raise RuntimeError(" ".join(["words", "of", "a", "user"]))
         return real()
@@ -233,7 +235,7 @@ def test_after_a_change_no_answer_reads_the_old_text(tiny_engine: Engine, comput
     async def ask() -> tuple[Any, Any, bool]:
         with tiny_engine.alone():  # the request under way cannot be computed yet
             under_way = asyncio.create_task(computing.answer(Asked(asked)))
-            while not tiny_engine._tickets:
+            while not tiny_engine.loop.tickets:
                 await asyncio.sleep(0.001)
             change = asyncio.create_task(computing.change(PutItems((changed[ItemId("i2")],))))
             await asyncio.sleep(0.05)
@@ -278,7 +280,7 @@ def test_erasing_a_user_leaves_no_block_of_theirs(tiny_engine: Engine, computing
     first, second = running(computing, ask)
     assert first >= 3
     assert second == 0
-    assert not tiny_engine.pool._index.owned_by("user:u9")
+    assert not tiny_engine.pool._index.owned_by(one_name(user_owner(UserId("u9"))) or "")
 
 
 def test_warming_goes_on_in_the_background(tiny_engine: Engine, computing: EngineBackend) -> None:

@@ -13,7 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from rcllm.config import ServerConfig
-from rcllm.errors import ConfigError
+from rcllm.errors import ConfigError, OverloadedError
 from rcllm.server.app import ENDPOINTS, make_app
 from rcllm.server.fake import FakeBackend
 from rcllm.server.keys import check_address
@@ -150,7 +150,7 @@ def test_tokens_and_events() -> None:
 
 def test_more_requests_than_may_wait_are_told_to_come_back() -> None:
     async def ask() -> list[int]:
-        app = make_app(FakeBackend({"a": "red"}, delay_s=0.05), ServerConfig(max_unanswered=2))
+        app = make_app(FakeBackend({"a": "red"}, delay_s=0.05, max_waiting=2))
         replies = await asyncio.gather(*(_post(app, "/v1/rank", RANK) for _ in range(4)))
         return sorted(status for status, _, _ in replies)
 
@@ -158,8 +158,8 @@ def test_more_requests_than_may_wait_are_told_to_come_back() -> None:
 
 
 def test_a_refusal_says_when_to_come_back() -> None:
-    with limited(max_unanswered=1) as client:
-        client.app.state.served.num_unanswered = 1  # type: ignore[attr-defined]
+    refusing = FakeBackend({"a": "red"}, rule=lambda request: OverloadedError("too much waits", 0.7))
+    with TestClient(make_app(refusing)) as client:
         reply = client.post("/v1/rank", json=RANK)
     assert reply.headers["retry-after"] == "1"
     assert reply.json()["error"]["code"] == "overloaded"

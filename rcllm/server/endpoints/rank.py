@@ -23,7 +23,7 @@ async def rank(ask: Ask) -> JsonReply:
     body = parse_rank_body(ask.value, ask.request_id, about.options, about.text_field)
     events = _known(ask, body)
     request = replace(body.request, history=body.request.history or events)
-    response = await ask.answer(request, body.extras.deadline_ms)
+    response = await ask.answer(request, body.extras.deadline_ms, prior=body.prior)
     return JsonReply(rank_to_json(response, body, **_told(events)))
 
 
@@ -38,7 +38,8 @@ async def recommend(ask: Ask) -> JsonReply:
 
 def _known(ask: Ask, body: Body[Any]) -> tuple[Event, ...]:
     """What the server was told of the user, where the body says nothing of the history."""
-    return () if body.has_history else ask.served.histories.of(whose(body.request.user_id, body.request.tenant))
+    request = body.request
+    return () if body.has_history else ask.served.histories.of(whose(request.user_id, ask.tenant_of(request.tenant)))
 
 
 def _told(events: tuple[Event, ...]) -> dict[str, object]:
@@ -96,12 +97,15 @@ async def _pairs(ask: Ask, body: PairsBody) -> JsonReply:
         for number, group in enumerate(body.groups)
     ]
     async with asyncio.TaskGroup() as together:
-        tasks = [together.create_task(ask.answer(each.request)) for each in rerankings]
+        tasks = [
+            together.create_task(ask.answer(each.request, group.deadline_ms))
+            for each, group in zip(rerankings, body.groups, strict=True)
+        ]
     responses = [task.result() for task in tasks]
     scores = {
-        place: relevance
+        places[document]: relevance
         for places, reranking, response in zip(body.places, rerankings, responses, strict=True)
-        for place, relevance in zip(places, reranking.relevances(response), strict=True)
+        for document, relevance in reranking.relevances(response).items()
     }
     receipts = [response.receipt for response in responses]
     named = {"id": ask.request_id, "model": ask.served.model, "created": int(ask.served.wall_clock())}

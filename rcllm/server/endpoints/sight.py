@@ -5,16 +5,16 @@ Knows nothing of how answers come about.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from typing import Any
+import math
+from dataclasses import asdict
 
 from starlette.responses import Response
 
-from rcllm.core.decoding import Generated, RecommendResponse
-from rcllm.core.ranking import RankResponse
-from rcllm.core.texts import ScoreResponse
 from rcllm.errors import NotServedError
 from rcllm.plain_json import without_nan
+from rcllm.schedule.replay import TOLERANCE, first_difference, request_again
+from rcllm.schedule.work import Terms
+from rcllm.server.backend import Asked
 from rcllm.server.kept import Answered
 from rcllm.server.reply import JsonReply
 from rcllm.server.served import Ask
@@ -46,7 +46,14 @@ async def models(ask: Ask) -> JsonReply:
 
 
 async def cache_stats(ask: Ask) -> JsonReply:
-    return JsonReply(asdict(ask.served.backend.stats()))
+    """What every tier holds, how fast it is, what waits, and how well passes were estimated."""
+    return JsonReply(without_nan(asdict(ask.served.backend.stats())))
+
+
+async def guard(ask: Ask) -> JsonReply:
+    """Where the fidelity guard stands: rungs, evidence by kind of requests, and the latest steps."""
+    status = ask.served.backend.stats().guard
+    return JsonReply({"guarding": status is not None, **(without_nan(asdict(status)) if status is not None else {})})
 
 
 async def metrics(ask: Ask) -> Response:
@@ -60,14 +67,20 @@ async def receipt(ask: Ask) -> JsonReply:
 
 
 async def replay(ask: Ask) -> JsonReply:
-    """Runs a request again as it was, and says where the two answers part first."""
-    found = _found(ask)
-    asked = replace(found.asked, deadline_ms=None)
-    again = await ask.served.backend.answer(asked)
+    """Runs a request again as it was computed, and names the first difference between the two answers."""
+    found, backend = _found(ask), ask.served.backend
+    request = request_again(found.asked.request, found.response, backend.about.options)
+    again = await backend.answer(Asked(request, Terms(deadline_ms=math.inf), again=True))
     difference = first_difference(found.response, again)
-    told: dict[str, object] = {"request_id": asked.request.request_id, "same": difference is None}
-    levels = {"then": found.response.receipt.level, "now": again.receipt.level}
-    return JsonReply({**told, "first_difference": difference, "level": levels})
+    return JsonReply(
+        {
+            "request_id": request.request_id,
+            "same": difference is None,
+            "first_difference": None if difference is None else asdict(difference),
+            "level": again.receipt.level,
+            "tolerance": TOLERANCE,
+        }
+    )
 
 
 def _found(ask: Ask) -> Answered:
@@ -79,29 +92,3 @@ def _found(ask: Ask) -> Answered:
             "(server.kept_answers)"
         )
     return found
-
-
-def first_difference(then: Any, now: Any) -> dict[str, object] | None:
-    """The first place at which two answers to one request differ; None where they are equal to the bit."""
-    for name in _COMPARED[type(then)]:
-        before, after = getattr(then, name), getattr(now, name)
-        if before != after:
-            return {"field": name, **_place(before, after)}
-    return None
-
-
-_COMPARED: dict[type, tuple[str, ...]] = {
-    RankResponse: ("candidates", "scores", "order"),
-    RecommendResponse: ("items", "scores"),
-    ScoreResponse: ("log_probs",),
-    Generated: ("token_ids", "text", "finish_reason"),
-}
-
-
-def _place(before: Any, after: Any) -> dict[str, object]:
-    if not isinstance(before, tuple):
-        return {"then": before, "now": after}
-    pairs = zip(before, after, strict=False)
-    index = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(before), len(after)))
-    then, now = (values[index] if index < len(values) else None for values in (before, after))
-    return {"index": index, "then": then, "now": now}

@@ -1,0 +1,262 @@
+"""The loop: requests in, passes over the rows of whoever's turn it is, answers out.
+
+    submit: prompt → lookup → plan     step: schedule → plan → materialise → select → assemble → forward → read → reply
+
+Knows jobs by their contract alone, and neither catalogue files nor tiers. Invariant: a request that was taken in gets
+one outcome; an answer does not depend on what else is in its pass, beyond the tolerance of the kernels. Any thread may
+submit; passes run one at a time, in the thread of whoever waits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from rcllm.cache.pool import Pool
+from rcllm.config import Config
+from rcllm.data.live import LiveCatalogue
+from rcllm.engine.intake import Intake
+from rcllm.engine.job import Answer, Job, Listener, Refused, Ticket
+from rcllm.engine.passes import Prompts, Steps, demand, enter, forward
+from rcllm.engine.prefill import Prefill
+from rcllm.engine.tickets import Tickets
+from rcllm.engine.turns import Turns
+from rcllm.errors import CancelledError, DeadlineError, RcllmError
+from rcllm.metrics import Clock, Stopwatch, Trace
+from rcllm.model.decoder import Decoder
+from rcllm.reuse.missing import user_owner
+from rcllm.schedule.cost import CostModel, Demand, Rates
+from rcllm.schedule.scheduler import Scheduler
+from rcllm.schedule.work import PassLimits, Queue, Terms, Work
+
+
+class RequestLoop:
+    """One device's requests under way. `names`: node and model, as receipts call them."""
+
+    def __init__(
+        self,
+        config: Config,
+        decoder: Decoder,
+        prefill: Prefill,
+        pool: Pool,
+        catalogue: LiveCatalogue,
+        clock: Clock,
+        names: Mapping[str, str],
+        trace: Trace | None,
+    ) -> None:
+        self._decoder, self._prefill, self._pool, self._catalogue = decoder, prefill, pool, catalogue
+        self._clock, self._names, self._trace = clock, names, trace
+        kv_bytes, schedule = pool.budget // 2, config.schedule  # of one pass; the other half is for what runs on
+        limits = PassLimits(config.cache.pass_tokens, kv_bytes, schedule.other_rows or 1 << 30)
+        self.scheduler = Scheduler(limits, schedule.tenant_shares)
+        spec = decoder.spec
+        self.costs = CostModel(Rates.first(spec.linear_flops_per_token, spec.attention_flops(1)))
+        self._make = Tickets(prefill, clock)
+        self.intake = Intake(schedule, self.costs, clock, self._make.anew, names["node"], names["model"])
+        self.tickets: dict[int, Ticket] = {}  # those that wait or run
+        self._withdrawn: list[Ticket] = []  # to be dropped before the next pass
+        self._lock = threading.Lock()  # of the scheduler and the tickets; never held while something is computed
+        self._turns = Turns()  # who computes
+        self._numbers = itertools.count()
+        self._num_passes = 0
+        self._pass_ends_s = 0.0  # of the pass that runs, by estimate
+
+    def submit(
+        self,
+        job: Job[Any, Any],
+        request: Any,
+        terms: Terms,
+        listener: Listener | None,
+    ) -> Ticket | Refused:
+        """See `Engine.submit`."""
+        number, start = next(self._numbers), self._clock()
+        taken: Ticket | None = None
+        try:
+            while taken is None:
+                ticket = self._open(number, job, request, start, terms)
+                ticket.listener = listener
+                taken = self._take_in(ticket)
+        except RcllmError as error:
+            return Refused(request, error)
+        return taken
+
+    def _open(self, number: int, job: Job[Any, Any], request: Any, start: float, terms: Terms) -> Ticket:
+        """prompt → lookup → plan"""
+        watch, version = Stopwatch(self._clock), self._catalogue.version
+        with watch.stage("prompt"):
+            opening = job.open(request)
+        ticket = self._make.of(number, job, request, start, opening, terms, watch)
+        ticket.catalogue_version = version
+        return ticket
+
+    def _take_in(self, ticket: Ticket) -> Ticket | None:
+        """Into the queue, as it was asked or as its deadline allows; None: its items may read differently by now.
+
+        Raises OverloadedError, DeadlineError.
+        """
+        with self._lock:
+            self.scheduler.open(ticket.job.kind, ticket.job.limits)
+            queue = self.scheduler.queue(self._make.work(ticket, self.intake))
+            left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue))
+            if self.intake.in_time(ticket, left_ms):
+                return self._enqueue(ticket)
+        version = ticket.catalogue_version
+        ticket = self.intake.degraded(ticket, left_ms, lambda: not self.tickets)
+        ticket.catalogue_version = version
+        with self._lock:
+            return ticket if ticket.done else self._enqueue(ticket)
+
+    def _running_ms(self, queue: Queue) -> float:
+        """What the pass that runs still takes, and the steps of what goes on beside the passes that come first."""
+        rows = min(self.scheduler.step_rows, self.scheduler.limits.other_rows)
+        steps = Demand(rows=rows * (1 + queue.ahead_rows // self.scheduler.limits.rows))
+        return max(0.0, self._pass_ends_s - self._clock()) * 1e3 + self.costs.ms(steps)
+
+    def _enqueue(self, ticket: Ticket) -> Ticket | None:
+        if ticket.catalogue_version != self._catalogue.version:
+            return None
+        self.scheduler.add(self._make.work(ticket, self.intake))
+        self.tickets[ticket.number] = ticket
+        if not ticket.job.limits.idle:
+            self.intake.count_accepted(ticket.opening.degraded)
+        return ticket
+
+    def check_room(self, job: Job[Any, Any], tenant: str, num_more: int = 0, num_own: int = 0) -> None:
+        """Raises OverloadedError where a request would be refused for what waits, before its prompt is made.
+
+        `num_more`: requests whose prompts are being made; `num_own`: of them, those of its tenant.
+        """
+        queue = self.queue(job, tenant)
+        queue = replace(queue, num_waiting=queue.num_waiting + num_more, num_own=queue.num_own + num_own)
+        self.intake.check_room(queue)
+
+    def queue(self, job: Job[Any, Any], tenant: str) -> Queue:
+        """What a request of a tenant would find, were it asked for now."""
+        with self._lock:
+            self.scheduler.open(job.kind, job.limits)
+            found = self.scheduler.queue(Work(-1, job.kind, 0, tenant=tenant, arrival_s=self._clock()))
+            return replace(found, ahead_ms=found.ahead_ms + self._running_ms(found))
+
+    def under_way(self) -> list[Ticket]:
+        """Requests that wait or run."""
+        with self._lock:
+            return list(self.tickets.values())
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Nothing is computed inside, for changes of what jobs keep between passes."""
+        return self._turns.alone()
+
+    def turn(self) -> bool:
+        """`step` in this thread's turn, beside others that compute; for whoever runs the loop for everybody."""
+        with self._turns.alone():
+            return self.step()
+
+    def step(self) -> bool:
+        """One pass over the rows of whoever's turn it is; False where nobody waits. One thread at a time."""
+        entering, running = self._schedule()  # schedule
+        if not entering and not running:
+            return False
+        watch = Stopwatch(self._clock, self._trace, self._num_passes)
+        self._num_passes += 1
+        answers: list[Answer] = []
+        start = self._clock()
+        self._pass_ends_s = start + sum(map(self.intake.needs_ms, entering)) / 1e3
+        try:
+            with self._prefill.pool_of([ticket.planned for ticket in entering]).hold() as held:
+                prompts = Prompts.of(entering, self._prefill, held, watch.stage)  # plan, materialise, select, assemble
+                steps = Steps.of(running, watch.stage)  # assemble
+                asked = demand(prompts, steps)
+                self._pass_ends_s = start + self.costs.ms(asked) / 1e3
+                first, passed = forward(self._decoder, prompts, steps, watch.stage)  # forward
+                answers += steps.take(passed, watch.stage)  # read
+                answers += enter(prompts, first, self._prefill, held, self._names, watch.stage)  # publish, read
+            if asked.rows:
+                self.costs.observe(asked, (self._clock() - start) * 1e3 - watch.stages.get("measure", 0.0))
+        except BaseException as error:  # a pass that broke is told to everybody in it, and an interrupt to its thread
+            answers = [Answer(ticket.number, error) for ticket in (*entering, *running)]
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._pass_ends_s = 0.0
+            self._reply(answers, (*entering, *running), watch.stages)  # reply
+        self._pool.write_through()  # what was published, for whoever comes after this process
+        return True
+
+    def _schedule(self) -> tuple[list[Ticket], list[Ticket]]:
+        """Who enters with the next pass, and who goes on."""
+        with self._lock:
+            withdrawn, self._withdrawn = self._withdrawn, []
+        self._drop(withdrawn)
+        with self._lock:
+            turn = self.scheduler.turn(self._clock())
+            entering, running = ([self.tickets[n] for n in some] for some in (turn.enter, turn.step))
+            expired = [self.tickets.pop(number) for number in turn.expired]
+        for ticket in expired:
+            self.intake.count_expired()
+            ticket.end(DeadlineError("too little time was left until its deadline when its turn came"))
+        for ticket in entering:
+            waited = (self._clock() - ticket.submitted_s) * 1e3 - sum(ticket.stage_ms.values())
+            ticket.stage_ms["wait"] = max(0.0, waited)
+        return entering, running
+
+    def _reply(self, answers: Sequence[Answer], took_part: Sequence[Ticket], stage_ms: Mapping[str, float]) -> None:
+        """Gives every answer to its ticket, with the times of all passes that the request took part in."""
+        for ticket in took_part:
+            ticket.add(stage_ms)
+        for answer in answers:
+            ticket = self.tickets[answer.number]
+            if isinstance(answer.outcome, BaseException):
+                ticket.job.drop(ticket.number)
+                ticket.end(answer.outcome)
+            else:
+                total_ms = (self._clock() - ticket.submitted_s) * 1e3
+                receipt = replace(answer.outcome.receipt, stage_ms={**ticket.stage_ms, "total": total_ms})
+                response = replace(answer.outcome, receipt=receipt)
+                if not self._was_erased(ticket):
+                    self.intake.keep(ticket, response)
+                ticket.end(response)
+        with self._lock:
+            for answer in answers:
+                self.scheduler.end(answer.number)
+                del self.tickets[answer.number]
+        self._prefill.forget_erased((ticket.planned.prompt, ticket.lookup) for ticket in took_part)
+
+    def _was_erased(self, ticket: Ticket) -> bool:
+        """Whether its user was erased after it had been asked for."""
+        owner = user_owner(ticket.planned.prompt.user_id)
+        return owner is not None and self._pool.was_erased(owner, ticket.lookup.erasures)
+
+    def cancel(self, tickets: Iterable[Ticket | Refused]) -> None:
+        """Ends requests that are not done; waits for the pass that runs."""
+        if undone := [ticket for ticket in tickets if isinstance(ticket, Ticket) and not ticket.done]:
+            with self._turns.alone():
+                self._drop(undone)
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Ends a request before the next pass; returns at once."""
+        with self._lock:
+            self._withdrawn.append(ticket)
+
+    def _drop(self, tickets: Iterable[Ticket]) -> None:
+        """Called by the thread whose turn it is, between passes."""
+        dropped = []
+        with self._lock:
+            for ticket in tickets:
+                if not ticket.done and self.scheduler.cancel(ticket.number):
+                    del self.tickets[ticket.number]
+                    dropped.append(ticket)
+        for ticket in dropped:
+            ticket.job.drop(ticket.number)
+            ticket.end(CancelledError("the request was cancelled before it was answered"))
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Runs passes, or waits while another thread does, until `until` holds."""
+        while self._turns.acquire(unless=until):
+            try:
+                self.step()
+            finally:
+                self._turns.release()
