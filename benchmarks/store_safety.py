@@ -42,7 +42,7 @@ from rcllm.store.tiered import Tiered
 
 QUESTION = "Wrong blocks after kill -9, and wrong answers from files with a flipped bit"
 _CLOSE = 1e-3  # between scores of the same blocks that were computed in other company
-_CHUNK = 100  # flips that one process takes
+_CHUNK = 250  # flips that one process takes
 
 
 def main() -> None:
@@ -104,7 +104,8 @@ def flips(chosen: Options) -> Metrics:
     total = Counter[str]()
     with place() as folder:
         for first in range(0, count, _CHUNK):
-            code = f"from benchmarks.store_safety import flip; flip({str(folder)!r}, {first}, {first + _CHUNK}, {seed})"
+            last = min(first + _CHUNK, count)
+            code = f"from benchmarks.store_safety import flip; flip({str(folder)!r}, {first}, {last}, {seed})"
             ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
             if ran.returncode:
                 print(ran.stderr[-2000:], file=sys.stderr)
@@ -162,16 +163,15 @@ def _whole(folder: Path, seed: int) -> _Whole:
     """The store, which the first process makes."""
     data = dataset(SET)
     engine = Engine.build(data.catalogue, Config(prompt=PromptConfig("titles"), cache=CacheConfig(pool_mb=300)))
-    asked = build_requests(data, 6, num_candidates=10, num_history=4, min_history=4, seed=seed)
+    asked = build_requests(data, 4, num_candidates=6, num_history=3, min_history=3, seed=seed)
     others = [at_blocks(request) for request in asked]
     scores = engine.rank(others[0]).scores
     if not folder.exists():
         folder.mkdir()
-        with DiskStore.open(folder, 100 * MIB) as disk:
-            writing = _over(engine, Tiered({"disk": disk}, queue_bytes=64 * MIB))
-            for request in others:  # a history of several transactions
-                writing.rank(request)
-            writing.pool.store.close()
+        writing = _over(engine, Tiered({"disk": DiskStore.open(folder, 100 * MIB)}, queue_bytes=64 * MIB))
+        for request in others:  # a history of several transactions
+            writing.rank(request)
+        writing.pool.store.close()  # what waits is written
     keys = [key for request in others for key in keys_of(engine.prompter.build(request))]
     with DiskStore.open(folder, 100 * MIB) as disk:
         blocks = {key: bytes(stored.data) for key, stored in disk.get_many(keys).items()}
