@@ -44,10 +44,10 @@ def named(catalogue: Mapping[ItemId, Item], item_ids: Iterable[str]) -> FoundIte
     return FoundItems(tuple(found), len(found), len(catalogue))
 
 
-def text_of(item: Item, shown: Sequence[str]) -> str:
-    """What a person reads of an item: the first field that the template shows and the item has."""
-    names = [name for name in shown if name in item.fields] or list(item.fields)
-    return item.fields[names[0]] if names else item.item_id
+def text_of(item: Item, names: Sequence[str]) -> str:
+    """What a person reads of an item: the first of the named fields that it has, else any, else its id."""
+    found = next((name for name in (*names, *item.fields) if name in item.fields), None)
+    return item.item_id if found is None else item.fields[found]
 
 
 def _holds(item: Item, words: Sequence[str]) -> bool:

@@ -155,7 +155,7 @@ class EngineBackend:
             outcomes.update(each.outcomes)
         with self._lock:
             num_opening = self._opening.total()
-        return Door(queue.num_waiting + num_opening, queue.ahead_ms, outcomes, degraded)
+        return Door(queue.num_waiting + num_opening, queue.ahead_ms, dict(outcomes), dict(degraded))
 
     # ---- requests under way ----
 

@@ -73,7 +73,8 @@ async def find_items(ask: Ask) -> JsonReply:
         found = named(backend.items, item_ids)
     else:
         found = await asyncio.to_thread(find, backend.items, query, limit)
-    items = [{"item_id": item.item_id, "text": text_of(item, backend.about.shown)} for item in found.items]
+    names = (backend.about.text_field, *backend.about.shown)
+    items = [{"item_id": item.item_id, "text": text_of(item, names)} for item in found.items]
     return JsonReply({"items": items, "num_read": found.num_read, "num_items": found.num_items})
 
 

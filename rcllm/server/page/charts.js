@@ -1,6 +1,8 @@
 // Charts over uPlot, in the colours of style.css. Each has a sentence for those who do not see it.
 
-const HEIGHT = 190;
+import { clock } from "./words.js";
+
+const HEIGHT = 170;
 const drawn = new Set();
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -35,22 +37,24 @@ export class Chart {
     this.plot = null;
     const width = this.where.clientWidth;
     if (!width || !this.data) return; // its view is hidden; drawn when it is shown
-    const { scales, value, xValues } = this.options;
+    const { scales, value, xValues, height, incrs } = this.options;
     const font = "11px system-ui, sans-serif";
+    const time = { splits: undefined, axis: (self, ticks) => ticks.map(clock), legend: clock };
+    const x = xValues ?? time;
     const axis = { stroke: colour("muted"), font, grid: { stroke: colour("line"), width: 1 }, ticks: { stroke: colour("line"), width: 1, size: 4 } };
     this.plot = new window.uPlot({
       width,
-      height: HEIGHT,
+      height: height ?? HEIGHT,
       padding: [8, 8, 0, 0],
       scales,
       cursor: { y: false, points: { size: 6 }, drag: { x: false, y: false } },
       legend: { live: true },
       axes: [
-        { ...axis, space: 56, size: 30, ...(xValues ? { values: xValues.axis, splits: xValues.splits } : {}) },
-        { ...axis, size: 52, space: 34, values: (self, ticks) => ticks.map((tick) => (tick === null ? "" : value(tick))) },
+        { ...axis, space: 76, size: 28, values: x.axis, ...(x.splits && { splits: x.splits }) },
+        { ...axis, size: 52, space: 32, ...(incrs && { incrs }), values: (self, ticks) => ticks.map((tick) => (tick === null ? "" : value(tick))) },
       ],
       series: [
-        { label: this.options.xLabel ?? "time", value: xValues ? (self, raw) => (raw === null ? "–" : xValues.legend(raw)) : "{HH}:{mm}:{ss}" },
+        { label: this.options.xLabel ?? "at", value: (self, raw) => (raw === null || raw === undefined ? "–" : x.legend(raw)) },
         ...this.series.map((each) => ({
           label: each.label,
           stroke: colour(each.colour),

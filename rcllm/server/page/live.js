@@ -6,8 +6,8 @@ import { grown, outcomes, quantile, sources, spread, summed, total } from "./sam
 import { NONE, bytes, count, ms, percent, rate, since, times } from "./words.js";
 
 const TIERS = { device: "device pool", host: "host memory", disk: "disk", shared: "shared server", missed: "nowhere: computed" };
-const OUTCOMES = { answered: "answered", degraded: "of them degraded", "429": "429 overloaded", "503": "503 no time", other: "other errors" };
-const OUTCOME_COLOURS = { answered: "answered", degraded: "degraded", "429": "r429", "503": "r503", other: "other" };
+const OUTCOMES = { answered: "answered", degraded: "of them degraded", r429: "429 overloaded", r503: "503 no answer in time", other: "other errors" };
+const DRAWN = { answered: "answered", degraded: "degraded", r429: "429", r503: "503" };
 const LEVELS = ["full", "exact", "corrected", "linked", "tail", "blocks"];
 const STEP_S = 10; // rates are of the last so many seconds
 
@@ -16,13 +16,13 @@ const spreadChart = new Chart(byId("ttft-spread"), {
   scales: { x: { time: false, distr: 3, log: 10 }, y: { range: (self, low, high) => [0, Math.max(high, 0.1)] } },
   value: percent,
   xLabel: "up to",
-  xValues: { splits: (self, axis, low, high) => powers.filter((each) => each >= low && each <= high), axis: (self, ticks) => ticks.map((tick) => ms(tick).replace(".0", "")), legend: ms },
+  xValues: { splits: (self, axis, low, high) => powers.filter((each) => each >= low && each <= high), axis: (self, ticks) => ticks.map((tick) => (tick === null ? "" : ms(tick).replace(".0", ""))), legend: ms },
 });
-const overTime = (id, value) => new Chart(byId(id), { scales: { x: { time: true }, y: { range: (self, low, high) => [0, high > 0 ? high * 1.1 : 1] } }, value });
+const overTime = (id, value, more = {}) => new Chart(byId(id), { scales: { x: { time: true }, y: { range: (self, low, high) => [0, high > 0 ? high * 1.1 : 1] } }, value, ...more });
 const ttftChart = overTime("ttft-time", ms);
 const tiersChart = new Chart(byId("tiers-time"), { scales: { x: { time: true }, y: { range: [0, 1] } }, value: percent });
 const outcomesChart = overTime("outcomes-time", rate);
-const queueChart = overTime("queue-time", (value) => String(Math.round(value * 10) / 10));
+const queueChart = overTime("queue-time", count, { height: 130, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] });
 
 /** `seconds`: the window that is looked at. */
 export function show(samples, seconds) {
@@ -120,7 +120,8 @@ const finite = (value) => (Number.isFinite(value) ? value : null);
 
 function showTiers(now, before, looks) {
   const recent = sources(now, before);
-  const shown = total(recent) > 0 ? recent : sources(now, null);
+  const ever = sources(now, null);
+  const shown = total(recent) > 0 ? recent : ever;
   const all = total(shown);
   const words = Object.keys(TIERS).filter((word) => shown[word] > 0);
   const bar = el("div", { className: "meter", role: "img", "aria-label": words.map((word) => `${TIERS[word]} ${percent(shown[word] / all)}`).join(", ") || "no blocks yet" });
@@ -129,13 +130,15 @@ function showTiers(now, before, looks) {
     part.style.flex = `${shown[word]} 0 0`;
     bar.append(part);
   }
-  fill(byId("tiers-bar"), bar, el("ul", { className: "keyline" },
-    words.map((word) => el("li", {}, swatch(word), `${TIERS[word]} ${percent(shown[word] / all)}`))));
+  fill(byId("tiers-bar"), bar);
+  const rows = Object.keys(TIERS).filter((word) => ever[word] > 0)
+    .map((word) => [el("span", {}, swatch(word), TIERS[word]), count(recent[word] ?? 0), count(ever[word]), percent(ever[word] / total(ever))]);
+  fill(byId("tiers-table"), table("Blocks by tier", ["Tier", "In the window", "Since the start", "Share"], rows));
   const steps = pairs(looks);
   const shares = steps.map(([later, earlier]) => sources(later, earlier));
   const line = (word) => shares.map((each) => finite((each[word] ?? 0) / total(each)));
   const series = words.map((word) => ({ label: word === "missed" ? "nowhere" : word, colour: word }));
-  tiersChart.draw(series, [steps.map(([later]) => later.time_s), ...words.map(line)], "Share of blocks by tier over time; the shares are listed above.");
+  tiersChart.draw(series, [steps.map(([later]) => later.time_s), ...words.map(line)], "Share of blocks by tier over time; counts are in the table below.");
 }
 
 function showCache(now) {
@@ -166,15 +169,15 @@ function showOutcomes(now, before, looks) {
     const ended = outcomes(later, earlier);
     return Object.fromEntries(Object.entries(ended).map(([word, value]) => [word, value / (later.time_s - earlier.time_s)]));
   });
-  const words = ["answered", "degraded", "429", "503"];
-  const series = words.map((word) => ({ label: word, colour: OUTCOME_COLOURS[word], area: word === "answered" }));
+  const words = Object.keys(DRAWN);
+  const series = words.map((word) => ({ label: DRAWN[word], colour: word, area: word === "answered" }));
   const all = outcomes(now, null);
   const recent = outcomes(now, before);
   const sentence = `In the window ${times(recent.answered, "request was", "requests were")} answered`;
   outcomesChart.draw(series, [steps.map(([later]) => later.time_s), ...words.map((word) => rates.map((each) => each[word]))], sentence);
-  const rows = Object.keys(OUTCOMES).map((word) => [el("span", {}, swatch(OUTCOME_COLOURS[word]), OUTCOMES[word]), count(recent[word]), count(all[word])]);
+  const rows = Object.keys(OUTCOMES).map((word) => [el("span", {}, swatch(word), OUTCOMES[word]), count(recent[word]), count(all[word])]);
   const steps_given = Object.entries(now.requests.degraded).map(([step, value]) => [`gave up ${step.replace("_", " ")}`, NONE, count(value)]);
-  fill(byId("outcomes-table"), table("Requests by outcome", ["", "In the window", "Since the start"], [...rows, ...steps_given]));
+  fill(byId("outcomes-table"), table("Requests by outcome", ["Outcome", "In the window", "Since the start"], [...rows, ...steps_given]));
 }
 
 function showQueue(now, looks) {
@@ -183,7 +186,8 @@ function showQueue(now, looks) {
   queueChart.draw(series, [looks.map((each) => each.time_s), looks.map((each) => each.queue.num_waiting), looks.map((each) => each.queue.num_unanswered)], `${waiting} wait, ${under_way} are under way`);
   facts(byId("queue-facts"), [
     ["Estimated wait", ms(now.queue.wait_ms)],
-    ...Object.entries(now.queue.outcomes).map(([word, value]) => [`Door: ${word}`, count(value)]),
+    ["Taken in", count(now.queue.outcomes.accepted ?? 0)],
+    ["Turned away", count((now.queue.outcomes.overloaded ?? 0) + (now.queue.outcomes.late ?? 0))],
     ["Failed passes", count(now.queue.loop_failures)],
   ]);
 }

@@ -6,7 +6,7 @@ import { Picker } from "./picker.js";
 import { prompt, stages } from "./receipt.js";
 import { ms, times } from "./words.js";
 
-const LEVELS = ["auto", "full", "exact", "corrected(0.3, 0.3)", "linked(8)", "tail(0.3)", "blocks"];
+const LEVELS = ["full", "exact", "corrected(0.3, 0.3)", "linked(8)", "tail(0.3)", "blocks", "auto"]; // the first is compared with
 const FIRST = ["exact", "auto"];
 const EXAMPLE = { history: 6, candidates: 16 };
 
@@ -123,9 +123,8 @@ function answerCard({ level, told }, places, isBase, baseLevel) {
   return el("article", { className: "card answer" },
     el("h3", {}, el("span", {}, swatch(told.level.split("(")[0]), named(level, told.level)), el("span", { className: "ms" }, ms(told.ms))),
     el("p", { className: "muted small" }, `${times(told.tokens_fresh, "token")} fresh, ${told.tokens_reused} reused${told.tokens_computed ? `, of them ${told.tokens_computed} computed first` : ""}; ${order}`),
-    el("p", { className: "muted small" }, stages(receipt)),
-    notes.map((note) => el("p", { className: "muted small" }, note)),
-    el("ol", { className: "ranking" }, told.ranking.map((itemId, place) => rankingLine(itemId, place, told.scores[itemId], places.get(itemId), isBase))));
+    el("ol", { className: "ranking" }, told.ranking.map((itemId, place) => rankingLine(itemId, place, told.scores[itemId], places.get(itemId), isBase))),
+    el("ul", { className: "notes muted small" }, [stages(receipt), ...notes].map((note) => el("li", {}, note))));
 }
 
 function rankingLine(itemId, place, score, before, isBase) {

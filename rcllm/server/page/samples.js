@@ -75,8 +75,8 @@ export function outcomes(now, before) {
   return {
     answered: total(grown(now.requests.answered, before?.requests.answered ?? {})),
     degraded: total(grown(now.requests.degraded, before?.requests.degraded ?? {})),
-    "429": failed.overloaded ?? 0,
-    "503": late,
+    r429: failed.overloaded ?? 0,
+    r503: late,
     other: total(failed) - (failed.overloaded ?? 0) - late,
   };
 }
