@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from rcllm.engine.engine import Engine
 from tests.engine import tiny
+
+_STORES = tempfile.TemporaryDirectory(prefix="rcllm-stores-")  # removed at the end of the run
+_NUMBERS = itertools.count()
+
+
+def pytest_runtest_setup() -> None:
+    """Commands keep what they compute. Each test has a place of its own for it, which is made when it is used."""
+    os.environ["RCLLM_STORE_FOLDER"] = str(Path(_STORES.name) / str(next(_NUMBERS)))
 
 
 def assert_no_pins(engine: Engine) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,11 +12,13 @@ from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, ItemOptions, StoreOptions
 from rcllm.cli.screen import busy, console, warm_with_progress
 from rcllm.cli.tables import facts_table
-from rcllm.core.ranking import Item
+from rcllm.core.ranking import ContentKey, Item
 from rcllm.data.catalogue import field_shares
 from rcllm.engine.engine import Engine
+from rcllm.engine.space import space_of
 from rcllm.engine.tiers import folder_of
-from rcllm.engine.warming import WarmProgress
+from rcllm.engine.warmed import remove_stale
+from rcllm.engine.warming import WarmProgress, blocks_to_warm
 from rcllm.errors import ConfigError
 from rcllm.model.pull import pull
 
@@ -47,10 +49,12 @@ def warm_command(
         chosen = items[:limit]
         with busy("reading item texts"):
             whole, part = _size(engine, items), _size(engine, chosen)
+        removed = _remove_stale(engine, item_options, whole)
         start = time.perf_counter()
         done = warm_with_progress(engine, [item.item_id for item in chosen])
         seconds = time.perf_counter() - start
         facts = _facts(engine, len(items), whole) | _computed(engine, done, len(chosen), seconds, part, whole)
+        facts |= {"removed": removed} if removed else {}
     title = "Warming (dry run: nothing is kept)" if dry_run else f"Warmed, and kept in {folder_of(config.store)}"
     console().print(facts_table(title, facts))
 
@@ -81,18 +85,34 @@ def _computed(
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    num_blocks: int  # distinct: items that read the same share a block
+    keys: Collection[ContentKey]  # distinct: items that read the same share a block
     tokens: int
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.keys)
 
 
 def _size(engine: Engine, items: Sequence[Item]) -> _Size:
     """What `Engine.warm` would compute for `items`."""
-    prompter, layout = engine.prompter, engine.config.rank.layout
-    blocks = [prompter.item_block(item, layout) for item in items]
-    if engine.config.rank.history == "shared":
-        blocks += [prompter.event_block(item, layout) for item in items]
-    distinct = {block.key: len(block) for block in blocks}
-    return _Size(len(distinct), sum(distinct.values()))
+    blocks = blocks_to_warm(engine.prompter, engine.config.rank, [item.item_id for item in items])
+    return _Size([block.key for block in blocks], sum(len(block.token_ids) for block in blocks))
+
+
+def _remove_stale(engine: Engine, options: ItemOptions, whole: _Size) -> str:
+    """Of texts that changed, and of items that are gone, since this catalogue was last warmed; what is said of it."""
+    if engine.tiers.disk is None:
+        return ""
+    files = [str(path.absolute()) for path in (options.items, options.dataset) if path is not None]
+    rank = engine.config.rank
+    read = [space_of(engine.prompter.namespace), engine.config.prompt.context, rank.layout, rank.history, rank.readout]
+    removed = remove_stale(engine.tiers.disk, "\n".join([*files, *read]), whole.keys)
+    if not removed.num_blocks:
+        return ""
+    return (
+        f"{removed.num_blocks:,} blocks, {removed.num_bytes / 1e6:,.1f} MB, of texts that changed or items that are "
+        "gone since the last time"
+    )
 
 
 def _facts(engine: Engine, num_items: int, whole: _Size) -> dict[str, str]:

@@ -162,6 +162,7 @@ def _next_steps(requests: Sequence[RankRequest], screen: Console) -> None:
         f"rcllm rank {films} --in {_short(path)} --readout likelihood": "the same requests, as JSON lines",
         f"rcllm bench ttft {films} --in {_short(path)}": "the table above, for your own data and levels",
         f"rcllm calibrate {films} --readouts likelihood": "how far reuse may go, so that rank goes that far by itself",
+        "rcllm serve --demo": "these films over HTTP, for the clients that you have",
         "rcllm doctor": "what this machine can do, and what slows it down",
     }
     screen.print("\nWhere to go next", style="bold")

@@ -13,7 +13,7 @@ from rich.text import Text
 from rcllm.cli.answering import Work, check_out, loaded_settings, settings_of, write_answers
 from rcllm.cli.commands.recommend import SearchOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config
-from rcllm.cli.options import EngineOptions, ItemOptions
+from rcllm.cli.options import EngineOptions, ItemOptions, StoreOptions
 from rcllm.cli.screen import busy, console, interruptible, say
 from rcllm.cli.tables import facts_table, item_title
 from rcllm.codes.sid_files import read_codes
@@ -32,6 +32,7 @@ from rcllm.wire.requests import parse_recommend_request
 def recommend_command(
     engine_options: EngineOptions,
     item_options: ItemOptions,
+    store: StoreOptions,
     requests: str,
     search: SearchOptions,
     out: str,
@@ -46,8 +47,8 @@ def recommend_command(
     restart: bool,
 ) -> None:
     """Answers a file of requests, and goes on where an earlier run ended."""
-    config = _config(engine_options, codes)
-    check_out(out, requests, config, engine_options, item_options, codes, allow, deny)
+    config = _config(engine_options, store, codes)
+    check_out(out, requests, config, engine_options, item_options, store, codes, allow, deny)
     defaults = RecommendRequest(
         "",
         n=search.n,
@@ -67,7 +68,11 @@ def recommend_command(
         recommender = _recommender(config, inputs, codes, style)
         answerer = _Answerer(recommender, defaults, explain=explain)
         settings |= loaded_settings(recommender.engine)
-        with opened_answers(out, settings, restart=restart) as answers, interruptible(answers):
+        with (
+            recommender.engine,
+            opened_answers(out, settings, restart=restart) as answers,
+            interruptible(answers),
+        ):
             to_json = partial(recommendation_to_json, receipts=explain)
             work = Work("recommending", asked, total, answerer.answer, to_json, batch, strict)
             write_answers(work, answers, answerer.conclude)
@@ -138,8 +143,8 @@ def _recommender(config: Config, inputs: Inputs | None, codes: Path | None, styl
         return load_recommender(config, code_index, inputs.catalogue if inputs else None, style=style)
 
 
-def _config(options: EngineOptions, codes: Path | None) -> Config:
-    config = make_config(options)
+def _config(options: EngineOptions, store: StoreOptions, codes: Path | None) -> Config:
+    config = make_config(options, store=store)
     if options.model is None and options.config is None:
         raise ConfigError(
             "there is no model: give --model FOLDER, made by `rcllm sid train`, or another model whose vocabulary "

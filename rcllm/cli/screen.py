@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -26,6 +27,8 @@ from rich.progress import (
 )
 from rich.segment import Segment
 from rich.text import Text
+
+from rcllm.errors import ModelWarning, StoreWarning, TextWarning
 
 if TYPE_CHECKING:
     from rcllm.core.ranking import ItemId
@@ -69,6 +72,24 @@ def console(*, stderr: bool = False) -> Console:
 def say(text: str, style: str = "yellow") -> None:
     """One remark on stderr."""
     console(stderr=True).print(Text(text, style=style), soft_wrap=True)
+
+
+@contextmanager
+def warnings_said() -> Iterator[None]:
+    """Our own warnings are one line each, without the place in the code that Python would name."""
+    shown = warnings.showwarning
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any, **more: Any
+    ) -> None:
+        if issubclass(category, TextWarning | ModelWarning | StoreWarning):
+            say(f"warning: {message}")
+        else:
+            shown(message, category, filename, lineno, *rest, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

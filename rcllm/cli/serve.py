@@ -6,6 +6,7 @@ Invariant: what a user gave wrongly, the address among it, is said before the mo
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from rcllm.cli.commands.serve import ServerOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, StoreOptions
 from rcllm.cli.screen import busy, say
-from rcllm.config import Config, ModelConfig, PromptConfig, ServerConfig
+from rcllm.config import Config, ModelConfig, PromptConfig, ServerConfig, for_serving
 from rcllm.core.ranking import RankOptions
 from rcllm.data import fetch_movielens
 from rcllm.engine.jobs.recommend import Recommender
@@ -24,9 +25,11 @@ from rcllm.late import Late
 from rcllm.sid.load import load_recommender
 
 if TYPE_CHECKING:
-    from rcllm.server import keys, logs, on_engine, run
+    from rcllm.server import guarding, keys, logs, on_engine, run
 else:
-    keys, logs, run, on_engine = (Late(f"rcllm.server.{name}") for name in ("keys", "logs", "run", "on_engine"))
+    guarding, keys, logs, on_engine, run = (
+        Late(f"rcllm.server.{name}") for name in ("guarding", "keys", "logs", "on_engine", "run")
+    )
 
 _RANKER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-blocks"  # of a checkout; a wheel has none
 
@@ -48,16 +51,17 @@ def serve_command(
     engine_options = replace(engine_options, model=name or engine_options.model)
     config = make_config(engine_options, ranking, store)
     config = _demo(config) if demo else config
-    config = replace(config, server=_over(config.server, server))
+    config = replace(config, server=_over(config.server, server), schedule=for_serving(config.schedule))
     _check_extra()
     keys.check_address(config.server)
     inputs = _movielens() if demo else load_inputs(item_options)
     engine = make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank])
     check_level(engine)
     recommender = _recommender(config, decoder, inputs) if decoder is not None else None
-    backend = on_engine.EngineBackend(engine, config.model.path, recommender)
+    guard = guarding.guard_of(engine, config.server)
+    backend = on_engine.EngineBackend(engine, config.model.path, recommender, guard)
     logs.configure()
-    with engine:
+    with engine, nullcontext() if recommender is None else recommender.engine:
         run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs))
 
 
@@ -98,12 +102,12 @@ def _recommender(config: Config, decoder: Path, inputs: Inputs) -> Recommender:
     with busy(f"loading {decoder}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", TextWarning)
         model = replace(ModelConfig(), path=str(decoder), threads=config.model.threads)
-        return load_recommender(Config(model=model, cache=config.cache), items=inputs.catalogue)
+        config = Config(model=model, cache=config.cache, schedule=config.schedule, store=config.store)
+        return load_recommender(config, items=inputs.catalogue)
 
 
 def _tell(address: str, config: ServerConfig, inputs: Inputs) -> None:
     item_id = next(iter(inputs.catalogue))
-    say(
-        f"serving at {address}, {'with' if config.api_keys else 'without'} keys; ready when {address}/ready says so", ""
-    )
+    keyed = "with" if config.api_keys or config.tenant_keys else "without"
+    say(f"serving at {address}, {keyed} keys; ready when {address}/ready says so", "")
     say(f"""try: curl {address}/v1/rank -d '{{"candidates": ["{item_id}"]}}'""", "dim")

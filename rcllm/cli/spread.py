@@ -51,7 +51,8 @@ class Command:
         def run(**given: Any) -> None:
             filled = {name: group.fill(given) for name, group in groups.items()}
             single = alone.fill(given)
-            look_up(self.work)(**filled, **{slot.name: getattr(single, slot.name) for slot in alone.slots})
+            with look_up("rcllm.cli.screen:warnings_said")():
+                look_up(self.work)(**filled, **{slot.name: getattr(single, slot.name) for slot in alone.slots})
 
         slots = {slot.name: slot for group in (alone, *groups.values()) for slot in group.slots}
         order = [slot.name for name in get_parameters(declared) for slot in _slots_of(name, groups, alone)]

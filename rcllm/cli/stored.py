@@ -142,15 +142,16 @@ def export_command(to: Path, store_folder: Path | None) -> None:
     """Prints what was copied."""
     if to.exists():
         raise ConfigError(f"{to} is there already; name a folder to make")
-    with _opened(StoreConfig(), store_folder) as disk, busy("copying"):
+    with _opened(_configured(), store_folder) as disk, busy("copying"):
         made = disk.export_to(to)
     console().print(f"{made.blocks:,} blocks, {made.bytes / 1e6:,.1f} MB in {to}")
 
 
 def import_command(source: Path, store_folder: Path | None, disk_mb: int | None) -> None:
     """Prints what was taken."""
-    config = replace(StoreConfig(), folder=str(store_folder or ""), disk_mb=disk_mb or 0)
-    folder = folder_of(config)
+    config = _configured()
+    config = replace(config, disk_mb=disk_mb or config.disk_mb)
+    folder = _folder(store_folder, config)
     with DiskStore.open(folder, budget_of(config, folder)) as disk, busy("checking and copying"):
         done = disk.import_from(source)
     console().print(
@@ -163,7 +164,12 @@ def import_command(source: Path, store_folder: Path | None, disk_mb: int | None)
 
 
 def _folder(given: Path | None, config: StoreConfig | None = None) -> Path:
-    return given if given is not None else folder_of(config or Config.load(None, os.environ).store)
+    return given if given is not None else folder_of(config or _configured())
+
+
+def _configured() -> StoreConfig:
+    """As the environment says, for commands that take no file."""
+    return Config.load(None, os.environ).store
 
 
 def _there(folder: Path) -> Path:
@@ -188,7 +194,7 @@ def _checking() -> Iterator[Callable[[int, int], None]]:
 
 
 def _verified(given: Path | None, on_progress: Callable[[int, int], None]) -> Verified:
-    with _opened(StoreConfig(), given) as disk:
+    with _opened(_configured(), given) as disk:
         return disk.verify(repair=False, on_progress=on_progress)
 
 

@@ -85,7 +85,7 @@ class Engine:
         """
         self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id
         self.prototypes, self.node = prototypes, node or platform.node()
-        self.clock, self._tiers = clock, tiers or Tiers()
+        self.clock, self.tiers = clock, tiers or Tiers()
         self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes, clock)
         self.rank_job = Rank(
             config, decoder, prompter, self._prefill, admission or Open.of(self.identity, prompter.context_name)
@@ -202,7 +202,7 @@ class Engine:
         `terms`: by when it is wanted; what is given up for that stands in its receipt. `listener`: told of tokens and
         of the outcome as they come, for callers that do not run the loop themselves.
         """
-        self._tiers.heed_erasures(self.pool)
+        self.tiers.heed_erasures(self.pool)
         return self.loop.submit(job, request, terms, listener)
 
     def step(self) -> bool:
@@ -317,7 +317,7 @@ class Engine:
         """Hands the store what it does not have yet, and ends it. An engine without a store need not be closed."""
         with self.loop.alone():
             self.pool.write_through()
-            self._tiers.close(self.pool.rates)
+            self.tiers.close(self.pool.rates)
 
     def __enter__(self) -> Engine:
         return self

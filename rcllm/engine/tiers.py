@@ -20,7 +20,7 @@ from rcllm.core.receipts import Source
 from rcllm.errors import StoreError, StoreWarning
 from rcllm.fetch import cache_dir
 from rcllm.store.contract import Store
-from rcllm.store.disk import DiskStore
+from rcllm.store.disk import DiskStore, SharedDisk
 from rcllm.store.null import NullStore
 from rcllm.store.tiered import Tiered
 from rcllm.store.valkey import ValkeyStore
@@ -75,9 +75,10 @@ def open_tiers(config: StoreConfig, space: str, made_by: Mapping[str, str]) -> T
     lasting = dict[Source, Store]()
     disk, folder = None, folder_of(config)
     try:
-        disk = DiskStore.open(folder, budget_of(config, folder))
-        lasting["disk"] = disk
-        disk.name_space(space, made_by)
+        lasting["disk"] = part = SharedDisk.open(folder, budget_of(config, folder))
+        disk = part.disk
+        if space and disk.use().writable:
+            disk.name_space(space, made_by)
     except StoreError as error:
         warnings.warn(f"{error}. Nothing is kept on disk meanwhile", StoreWarning, stacklevel=2)
     if config.shared:
@@ -90,7 +91,7 @@ def open_tiers(config: StoreConfig, space: str, made_by: Mapping[str, str]) -> T
 
 
 def folder_of(config: StoreConfig) -> Path:
-    return Path(config.folder) if config.folder else cache_dir() / "store"
+    return Path(config.folder).expanduser() if config.folder else cache_dir() / "store"
 
 
 def budget_of(config: StoreConfig, folder: Path) -> int:

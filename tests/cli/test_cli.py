@@ -41,7 +41,7 @@ def test_version(run: Run) -> None:
         (["--level", "blok"], "unknown reuse level 'blok'"),
         (["--readout", "guess"], "readout must be one of label, pointwise, likelihood"),
         (["--layout", "items_first", "--readout", "likelihood"], "needs layout history_first"),
-        (["--kv-dtype", "int4"], "--kv-dtype must be one of auto, fp32, fp16, bf16, got 'int4'"),
+        (["--kv-dtype", "int4"], "--kv-dtype must be one of auto, fp32, fp16, bf16, int8, got 'int4'"),
         (["--context", "average"], "unknown canonical context"),
         (["--context", "typical"], "give --dataset FOLDER"),
         (["--template", "shoping"], "did you mean 'shopping'?"),

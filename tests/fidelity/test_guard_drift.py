@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from rcllm.cache.below import nameless
 from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
 from rcllm.engine.engine import Engine
 from rcllm.fidelity.guard import Guard
 from rcllm.fidelity.monitor import GuardPolicy, rank_loss
 from rcllm.fidelity.sequential import e_values
 from rcllm.fidelity.shadow import GuardCore, Shadowing
+from rcllm.store.owners import one_name
 from tests.engine import tiny
 
 CLEAN = 10_000
@@ -96,7 +96,7 @@ def clean_losses(engine: Engine, options: RankOptions, count: int = 100) -> list
 def add_noise_to_values(engine: Engine, owner: str | None, deviations: float = 5.0) -> int:
     """Corrupts V in every layer of the published blocks of `owner` (None: the instruction); returns how many."""
     generator = torch.Generator().manual_seed(0)
-    blocks = [block for block in engine.pool._blocks.values() if block.owner == nameless(owner)]
+    blocks = [block for block in engine.pool._blocks.values() if block.owner == one_name(owner)]
     for block in blocks:
         values = block.kv[:, 1]  # [layers, kv_heads, tokens, head_dim]
         values += torch.randn(values.shape, generator=generator) * values.std() * deviations

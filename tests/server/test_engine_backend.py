@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import pytest
 
-from rcllm.cache.below import nameless
 from rcllm.core.decoding import Generated, GenerateOptions, RecommendRequest
 from rcllm.core.ranking import Item, ItemId, Level, RankRequest, RankResponse, UserId
 from rcllm.core.texts import ScoreRequest, ScoreResponse, TextRequest
@@ -20,6 +19,7 @@ from rcllm.errors import CancelledError, ClosingError, NotServedError, UnknownIt
 from rcllm.reuse.missing import user_owner
 from rcllm.server.backend import Asked, EraseUser, PutItems, RemoveItems, WarmItems
 from rcllm.server.on_engine import EngineBackend
+from rcllm.store.owners import one_name
 from tests.conftest import assert_no_pins
 from tests.engine import tiny
 
@@ -280,7 +280,7 @@ def test_erasing_a_user_leaves_no_block_of_theirs(tiny_engine: Engine, computing
     first, second = running(computing, ask)
     assert first >= 3
     assert second == 0
-    assert not tiny_engine.pool._index.owned_by(nameless(user_owner(UserId("u9"))) or "")
+    assert not tiny_engine.pool._index.owned_by(one_name(user_owner(UserId("u9"))) or "")
 
 
 def test_warming_goes_on_in_the_background(tiny_engine: Engine, computing: EngineBackend) -> None:

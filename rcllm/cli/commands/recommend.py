@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from rcllm.annotated import Ge, Of, Opt
-from rcllm.cli.options import EngineOptions, ItemOptions, Restart
+from rcllm.cli.options import EngineOptions, ItemOptions, Restart, StoreOptions
 from rcllm.cli.spread import spread
 from rcllm.core.decoding import STYLE, RecommendRequest
 from rcllm.core.requests import BeamRule
@@ -28,6 +28,7 @@ class SearchOptions:
 def recommend(
     engine_options: EngineOptions,
     item_options: ItemOptions,
+    store: StoreOptions,
     requests: Annotated[str, Opt("Requests as JSON lines; - is stdin.", metavar="FILE|-", name="--in")],
     search: SearchOptions,
     out: Annotated[str, Opt("Where answers go, as JSON lines; - is stdout.", metavar="FILE|-")] = "-",

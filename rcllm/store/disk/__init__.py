@@ -3,6 +3,7 @@
 from rcllm.store.disk.care import OnProgress, Scrubbed, Verified
 from rcllm.store.disk.closed import Compacted, Repaired, compact, repair, salvage
 from rcllm.store.disk.edit import Removed
+from rcllm.store.disk.shared import SharedDisk
 from rcllm.store.disk.spaces import Space
 from rcllm.store.disk.store import DiskStore, DiskUse, Erased
 from rcllm.store.disk.travel import Imported, Manifest, check_export, read_manifest
@@ -18,6 +19,7 @@ __all__ = [
     "Removed",
     "Repaired",
     "Scrubbed",
+    "SharedDisk",
     "Space",
     "Verified",
     "check_export",

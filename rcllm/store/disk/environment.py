@@ -28,6 +28,10 @@ _USERS = "open.lock"  # shared by those who have the store open, held alone by w
 _NAMES = ("blocks", "entries", "owners", "order", "spaces", "erasures", "facts")
 _MAX_MAP_BYTES = 1 << 40
 _MAX_READERS = 1024  # leases and look-ups at one moment, of all processes
+_OPENED_TWICE = (
+    "this process has it open, and can open it once. Engines whose configuration names one folder share it; otherwise "
+    "hand the open store on, as Engine.build(…, store=…), or close it first"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,8 @@ def told(folder: Path) -> Iterator[None]:
     try:
         yield
     except (lmdb.Error, OSError, MemoryError) as error:
-        raise StoreError(f"{folder}: the store of blocks cannot be used: {error}") from error
+        why = _OPENED_TWICE if "already open in this process" in str(error) else error
+        raise StoreError(f"{folder}: the store of blocks cannot be used: {why}") from error
 
 
 def open_environment(folder: Path, *, write: bool = True) -> Opened:

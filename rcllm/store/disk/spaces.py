@@ -6,7 +6,7 @@ Knows nothing of models: a space is a name, and what is told about it is for peo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +45,19 @@ def prune(access: Access, keep: Collection[str]) -> Removed:
         entries = ((ContentKey(bytes(key)), bytes(value)) for key, value in cursor)
         read = ((key, read_entry(key, value)) for key, value in entries)
         others = [key for key, entry in read if entry is not None and entry.space not in keep]
-    removed = Removed()
-    keys = iter(others)
-    while batch := list(itertools.islice(keys, _BATCH)):
+    removed = remove_all(access, others, keep)
+    with access.telling(), access.writing() as edit:
+        edit.forget_spaces(set(edit.empty_spaces()) - set(keep))
+    return removed
+
+
+def remove_all(access: Access, keys: Iterable[ContentKey], keep: Collection[str] = ()) -> Removed:
+    """Removes those of `keys` that are there and in none of the spaces `keep`, some in each transaction."""
+    removed, rest = Removed(), iter(keys)
+    while batch := list(itertools.islice(rest, _BATCH)):
         with access.telling(), access.writing() as edit:
             for key in batch:
                 entry = edit.entry(key)
                 if entry is not None and entry.space not in keep:
                     removed += edit.remove(key)
-    with access.telling(), access.writing() as edit:
-        edit.forget_spaces(set(edit.empty_spaces()) - set(keep))
     return removed

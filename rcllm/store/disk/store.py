@@ -200,6 +200,10 @@ class DiskStore:
         """Removes the blocks of all other spaces, and what is known of these."""
         return spaces.prune(self._access, keep)
 
+    def remove_many(self, keys: Iterable[ContentKey]) -> Removed:
+        """Removes those of `keys` that it has, in transactions that let others write in between."""
+        return spaces.remove_all(self._access, keys)
+
     def verify(self, *, repair: bool, on_progress: care.OnProgress | None = None) -> care.Verified:
         """Reads every block. With `repair`: drops those that are damaged, and makes all records agree."""
         return care.verify(self._access, repair=repair, on_progress=on_progress)
