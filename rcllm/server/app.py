@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI
@@ -24,7 +24,7 @@ from rcllm.core.decoding import RecommendRequest
 from rcllm.core.ranking import Event, RankRequest
 from rcllm.fields import schema
 from rcllm.server.backend import Backend, WarmItems
-from rcllm.server.endpoints import changes, rank, sight, texts
+from rcllm.server.endpoints import changes, page, rank, sight, texts
 from rcllm.server.gate import Gate
 from rcllm.server.kept import Answers, Histories
 from rcllm.server.keys import Caller, check_admin
@@ -51,6 +51,7 @@ class Endpoint:
     handler: Handler
     body: type[Any] | None = None
     is_admin: bool = False
+    queries: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # schemas of what may follow the `?`
 
     @property
     def shown_path(self) -> str:
@@ -58,7 +59,16 @@ class Endpoint:
         return self.path.replace(":path", "")
 
 
+_SEARCH = {
+    "query": {"type": "string", "maxLength": 200},
+    "limit": {"type": "integer", "minimum": 1, "maximum": page.MAX_FOUND},
+    "item_id": {"type": "array", "items": {"type": "string"}},
+}
 ENDPOINTS = (
+    Endpoint("GET", "/", page.page),
+    Endpoint("GET", "/page/{name}", page.file),
+    Endpoint("GET", "/v1/dashboard", page.dashboard),
+    Endpoint("GET", "/v1/items", page.find_items, queries=_SEARCH),
     Endpoint("GET", "/health", sight.health),
     Endpoint("GET", "/ready", sight.ready),
     Endpoint("GET", "/version", sight.version),
@@ -169,7 +179,10 @@ def _no_such_address(request: Request, error: Exception) -> Response:
 def _described(endpoint: Endpoint) -> dict[str, Any]:
     """What FastAPI cannot see: parts of the address, the body, and the shape of errors."""
     names = _NAME.findall(endpoint.path)
-    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+    ]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in endpoint.queries.items()]
     told: dict[str, Any] = {"parameters": parameters} if parameters else {}
     if endpoint.body is not None:
         content = {"application/json": {"schema": _inlined(schema(endpoint.body))}}

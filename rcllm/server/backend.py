@@ -167,6 +167,9 @@ class Backend(Protocol):
     def about(self) -> About: ...
     @property
     def texts(self) -> Texts: ...
+    @property
+    def items(self) -> Mapping[ItemId, Item]:
+        """The catalogue as it is now; may be read by any thread while it changes."""
 
     async def start(self) -> None:
         """Begins to answer."""

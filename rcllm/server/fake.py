@@ -79,6 +79,10 @@ class FakeBackend:
         self._unanswered = 0
         self._warmth = Warmth()
 
+    @property
+    def items(self) -> LiveCatalogue:
+        return self.catalogue
+
     async def start(self) -> None:
         self._closing = False
 

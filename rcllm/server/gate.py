@@ -26,7 +26,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = frozenset({"/health", "/ready", "/version"})
+OPEN = frozenset({"/", "/health", "/ready", "/version"})
+_PAGE = "/page/"  # its files hold nothing of what is served
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _HEADERS = {
     "x-content-type-options": "nosniff",
@@ -78,7 +79,7 @@ class Gate:
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         try:
-            if scope["path"] not in OPEN and scope["method"] != "OPTIONS":
+            if not _is_open(scope["path"]) and scope["method"] != "OPTIONS":
                 scope["state"]["caller"] = self._keys.caller(headers)
             length = headers.get("content-length", "0")
             if not length.isdecimal() or int(length) > self._max_bytes:
@@ -103,6 +104,11 @@ class Gate:
 
     def _too_large(self) -> TooLargeError:
         return TooLargeError(f"expected a body of at most {self._max_bytes:,} bytes (server.max_body_mb), got more")
+
+
+def _is_open(path: str) -> bool:
+    """Whether an address needs no key."""
+    return path in OPEN or path.startswith(_PAGE)
 
 
 def _request_id(headers: Headers) -> str:

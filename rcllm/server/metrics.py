@@ -41,6 +41,13 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model = model
         self._ttft = self._times("vllm:time_to_first_token_seconds", "until the scores, or the first token of a text")
+        self._ttft_by_level = Histogram(
+            "rcllm:time_to_first_token_seconds",
+            "Seconds until the scores, or the first token of a text, by reuse level.",
+            (_MODEL, "kind", "level"),
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
         self._whole = self._times("vllm:e2e_request_latency_seconds", "of whole requests, in the application")
         self._queue = self._times("vllm:request_queue_time_seconds", "between look-up and the first pass")
         self._forward = self._times("rcllm:request_forward_seconds", "of the passes that a request took part in")
@@ -85,7 +92,9 @@ class Metrics:
         self._queries.labels(model).inc(receipt.num_tokens)
         self._hits.labels(model).inc(receipt.num_reused)
         level = receipt.level.partition("(")[0]
-        self._levels.labels(model, kind, level if level in _LEVELS else "other").inc()
+        level = level if level in _LEVELS else "other"
+        self._levels.labels(model, kind, level).inc()
+        self._ttft_by_level.labels(model, kind, level).observe(first_s)
         for step in receipt.degraded:
             self._degraded.labels(model, step).inc()
         reason = "stop"
@@ -110,9 +119,62 @@ class Metrics:
     def failed(self, kind: str, code: str) -> None:
         self._failures.labels(self._model, kind, code).inc()
 
+    def tally(self) -> Tally:
+        """What the page shows of requests."""
+        times: dict[tuple[str, str], dict[float, float]] = {}
+        for labels, value in _samples(self._ttft_by_level, "_bucket"):
+            times.setdefault((labels["kind"], labels["level"]), {})[float(labels["le"])] = value
+        return Tally(
+            bounds_s=BUCKETS,
+            ttft=tuple(LevelTimes(kind, level, _apart(found)) for (kind, level), found in times.items()),
+            answered=_sums(self._success, "kind"),
+            failed=_sums(self._failures, "code"),
+            degraded=_sums(self._degraded, "step"),
+            tokens=_sums(self._tokens, "source"),
+        )
+
     def text(self) -> bytes:
         """In Prometheus' own format."""
         return generate_latest(self.registry)
+
+
+@dataclass(frozen=True, slots=True)
+class LevelTimes:
+    """How long answers of one level took until their first token."""
+
+    kind: str
+    level: str
+    counts: tuple[float, ...]  # for each bound, those up to it and above the one before; the last: above all
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What became of requests since the start."""
+
+    bounds_s: tuple[float, ...]
+    ttft: tuple[LevelTimes, ...]
+    answered: Mapping[str, float]  # by kind
+    failed: Mapping[str, float]  # by code
+    degraded: Mapping[str, float]  # by what was given up
+    tokens: Mapping[str, float]  # of rankings, by source
+
+
+def _samples(metric: Counter | Histogram, ending: str) -> Iterable[tuple[Mapping[str, str], float]]:
+    for family in metric.collect():
+        yield from ((each.labels, each.value) for each in family.samples if each.name.endswith(ending))
+
+
+def _sums(counter: Counter, label: str) -> dict[str, float]:
+    sums = Counted[str]()
+    for labels, value in _samples(counter, "_total"):
+        sums[labels[label]] += value  # type: ignore[assignment]  # a counter of floats
+    return dict(sums)
+
+
+def _apart(up_to: Mapping[float, float]) -> tuple[float, ...]:
+    """Prometheus counts everything up to a bound; here each is counted once."""
+    counts = [up_to[bound] for bound in sorted(up_to)]
+    return tuple(count - before for before, count in zip([0.0, *counts], counts, strict=False))
 
 
 class _OfBackend(Collector):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcllm.core.decoding import RecommendRequest
-from rcllm.core.ranking import RankRequest, RankResponse, TokenIds
+from rcllm.core.ranking import Item, ItemId, RankRequest, RankResponse, TokenIds
 from rcllm.core.texts import ScoreRequest, TextRequest
 from rcllm.engine.engine import Engine
 from rcllm.engine.job import Job, Refused, Ticket
@@ -82,6 +82,10 @@ class EngineBackend:
         self._unanswered: set[Waiting] = set()
         self._opening: Counter[str] = Counter()  # requests whose prompts are being made, by tenant
         self._closing = False
+
+    @property
+    def items(self) -> Mapping[ItemId, Item]:
+        return self._engine.catalogue
 
     async def start(self) -> None:
         self._loop.start()
