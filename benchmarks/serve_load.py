@@ -35,7 +35,7 @@ class Shot:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is sent. `lanes` are asked one after the other, each: over and over while `shots` are under way, else once."""
+    """What is sent. A lane is asked one after the other: over and over while `shots` are under way, or once without."""
 
     address: str
     most_s: float  # what is not answered by then is given up

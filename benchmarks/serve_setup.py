@@ -116,7 +116,8 @@ def serve_alone(what: str) -> None:
     engine.loop.scheduler.check()
     stats = backend.stats()
     told = {"unanswered": stats.num_unanswered, "failures": stats.loop_failures, "evictions": stats.evictions}
-    print(json.dumps({**told, "under_way": len(engine.loop.under_way())}), flush=True)
+    told |= {"under_way": len(engine.loop.under_way()), **stats.door.outcomes}
+    print(json.dumps(told), flush=True)
 
 
 def _end_with_input(server: HttpServer) -> None:
