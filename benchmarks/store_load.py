@@ -48,7 +48,7 @@ def main() -> None:
         load = Load(engine, folder / "data.mdb", asked, chosen.seed)
         seconds = 60.0 if chosen.quick else 600.0
         samples = load.run(seconds)
-        metrics = _outcome(load, samples, seconds) | _end(engine, tiers, base, asked)
+        metrics = {**_outcome(load, samples, seconds), **_end(engine, tiers, base, asked)}
     show("Mixed load", ["what", "figure"], [[name, f"{value:,.4g}"] for name, value in metrics.items()])
     report("store_load", QUESTION, chosen, metrics)
 
