@@ -50,6 +50,8 @@ async function watch() {
 
 // ---- tabs ----
 
+// a fragment that is no element's id, for the browser would begin the order of Tab at such an element
+const fragment = (tab) => `#view=${tab.getAttribute("aria-controls")}`;
 const tabs = [...document.querySelectorAll("[role=tab]")];
 
 function choose(tab, isFocused) {
@@ -59,7 +61,7 @@ function choose(tab, isFocused) {
     each.tabIndex = isChosen ? 0 : -1;
     byId(each.getAttribute("aria-controls")).hidden = !isChosen;
   }
-  history.replaceState(null, "", `#${tab.getAttribute("aria-controls")}`);
+  history.replaceState(null, "", fragment(tab));
   if (isFocused) tab.focus();
   redraw();
 }
@@ -73,7 +75,7 @@ tabs.forEach((tab, index) => {
 });
 
 start();
-choose(tabs.find((tab) => location.hash === `#${tab.getAttribute("aria-controls")}`) ?? tabs[0], false);
+choose(tabs.find((tab) => location.hash === fragment(tab)) ?? tabs[0], false);
 byId("window").addEventListener("change", () => samples.all.length && show(samples, Number(byId("window").value)));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 let width = innerWidth;
