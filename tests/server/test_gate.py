@@ -41,12 +41,7 @@ def bearer(key: str) -> dict[str, str]:
 def test_without_a_key_nothing_is_reached_but_whether_it_lives_and_an_empty_page(closed: TestClient) -> None:
     for endpoint in ENDPOINTS:
         reply = closed.request(endpoint.method, endpoint.path, json={})
-<<<<<<< HEAD
-        expected = 200 if endpoint.path in ("/", "/health", "/ready", "/version") else 401
-        expected = 404 if endpoint.path == "/page/{name}" else expected  # there is no file of this name
-=======
         expected = {"/page/{name}": 404}.get(endpoint.path, 200 if endpoint.path in OPEN else 401)
->>>>>>> w-dashboard
         assert reply.status_code == expected, endpoint.path
     assert closed.get("/openapi.json").status_code == 401
     reply = closed.post("/v1/rank", json=RANK, headers=bearer("key-of-nobody"))
