@@ -131,7 +131,7 @@ function rankingLine(itemId, place, score, before, isBase) {
   return el("li", {},
     el("span", { className: "place" }, String(place + 1)),
     el("span", { className: "title" }, nameOf(itemId)),
-    el("span", { className: "score" }, score.toFixed(2)),
+    el("span", { className: "score" }, score.toFixed(2).replace("-", "−")),
     isBase ? el("span", {}) : move(before - place));
 }
 
