@@ -25,10 +25,10 @@ from rcllm.late import Late
 from rcllm.sid.load import load_recommender
 
 if TYPE_CHECKING:
-    from rcllm.server import guarding, keys, logs, on_engine, run
+    from rcllm.server import guarding, keys, logs, on_engine, run, viewers
 else:
-    guarding, keys, logs, on_engine, run = (
-        Late(f"rcllm.server.{name}") for name in ("guarding", "keys", "logs", "on_engine", "run")
+    guarding, keys, logs, on_engine, run, viewers = (
+        Late(f"rcllm.server.{name}") for name in ("guarding", "keys", "logs", "on_engine", "run", "viewers")
     )
 
 _RANKER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-blocks"  # of a checkout; a wheel has none
@@ -62,7 +62,8 @@ def serve_command(
     backend = on_engine.EngineBackend(engine, config.model.path, recommender, guard)
     logs.configure()
     with engine, nullcontext() if recommender is None else recommender.engine:
-        run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs))
+        shown = viewers.viewers_of(inputs.dataset.interactions) if demo and inputs.dataset is not None else ()
+        run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs), shown)
 
 
 def _over(section: ServerConfig, options: ServerOptions) -> ServerConfig:

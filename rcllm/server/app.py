@@ -31,6 +31,7 @@ from rcllm.server.keys import Caller, check_admin
 from rcllm.server.metrics import Metrics
 from rcllm.server.reply import JsonReply, failure_reply, unless_gone
 from rcllm.server.served import Ask, Served
+from rcllm.server.viewers import Viewer
 from rcllm.version import __version__
 from rcllm.wire.items import DetokenizeBody, IdsBody, ItemBody, ItemsBody, TokenizeBody, WarmBody
 from rcllm.wire.openai import ChatBody, CompletionBody
@@ -68,6 +69,7 @@ ENDPOINTS = (
     Endpoint("GET", "/", page.page),
     Endpoint("GET", "/page/{name}", page.file),
     Endpoint("GET", "/v1/dashboard", page.dashboard),
+    Endpoint("GET", "/v1/viewers", page.viewers),
     Endpoint("GET", "/v1/items", page.find_items, queries=_SEARCH),
     Endpoint("GET", "/health", sight.health),
     Endpoint("GET", "/ready", sight.ready),
@@ -99,14 +101,15 @@ ENDPOINTS = (
 )
 
 
-def make_app(backend: Backend, config: ServerConfig = _DEFAULTS) -> FastAPI:
-    """An application that answers with `backend`. Starts nothing."""
+def make_app(backend: Backend, config: ServerConfig = _DEFAULTS, viewers: tuple[Viewer, ...] = ()) -> FastAPI:
+    """An application that answers with `backend`. Starts nothing. `viewers`: for the page's playground."""
     served = Served(
         backend,
         config,
         Metrics(config.served_name or backend.about.model, backend.stats),
         Answers(config.kept_answers),
         Histories(config.kept_users, config.kept_events),
+        viewers,
     )
 
     @asynccontextmanager

@@ -23,6 +23,7 @@ from rcllm.server.app import make_app
 from rcllm.server.backend import Backend
 from rcllm.server.keys import check_address
 from rcllm.server.served import Served
+from rcllm.server.viewers import Viewer
 
 logger = logging.getLogger(__name__)
 _LOOK_S = 0.2  # how often warming is asked after
@@ -69,10 +70,15 @@ class HttpServer(uvicorn.Server):
         self._served.is_closing = self.should_exit = True
 
 
-def serve(backend: Backend, config: ServerConfig, on_listening: Callable[[str], None] = lambda address: None) -> None:
+def serve(
+    backend: Backend,
+    config: ServerConfig,
+    on_listening: Callable[[str], None] = lambda address: None,
+    viewers: tuple[Viewer, ...] = (),
+) -> None:
     """Listens until a signal comes. Raises ConfigError for an address that may not be used, or is taken."""
     check_address(config)
-    server = HttpServer(make_app(backend, config), config, on_listening)
+    server = HttpServer(make_app(backend, config, viewers), config, on_listening)
     try:
         server.run()
     except SystemExit as error:  # uvicorn has logged why

@@ -26,6 +26,7 @@ from rcllm.server.failures import failure_of
 from rcllm.server.kept import Answers, Histories
 from rcllm.server.keys import Caller
 from rcllm.server.metrics import Metrics
+from rcllm.server.viewers import Viewer
 from rcllm.words import nearest
 
 OnTokens = Callable[[Sequence[int]], None]
@@ -41,6 +42,7 @@ class Served:
     metrics: Metrics
     answers: Answers
     histories: Histories
+    viewers: tuple[Viewer, ...] = ()  # of a published data set, for the page's playground
     clock: Clock = time.perf_counter
     wall_clock: Clock = time.time
     is_closing: bool = False

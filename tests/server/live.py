@@ -11,10 +11,11 @@ from rcllm.config import ServerConfig
 from rcllm.server.app import make_app
 from rcllm.server.backend import Backend
 from rcllm.server.run import HttpServer
+from rcllm.server.viewers import Viewer
 
 
 @contextmanager
-def living(backend: Backend, config: ServerConfig | None = None) -> Iterator[str]:
+def living(backend: Backend, config: ServerConfig | None = None, viewers: tuple[Viewer, ...] = ()) -> Iterator[str]:
     """Yields the address; drains at the end."""
     config = replace(config or ServerConfig(), port=0)
     listening, address = threading.Event(), list[str]()
@@ -23,7 +24,7 @@ def living(backend: Backend, config: ServerConfig | None = None) -> Iterator[str
         address.append(where)
         listening.set()
 
-    server = HttpServer(make_app(backend, config), config, told)
+    server = HttpServer(make_app(backend, config, viewers), config, told)
     thread = threading.Thread(target=server.run, name="server under test", daemon=True)
     thread.start()
     assert listening.wait(20), "the server did not come up"

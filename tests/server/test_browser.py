@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from rcllm.config import ServerConfig
+from rcllm.core.ranking import ItemId
 from rcllm.errors import UncalibratedError
 from rcllm.server.fake import FakeBackend
+from rcllm.server.viewers import Viewer
 from tests.server.live import living
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -27,6 +29,7 @@ pytestmark = [
 EVIL = "<img src=x onerror=\"document.title='broken into'\">"
 ITEMS = {"a": "red lamp", "b": "blue lamp", "c": "red chair", "d": "old table", "e": EVIL, "f": "a plain stool"}
 KEY = "a-key-of-eight"
+VIEWER = Viewer("viewer 7", (ItemId("a"),), (ItemId("b"), ItemId("c")), (ItemId("c"),))
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -48,7 +51,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
-    with living(FakeBackend(ITEMS), ServerConfig()) as address:
+    with living(FakeBackend(ITEMS), ServerConfig(), (VIEWER,)) as address:
         yield address
 
 
@@ -107,6 +110,17 @@ def test_a_ranking_shows_in_the_playground_and_then_in_the_figures(seen: Seen) -
     page.locator("#ttft-spread canvas").wait_for()
 
 
+def test_a_viewer_of_a_data_set_can_be_chosen(seen: Seen) -> None:
+    page = seen.page
+    to_playground(page)
+    page.get_by_label("A viewer of the data set").select_option("viewer 7")
+    page.locator("#candidates .chosen li").nth(1).wait_for()
+    assert page.locator("#history .chosen li span").all_inner_texts() == ["red lamp"]
+    page.get_by_role("button", name="Rank", exact=True).click()
+    page.locator(".receipt").first.wait_for()
+    assert page.locator(".answer").first.locator(".title").all_inner_texts() == ["blue lamp", "red chair ✓ chosen next"]
+
+
 def test_a_title_that_is_markup_is_shown_as_text(seen: Seen) -> None:
     page = seen.page
     rank_example(page)
@@ -124,6 +138,8 @@ def test_everything_is_reached_by_the_keyboard(seen: Seen) -> None:
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.id") == "tab-playground"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "viewer"
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "history-input"
     page.keyboard.type("my own words")

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.resources import files
 
 from starlette.responses import Response
@@ -60,6 +61,11 @@ async def file(ask: Ask) -> Response:
 async def dashboard(ask: Ask) -> JsonReply:
     """What the page draws: counts since the start, and what there is at this moment."""
     return JsonReply(without_nan(overview(ask.served)))
+
+
+async def viewers(ask: Ask) -> JsonReply:
+    """Users of a published data set to try the playground with; none but for `--demo`."""
+    return JsonReply({"viewers": [asdict(viewer) for viewer in ask.served.viewers]})
 
 
 async def find_items(ask: Ask) -> JsonReply:

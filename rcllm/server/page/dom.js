@@ -8,7 +8,7 @@ export function el(name, props = {}, ...children) {
     if (key.includes("-") || key === "role" || key === "for" || key === "scope" || key === "colspan") made.setAttribute(key, value);
     else made[key] = value;
   }
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  made.append(...children.flat(2).filter((child) => child !== null && child !== undefined));
   return made;
 }
 

@@ -4,7 +4,7 @@ import { ask } from "./api.js";
 import { redraw } from "./charts.js";
 import { byId } from "./dom.js";
 import { show } from "./live.js";
-import { serves, start } from "./playground.js";
+import { offerViewers, serves, start } from "./playground.js";
 import { Samples } from "./samples.js";
 import { percent, since } from "./words.js";
 
@@ -42,6 +42,8 @@ async function look() {
 }
 
 async function watch() {
+  await look();
+  await offerViewers().catch(() => {}); // then the playground does without them
   for (;;) {
     if (!document.hidden) await look();
     await new Promise((resolve) => setTimeout(resolve, EVERY_MS));

@@ -13,6 +13,7 @@ const EXAMPLE = { history: 6, candidates: 16 };
 const titles = new Map();
 const history = new Picker(byId("history"), "history", "History", "Items that the user chose, oldest first; or own words.", titles);
 const candidates = new Picker(byId("candidates"), "candidates", "Candidates", "Items to rank; a text that the catalogue lacks works too.", titles);
+let chosenNext = new Set(); // items that the viewer did choose after the history
 const nameOf = (itemId) => titles.get(itemId) ?? itemId;
 
 export function start() {
@@ -25,10 +26,45 @@ export function start() {
   byId("recommend").addEventListener("click", () => busily(recommend));
   byId("example").addEventListener("click", () => busily(example));
   byId("clear").addEventListener("click", () => {
-    history.clear();
-    candidates.clear();
+    empty();
     fill(byId("results"));
   });
+  byId("viewer").addEventListener("change", () => busily(takeViewer));
+}
+
+function empty() {
+  history.clear();
+  candidates.clear();
+  chosenNext = new Set();
+  byId("viewer").value = "";
+}
+
+/** Offers the viewers of a data set, where the server has some. */
+export async function offerViewers() {
+  const { viewers } = await ask("/v1/viewers");
+  if (!viewers.length) return;
+  fill(byId("viewer"), el("option", { value: "" }, "choose one"), viewers.map((viewer, index) => el("option", { value: String(index) }, viewer.name)));
+  byId("viewer-line").hidden = false;
+  byId("viewer").viewers = viewers;
+}
+
+async function takeViewer() {
+  const index = byId("viewer").value;
+  const viewer = byId("viewer").viewers[index];
+  empty();
+  if (!viewer) return;
+  byId("viewer").value = index;
+  await learnTitles([...viewer.history, ...viewer.candidates]);
+  for (const itemId of viewer.history) history.add({ item_id: itemId });
+  for (const itemId of viewer.candidates) candidates.add({ item_id: itemId });
+  chosenNext = new Set(viewer.chosen);
+}
+
+async function learnTitles(itemIds) {
+  const unknown = itemIds.filter((itemId) => !titles.has(itemId));
+  if (!unknown.length) return;
+  const query = unknown.map((itemId) => `item_id=${encodeURIComponent(itemId)}`).join("&");
+  for (const item of (await ask(`/v1/items?${query}`)).items) titles.set(item.item_id, item.text);
 }
 
 /** What the server serves decides what can be asked. */
@@ -58,8 +94,7 @@ const failure = (error) => el("p", { className: "card wrong", role: "alert" }, e
 
 async function example() {
   const told = await ask(`/v1/items?limit=${EXAMPLE.history + EXAMPLE.candidates}`);
-  history.clear();
-  candidates.clear();
+  empty();
   const share = EXAMPLE.history / (EXAMPLE.history + EXAMPLE.candidates);
   told.items.forEach((item, index) => {
     titles.set(item.item_id, item.text);
@@ -130,8 +165,8 @@ function answerCard({ level, told }, places, isBase, baseLevel) {
 function rankingLine(itemId, place, score, before, isBase) {
   return el("li", {},
     el("span", { className: "place" }, String(place + 1)),
-    el("span", { className: "title" }, nameOf(itemId)),
-    el("span", { className: "score" }, score.toFixed(2)),
+    el("span", { className: "title" }, nameOf(itemId), chosenNext.has(itemId) ? el("span", { className: "chosen-next" }, " ✓ chosen next") : null),
+    el("span", { className: "score" }, score.toFixed(2).replace("-", "−")),
     isBase ? el("span", {}) : move(before - place));
 }
 
@@ -150,11 +185,7 @@ const refusedCard = ({ level, error }) => el("article", { className: "card answe
 
 async function recommend() {
   const told = await ask("/v1/recommend", { history: events(), n: 10, explain: true });
-  const unknown = told.items.filter((itemId) => !titles.has(itemId));
-  if (unknown.length) {
-    const query = unknown.map((itemId) => `item_id=${encodeURIComponent(itemId)}`).join("&");
-    for (const item of (await ask(`/v1/items?${query}`)).items) titles.set(item.item_id, item.text);
-  }
+  await learnTitles(told.items);
   fill(byId("results"), el("article", { className: "card answer" },
     el("h3", {}, el("span", {}, "Recommended"), el("span", { className: "ms" }, ms(told.ms))),
     el("p", { className: "muted small" }, `${times(told.tokens_fresh, "token")} fresh, ${told.tokens_reused} reused; ${stages(told.receipt)}`),
