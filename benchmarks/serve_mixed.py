@@ -89,12 +89,12 @@ def _text(prompt: str, num_tokens: int = 24) -> dict[str, object]:
 
 
 def soak(chosen: Options) -> dict[str, float]:
-    """Minutes of everything that clients do, at half the rate that the server can answer."""
+    """Minutes of everything that clients do, at nearly the rate that the server can answer."""
     seconds = 60 if chosen.quick else 600
     memory = _Memory()
     with serving(Serving("blocks", 40, chosen.seed, is_long=False, pool_mb=400)) as server:
         took_s = alone_s(server, "auto", 6)
-        shots = _everything(server.requests, 0.5 / took_s, seconds, chosen.seed)
+        shots = _everything(server.requests, 0.8 / took_s, seconds, chosen.seed)
         memory.pid = server.process.pid
         sent = run_load(Plan(server.address, seconds + 120, shots), memory.look)
     settled = memory.seen[len(memory.seen) // 10 if seconds >= 600 else len(memory.seen) // 2 :]

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.harness import Options, percentile, show
+from benchmarks.harness import Options, console, percentile, show
 from benchmarks.serve_load import Plan, Sent, run_load
 from benchmarks.serve_setup import Server, Serving, poisson, rankings, serving
 from rcllm.sim.plots import COLOURS, label, new_figure, to_png
@@ -99,6 +99,9 @@ def sweep(server: Server, level: str, sizes: Sizes, seed: int) -> Curve:
         most_s = at_s[-1] + 5 * count * unloaded + 30  # five times slower than alone, before it is given up
         shots = rankings(server.requests, f"{level}-{number}", at_s, level=level)
         points.append(point(run_load(Plan(server.address, most_s, shots))))
+        console.print(
+            f"{SYSTEMS[level]}: {points[-1].offered:.2f} asked, {points[-1].answered:.2f} answered per second"
+        )
     return Curve(unloaded * 1e3, tuple(points))
 
 
