@@ -166,7 +166,9 @@ def test_files_that_pages_name_exist(page: str) -> None:
 def _sentences(page: str) -> list[str]:
     """The sentences of prose: without code, drawings, tables and headings."""
     prose = re.sub(r"```.*?```", "\n\n", page, flags=re.DOTALL)
-    lines = ["" if re.match(r"#|\||    ", line) else re.sub(r"^- ", "\n\n", line) for line in prose.splitlines()]
+    lines = [
+        "" if re.match(r"#| *\||    ", line) else re.sub(r"^ *(-|\d+\.) ", "\n\n", line) for line in prose.splitlines()
+    ]
     paragraphs = re.split(r"\n\s*\n", "\n".join(lines))
     return [
         sentence

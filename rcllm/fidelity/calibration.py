@@ -182,7 +182,8 @@ class Calibrated:
         """The rungs that pass and are cheaper than `options`; where those were not measured, all that pass."""
         if self.identity.mask == "blocks":
             return exact_blocks(options, self.identity.mask)
-        passed, asked = passing(self._rungs(options), self.target), Configuration.of(self.context, options)
+        rungs = self._rungs(replace(options, level=Level("auto")))  # exact levels have no setting of their own
+        passed, asked = passing(rungs, self.target), Configuration.of(self.context, options)
         place = next((i for i, rung in enumerate(passed) if rung.configuration == asked), len(passed))
         return tuple(
             Admitted(

@@ -52,7 +52,7 @@ def found_at(calibration: Calibration, level: str) -> Rung:
 
 def corrupt_items(engine: Engine) -> int:
     """Noise over the values of all items that are cached."""
-    blocks = [block for block in engine.pool._blocks.values() if (block.owner or "").startswith("item:")]
+    blocks = [block for block in engine.pool._blocks.values() if (block.owner or "").startswith("item#")]
     noise = torch.Generator().manual_seed(0)
     for block in blocks:
         values = block.kv[:, 1]
