@@ -56,6 +56,7 @@ def main() -> None:
     chosen = options("store", QUESTION, tuple(PARTS))
     sizes = QUICK if chosen.quick else FULL
     bench = prepare(sizes.items, sizes.requests, chosen.seed)
+    bench = dataclasses.replace(bench, requests=bench.requests[: chosen.requests])
     run_parts("store", QUESTION, chosen, {name: partial(part, bench, sizes, chosen) for name, part in PARTS.items()})
 
 

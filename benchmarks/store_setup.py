@@ -7,7 +7,6 @@ store is made once, and kept in the cache folder of rcllm.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import os
@@ -84,6 +83,8 @@ def _fill(bench: Bench, disk: DiskStore) -> None:
     blocks, space = bench.blocks, space_of(bench.engine.prompter.namespace)
     there = disk.lookup_many(block.key for block in blocks)
     absent = [block for block in blocks if block.key not in there]
+    if not absent:
+        return
     with bench.engine.pool.hold() as held:
         bench.engine.rank(bench.requests[0])
         held.fetch(keys_of(bench.engine.prompter.build(bench.requests[0])))
@@ -124,9 +125,9 @@ def sources(answer: RankResponse) -> Counter[str]:
 
 def forget_pages(folder: Path) -> None:
     """Lets the system forget the file of a store that nobody has open: it keeps pages that a process has mapped."""
-    ctypes.CDLL(None).sync()
     handle = os.open(folder / "data.mdb", os.O_RDONLY)
     try:
+        os.fdatasync(handle)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
