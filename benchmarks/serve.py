@@ -1,9 +1,14 @@
-"""What do HTTP, the queue and JSON add to a ranking's own time?
+"""What does serving add to a ranking, how many a second are answered, and what becomes of the rest?
 
-Regime: one request at a time from another process over one kept connection on the loopback, the same requests asked in
-Python and over HTTP by turns; items warm, level `blocks`, every user new; SmolLM2-135M in fp32 on the CPU. Both sides
-tokenise, look up and compute; the difference is what the server adds. Floor: none of it is arithmetic of the model, so
-a server that answers by rule (no model) shows how much is HTTP and JSON alone.
+Regime of `overhead`: one request at a time from another process over one kept connection on the loopback, the same
+requests asked in Python and over HTTP by turns; items warm, level `blocks`, every user new; SmolLM2-135M in fp32 on the
+CPU. Both sides tokenise, look up and compute; the difference is what the server adds. Floor: none of it is arithmetic
+of the model, so a server that answers by rule (no model) shows how much is HTTP and JSON alone.
+
+Regime of the other parts: the server and its load are processes of their own on the loopback, the tuned rankers
+(adapters/), read-out pointwise, 20 candidates. `saturation`, `mixed` and `overload` have prompts of the paper's length,
+with warm items and new users; `soak` has short ones. Ceiling of `saturation`: one over the time of a ranking alone,
+for what a pass of several rankings shares is little.
 """
 
 from __future__ import annotations
@@ -18,11 +23,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import IO
 
 import httpx
 
 from benchmarks.harness import Options, dataset, options, percentile, run_parts, show
+from benchmarks.serve_mixed import mixed, soak
+from benchmarks.serve_sweep import overload, saturation
 from rcllm.config import CacheConfig, Config, ServerConfig
 from rcllm.core.ranking import Level, RankOptions, RankRequest, UserId
 from rcllm.data import Dataset, build_requests, named_items
@@ -34,13 +42,14 @@ from rcllm.server.on_engine import EngineBackend
 from rcllm.server.run import HttpServer
 from rcllm.wire.requests import request_to_json
 
-QUESTION = "What HTTP, the queue and JSON add to a ranking's own time"
+QUESTION = "What HTTP adds to a ranking, how many rankings a second are answered, and what becomes of the rest"
 _WARM_UP = 3  # requests that do not count
 
 
 def main() -> None:
-    chosen = options("serve", QUESTION, ("overhead",))
-    run_parts("serve", QUESTION, chosen, {"overhead": lambda: overhead(chosen)})
+    parts = {"overhead": overhead, "saturation": saturation, "mixed": mixed, "overload": overload, "soak": soak}
+    chosen = options("serve", QUESTION, tuple(parts))
+    run_parts("serve", QUESTION, chosen, {name: partial(part, chosen) for name, part in parts.items()})
 
 
 def overhead(chosen: Options) -> dict[str, float]:

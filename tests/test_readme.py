@@ -1,4 +1,4 @@
-"""The README is true: its files, commands and snippets are used as they stand, and so are the examples.
+"""README and docs/store.md are true: files, commands and snippets are used as they stand, and so are the examples.
 
 They run in a sandbox. Its cache folder holds a tiny random model under the name of the default one, and its working
 folder a small data set under the name of the one that would be fetched. Long commands are told to do less.
@@ -25,13 +25,16 @@ from tests.engine import tiny
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"`([\w.-]+\.jsonl)`[^`\n]*:\n\n```json\n(.*?)```", README, flags=re.DOTALL))
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [
-    words
-    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
-    for line in block.splitlines()
-    if (words := shlex.split(line, comments=True))
-]
+STORE = (ROOT / "docs" / "store.md").read_text(encoding="utf-8")
+SNIPPETS = [each for page in (README, STORE) for each in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)]
+
+
+def commands_of(page: str) -> list[list[str]]:
+    blocks = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    return [words for block in blocks for line in block.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+COMMANDS = commands_of(README)
 PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md")]
 NUM_FILMS, NUM_USERS = 200, 80
 LESS = {  # what is added to a command, so that it takes seconds
@@ -77,14 +80,17 @@ def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 def test_what_is_tested_here_was_found() -> None:
     assert set(FILES) == {"items.jsonl", "requests.jsonl", "viewers.jsonl", "users.jsonl"}
-    assert len(SNIPPETS) == 1
+    assert len(SNIPPETS) == 2
     assert {command for _, command, *_ in COMMANDS} >= {"rank", "recommend", "describe", "calibrate", "tune", "sid"}
 
 
 def test_the_snippets_run(sandbox: Path, capsys: pytest.CaptureFixture[str], one_compute_thread: None) -> None:
     for snippet in SNIPPETS:
-        exec(compile(snippet, "README.md", "exec"), {})
-    assert "tokens reused" in capsys.readouterr().out
+        exec(compile(snippet, "a snippet", "exec"), {})
+    shown = capsys.readouterr().out
+    assert "tokens reused" in shown
+    assert "0 tokens computed" in shown
+    assert re.search(r"disk: \d+ blocks", shown)
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
@@ -95,13 +101,26 @@ def test_the_examples_run(
     assert "tokens reused" in capsys.readouterr().out
 
 
-def test_the_commands_run(sandbox: Path, one_compute_thread: None) -> None:
-    """In one test, since later commands use what earlier ones made."""
-    for program, *words in COMMANDS:
+def run_all(commands: Sequence[Sequence[str]]) -> None:
+    for program, *words in commands:
         assert program == "rcllm"
         less = next((more for name, more in LESS.items() if words[: len(name.split())] == name.split()), "")
         ran = CliRunner().invoke(app, [*words, *less.split()])
         assert ran.exit_code == 0, f"{shlex.join(words)}\n{ran.output}\n{ran.exception!r}"
+
+
+def test_the_commands_of_the_store_run(sandbox: Path, one_compute_thread: None) -> None:
+    commands = commands_of(STORE)
+    assert {words[2] for words in commands if words[1] == "cache"} == {
+        "stats", "verify", "erase", "prune", "compact", "export", "import"
+    }  # fmt: skip
+    run_all(commands)
+    assert (sandbox / "warmed" / "manifest.json").exists()
+
+
+def test_the_commands_run(sandbox: Path, one_compute_thread: None) -> None:
+    """In one test, since later commands use what earlier ones made."""
+    run_all(COMMANDS)
     answers = [json.loads(line) for line in (sandbox / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert set(answers[0]["ranking"]) == {"b2", "b3"}
     for name in (

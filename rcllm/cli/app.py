@@ -26,7 +26,7 @@ _START = "Start here"
 # A new command is a line here, and a declaration in `commands/`; a new group of commands is a line below as well.
 COMMANDS = (
     Listed("demo", "start:demo", "Try it: about four minutes on 2 cores, after downloads of about 100 MB.", _START),
-    Listed("doctor", "start:doctor", "Check machine, model and kernels, and say what to change.", _START),
+    Listed("doctor", "start:doctor", "Check machine, model, kernels and store, and say what to change.", _START),
     Listed("pull", "start:pull", "Fetch a model and put it where every command finds it. Pulling again is free."),
     Listed("warm", "cache:warm", "Compute a catalogue ahead of requests, and keep it on disk."),
     Listed("rank", "rank:rank", "Rank the candidates of every request in a file."),
@@ -108,7 +108,7 @@ def main(
 ) -> None:
     """Language models that recommend, with KV reuse beyond the prefix.
 
-    **pull** a model → **warm**: see what a catalogue needs → **rank** requests → **explain** one answer, block by
+    **pull** a model → **warm**: compute a catalogue, and keep it → **rank** requests → **explain** one answer, block by
     block. **calibrate** finds how far reuse may go before answers change, and rank goes that far; **tune** teaches a
     model to rank, also so that reuse changes nothing. **bench ttft** says what reuse saves on your data; **probe
     position**, what the order of the candidates does; **pool build** makes token prototypes for histories.

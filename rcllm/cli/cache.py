@@ -48,7 +48,8 @@ def warm_command(
         items = _by_popularity(inputs)
         chosen = items[:limit]
         with busy("reading item texts"):
-            whole, part = _size(engine, items), _size(engine, chosen)
+            whole = _size(engine, items)
+            part = whole if limit is None else _size(engine, chosen)
         removed = _remove_stale(engine, item_options, whole)
         start = time.perf_counter()
         done = warm_with_progress(engine, [item.item_id for item in chosen])

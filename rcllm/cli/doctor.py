@@ -1,13 +1,12 @@
 """`rcllm doctor`: what this machine is and can do, and what is wrong with it.
 
-Knows nothing of requests. Invariant: it changes and downloads nothing; every finding says what to do about it.
+Knows nothing of requests. Invariant: it downloads nothing, and keeps nothing; every finding says what to do about it.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import psutil
 import torch
@@ -16,7 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from rcllm.cli.inputs import make_config
-from rcllm.cli.options import EngineOptions
+from rcllm.cli.kept import Finding, Looked, build_for_probes, look_at_store, probe_tenants
+from rcllm.cli.options import EngineOptions, StoreOptions
 from rcllm.cli.screen import busy, console
 from rcllm.cli.tables import facts_table
 from rcllm.config import Config, context_samples
@@ -34,24 +34,16 @@ _BUSY = 0.5  # of the cores, by other processes
 LEAST_MEMORY_GB = 3  # of a machine that serves the bundled model with default settings: a process takes 60 %
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """`problem`: it does not work; `advice`: it works, but could be faster."""
-
-    kind: Literal["problem", "advice"]
-    text: str
-
-
-def doctor_command(
-    engine_options: EngineOptions,
-) -> None:
+def doctor_command(engine_options: EngineOptions, store: StoreOptions) -> None:
     """Prints what it finds; ends with 1 for a problem."""
-    config = make_config(engine_options)
+    config = make_config(engine_options, store=store)
     screen, findings = console(), list[Finding]()
     busy_share = psutil.cpu_percent(interval=0.5) / 100
     machine = describe_hardware()
     screen.print(facts_table("Machine", _machine(machine)))
     findings += _about_machine(machine, busy_share)
+    with busy("looking at the store"):
+        kept = look_at_store(config.store)
     engine, problem = _load(config)
     if engine is None:
         findings.append(Finding("problem", problem))
@@ -62,6 +54,11 @@ def doctor_command(
         with busy("measuring"):
             rates = _rates(engine)
         screen.print(facts_table("\nCompute", {"native kernels": fact} | rates))
+        with busy("asking as two tenants"):
+            tenants = probe_tenants(engine)
+        kept = Looked({**kept.facts, **tenants.facts}, (*kept.findings, *tenants.findings))
+    screen.print(facts_table("\nWhat is kept", kept.facts))
+    findings += kept.findings
     _report(findings, screen)
     if any(finding.kind == "problem" for finding in findings):
         raise typer.Exit(1)
@@ -107,14 +104,14 @@ def _about_machine(machine: Machine, busy_share: float) -> list[Finding]:
 
 
 def _load(config: Config) -> tuple[Engine | None, str]:
-    """The engine without items, or why there is none."""
+    """The engine with a made-up item, or why there is none."""
     if local_folder(config.model.path) is None:
         return None, f"the model {config.model.path!r} is not on this machine: rcllm pull {config.model.path}"
     if context_samples(config.prompt.context):  # needs data, and changes nothing that is looked at here
         config = replace(config, prompt=replace(config.prompt, context="instruction"))
     try:
         with busy("loading the model"):
-            return Engine.build({}, config), ""
+            return build_for_probes(config), ""
     except RcllmError as error:
         return None, str(error)
 

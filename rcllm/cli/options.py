@@ -49,7 +49,7 @@ class EngineOptions:
     config: Annotated[
         Path | None,
         Opt(
-            "TOML with [model], [prompt], [cache], [rank], [server]; options here win over it.",
+            "TOML with [model], [prompt], [cache], [store], [rank], [server]; options here win over it.",
             metavar="FILE",
             panel="Model and cache",
         ),

@@ -60,7 +60,7 @@ class Endpoint:
         return self.path.replace(":path", "")
 
 
-_SEARCH: dict[str, dict[str, Any]] = {
+_SEARCH: Mapping[str, dict[str, Any]] = {
     "query": {"type": "string", "maxLength": 200},
     "limit": {"type": "integer", "minimum": 1, "maximum": page.MAX_FOUND},
     "item_id": {"type": "array", "items": {"type": "string"}},

@@ -110,12 +110,19 @@ class EngineBackend:
         self._enter(waiting)
         try:
             outcome: Response = await waiting.future
-            if self._guard is not None and isinstance(outcome, RankResponse) and not asked.again:
-                self._guard.observe(asked.request, outcome)  # type: ignore[arg-type]  # it was a ranking
+            if isinstance(asked.request, RankRequest) and isinstance(outcome, RankResponse) and not asked.again:
+                self._observe(asked.request, outcome)
             return outcome
         except asyncio.CancelledError:
             waiting.abandon()
             raise
+
+    def _observe(self, request: RankRequest, response: RankResponse) -> None:
+        """Lets the guard draw from what was served."""
+        if self._guard is not None:
+            self._guard.observe(request, response)
+            if self._guard.due_s is not None:
+                self._loop.wake()
 
     async def change(self, change: Change) -> Changed:
         if isinstance(change, WarmItems):

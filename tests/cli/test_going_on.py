@@ -103,6 +103,7 @@ def _largest_file(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.filterwarnings("default::rcllm.errors.StoreWarning")  # the store has no room either
 def test_a_full_disk_keeps_what_was_written(run: Run, shop: Shop, many: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     words = ["rank", *shop.on_items, "--in", many, "--out", out]

@@ -42,7 +42,7 @@ def test_warm_tells_what_a_catalogue_needs(run: Run, shop: Shop) -> None:
 
 def test_warm_tells_that_a_catalogue_does_not_fit(run: Run, shop: Shop, tmp_path: Path) -> None:
     config = tmp_path / "rcllm.toml"
-    config.write_text("[cache]\npool_mb = 1\n", encoding="utf-8")
+    config.write_text("[cache]\npool_mb = 1\n[store]\ndisk_mb = 1\n", encoding="utf-8")
     titles = [{"item_id": n, "title": f"{n} {n * 7919} {n * 104729}"} for n in range(400)]
     items = write_lines(tmp_path / "items.jsonl", titles)
     shown = run("warm", "--model", shop.model, "--items", items, "--config", config)

@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken
 
+from rcllm.cache import rates
 from rcllm.codes.index import CodeIndex
 from rcllm.codes.sid_files import write_codes
 from rcllm.core.ranking import ItemId
@@ -79,6 +80,18 @@ def test_answers_come_in_order(run: Run, decoder: Decoder) -> None:
         assert answer["scores"] == sorted(answer["scores"], reverse=True)
         assert "receipt" not in answer
         assert answer["tokens_fresh"] > 0
+
+
+def test_histories_are_kept_for_the_next_run(run: Run, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rates._FIRST_BYTES_PER_S, "disk", 1e15)  # so small a model sooner computes than reads
+    monkeypatch.setattr(rates.Rate, "saw", lambda rate, amount, seconds: None)
+    first, second, without = (
+        read_lines(run(*decoder.words, "--explain", *more).stdout) for more in ((), (), ("--no-store",))
+    )
+    for a, b, c in zip(first, second, without, strict=True):
+        assert a["items"] == b["items"] == c["items"]
+    fresh = [[answer["tokens_fresh"] for answer in answers] for answers in (first, second, without)]
+    assert fresh[1] < fresh[0] == fresh[2]
 
 
 def test_files_of_items_hold_for_every_request(run: Run, decoder: Decoder, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def bearer(key: str) -> dict[str, str]:
 # ---- keys -----------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_key_nothing_is_reached_but_whether_it_lives(closed: TestClient) -> None:
+def test_without_a_key_nothing_is_reached_but_whether_it_lives_and_an_empty_page(closed: TestClient) -> None:
     for endpoint in ENDPOINTS:
         reply = closed.request(endpoint.method, endpoint.path, json={})
         expected = {"/page/{name}": 404}.get(endpoint.path, 200 if endpoint.path in OPEN else 401)

@@ -6,6 +6,7 @@ A child process opens each damaged copy, reads, writes and erases in it, for LMD
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,26 @@ def test_a_file_that_lost_its_end_is_refused_with_words(whole: Path, tmp_path: P
     (tmp_path / "data.mdb").write_bytes((whole / "data.mdb").read_bytes()[:-300_000])
     with pytest.raises(StoreError, match=r"the file is damaged .* rcllm cache verify --repair"):
         DiskStore.open(tmp_path, MB)
+
+
+def test_a_file_that_is_cut_while_it_is_read_ends_the_process_and_the_next_one_says_so(tmp_path: Path) -> None:
+    """Memory that is mapped from a file ends with the file: the system says so by a signal that nobody can handle."""
+    folder = tmp_path / "store"
+    ended = run(
+        """
+import os, sys
+from pathlib import Path
+from tests.store.disks import *
+folder = Path(sys.argv[1])
+with DiskStore.open(folder, 100 * MB) as store:
+    put(store, range(50))
+    found = store.get_many([key(n) for n in range(50)])
+    os.truncate(folder / "data.mdb", 16384)
+    print(sum(bytes(block.data)[-1] for block in found.values()))
+""",
+        folder,
+    )
+    assert ended.returncode == -signal.SIGBUS, ended.stderr
+    assert ended.stdout == ""
+    with pytest.raises(StoreError, match="verify --repair"):
+        DiskStore.open(folder, 100 * MB)

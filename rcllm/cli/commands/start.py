@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from rcllm.annotated import Ge, Opt
-from rcllm.cli.options import EngineOptions
+from rcllm.cli.options import EngineOptions, StoreOptions
 from rcllm.cli.spread import spread
 from rcllm.config import ModelConfig
 
@@ -26,10 +26,11 @@ def demo(
 
 
 @spread("rcllm.cli.doctor:doctor_command")
-def doctor(engine_options: EngineOptions) -> None:
-    """Check machine, model and kernels, and say what to change.
+def doctor(engine_options: EngineOptions, store: StoreOptions) -> None:
+    """Check machine, model, kernels and store, and say what to change.
 
-    Measures what they can do, too. Ends with 1 where there is a problem.
+    Measures what they can do, and asks as two tenants whether one reads what the other computed. Ends with 1 where
+    there is a problem.
 
     Example: `rcllm doctor --memory-mb 4000`
     """

@@ -29,8 +29,8 @@ _NAMES = ("blocks", "entries", "owners", "order", "spaces", "erasures", "facts")
 _MAX_MAP_BYTES = 1 << 40
 _MAX_READERS = 1024  # leases and look-ups at one moment, of all processes
 _OPENED_TWICE = (
-    "this process has it open, and can open it once. Engines whose configuration names one folder share it; otherwise "
-    "hand the open store on, as Engine.build(…, store=…), or close it first"
+    "it is already open in this process, which can open it once. Engines whose configuration names one folder share "
+    "it; otherwise hand the open store on, as Engine.build(…, store=…), or close it first"
 )
 
 
