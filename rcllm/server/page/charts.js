@@ -45,7 +45,7 @@ export class Chart {
     this.plot = new window.uPlot({
       width,
       height: height ?? HEIGHT,
-      padding: [8, 8, 0, 0],
+      padding: [8, 24, 0, 0],
       scales,
       cursor: { y: false, points: { size: 6 }, drag: { x: false, y: false } },
       legend: { live: true },
