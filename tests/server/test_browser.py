@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,8 +245,29 @@ def test_a_refused_level_stands_beside_the_others(browser: Any) -> None:
         seen.page.context.close()
 
 
-def test_the_license_of_what_is_carried_is_beside_it() -> None:
-    assert (Path(__file__).parents[2] / "rcllm" / "server" / "page" / "uplot-LICENSE.txt").is_file()
+def test_what_follows_from_two_looks(seen: Seen) -> None:
+    """Quantiles by the straight line within a bucket; differences by word; late answers are 503."""
+    told = seen.page.evaluate(
+        """async () => {
+            const { grown, outcomes, quantile, spread, Samples } = await import('/page/samples.js');
+            const requests = (counts, failed) => ({ requests: { ttft: [{ kind: 'rank', level: 'blocks', counts }],
+                answered: { rank: 9 }, degraded: { level: 2 }, failed } });
+            const old = requests([1, 0, 0], {});
+            const now = requests([1, 4, 0], { overloaded: 3, deadline: 2, invalid: 1 });
+            const samples = new Samples();
+            for (const time_s of [0, 100, 1000, 1001]) samples.add({ time_s, started_s: 5 });
+            const kept = samples.all.map((look) => look.time_s);
+            samples.add({ time_s: 1002, started_s: 999 });
+            const medians = [[0, 4, 0], [0, 0, 2], [0, 0, 0]].map((counts) => quantile(0.5, counts, [1, 2]));
+            return [...medians, spread(now, old)[0].counts, spread(old, old).length, grown({ a: 3, b: 1 }, { a: 1 }),
+                outcomes(now, null), kept, samples.all.length];
+        }"""
+    )
+    assert told[:2] == [1500, 2000]
+    assert math.isnan(told[2])
+    assert told[3:6] == [[0, 4, 0], 0, {"a": 2, "b": 1}]
+    assert told[6] == {"answered": 9, "degraded": 2, "r429": 3, "r503": 2, "other": 1}
+    assert told[7:] == [[100, 1000, 1001], 1], "old looks go, and those of a server that was started anew"
 
 
 # every visible text against the nearest ground that is painted
