@@ -54,7 +54,7 @@ def mixed(chosen: Options) -> dict[str, float]:
 def _alone_and_beside(server: Server, chosen: Options) -> tuple[list[float], list[Sent]]:
     """Milliseconds of rankings alone; what became of all requests where there is other work."""
     took_s = alone_s(server, "auto", 4)
-    at_s = poisson(BUSY / took_s, chosen.requests or (25 if chosen.quick else 150), chosen.seed)
+    at_s = poisson(BUSY / took_s, chosen.requests or (16 if chosen.quick else 150), chosen.seed)
     most_s = 3 * at_s[-1] + 120
     alone = run_load(Plan(server.address, most_s, rankings(server.requests, "alone", at_s, level="auto")))
     lanes = _searches(server.requests), _texts(server.requests)
