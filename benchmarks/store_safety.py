@@ -31,7 +31,7 @@ from benchmarks.store_setup import SET, at_blocks
 from benchmarks.store_victim import BUDGET_BYTES, NUM_KEYS, key, num_wrong
 from rcllm.cache.pool import Pool
 from rcllm.config import MIB, CacheConfig, Config, PromptConfig
-from rcllm.core.ranking import ContentKey, RankRequest, Scores
+from rcllm.core.ranking import ContentKey, RankRequest
 from rcllm.data import build_requests
 from rcllm.engine.engine import Engine
 from rcllm.engine.prefill import keys_of
@@ -135,7 +135,7 @@ class _Whole:
     request: RankRequest
     file: bytes
     blocks: Mapping[ContentKey, bytes]
-    scores: Scores  # without a store
+    scores: tuple[float, ...]  # without a store
     tree_pages: tuple[int, ...]
 
 
