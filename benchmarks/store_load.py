@@ -45,6 +45,7 @@ def main() -> None:
     base = Engine.build(data.catalogue, Config(prompt=PromptConfig("titles"), cache=CacheConfig(pool_mb=_POOL_MB)))
     asked = build_requests(data, _USERS, num_candidates=10, num_history=6, min_history=3, seed=chosen.seed)
     with place() as folder, _over_store(base, folder) as (engine, tiers):
+        _fill(engine, asked)
         load = Load(engine, folder / "data.mdb", asked, chosen.seed)
         seconds = 60.0 if chosen.quick else 600.0
         samples = load.run(seconds)
@@ -62,6 +63,14 @@ def _over_store(base: Engine, folder: Path) -> Iterator[tuple[Engine, Tiers]]:
     pool = Pool(_POOL_MB * MIB, base.pool.dtype, base.pool.device, tiers.store, space=space)
     with Engine(base.config, base.decoder, base.prompter, pool, base.model_id, tiers=tiers) as engine:
         yield engine, tiers
+
+
+def _fill(engine: Engine, asked: Sequence[RankRequest]) -> None:
+    """Ranks until the pool has no room left, so that what grows afterwards is not the pool."""
+    for request in asked:
+        engine.rank(dataclasses.replace(request, options=RankOptions(level=Level("blocks"))))
+        if engine.pool.free_bytes < engine.pool.budget // 50:
+            return
 
 
 @dataclasses.dataclass(frozen=True)
