@@ -7,6 +7,7 @@ miss and is counted; only erasing may raise, for erasing is not best-effort.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -47,6 +48,9 @@ class Below:
         self.store, self.space, self.rates = store, space, rates
         self._clock = clock
         self._lock = threading.Lock()  # of the counts and the rates
+        self._looking_s = defaultdict[Source, float](
+            float
+        )  # in look-ups since a tier was last read: they may fetch pages
         self.errors = 0
 
     @property
@@ -55,9 +59,15 @@ class Below:
 
     def lookup_many(self, keys: Sequence[ContentKey]) -> dict[ContentKey, Located]:
         """Where each of `keys` is, and how long reading it is estimated to take."""
+        start = self._clock()
+        found = self._found(keys)
+        seconds, tiers = self._clock() - start, {each.tier for each in found.values()}
+        with self._lock:
+            for tier in tiers:
+                self._looking_s[tier] += seconds / len(tiers)
         return {
-            key: Located(found.tier, found.num_bytes, self.rates.fetch_ms(found.tier, found.num_bytes))
-            for key, found in self._found(keys).items()
+            key: Located(each.tier, each.num_bytes, self.rates.fetch_ms(each.tier, each.num_bytes))
+            for key, each in found.items()
         }
 
     def read_many(self, keys: Sequence[ContentKey]) -> dict[ContentKey, tuple[Block, Source]]:
@@ -71,6 +81,7 @@ class Below:
             blocks = self._decoded(self._asking(lambda some=some: self.store.get_many(some)) or {})  # type: ignore[misc]
             seconds = self._clock() - start
             with self._lock:
+                seconds += self._looking_s.pop(tier, 0.0)
                 self.rates.bytes_of[tier].saw(sum(block.num_bytes for block in blocks.values()), seconds)
             read |= {key: (block, tier) for key, block in blocks.items()}
         return read

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rcllm.cache.below import Below
 from rcllm.cache.lookup import Located, Lookup
 from rcllm.cache.rates import Rate, Rates
 from rcllm.core.ranking import ContentKey
+from rcllm.store.codec import encode
+from rcllm.store.contract import Found, Stored
+from rcllm.store.memory import MemoryStore
 
 A, B, C = (ContentKey(bytes([n]) * 32) for n in range(3))
 
@@ -79,3 +85,21 @@ def test_a_file_that_says_nothing_useful_is_left_alone(tmp_path: Path, text: str
     rates = Rates()
     rates.load(path)
     assert rates.told() == Rates().told()
+
+
+def test_what_a_look_up_takes_belongs_to_the_read_that_follows() -> None:
+    """A regression: a cold disk looked 13 times as fast as it was, since its look-up had brought the pages in."""
+    now = [0.0]
+
+    class Slow(MemoryStore):
+        def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
+            now[0] += 1.0
+            return super().lookup_many(keys)
+
+    store, rates = Slow(1 << 20), Rates()
+    data = encode(torch.zeros(1, 2, 1, 4, 2))
+    store.put_many({A: Stored(data, 1.0, None)})
+    below = Below(store, "", rates, lambda: now[0])
+    below.lookup_many([A])
+    below.read_many([A])
+    assert rates.bytes_of["host"].per_s == pytest.approx(1 * 2 * 1 * 4 * 2 * 4 / 1.0)

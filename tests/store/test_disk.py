@@ -219,3 +219,13 @@ def test_what_is_put_is_copied(store: DiskStore) -> None:
     store.put_many({key(1): Stored(memoryview(data), 1.0, None)})
     data[:] = bytes(len(data))
     assert served(store, [1]) == {1}
+
+
+def test_closing_twice_closes_nothing_of_others(tmp_path: Path) -> None:
+    """A regression: the second time closed a descriptor that might be somebody else's by then."""
+    disk = DiskStore.open(tmp_path / "store", 1 << 24)
+    disk.close()
+    with open(tmp_path / "other", "wb") as other:
+        disk.close()
+        other.write(b"still open")
+    assert (tmp_path / "other").read_bytes() == b"still open"

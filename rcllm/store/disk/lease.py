@@ -43,6 +43,11 @@ class Leases:
             if self._closing and not self._began:
                 self._at_end()
 
+    @property
+    def are_closed(self) -> bool:
+        """Whether no new one is given."""
+        return self._closing
+
     def close(self) -> None:
         with self._lock:
             self._closing = True

@@ -95,12 +95,14 @@ class DiskStore:
         access, announced = self._access, 0
         with access.telling(), access.reading() as txn:
             for key in keys:
-                entry = access.entry(txn, key)
-                if entry is not None and (data := txn.get(key, db=access.opened.dbs.blocks)) is not None:
-                    found[key] = Found("disk", entry.num_bytes)
-                    announced += entry.num_bytes
-                    if announced <= _AHEAD_BYTES:
-                        ahead.announce(data)
+                if (entry := access.entry(txn, key)) is None:
+                    continue
+                announced += entry.num_bytes
+                if announced <= _AHEAD_BYTES:  # py-lmdb reads all pages of a value that it returns
+                    if (data := txn.get(key, db=access.opened.dbs.blocks)) is None:
+                        continue
+                    ahead.announce(data)
+                found[key] = Found("disk", entry.num_bytes)
         return found
 
     def get_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Stored]:
@@ -152,8 +154,8 @@ class DiskStore:
         return (TierStats("disk", state.num_blocks, state.num_bytes, self.budget_bytes, *counts),)
 
     def close(self) -> None:
-        """Blocks that are in use stay in place; the file is let go when the last of them is."""
-        if not self._access.is_fork:
+        """Blocks that are in use stay in place; the file is let go when the last of them is. Again: does nothing."""
+        if not self._access.is_fork and not self._leases.are_closed:
             self._access.flush()
             self._leases.close()
 
