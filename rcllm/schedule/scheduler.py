@@ -207,13 +207,14 @@ class Scheduler:
         waiting = {name: kind for name, kind in self._kinds.items() if kind.num_waiting and not kind.limits.idle}
         if not waiting and not self._running:
             yield from self._fill_idle_time()
-        hurried = self._earn(waiting)
+        hurried, saving = self._earn(waiting), False
         taken = _Taken(self.limits, now_s)
         while waiting:
             name = min(waiting, key=lambda each: waiting[each].served)
             kind = waiting[name]
             work = self._head(kind)
-            held = work is not None and hurried and work.goes_on and work.rows > self._saved
+            held = work is not None and hurried and work.goes_on and (saving or work.rows > self._saved)
+            saving = saving or held  # what is saved is for who was given least; others would spend it for ever
             if work is None or held or not kind.has_room(work) or not taken.add(work):
                 del waiting[name]  # until the next turn: what came after it would overtake it
                 continue

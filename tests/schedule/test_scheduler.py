@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -169,6 +169,12 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
+@example(
+    starved={"kind": "generate", "rows": 31, "phase": None},
+    flood=[{"kind": "rank", "rows": 1}, {"kind": "recommend", "rows": 30}],
+    within=None,
+    other_rows=30,
+)
 @settings(max_examples=40, deadline=None)
 @given(
     starved=st.builds(dict, kind=st.sampled_from(KINDS), rows=st.integers(1, 150), phase=st.sampled_from([None, "x"])),
