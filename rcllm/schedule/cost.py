@@ -19,6 +19,7 @@ FloatArray = npt.NDArray[np.float64]
 
 MARGIN = 1.25  # what an estimate is taken times where being late matters: a tenth more or less is its usual error
 _WINDOW = 64  # passes that rates are fitted to
+_REFIT = 8  # passes between two fits once the window is full: one takes a third of a millisecond
 _TRUST = 0.2  # weight of the first values beside the passes, each of which weighs 1
 _RECENT = 9  # passes whose median tells how loaded the machine is now
 _ERRORS = 64  # passes that the reported error is the median of
@@ -114,7 +115,9 @@ class CostModel:
         self._demands.append(demand.array())
         self._ms.append(ms)
         self.num_passes += 1
-        self._fit()
+        if self.num_passes <= _WINDOW or self.num_passes % _REFIT == 0:
+            self._fit()
+        self._weigh()
 
     def _fit(self) -> None:
         demands, ms = np.array(self._demands), np.array(self._ms)
@@ -124,8 +127,13 @@ class CostModel:
         pull = np.eye(len(unit)) * _TRUST**0.5
         found, _ = nnls(np.vstack((relative, pull)), np.concatenate((np.ones(len(ms)), np.diag(pull))))
         self._rates = found * unit
-        recent = ms[-_RECENT:] / np.maximum(demands[-_RECENT:] @ self._rates, _SHORTEST_MS)
-        self._load = float(np.median(recent))
+
+    def _weigh(self) -> None:
+        """How much longer than by the rates the last passes took, since others compute on the machine, too."""
+        demands = np.array([self._demands[i] for i in range(-min(_RECENT, len(self._demands)), 0)])
+        estimates = (demands @ self._rates).tolist()
+        recent = [ms / max(each, _SHORTEST_MS) for ms, each in zip(list(self._ms)[-_RECENT:], estimates, strict=True)]
+        self._load = statistics.median(recent)
         self._scaled = self._rates * self._load
 
     def stats(self) -> CostStats:
