@@ -27,6 +27,7 @@ from rcllm.cache.pool import Pool
 from rcllm.config import MIB, CacheConfig, Config, PromptConfig, StoreConfig
 from rcllm.core.ranking import Item, Level, RankOptions, RankRequest, UserId
 from rcllm.data import build_requests
+from rcllm.engine.arenas import share_arenas
 from rcllm.engine.engine import Engine
 from rcllm.engine.space import about, space_of
 from rcllm.engine.tiers import Tiers, open_tiers
@@ -41,6 +42,7 @@ _CLOSE = 1e-3  # between scores of the same blocks that were computed in other c
 
 def main() -> None:
     chosen = options("store_load", QUESTION)
+    share_arenas()  # as the command line does
     data = dataset(SET)
     base = Engine.build(data.catalogue, Config(prompt=PromptConfig("titles"), cache=CacheConfig(pool_mb=_POOL_MB)))
     asked = build_requests(data, _USERS, num_candidates=10, num_history=6, min_history=3, seed=chosen.seed)

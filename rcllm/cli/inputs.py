@@ -26,6 +26,7 @@ from rcllm.data import (
     load_dataset,
     named_items,
 )
+from rcllm.engine.arenas import share_arenas
 from rcllm.engine.engine import Engine
 from rcllm.engine.fit import fit
 from rcllm.errors import ConfigError, DataError, TextWarning
@@ -142,6 +143,7 @@ def make_engine(
     `like`: the requests to come; sampled canonical contexts take their shape. `asked`: their options, where they do not
     say so themselves.
     """
+    share_arenas()
     samples = context_requests(config.prompt.context, inputs, like)
     options = [request.options or config.rank for request in like] if asked is None else asked
     fitted = fit(inputs.catalogue, config)
