@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from rcllm.engine.engine import Engine
 from tests.engine import tiny
+
+# no example fails because the machine was busy
+settings.register_profile("rcllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("rcllm")
 
 _STORES = tempfile.TemporaryDirectory(prefix="rcllm-stores-")  # removed at the end of the run
 _NUMBERS = itertools.count()
