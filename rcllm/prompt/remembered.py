@@ -19,7 +19,10 @@ _LARGEST_SHARE = 1 / 256  # of the budget, that one text may take
 
 
 class Remembered:
-    """Calls `encode` for a text that it does not know. The least recently used go first. Safe to share."""
+    """Calls `encode` for a text that it does not know. The least recently used go first. Safe to share.
+
+    Uses are noted once it is half full.
+    """
 
     def __init__(self, encode: Callable[[str], TokenIds], max_bytes: int) -> None:
         self.max_bytes, self.num_bytes = max_bytes, 0
@@ -28,10 +31,10 @@ class Remembered:
         self._lock = threading.Lock()
 
     def __call__(self, text: str) -> TokenIds:
-        with self._lock:
-            if (known := self._known.get(text)) is not None:
-                self._known.move_to_end(text)
-                return known
+        if (known := self._known.get(text)) is not None:
+            if self.num_bytes > self.max_bytes // 2:  # before, nothing will have to go for long
+                self._note_use(text)
+            return known
         ids = self._encode(text)
         if _bytes(text, ids) <= self.max_bytes * _LARGEST_SHARE:
             self._keep(text, ids)
@@ -39,6 +42,11 @@ class Remembered:
 
     def __len__(self) -> int:
         return len(self._known)
+
+    def _note_use(self, text: str) -> None:
+        with self._lock:
+            if text in self._known:  # another thread may have pushed it out
+                self._known.move_to_end(text)
 
     def _keep(self, text: str, ids: TokenIds) -> None:
         with self._lock:
