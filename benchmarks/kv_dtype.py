@@ -26,13 +26,13 @@ from rcllm.cache.pool import Pool
 from rcllm.config import MIB, CacheConfig, Config
 from rcllm.core.ranking import Level, RankOptions, RankRequest
 from rcllm.data import Dataset
-from rcllm.engine.build import DTYPES as TORCH_DTYPES
 from rcllm.engine.engine import Engine
 from rcllm.engine.prefill import keys_of
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
 from rcllm.fidelity.records import Record, RecordFile
 from rcllm.fidelity.summary import summarise
+from rcllm.store.codec import DTYPES as TORCH_DTYPES
 
 QUESTION = "Bytes, score error, NDCG@10 and TTFT of KV kept in fp32, fp16, bf16 and int8"
 DTYPES = ("fp32", "fp16", "bf16", "int8")

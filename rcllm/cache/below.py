@@ -48,9 +48,8 @@ class Below:
         self.store, self.space, self.rates = store, space, rates
         self._clock = clock
         self._lock = threading.Lock()  # of the counts and the rates
-        self._looking_s = defaultdict[Source, float](
-            float
-        )  # in look-ups since a tier was last read: they may fetch pages
+        # in look-ups since a tier was last read: they may fetch pages
+        self._looking_s = defaultdict[Source, float](float)
         self.errors = 0
 
     @property

@@ -78,11 +78,6 @@ class Pool:
         return self._index.budget
 
     @property
-    def keeps_below(self) -> bool:
-        """Whether a store takes what is published."""
-        return not self._below.keeps_nothing
-
-    @property
     def free_bytes(self) -> int:
         return self._index.budget - self._index.used
 

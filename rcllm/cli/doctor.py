@@ -20,13 +20,13 @@ from rcllm.cli.options import EngineOptions, StoreOptions
 from rcllm.cli.screen import busy, console
 from rcllm.cli.tables import facts_table
 from rcllm.config import Config, context_samples
-from rcllm.engine.build import DTYPES
 from rcllm.engine.engine import Engine
 from rcllm.errors import RcllmError
 from rcllm.model.attend.choose import native_fits
 from rcllm.model.attend.native import find_compiler, kernels
 from rcllm.model.ceilings import Machine, describe_hardware, measure_bandwidth, measure_gemm
 from rcllm.model.pull import local_folder
+from rcllm.store.codec import DTYPES
 
 _ITEM_TOKENS = 100
 _ROWS = (64, 1024)  # fresh tokens of a request that reuses, and of one that does not

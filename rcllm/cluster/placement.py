@@ -29,10 +29,6 @@ class Room:
     num_nodes: int
     node_bytes: int
 
-    @property
-    def total_bytes(self) -> int:
-        return self.num_nodes * self.node_bytes
-
 
 @dataclass(frozen=True, slots=True)
 class Placement:

@@ -32,9 +32,9 @@ from rcllm.prompt.template import chat_format
 from rcllm.prompt.tokenizer import Tokenizer, end_token
 from rcllm.prototypes.pool import PrototypePool
 from rcllm.schedule.admission import Identity
+from rcllm.store.codec import DTYPES
 from rcllm.store.contract import Store
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}  # int8: KV alone
 _SMALLEST_POOL_TOKENS = 256
 
 

@@ -18,9 +18,9 @@ from rcllm.engine.prefill import Prefill
 from rcllm.metrics import Clock
 from rcllm.prompt.blocks import Prompter
 from rcllm.reuse.missing import Missing, canonical, chunks
+from rcllm.store.sealed import HEADER_BYTES
 
 _CHUNK_TOKENS = 512  # of a pass that warms: requests that come meanwhile wait for it, and more rows are hardly faster
-_HEADER = 48  # bytes of a block in a store, beside its KV
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,10 @@ class Warming:
             with alone():
                 fitting = self._within(self._pool.free_bytes, chunk)
                 tokens += self._compute(fitting, self._pool)
-                room_below -= self._num_bytes(fitting, _HEADER)
-                rest = self._within(room_below, chunk[len(fitting) :], _HEADER)
+                room_below -= self._num_bytes(fitting, HEADER_BYTES)
+                rest = self._within(room_below, chunk[len(fitting) :], HEADER_BYTES)
                 tokens += self._compute(rest, self._pool.beside(self._beside_bytes))
-                room_below -= self._num_bytes(rest, _HEADER)
+                room_below -= self._num_bytes(rest, HEADER_BYTES)
             done = [*fitting, *rest]
             num_bytes += self._num_bytes(done, 0)
             left, full = left - len(done), len(done) < len(chunk)

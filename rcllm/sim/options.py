@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rcllm.annotated import Ge, Gt, Interval, Opt
+from rcllm.annotated import Ge, Gt, Interval, Of, Opt
 from rcllm.core.requests import Level, Mask
 from rcllm.errors import ConfigError
 
@@ -133,50 +133,42 @@ class RunOptions:
     seed: Annotated[int, Ge(0), Opt("Draws requests, times and lengths.")] = 0
 
 
+_WORKLOAD, _SYSTEM = Workload(), System()  # whose words and defaults a plan shares
+
+
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
     """What is to be served, on what, and how quickly."""
 
-    items: Annotated[int, Ge(1), Opt("Items in the catalogue.", panel=_WHAT)]
-    qps: Annotated[float, Gt(0), Opt("Requests a second.", panel=_WHEN)]
+    items: Annotated[int, Of(Workload, "items")]
+    qps: Annotated[float, Of(Workload, "qps")]
     slo_ms: Annotated[float, Gt(0), Opt("The target: so many milliseconds to the first token …", panel=_WHEN)]
     percentile: Annotated[float, Interval(gt=0, lt=100), Opt("… for so many per cent of requests.", panel=_WHEN)] = 99.0
     tokens_per_item: Annotated[float, Ge(1), Opt("In the mean.", panel=_LONG)] = 100.0
-    candidates: Annotated[int, Ge(1), Opt("Candidates of a request, in the median.", panel=_WHAT)] = 20
-    history_tokens: Annotated[float, Ge(0), Opt("Of a user's history, in the median.", panel=_LONG)] = 400.0
+    candidates: Annotated[int, Of(Workload, "candidates")] = _WORKLOAD.candidates
+    history_tokens: Annotated[float, Of(Workload, "history_tokens")] = _WORKLOAD.history_tokens
     zipf: Annotated[float, Ge(0), Opt("Exponent of popularity.", panel=_WHAT)] = 0.8
-    locality: Annotated[
-        float, Interval(ge=0, le=1), Opt("Share of candidates from the topic of the request.", panel=_WHAT)
-    ] = 0.85
+    locality: Annotated[float, Of(Workload, "locality")] = _WORKLOAD.locality
     topics: Annotated[int, Ge(1), Opt("Topics of the catalogue.", panel=_WHAT)] = 1000
-    arrivals: Annotated[Arrivals, Opt("bursty: 2.6 times the rate for a fifth of the time.", panel=_WHEN)] = "poisson"
-    model: Annotated[
-        str, Opt("qwen3-8b, qwen2.5-72b, qwen3-0.6b, smollm2-135m, or a model's folder.", metavar="NAME", panel=_NODES)
-    ] = "qwen3-8b"
-    gpu: Annotated[str, Opt("a100, h100, h200 or l4.", metavar="NAME", panel=_NODES)] = "a100"
-    gpus: Annotated[int, Ge(1), Opt("GPUs of a node, which work as one.", panel=_NODES)] = 1
-    costs: Annotated[
-        Path | None,
-        Opt("Measured passes, by `python -m benchmarks.pass_costs`, in place of a GPU.", metavar="FILE", panel=_NODES),
-    ] = None
+    arrivals: Annotated[Arrivals, Of(Workload, "arrivals")] = _WORKLOAD.arrivals
+    model: Annotated[str, Of(System, "model")] = _SYSTEM.model
+    gpu: Annotated[str, Of(System, "gpu")] = _SYSTEM.gpu
+    gpus: Annotated[int, Of(System, "gpus")] = _SYSTEM.gpus
+    costs: Annotated[Path | None, Of(System, "costs")] = _SYSTEM.costs
     memory_gb: Annotated[float, Gt(0), Opt("Host memory of a node that KV may use.", panel=_NODES)] = 1000.0
     price_per_hour: Annotated[float | None, Ge(0), Opt("Of a node, to tell the cost.", panel=_NODES)] = None
-    level: Annotated[Level, Opt("Reuse level, as of `rcllm rank`.", metavar="LEVEL", panel=_KV)] = _BLOCKS
-    mask: Annotated[Mask, Opt("That the model was trained for: decides what level auto is.", panel=_KV)] = "causal"
-    semantic_history: Annotated[
-        bool, Opt("Histories from token prototypes on every node; else each user's own KV.", panel=_KV)
-    ] = False
+    level: Annotated[Level, Of(System, "level")] = _SYSTEM.level
+    mask: Annotated[Mask, Of(System, "mask")] = _SYSTEM.mask
+    semantic_history: Annotated[bool, Of(System, "semantic_history")] = _SYSTEM.semantic_history
     prototypes: Annotated[int, Ge(0), Opt("Token prototypes, where histories are read from them.", panel=_KV)] = 100_000
     history_gb: Annotated[
         float, Ge(0), Opt("Memory of a node for histories, where users have their own.", panel=_KV)
     ] = 16.0
-    kv_dtype: Annotated[KvDtype, Opt("Of cached KV.", panel=_KV)] = "bf16"
-    hot_share: Annotated[
-        float, Interval(ge=0, le=1), Opt("Share of the items that are on every node.", panel=_POLICY)
-    ] = 0.001
+    kv_dtype: Annotated[KvDtype, Of(System, "kv_dtype")] = _SYSTEM.kv_dtype
+    hot_share: Annotated[float, Of(System, "hot_share")] = _SYSTEM.hot_share
     max_nodes: Annotated[int, Ge(1), Opt("No plan needs more.", panel=_NODES)] = 4096
     requests: Annotated[int, Ge(100), Opt("Requests of each simulation; more tell high percentiles better.")] = 6000
-    seed: Annotated[int, Ge(0), Opt("Draws requests, times and lengths.")] = 0
+    seed: Annotated[int, Of(RunOptions, "seed")] = RunOptions().seed
 
 
 def check_workload(workload: Workload) -> None:

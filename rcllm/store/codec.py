@@ -11,6 +11,7 @@ import torch
 
 from rcllm.store.sealed import finish, open_sealed, seal
 
+# by the names of the configuration; int8 is for KV alone, with its scales in each row
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

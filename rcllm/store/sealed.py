@@ -18,8 +18,9 @@ import xxhash
 from rcllm.errors import RcllmError
 
 _HEADER = struct.Struct("<4sHH5I12xQ")
+HEADER_BYTES = _HEADER.size
 _CHECKSUM = struct.Struct("<Q")
-_CHECKED = _HEADER.size - _CHECKSUM.size  # bytes of the header before the checksum, which it covers
+_CHECKED = HEADER_BYTES - _CHECKSUM.size  # bytes of the header before the checksum, which it covers
 _MAGIC = b"rKVb"
 FORMAT_VERSION = 2
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # by dtype; its place is its code in the header
@@ -41,9 +42,9 @@ class Sealed:
 
 def seal(dtype: str, shape: Sequence[int]) -> tuple[bytearray, memoryview]:
     """Room for a block, and the part of it that the KV belongs in; `finish` it afterwards."""
-    out = bytearray(_HEADER.size + math.prod(shape) * ITEM_BYTES[dtype])
+    out = bytearray(HEADER_BYTES + math.prod(shape) * ITEM_BYTES[dtype])
     _HEADER.pack_into(out, 0, _MAGIC, FORMAT_VERSION, _DTYPES.index(dtype), *shape, 0)
-    return out, memoryview(out)[_HEADER.size :]
+    return out, memoryview(out)[HEADER_BYTES:]
 
 
 def finish(out: bytearray) -> memoryview:
@@ -54,16 +55,16 @@ def finish(out: bytearray) -> memoryview:
 
 def open_sealed(data: memoryview) -> Sealed:
     """Raises CorruptBlockError for what is not whole, or not as it was written."""
-    if data.nbytes < _HEADER.size:
-        raise CorruptBlockError(f"{data.nbytes} bytes are no KV block; its header alone has {_HEADER.size}")
+    if data.nbytes < HEADER_BYTES:
+        raise CorruptBlockError(f"{data.nbytes} bytes are no KV block; its header alone has {HEADER_BYTES}")
     magic, version, code, *shape, checksum = _HEADER.unpack_from(data)
     if magic != _MAGIC or version != FORMAT_VERSION or code >= len(_DTYPES):
         raise CorruptBlockError(f"expected a KV block of format {FORMAT_VERSION}, got {magic!r}, format {version}")
     dtype = _DTYPES[code]
     num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-    if data.nbytes != _HEADER.size + num_bytes or _checksum(data) != checksum:
+    if data.nbytes != HEADER_BYTES + num_bytes or _checksum(data) != checksum:
         raise CorruptBlockError(f"a KV block of {num_bytes} bytes is not whole, or not as it was written")
-    return Sealed(dtype, tuple(shape), data[_HEADER.size :])
+    return Sealed(dtype, tuple(shape), data[HEADER_BYTES:])
 
 
 def is_whole(data: memoryview) -> bool:
@@ -77,4 +78,4 @@ def is_whole(data: memoryview) -> bool:
 
 def _checksum(data: memoryview) -> int:
     """Of the header, but for the checksum's own place, and of the KV."""
-    return xxhash.xxh3_64_intdigest(data[_HEADER.size :], seed=xxhash.xxh3_64_intdigest(data[:_CHECKED]))
+    return xxhash.xxh3_64_intdigest(data[HEADER_BYTES:], seed=xxhash.xxh3_64_intdigest(data[:_CHECKED]))
