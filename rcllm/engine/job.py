@@ -163,3 +163,16 @@ class Job(Protocol[Request, Response]):
 
     def drop(self, number: int) -> None:
         """Forgets a request that was cancelled or failed, if it runs."""
+
+
+class OnePass:
+    """What jobs share whose requests end with the pass of their prompt: nothing of them runs on."""
+
+    def passes(self, stage: Stage) -> Sequence[Pass]:
+        return ()
+
+    def take(self, passed: Sequence[Passed], stage: Stage) -> Iterable[Answer]:
+        return ()
+
+    def drop(self, number: int) -> None:
+        pass

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rcllm.core.decoding import OpenRequest
 from rcllm.core.ranking import Prompt, RankRequest
 from rcllm.core.receipts import Receipt
 from rcllm.engine.engine import Engine
-from rcllm.engine.job import Answer, Entered, Opening
+from rcllm.engine.job import Answer, Entered, OnePass, Opening
 from rcllm.engine.jobs.rank import Rank
 from rcllm.errors import answered
 from rcllm.metrics import Stage
-from rcllm.model.decoder import Pass, Passed
 from rcllm.schedule.work import KindLimits
 
 
@@ -25,7 +24,7 @@ class Opened:
     receipt: Receipt
 
 
-class Opener:
+class Opener(OnePass):
     kind = "open"
     limits = KindLimits()
 
@@ -38,15 +37,6 @@ class Opener:
     def enter(self, entered: Sequence[Entered], stage: Stage) -> Iterator[Answer]:
         for each in entered:
             yield Answer(each.ticket.number, Opened(each, Receipt(**each.shared)))
-
-    def passes(self, stage: Stage) -> Sequence[Pass]:
-        return ()
-
-    def take(self, passed: Sequence[Passed], stage: Stage) -> Iterable[Answer]:
-        return ()
-
-    def drop(self, number: int) -> None:
-        pass
 
 
 def opened(engine: Engine, requests: Sequence[OpenRequest]) -> list[Entered]:

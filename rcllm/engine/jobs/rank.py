@@ -5,7 +5,7 @@ Decides how a request is answered, reads its scores, and builds its receipt. Inv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,19 +15,19 @@ from rcllm.core.ranking import ContentKey, RankOptions, RankRequest, RankRespons
 from rcllm.core.receipts import BlockReceipt, RankReceipt, Source
 from rcllm.decode.finite import not_numbers
 from rcllm.decode.rank import score
-from rcllm.engine.job import Answer, Entered, Opening
+from rcllm.engine.job import Answer, Entered, OnePass, Opening
 from rcllm.engine.jobs.bias import LabelBias
 from rcllm.engine.prefill import Prefill
 from rcllm.errors import ConfigError, ModelError
 from rcllm.metrics import Stage
-from rcllm.model.decoder import Decoder, Pass, Passed
+from rcllm.model.decoder import Decoder
 from rcllm.prompt.blocks import Prompter
 from rcllm.reuse.plan import Planned
 from rcllm.schedule.admission import Admission
 from rcllm.schedule.work import NO_LIMITS, KindLimits
 
 
-class Rank:
+class Rank(OnePass):
     """The job of `Engine.rank`. `admission`: which reuse levels may be used; it may be replaced at any time."""
 
     def __init__(
@@ -98,15 +98,6 @@ class Rank:
         values = tuple(float(value) for value in scores)
         receipt = _receipt(entered, self._prompter.context_name)
         return RankResponse(request.request_id, request.candidates, values, order(values), receipt)
-
-    def passes(self, stage: Stage) -> Sequence[Pass]:
-        return ()
-
-    def take(self, passed: Sequence[Passed], stage: Stage) -> Iterable[Answer]:
-        return ()
-
-    def drop(self, number: int) -> None:
-        pass
 
 
 def _receipt(entered: Entered, context: str) -> RankReceipt:

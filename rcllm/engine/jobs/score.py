@@ -7,7 +7,7 @@ the figures of an item depend on the query and on itself alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,17 +16,16 @@ from rcllm.core.receipts import Receipt
 from rcllm.core.texts import ScoreRequest, ScoreResponse
 from rcllm.decode.finite import not_numbers
 from rcllm.engine.engine import Engine
-from rcllm.engine.job import Answer, Entered, Opening
+from rcllm.engine.job import Answer, Entered, OnePass, Opening
 from rcllm.errors import ModelError
 from rcllm.metrics import Stage
-from rcllm.model.decoder import Pass, Passed
 from rcllm.prompt.plain import score_prompt
 from rcllm.schedule.work import KindLimits
 
 _ROWS = 128  # rows of logits over the whole vocabulary at a time
 
 
-class Score:
+class Score(OnePass):
     """The job of SGLang's and vLLM's `/v1/score`."""
 
     kind = "score"
@@ -60,12 +59,3 @@ class Score:
         if not all(math.isfinite(value) for values in found for value in values):
             return not_numbers()
         return ScoreResponse(request.request_id, tuple(map(tuple, found)), Receipt(**entered.shared))
-
-    def passes(self, stage: Stage) -> Sequence[Pass]:
-        return ()
-
-    def take(self, passed: Sequence[Passed], stage: Stage) -> Iterable[Answer]:
-        return ()
-
-    def drop(self, number: int) -> None:
-        pass
