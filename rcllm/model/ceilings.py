@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from rcllm.model.attend.native import kernels
-from rcllm.model.ops import Linear, packed_linear
+from rcllm.model.ops import Linear
+from rcllm.model.packed import Fp32Matrix
 from rcllm.model.spec import ModelSpec
 
 _BEYOND_CACHES = 192 << 20  # bytes of weights that a pass streams, so that it finds none of them in a cache
@@ -95,7 +96,7 @@ def _fastest(rows: int, shape: tuple[int, int], num_layers: int, dtype: torch.dt
     x = torch.randn(rows, inner, device=device).to(dtype)
     ways: list[list[Linear]] = [[_plain(weight) for weight in weights]]
     if dtype == torch.float32 and device.type == "cpu" and (compiled := kernels()) is not None:
-        ways.append([packed_linear(compiled, weight, None) for weight in weights])
+        ways.append([Fp32Matrix(compiled, weight, None) for weight in weights])
     return min(_median_seconds(way, x, device) for way in ways)
 
 

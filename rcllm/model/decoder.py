@@ -122,15 +122,23 @@ class Decoder:
     """The model on one device. Not thread-safe: one pass at a time."""
 
     def __init__(
-        self, spec: ModelSpec, weights: Weights, backend: str = "auto", max_positions: int | None = None
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        backend: str = "auto",
+        max_positions: int | None = None,
+        packing: str = "fp32",
     ) -> None:
+        """packing: how the kernels keep and multiply matrices, a name of PACKINGS; torch alone knows fp32."""
         self.spec, self.backend = spec, backend
         self.embed, self.lm_head, self.final_norm = weights.embed, weights.lm_head, weights.final_norm
         self.device, self.dtype = weights.embed.device, weights.embed.dtype
         self.max_positions = min(spec.max_positions, max_positions or spec.max_positions)
         self.rope = Rope.of(spec, self.max_positions, self.device)
         self.kernels = kernels() if native_fits(spec, self.dtype, self.device) else None
-        self._ops: Ops = NativeOps(spec, self.rope, self.kernels) if self.kernels else TorchOps(spec, self.rope)
+        self._ops: Ops = (
+            NativeOps(spec, self.rope, self.kernels, packing) if self.kernels else TorchOps(spec, self.rope)
+        )
         self._layers = [self._layer(w) for w in weights.layers]
 
     def _layer(self, w: LayerWeights) -> _Layer:

@@ -13,31 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from rcllm.model.attend.native import Kernels
+from rcllm.model.packed import PACKINGS
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [rows, in] -> [rows, out]
 Norm = torch.Tensor | None  # weight of a norm over each head, [head_dim]
-
-
-def packed_linear(kernels: Kernels, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """The product with a copy of an fp32 CPU matrix in the layout of the kernels, which they read from end to end.
-
-    A row's result does not depend on how many rows there are.
-    """
-    size, inner = weight.shape
-    weight = weight.contiguous()
-    panels = -(-size // kernels.panel)
-    packed = weight.new_empty(panels * kernels.panel * inner)
-    kernels.call("pack", weight, size, inner, packed, torch.get_num_threads())
-
-    def linear(x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        out = x.new_empty(len(x), size)
-        kernels.call("linear", x, len(x), inner, packed, bias, size, out, torch.get_num_threads())
-        return out
-
-    return linear
 
 
 class Ops(Protocol):
@@ -88,13 +69,15 @@ class TorchOps:
 
 
 class NativeOps:
-    """fp32 on the CPU: fused passes over memory, and matrices that are packed once."""
+    """fp32 on the CPU between products: fused passes over memory, and matrices that are packed once."""
 
-    def __init__(self, spec: ModelSpec, rope: Rope, kernels: Kernels) -> None:
+    def __init__(self, spec: ModelSpec, rope: Rope, kernels: Kernels, packing: str = "fp32") -> None:
+        """packing: how matrices are kept and multiplied, a name of PACKINGS."""
         self.spec, self.rope, self.kernels = spec, rope, kernels
+        self._pack = PACKINGS[packing]
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return packed_linear(self.kernels, weight, bias)
+        return self._pack(self.kernels, weight, bias)
 
     def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(residual)

@@ -1,4 +1,4 @@
-"""Builds, loads and calls the compiled CPU kernels of `kernels.cpp`.
+"""Builds, loads and calls the compiled CPU kernels of `kernels.cpp` and its headers.
 
 Knows nothing of models. Invariant: a library is used only on the kind of processor, and for the source, that it was
 compiled for: its file name is a hash of both. Without a C++ compiler there are no kernels, `kernels()` returns None,
@@ -24,6 +24,7 @@ from rcllm.fetch import cache_dir
 from rcllm.model.spec import INT8_GROUP
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+HEADERS = ("products.h", "vectors.h")  # that it includes, beside it
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi")
 
 
@@ -76,6 +77,7 @@ def _identity(compiler: str) -> str:
     version = _run([compiler, "--version"])
     parts: Sequence[bytes] = (
         SOURCE.read_bytes(),
+        *(SOURCE.with_name(name).read_bytes() for name in HEADERS),
         " ".join(FLAGS).encode(),
         target,
         version,

@@ -1,0 +1,56 @@
+// Vectors of fp32 as wide as the compiler's target has them (AVX-512, AVX2, or 4 lanes), and what all kernels do with them.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+typedef float vec __attribute__((vector_size(VL * 4)));
+typedef int32_t ivec __attribute__((vector_size(VL * 4)));
+typedef uint16_t hvec __attribute__((vector_size(VL * 2)));
+typedef _Float16 f16vec __attribute__((vector_size(VL * 2)));
+typedef vec vec_u __attribute__((aligned(4)));
+typedef int8_t bvec __attribute__((vector_size(VL)));
+typedef hvec hvec_u __attribute__((aligned(2)));
+typedef bvec bvec_u __attribute__((aligned(1)));
+
+constexpr int LINE = 16;  // floats of a cache line
+
+inline vec splat(float x) { return vec{} + x; }
+inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
+inline void store(float* p, vec x) { *reinterpret_cast<vec_u*>(p) = x; }
+inline vec vmax(vec a, vec b) { return a > b ? a : b; }
+
+constexpr float MAGIC = 12582912.f;  // 1.5 · 2^23: adding it rounds to a whole number, which the low bits then hold
+
+inline vec whole(vec x) { return x + splat(MAGIC) - splat(MAGIC); }
+
+// 2^(x - m) for a whole m ≥ x - 1/2, relative error < 2e-7; never less than 2^-126.
+// m enters the exponent alone: 2^(x - m) and 2^(x - m') differ by exactly a power of two.
+inline vec exp2v(vec x, vec m) {
+  x = vmax(x, m - splat(126.f));
+  vec shifted = x + splat(MAGIC);
+  vec f = x - (shifted - splat(MAGIC));
+  vec p = splat(1.5353362e-4f);
+  p = p * f + splat(1.3398874e-3f);
+  p = p * f + splat(9.6184370e-3f);
+  p = p * f + splat(5.5503324e-2f);
+  p = p * f + splat(2.4022648e-1f);
+  p = p * f + splat(6.9314718e-1f);
+  p = p * f + splat(1.f);
+  return (vec)((ivec)p + (((ivec)shifted - (ivec)(m + splat(MAGIC))) << 23));
+}
+
+}  // namespace
