@@ -16,7 +16,7 @@ from rcllm.config import ModelConfig, PromptConfig
 from rcllm.data import load_dataset
 from rcllm.tune.config import TEMPLATES, ExampleConfig, TuneConfig, examples_for
 from rcllm.tune.setup import make_trainer
-from rcllm.tune.train import Evaluation, TuneProgress, check_out
+from rcllm.tune.train import Evaluation, TuneProgress, best_of, check_out
 
 
 def tune_command(
@@ -42,6 +42,7 @@ def tune_command(
         for each in datasets:
             tell_read(each.reports, each.notes)
         trainer = make_trainer(ModelConfig(path=model), prompt, datasets, config, out, start)
+    say("to beat, NDCG@10: " + ", ".join(f"{name} {value:.3f}" for name, value in trainer.baselines.items()), "dim")
     with interruptible(GOES_ON), progress("loss", "validation") as bar:
         task = bar.add_task("tuning, percent", total=100, loss="", validation="")
         told: list[Evaluation] = []
@@ -53,11 +54,12 @@ def tune_command(
                 say(f"{now.last.losses:,} losses: {_told(now.last)}, {now.losses_per_s:.2f} losses/s", "dim")
 
         curve = trainer.run(show)
-    best = min(curve, key=lambda point: point.validation_loss)
+    best = best_of(curve)
     facts = {
         "adapter": str(out / "best"),
         "best": f"{_told(best)} after {best.losses:,} losses, {best.minutes:.0f} minutes",
         "before": _told(curve[0]),
+        "to beat": ", ".join(f"{name} {value:.3f}" for name, value in trainer.baselines.items()),
         "trained": f"{curve[-1].losses:,} losses in {curve[-1].minutes:.0f} minutes",
     }
     console().print(facts_table("Tuned", facts))

@@ -7,15 +7,17 @@ and training users alone are in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from rcllm.core.ranking import Event, Interaction, Item, ItemId, RankRequest, UserId
 from rcllm.data import Catalogue, Dataset, histories, split_of
 from rcllm.data.catalogue import field_shares
+from rcllm.data.item_knn import ItemKnn
 from rcllm.data.negatives import NegativePool, Wanted, draw_negatives
 from rcllm.data.popularity import with_popularity
+from rcllm.data.scores import ScoreField, asks_for_scores
 from rcllm.errors import ConfigError, DataError
 from rcllm.tune.config import ExampleConfig
 
@@ -25,7 +27,8 @@ _VALIDATION_CANDIDATES = 20
 class TrainingSet:
     """The users and items of one data set. Ids are prefixed by its name, so that several sets share one catalogue."""
 
-    def __init__(self, dataset: Dataset, config: ExampleConfig) -> None:
+    def __init__(self, dataset: Dataset, config: ExampleConfig, shown_fresh: Collection[str] = ()) -> None:
+        """`shown_fresh`: fields that the template shows beside a candidate; those that can be made are."""
         self.dataset, self.config = with_popularity(dataset), config
         self.prefix = f"{dataset.name}/"
         by_user = histories(dataset.interactions)
@@ -36,6 +39,8 @@ class TrainingSet:
         self.others = [rows for rows in long_enough if split_of(rows[0].user_id) == "validation"]
         if not self.users:
             raise DataError(f"{dataset.name}: no training user has more than {config.min_history} events to learn from")
+        self.scores = ScoreField.of(self.dataset) if asks_for_scores(shown_fresh) else None
+        self._knn = self.scores.knn if self.scores else ItemKnn.of(self.pool.touched)
 
     def batch(self, rng: np.random.Generator) -> list[RankRequest]:
         """One batch of requests, candidates in random order."""
@@ -85,15 +90,35 @@ class TrainingSet:
         touched = {self.pool.numbers[row.item_id] for row in rows} | set(own)
         others = [number for number in shared if number not in touched]
         borrowed = rng.permutation(len(others))[: self.config.borrowed]
-        positive = ItemId(self.prefix + rows[target].item_id)
-        names = [positive, *(self._name(number) for number in own), *(self._name(others[i]) for i in borrowed)]
+        numbers = [self.pool.numbers[rows[target].item_id], *own, *(others[i] for i in borrowed)]
+        names = [self._name(number) for number in numbers]
         return RankRequest(
             request_id=f"{self.prefix}{rows[target].user_id}-{target}",
             candidates=tuple(names[slot] for slot in rng.permutation(len(names))),
             history=tuple(Event(item_id=ItemId(self.prefix + row.item_id)) for row in rows[first:target]),
             user_id=UserId(self.prefix + rows[target].user_id),
-            positive=positive,
+            volatile=dict(zip(names, self._fresh(rows[first:target], numbers), strict=False)),
+            positive=names[0],
         )
+
+    def _fresh(self, history: Sequence[Interaction], candidates: Sequence[int]) -> list[dict[str, str]]:
+        """The score field of each candidate, where the template shows it; the user's own choices count for nothing."""
+        if self.scores is None:
+            return []
+        own = self.scores.chosen_by.get(history[0].user_id, ())
+        before = [self.pool.numbers[row.item_id] for row in history]
+        return self.scores.words.write(self.scores.knn.scores(before, candidates, own).tolist())
+
+    def baselines(self, request: RankRequest) -> dict[str, list[float]]:
+        """What a ranker must beat, as scores of the candidates of a validation request."""
+        candidates, history = (
+            [self.pool.numbers[ItemId(item_id.removeprefix(self.prefix))] for item_id in item_ids]
+            for item_ids in (request.candidates, [e.item_id for e in request.history if e.item_id is not None])
+        )
+        return {
+            "popularity": self.pool.popularity[candidates].astype(float).tolist(),
+            "item-kNN": self._knn.scores(history, candidates).tolist(),
+        }
 
     def validation(self, count: int) -> list[RankRequest]:
         """The last items of `count` validation users among 19 negatives of the same kinds as in training."""

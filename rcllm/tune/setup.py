@@ -36,14 +36,15 @@ def make_trainer(
     """`start`: an adapter to begin at. Raises ConfigError, DataError, ModelError, FetchError."""
     check_config(config)
     resolved = resolve(Config(model, prompt), Hardware(torch.cuda.is_available(), 0)).model
-    sources = [TrainingSet(dataset, config.examples) for dataset in datasets]
+    template = Template.of(prompt)
+    sources = [TrainingSet(dataset, config.examples, template.shown_fresh) for dataset in datasets]
     files = pull(model.path)
     spec, weights = load_model(files, torch.float32, resolved.device)
     tokenizer = load_tokenizer(prompt, files, spec)
     chat = chosen_chat(prompt, files, tokenizer)
     positions = min(spec.max_positions, resolved.max_positions, _MAX_POSITIONS)
     prompter = Prompter(
-        Template.of(prompt),
+        template,
         chat_format(chat),
         tokenizer,
         joined_catalogue(sources),

@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from rcllm.core.ranking import Prompt, RankOptions, RankRequest, order
 from rcllm.errors import ConfigError, ModelError
-from rcllm.fidelity.measures import ndcg
+from rcllm.fidelity.measures import chance_ndcg, ndcg
 from rcllm.model.adapter import load_adapter, save_adapter
 from rcllm.model.checkpoint import Checkpoint
 from rcllm.model.training_folder import check_folder, not_numbers
@@ -70,7 +70,7 @@ class _State:
 
 
 class Trainer:
-    """One training in one folder: `folder/best` is the adapter with the lowest validation loss so far."""
+    """One training in one folder: `folder/best` is the adapter with the highest NDCG@10 on validation users so far."""
 
     def __init__(
         self,
@@ -93,15 +93,17 @@ class Trainer:
         self.options = RankOptions(readout=config.readout)
         self.state = _State()
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
-        asked = {
+        settings = {
             "template": prompter.template.fingerprint.hex()[:12],
             "datasets": [source.dataset.name for source in sources],
             "model": fingerprint or base,
             "data": self._data_digest(),
         }
-        self._checkpoint = Checkpoint(folder, network, self.optimiser, as_json(config) | asked)
+        self._checkpoint = Checkpoint(folder, network, self.optimiser, as_json(config) | settings)
         share = -(-config.validation_requests // len(sources))
-        self._validation = [request for source in sources for request in source.validation(share)]
+        asked = [(source, request) for source in sources for request in source.validation(share)]
+        self._validation = [request for _, request in asked]
+        self.baselines = _baselines(asked)  # NDCG@10 of what must be beaten, on the same requests
 
     def run(self, on_progress: Callable[[TuneProgress], None] | None = None) -> list[Evaluation]:
         """Trains to the end, going on from a checkpoint where there is one; returns the curve."""
@@ -169,8 +171,8 @@ class Trainer:
         )
 
     def _stalled(self) -> bool:
-        losses = [point.validation_loss for point in self.state.curve]
-        return len(losses) - 1 - int(np.argmin(losses)) >= self.config.patience
+        curve = self.state.curve
+        return len(curve) - 1 - curve.index(best_of(curve)) >= self.config.patience
 
     # ---- validation ----
 
@@ -191,10 +193,9 @@ class Trainer:
             raise not_numbers(f"validation loss (after {state.losses:,} prompts)", self.folder)
         train = float(np.mean(state.recent)) if state.recent else None
         point = Evaluation(state.losses, state.seconds / 60, train, float(np.mean(losses)), float(np.mean(gains)))
-        best = min((p.validation_loss for p in state.curve), default=math.inf)
         state.curve.append(point)
         state.recent = []
-        if point.validation_loss < best:
+        if best_of(state.curve) is point:
             save_adapter(self.folder / _BEST, self.network.adapter(), self.base, self.record())
 
     def record(self) -> dict[str, Any]:
@@ -215,6 +216,8 @@ class Trainer:
             "datasets": [source.dataset.name for source in self.sources],
             "settings": as_json(self.config),
             "rows_per_loss": round(self.state.rows / max(self.state.losses, 1), 1),
+            "baselines": {name: round(value, 4) for name, value in self.baselines.items()},
+            "scores": {s.dataset.name: list(s.scores.words.edges) for s in self.sources if s.scores},
             "curve": [asdict(point) for point in self.state.curve],
         }
 
@@ -242,6 +245,23 @@ class Trainer:
             state.rows / max(state.losses, 1),
             state.curve[-1] if state.curve else None,
         )
+
+
+def best_of(curve: Sequence[Evaluation]) -> Evaluation:
+    """The highest NDCG@10, of equal ones the lowest loss, of equal ones the first."""
+    return max(curve, key=lambda point: (point.validation_ndcg10, -point.validation_loss))
+
+
+def _baselines(asked: Sequence[tuple[TrainingSet, RankRequest]]) -> dict[str, float]:
+    """NDCG@10 of chance, popularity and item-kNN on validation requests."""
+    gains: dict[str, list[float]] = {}
+    for source, request in asked:
+        assert request.positive is not None
+        positive = request.candidates.index(request.positive)
+        gains.setdefault("chance", []).append(chance_ndcg(len(request.candidates), 10))
+        for name, scores in source.baselines(request).items():
+            gains.setdefault(name, []).append(ndcg(order(scores), positive, 10))
+    return {name: float(np.mean(values)) for name, values in gains.items()}
 
 
 def check_out(folder: Path) -> None:
