@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
 
 from rcllm.core.ranking import RankRequest
 from rcllm.data import Dataset, histories, split_of
+from rcllm.data.item_knn import ItemKnn
 from rcllm.data.negatives import NegativePool
 
 Scores = npt.NDArray[np.float64]
@@ -36,18 +35,14 @@ class Popularity:
         return self._pool.popularity[[self._pool.numbers[i] for i in request.candidates]].astype(np.float64)
 
 
-class ItemKnn:
-    """Sum over the history of the cosine between items' training users; Sarwar et al. 2001, "Item-based CF"."""
+class Neighbours:
+    """Item-kNN: the sum of a candidate's likeness to the events of the history."""
 
-    def __init__(self, pool: NegativePool) -> None:
-        self._pool = pool
-        norms = np.sqrt(np.maximum(pool.popularity, 1))
-        self._users = sparse.csc_array(pool.touched @ sparse.diags_array(1.0 / norms))  # columns of length one
+    def __init__(self, pool: NegativePool, shrinkage: float = 0.0) -> None:
+        self._numbers, self._knn = pool.numbers, ItemKnn.of(pool.touched, shrinkage)
 
     def score(self, request: RankRequest) -> Scores:
-        candidates = self._numbers(request.candidates)
-        events = self._numbers([event.item_id for event in request.history if event.item_id is not None])
-        return np.asarray((self._users[:, candidates].T @ self._users[:, events]).sum(axis=1), dtype=np.float64)
-
-    def _numbers(self, item_ids: Sequence[str]) -> list[int]:
-        return [self._pool.numbers[item_id] for item_id in item_ids]  # type: ignore[index]
+        events = [self._numbers[event.item_id] for event in request.history if event.item_id is not None]
+        if len(request.candidates) == len(self._numbers):  # the whole catalogue competes
+            return self._knn.all_scores(events)[[self._numbers[i] for i in request.candidates]]
+        return self._knn.scores(events, [self._numbers[i] for i in request.candidates])

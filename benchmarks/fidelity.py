@@ -21,7 +21,7 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.baselines import Baseline, ItemKnn, Popularity, training_pool
+from benchmarks.baselines import Baseline, Neighbours, Popularity, training_pool
 from benchmarks.fidelity_setup import (
     CONTEXT,
     FULL,
@@ -103,7 +103,7 @@ def baselines(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dic
     """What a ranker must beat, on the same requests."""
     data = dataset(SETS[name])
     pool = training_pool(data)
-    models: Mapping[str, Baseline] = {"popularity": Popularity(pool), "knn": ItemKnn(pool)}
+    models: Mapping[str, Baseline] = {"popularity": Popularity(pool), "knn": Neighbours(pool)}
     metrics = {f"ndcg10_chance_{name}": chance_ndcg(20, 10)}
     for kind, suffix, count in kinds(sizes):
         requests = held_out(data, name, kind, count, chosen.seed)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from benchmarks.baselines import Baseline, ItemKnn, Popularity, training_pool
+from benchmarks.baselines import Baseline, Neighbours, Popularity, training_pool
 from benchmarks.harness import Options, console, dataset, options, run_parts, show
 from rcllm.config import CacheConfig, Config, ModelConfig
 from rcllm.core.decoding import RecommendRequest
@@ -95,7 +95,7 @@ def compared(name: str, chosen: Options) -> dict[str, float]:
     test = cases(data, "test")[: chosen.requests]
     folder, minutes = trained(data, settings)
     pool = training_pool(data)
-    knn = ItemKnn(pool)
+    knn = Neighbours(pool)
     window = max(WINDOWS, key=lambda n: measured(ranked(data, knn, n), cases(data, "validation")).mean())
     rankers = {
         "model": generated(folder, settings.train.sequences.max_items),

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from scipy import sparse
 
 from rcllm.cluster.statistics import IntArray, Requests, incidence, ragged
+from rcllm.data.item_knn import ItemKnn
 
 _ROWS = 512  # histories whose scores are made at a time: they are nearly dense
 
@@ -26,21 +26,20 @@ class Candidates(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ItemKnn:
-    """The items whose users are most like those of the history: sums of cosines (Sarwar et al. 2001).
+class MostAlike:
+    """The items whose users are most like those of the history, by item-kNN.
 
     Items that share no user with the history come last, by popularity; ties go to the more popular.
     """
 
-    likeness: Any  # sparse [items, items]
+    likeness: Any  # sparse [items, items], float32
     popularity: IntArray  # [items]
 
     @classmethod
-    def of(cls, touched: Any) -> ItemKnn:
+    def of(cls, touched: Any) -> MostAlike:
         """`touched`: sparse [users, items], of training users."""
-        popularity = np.asarray(touched.sum(axis=0)).astype(np.int64)
-        unit = touched @ sparse.diags_array(1.0 / np.sqrt(np.maximum(popularity, 1)))
-        return cls(sparse.csr_array(unit.T @ unit).astype(np.float32), popularity)
+        knn = ItemKnn.of(touched)
+        return cls(knn.likeness.astype(np.float32), knn.popularity)
 
     def __call__(self, histories: Requests, count: int, rng: np.random.Generator) -> Requests:
         last = 1e-6 * self.popularity / max(int(self.popularity.max()), 1)  # below every cosine that is not zero
@@ -97,7 +96,7 @@ def _largest(scores: Any, histories: Requests, start: int, count: int) -> list[I
 
 
 SOURCES: Mapping[str, Callable[[Any], Candidates]] = {  # each from sparse [training users, items]
-    "item_knn": ItemKnn.of,
+    "item_knn": MostAlike.of,
     "popularity": lambda touched: Popular(np.asarray(touched.sum(axis=0)).astype(np.int64)),
     "uniform": lambda touched: Uniform(touched.shape[1]),
 }

@@ -57,9 +57,8 @@ class ItemKnn:
         counts = self.together[np.asarray(history)][:, np.asarray(candidates)].toarray().astype(np.float64)
         of_history, of_candidates = np.isin(history, left_out), np.isin(candidates, left_out)
         counts -= of_history[:, None] & of_candidates
-        return self._likeness(
-            counts, (self.popularity[history] - of_history)[:, None], self.popularity[candidates] - of_candidates
-        ).sum(axis=0)
+        of_both = (self.popularity[history] - of_history)[:, None], self.popularity[candidates] - of_candidates
+        return np.asarray(self._likeness(counts, *of_both).sum(axis=0), dtype=np.float64)
 
     def all_scores(self, history: Sequence[int]) -> FloatArray:
         """[items]: the same of the whole catalogue."""
@@ -67,14 +66,17 @@ class ItemKnn:
             return np.zeros(len(self.popularity))
         return np.asarray(self.likeness[np.asarray(history)].sum(axis=0), dtype=np.float64)
 
-    def neighbours(self, item: int, count: int) -> list[tuple[int, float]]:
-        """The most alike items and how alike, without the item itself; ties go to the earlier item."""
-        row = self.likeness[[item]]
-        found = sorted(zip(row.indices.tolist(), row.data.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
-        return [(other, value) for other, value in found if other != item and value > 0][:count]
+    def neighbours(self, item: int, count: int, min_users: int = 1) -> list[tuple[int, float]]:
+        """The most alike items and how alike, of those that `min_users` chose beside it; ties go to the earlier."""
+        row = self.together[[item]]
+        enough = (row.data >= min_users) & (row.indices != item)
+        others, counts = row.indices[enough], row.data[enough].astype(np.float64)
+        values = self._likeness(counts, self.popularity[[item]], self.popularity[others])
+        best = np.lexsort((others, -values))[:count]
+        return [(int(others[at]), float(values[at])) for at in best]
 
     def _likeness(self, counts: FloatArray, first: IntArray, second: IntArray) -> FloatArray:
-        cosines = counts / np.sqrt(np.maximum(first, 1) * np.maximum(second, 1))
+        cosines: FloatArray = counts / np.sqrt(np.maximum(first, 1) * np.maximum(second, 1))
         if not self.shrinkage:
             return cosines
         shrunk: FloatArray = cosines * counts / (counts + self.shrinkage)

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from scipy import sparse
 
 from rcllm.core.ranking import ItemId, Negatives
-from rcllm.data.catalogue import Catalogue
 
 IntArray = npt.NDArray[np.int64]
 
@@ -30,7 +29,7 @@ class NegativePool:
     popularity: IntArray  # [items], the number of training users that touched it
 
     @classmethod
-    def of(cls, catalogue: Catalogue, training: Iterable[Iterable[ItemId]]) -> NegativePool:
+    def of(cls, catalogue: Iterable[ItemId], training: Iterable[Iterable[ItemId]]) -> NegativePool:
         """`training`: the items of each training user; all of them in the catalogue."""
         item_ids = tuple(catalogue)
         numbers = {item_id: number for number, item_id in enumerate(item_ids)}

@@ -6,12 +6,14 @@ Knows nothing of prompts. Invariant: counts come from the training users of the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from rcllm.core.ranking import Interaction, Item, ItemId
 from rcllm.data.catalogue import Catalogue
 from rcllm.data.dataset import Dataset
+from rcllm.data.neighbours import FIELD as NEIGHBOURS
+from rcllm.data.neighbours import with_neighbours
 from rcllm.data.requests import split_of
 
 FIELD = "chosen"
@@ -23,12 +25,13 @@ def with_popularity(dataset: Dataset) -> Dataset:
 
 
 def with_made_fields(catalogue: Mapping[ItemId, Item], shown: Collection[str]) -> Mapping[ItemId, Item]:
-    """The catalogue with `chosen`, where that is `shown`, no item has it, and the catalogue knows its interactions."""
-    if FIELD not in shown or not isinstance(catalogue, Catalogue) or not catalogue.interactions:
+    """The catalogue with what is `shown`, no item has, and can be made of the interactions that it knows."""
+    if not isinstance(catalogue, Catalogue) or not (interactions := catalogue.interactions):
         return catalogue
-    if any(item.fields.get(FIELD) for item in catalogue.values()):
-        return catalogue
-    return with_chosen(catalogue, catalogue.interactions)
+    for name, make in _MAKERS.items():
+        if name in shown and not any(item.fields.get(name) for item in catalogue.values()):
+            catalogue = make(catalogue, interactions)
+    return catalogue
 
 
 def with_chosen(catalogue: Mapping[ItemId, Item], interactions: Iterable[Interaction]) -> Catalogue:
@@ -41,6 +44,12 @@ def with_chosen(catalogue: Mapping[ItemId, Item], interactions: Iterable[Interac
         Item(item.item_id, {**item.fields, FIELD: str(_rounded(counts[item.item_id]))}, item.volatile)
         for item in catalogue.values()
     )
+
+
+_MAKERS: Mapping[str, Callable[[Mapping[ItemId, Item], Sequence[Interaction]], Catalogue]] = {
+    FIELD: with_chosen,
+    NEIGHBOURS: with_neighbours,
+}
 
 
 def _rounded(count: int) -> int:

@@ -8,13 +8,13 @@ sees training users alone, and leaves out the user who is asked about.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rcllm.core.ranking import ItemId, RankRequest
-from rcllm.data.dataset import Dataset
+from rcllm.core.ranking import Interaction, Item, ItemId, RankRequest, UserId
+from rcllm.data.catalogue import Catalogue
 from rcllm.data.interactions import histories
 from rcllm.data.item_knn import ItemKnn
 from rcllm.data.negatives import NegativePool, Wanted, draw_negatives
@@ -71,14 +71,20 @@ class ScoreField:
 
     knn: ItemKnn
     numbers: Mapping[ItemId, int]  # of the items
-    chosen_by: Mapping[str, tuple[int, ...]]  # training user → what that user chose
+    chosen_by: Mapping[UserId, tuple[int, ...]]  # training user → what that user chose
     words: ScoreWords
 
     @classmethod
-    def of(cls, dataset: Dataset, shrinkage: float = 0.0, seed: int = 0) -> ScoreField:
+    def of(
+        cls,
+        catalogue: Mapping[ItemId, Item],
+        interactions: Iterable[Interaction],
+        shrinkage: float = 0.0,
+        seed: int = 0,
+    ) -> ScoreField:
         """Grades are fitted on made requests of training users, each left out of their own scores."""
-        users = {user: rows for user, rows in histories(dataset.interactions).items() if split_of(user) == "train"}
-        pool = NegativePool.of(dataset.catalogue, ([row.item_id for row in rows] for rows in users.values()))
+        users = {user: rows for user, rows in histories(interactions).items() if split_of(user) == "train"}
+        pool = NegativePool.of(catalogue, ([row.item_id for row in rows] for rows in users.values()))
         chosen = {user: tuple(sorted({pool.numbers[row.item_id] for row in rows})) for user, rows in users.items()}
         field = cls(ItemKnn.of(pool.touched, shrinkage), pool.numbers, chosen, ScoreWords.of(()))
         rng = np.random.default_rng([seed, len(users)])
@@ -95,9 +101,9 @@ class ScoreField:
 
     def scores(self, request: RankRequest) -> list[float]:
         """One for each candidate; 0 for one, and of an event, that is not in the catalogue."""
-        history = [self.numbers[e.item_id] for e in request.history if e.item_id in self.numbers]
+        history = [self.numbers[e.item_id] for e in request.history if e.item_id and e.item_id in self.numbers]
         known = [i for i, item_id in enumerate(request.candidates) if item_id in self.numbers]
-        own = self.chosen_by.get(str(request.user_id), ()) if request.user_id is not None else ()
+        own = self.chosen_by.get(request.user_id, ()) if request.user_id is not None else ()
         scores = np.zeros(len(request.candidates))
         if known:
             scores[known] = self.knn.scores(history, [self.numbers[request.candidates[i]] for i in known], own)
@@ -112,6 +118,15 @@ class ScoreField:
             request,
             volatile={**request.volatile, **{i: {**request.volatile.get(i, {}), **words} for i, words in written}},
         )
+
+
+def made_scores(catalogue: Mapping[ItemId, Item], shown_fresh: Collection[str]) -> ScoreField | None:
+    """The score field, where a template shows it, the catalogue knows its interactions, and no item brings it."""
+    if not asks_for_scores(shown_fresh) or not isinstance(catalogue, Catalogue) or not catalogue.interactions:
+        return None
+    if any(FIELDS & item.volatile.keys() for item in catalogue.values()):
+        return None
+    return ScoreField.of(catalogue, catalogue.interactions)
 
 
 def asks_for_scores(shown_fresh: Collection[str]) -> bool:

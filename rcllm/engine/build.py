@@ -103,6 +103,7 @@ def make_prompter(
         samples,
         fitted.learnt,
         tuple(notes),
+        fitted.scores.fill if fitted.scores else None,
     )
 
 

@@ -15,6 +15,7 @@ from rcllm.config import Config
 from rcllm.core.ranking import Item, ItemId, RankOptions
 from rcllm.data.catalogue import field_shares
 from rcllm.data.popularity import FIELD, with_made_fields
+from rcllm.data.scores import ScoreField, made_scores
 from rcllm.errors import DataError, TextWarning
 from rcllm.model.adapter import adapter_record
 from rcllm.prompt.draft import listed
@@ -32,6 +33,7 @@ class Fitted:
     template: Template
     learnt: Learnt  # what the adapter was asked in training; empty without an adapter or a record
     notes: tuple[str, ...]  # for every receipt
+    scores: ScoreField | None = None  # what the template shows of item-kNN, where it can be made
 
     def remarks(self, asked: Sequence[RankOptions] = ()) -> tuple[str, ...]:
         """What a person is told before the model is loaded; `asked`: what requests will ask for."""
@@ -49,11 +51,12 @@ def fit(catalogue: Mapping[ItemId, Item], config: Config) -> Fitted:
     template, learnt = Template.of(config.prompt), _learnt(config.model.adapter)
     chat = None if config.prompt.chat == "auto" else chat_format(config.prompt.chat)
     notes = [*learnt.text_differences(template, chat, config.prompt.context, config.model.mask)]
+    scores = made_scores(catalogue, template.shown_fresh)
     if catalogue:  # an empty one may be filled later
         catalogue = with_made_fields(catalogue, template.shown)
         shares = field_shares(catalogue, template.shown)
         notes += _textless(catalogue, template, shares) + _unlike(learnt, shares)
-    return Fitted(catalogue, template, learnt, tuple(notes))
+    return Fitted(catalogue, template, learnt, tuple(notes), scores)
 
 
 def _learnt(adapter: str) -> Learnt:

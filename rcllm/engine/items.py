@@ -7,10 +7,11 @@ block changed; what is volatile is rendered afresh in every request, and needs n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rcllm.core.ranking import Item, ItemId, TokenIds
 from rcllm.data.catalogue import Catalogue
+from rcllm.data.neighbours import FIELD as NEIGHBOURS
 from rcllm.data.popularity import with_made_fields
 from rcllm.prompt.texts import Texts
 
@@ -32,10 +33,20 @@ class ItemChanges:
 
 
 def completed(items: Iterable[Item], catalogue: Mapping[ItemId, Item], shown: Iterable[str]) -> list[Item]:
-    """The items with the fields that can be made of the catalogue's interactions, where the template shows them."""
+    """The items with the fields that can be made of the catalogue's interactions, where the template shows them.
+
+    Neighbours are found among all items, offline: an item that comes without keeps those that it had.
+    """
     given = Catalogue(items)
     known = given.knowing(catalogue.interactions) if isinstance(catalogue, Catalogue) else given
-    return list(with_made_fields(known, tuple(shown)).values())
+    made = with_made_fields(known, [name for name in shown if name != NEIGHBOURS])
+    return [_with_former_neighbours(item, catalogue.get(item.item_id)) for item in made.values()]
+
+
+def _with_former_neighbours(item: Item, former: Item | None) -> Item:
+    if former is None or NEIGHBOURS in item.fields or not (text := former.fields.get(NEIGHBOURS)):
+        return item
+    return replace(item, fields={**item.fields, NEIGHBOURS: text})
 
 
 def compare(

@@ -7,7 +7,7 @@ exists. Invariant: the blocks' tokens in order are the prompt, and a block sees 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
@@ -63,14 +63,16 @@ class Prompter:
         samples: Sequence[RankRequest] = (),
         learnt: Learnt = _NOTHING_LEARNT,
         notes: Sequence[str] = (),
+        complete: Callable[[RankRequest], RankRequest] | None = None,
     ) -> None:
         """`context`: a name of config.CONTEXTS; `samples`: the requests that `typical` and `mean(n)` are made from.
 
-        `learnt`: what the model's ranker was asked in training; `notes`: what every receipt is to say.
+        `learnt`: what the model's ranker was asked in training; `notes`: what every receipt is to say; `complete`: adds
+        fresh fields that can be made and that a request lacks.
         """
         self.template, self.chat, self.tokenizer, self.catalogue = template, chat, tokenizer, catalogue
         self.namespace, self.max_positions, self.max_candidates = namespace, max_positions, max_candidates
-        self.learnt, self.notes = learnt, tuple(notes)
+        self.learnt, self.notes, self._complete = learnt, tuple(notes), complete
         self.texts = Texts(template, tokenizer)
         self.instructions = {layout: self._instruction(layout) for layout in get_args(Layout)}
         self._choose_context(context, samples)
@@ -170,6 +172,8 @@ class Prompter:
                 f"template {self.template.name!r} is for open prompts and ranks no candidates; use another"
             )
         self._check(request)
+        if self._complete is not None:
+            request = self._complete(request)
         items = [self.item(i, request.volatile.get(i), request.texts.get(i)) for i in request.candidates]
         return self._assemble(request, items, options)
 
@@ -216,6 +220,11 @@ class Prompter:
     def _request_notes(self, request: RankRequest, options: RankOptions) -> tuple[str, ...]:
         """How the request differs from what the ranker learnt, and what of it no prompt shows."""
         notes = [*self.notes, *self.learnt.option_differences(options)]
+        if options.readout != "likelihood" and (bare := self._without_fresh(request)):
+            notes.append(
+                f"{len(bare):,} of {len(request.candidates):,} candidates come without {listed(self.learnt.fresh)}, "
+                f"which the adapter was tuned with: {listed(bare)}"
+            )
         if strangers := sorted(request.volatile.keys() - set(request.candidates)):
             told = f"{len(strangers):,} of {len(request.volatile):,} volatile texts belong to no candidate"
             notes.append(f"{told}: {listed(strangers)}")
@@ -225,6 +234,13 @@ class Prompter:
             where = f"template {self.template.name}" if options.readout != "likelihood" else "read-out likelihood"
             notes.append(f"{where} does not show the volatile fields {listed(unshown)}")
         return tuple(notes)
+
+    def _without_fresh(self, request: RankRequest) -> list[ItemId]:
+        """Candidates that lack a fresh field which the ranker learnt to read."""
+        if not self.learnt.fresh:
+            return []
+        given = ((i, self.item(i, request.volatile.get(i), request.texts.get(i))) for i in request.candidates)
+        return [item_id for item_id, item in given if not all(item.volatile.get(name) for name in self.learnt.fresh)]
 
     def _check_length(self, draft: Draft) -> None:
         if draft.end > self.max_positions:

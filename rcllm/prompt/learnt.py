@@ -32,6 +32,7 @@ class Learnt:
     context: str = ""  # the canonical context of items and events, which a `blocks` model saw
     mask: str = ""
     limits: Mapping[str, int] = field(default_factory=dict)  # in tokens, by name in the template
+    fresh: tuple[str, ...] = ()  # fresh fields that every candidate had
     fields: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # data set → field → share of its items
 
     @classmethod
@@ -45,7 +46,10 @@ class Learnt:
             raise ModelError(f"{where}: expected 'limits' to hold numbers of tokens by name, got {limits!r}")
         if not isinstance(shares, Mapping) or not all(map(_numbers, shares.values())):
             raise ModelError(f"{where}: expected 'fields' to hold shares by data set and field, got {shares!r}")
-        return cls(**texts, limits=limits, fields=shares)
+        fresh = record.get("fresh", [])
+        if not isinstance(fresh, list | tuple) or not all(isinstance(name, str) for name in fresh):
+            raise ModelError(f"{where}: expected 'fresh' to list names of fields, got {fresh!r}")
+        return cls(**texts, limits=limits, fresh=tuple(fresh), fields=shares)
 
     def text_differences(
         self, template: Template, chat: ChatFormat | None, context: str, mask: str = "auto"

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from rcllm.data.item_knn import ItemKnn
 from rcllm.fidelity.measures import chance_ndcg
 
 TOP = 10
@@ -76,15 +77,13 @@ def compare_held_out(
         return None
     touched = _touched(train, num_items)
     popularity = np.asarray(touched.sum(axis=0), dtype=np.float64)
-    unit = sparse.csc_array(touched @ sparse.diags_array(1.0 / np.sqrt(np.maximum(popularity, 1.0))))
+    knn = ItemKnn.of(touched)
 
     def by_popularity(case: Case) -> list[int]:
         return _best(popularity, case)
 
     def by_neighbours(case: Case) -> list[int]:
-        """Sum over the history of the cosine between items' training users (Sarwar et al. 2001)."""
-        events = unit[:, list(case.history[-max_items:])].sum(axis=1)
-        return _best(np.asarray(unit.T @ events), case)
+        return _best(knn.all_scores(case.history[-max_items:]), case)
 
     return Comparison(
         len(cases),

@@ -8,14 +8,18 @@ and training users alone are in it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from blake3 import blake3
 
 from rcllm.core.ranking import Event, Interaction, Item, ItemId, RankRequest, UserId
 from rcllm.data import Catalogue, Dataset, histories, split_of
 from rcllm.data.catalogue import field_shares
 from rcllm.data.item_knn import ItemKnn
 from rcllm.data.negatives import NegativePool, Wanted, draw_negatives
+from rcllm.data.neighbours import FIELD as NEIGHBOURS
+from rcllm.data.neighbours import with_neighbours
 from rcllm.data.popularity import with_popularity
 from rcllm.data.scores import ScoreField, asks_for_scores
 from rcllm.errors import ConfigError, DataError
@@ -24,22 +28,62 @@ from rcllm.tune.config import ExampleConfig
 _VALIDATION_CANDIDATES = 20
 
 
+NUM_FOLDS = 4  # lists of three quarters of the users are nearly those of all of them
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One part of the users.
+
+    Whoever is learnt from must not stand in the neighbours that are read: a ranker would learn to find a user's own
+    choices there, where no new user has any.
+    """
+
+    number: int
+    count: int = NUM_FOLDS
+
+    def holds(self, user_id: UserId) -> bool:
+        return int.from_bytes(blake3(f"fold {user_id}".encode()).digest()[:8], "big") % self.count == self.number
+
+
+def training_sets(
+    dataset: Dataset, config: ExampleConfig, shown: Collection[str], shown_fresh: Collection[str]
+) -> list[TrainingSet]:
+    """One set of all users, or where the template shows neighbours one of each fold."""
+    folds = [Fold(number) for number in range(NUM_FOLDS)] if NEIGHBOURS in shown else [None]
+    return [TrainingSet(dataset, config, shown_fresh, fold) for fold in folds]
+
+
 class TrainingSet:
     """The users and items of one data set. Ids are prefixed by its name, so that several sets share one catalogue."""
 
-    def __init__(self, dataset: Dataset, config: ExampleConfig, shown_fresh: Collection[str] = ()) -> None:
-        """`shown_fresh`: fields that the template shows beside a candidate; those that can be made are."""
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: ExampleConfig,
+        shown_fresh: Collection[str] = (),
+        fold: Fold | None = None,
+    ) -> None:
+        """`shown_fresh`: fields that the template shows beside a candidate; those that can be made are.
+
+        `fold`: the users to learn from; neighbours are made of the others. None: of all, and no neighbours are made.
+        """
         self.dataset, self.config = with_popularity(dataset), config
-        self.prefix = f"{dataset.name}/"
+        self.prefix = f"{dataset.name}/" if fold is None else f"{dataset.name}/{fold.number}/"
         by_user = histories(dataset.interactions)
         training = [rows for user, rows in by_user.items() if split_of(user) == "train"]
         self.pool = NegativePool.of(dataset.catalogue, ([row.item_id for row in rows] for rows in training))
         long_enough = [rows for rows in by_user.values() if len(rows) > config.min_history]
+        if fold is not None:
+            inside = {user for user in by_user if fold.holds(user)}
+            catalogue = with_neighbours(self.dataset.catalogue, dataset.interactions, without=inside)
+            self.dataset = replace(self.dataset, catalogue=catalogue)
+            long_enough = [rows for rows in long_enough if rows[0].user_id in inside]
         self.users = [rows for rows in long_enough if split_of(rows[0].user_id) == "train"]
         self.others = [rows for rows in long_enough if split_of(rows[0].user_id) == "validation"]
         if not self.users:
             raise DataError(f"{dataset.name}: no training user has more than {config.min_history} events to learn from")
-        self.scores = ScoreField.of(self.dataset) if asks_for_scores(shown_fresh) else None
+        self.scores = ScoreField.of(dataset.catalogue, dataset.interactions) if asks_for_scores(shown_fresh) else None
         self._knn = self.scores.knn if self.scores else ItemKnn.of(self.pool.touched)
 
     def batch(self, rng: np.random.Generator) -> list[RankRequest]:
@@ -150,9 +194,9 @@ class TrainingSet:
 
 def joined_catalogue(sources: Sequence[TrainingSet]) -> Catalogue:
     """The items of all sources. Raises ConfigError where two have one name."""
-    names = [source.dataset.name for source in sources]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"data sets must differ in name, got {', '.join(names)}")
+    if len({source.prefix for source in sources}) < len(sources):
+        names = ", ".join(source.dataset.name for source in sources)
+        raise ConfigError(f"data sets must differ in name, got {names}")
     return Catalogue(item for source in sources for item in source.items().values())
 
 

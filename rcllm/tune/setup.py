@@ -18,7 +18,7 @@ from rcllm.model.weights import fingerprint, load_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import Template, chat_format
 from rcllm.tune.config import TuneConfig, check_config
-from rcllm.tune.examples import TrainingSet, joined_catalogue
+from rcllm.tune.examples import joined_catalogue, training_sets
 from rcllm.tune.network import Network
 from rcllm.tune.train import Trainer, warm_start
 
@@ -37,7 +37,11 @@ def make_trainer(
     check_config(config)
     resolved = resolve(Config(model, prompt), Hardware(torch.cuda.is_available(), 0)).model
     template = Template.of(prompt)
-    sources = [TrainingSet(dataset, config.examples, template.shown_fresh) for dataset in datasets]
+    sources = [
+        source
+        for dataset in datasets
+        for source in training_sets(dataset, config.examples, template.shown, template.shown_fresh)
+    ]
     files = pull(model.path)
     spec, weights = load_model(files, torch.float32, resolved.device)
     tokenizer = load_tokenizer(prompt, files, spec)

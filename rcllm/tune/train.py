@@ -20,6 +20,7 @@ import torch
 from blake3 import blake3
 
 from rcllm.core.ranking import Prompt, RankOptions, RankRequest, order
+from rcllm.data.scores import FIELDS
 from rcllm.errors import ConfigError, ModelError
 from rcllm.fidelity.measures import chance_ndcg, ndcg
 from rcllm.model.adapter import load_adapter, save_adapter
@@ -95,7 +96,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
         settings = {
             "template": prompter.template.fingerprint.hex()[:12],
-            "datasets": [source.dataset.name for source in sources],
+            "datasets": list(dict.fromkeys(source.dataset.name for source in sources)),
             "model": fingerprint or base,
             "data": self._data_digest(),
         }
@@ -213,10 +214,11 @@ class Trainer:
             "layout": self.options.layout,
             "label_place": self.options.label_place,
             "started_from": self.started_from,
-            "datasets": [source.dataset.name for source in self.sources],
+            "datasets": list(dict.fromkeys(source.dataset.name for source in self.sources)),
             "settings": as_json(self.config),
             "rows_per_loss": round(self.state.rows / max(self.state.losses, 1), 1),
             "baselines": {name: round(value, 4) for name, value in self.baselines.items()},
+            "fresh": sorted(FIELDS) if any(source.scores for source in self.sources) else [],
             "scores": {s.dataset.name: list(s.scores.words.edges) for s in self.sources if s.scores},
             "curve": [asdict(point) for point in self.state.curve],
         }

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rcllm.cluster.candidates import SOURCES, ItemKnn
+from rcllm.cluster.candidates import SOURCES, MostAlike
 from rcllm.cluster.evaluate import evaluate
 from rcllm.cluster.logs import collect_log, read_requests
 from rcllm.cluster.options import TrialConfig
@@ -34,7 +34,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 )
 def test_item_knn_equals_the_slow_twin(users: list[list[int]], history: list[int]) -> None:
     touched = incidence(ragged(users), 12).astype(np.float64)
-    found = ItemKnn.of(touched)(ragged([history]), 5, np.random.default_rng(0))
+    found = MostAlike.of(touched)(ragged([history]), 5, np.random.default_rng(0))
     scores = slow.item_knn(users, 12, history)
     best = sorted((scores[item] for item in range(12) if item not in history), reverse=True)[:5]
     np.testing.assert_allclose([scores[item] for item in found.items.tolist()], best, atol=1e-6)
@@ -42,7 +42,7 @@ def test_item_knn_equals_the_slow_twin(users: list[list[int]], history: list[int
 
 def test_ties_go_to_the_more_popular_and_then_to_the_first() -> None:
     touched = incidence(ragged([[0, 5], [0, 4], [3], [3], [2]]), 6).astype(np.float64)
-    found = ItemKnn.of(touched)(ragged([[0]]), 4, np.random.default_rng(0))
+    found = MostAlike.of(touched)(ragged([[0]]), 4, np.random.default_rng(0))
     assert found.items.tolist() == [4, 5, 3, 2]
 
 

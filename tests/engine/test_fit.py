@@ -180,3 +180,26 @@ def test_nothing_is_warned_of_where_all_is_as_it_should_be() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny.build()
+
+
+def test_a_score_field_is_made_of_interactions_and_its_lack_is_told(tmp_path: Path) -> None:
+    """A ranker that learnt to read scores gets them where interactions are known, and says so where they are not."""
+    path = tmp_path / "scored.toml"
+    lines = [
+        'volatile = [" {rank} {match}"]' if line.startswith("volatile =") else line
+        for line in tiny.TEMPLATE.splitlines()
+    ]
+    path.write_text("\n".join(lines).replace('name = "tiny"', 'name = "scored"'), encoding="utf-8")
+    prompt, folder = PromptConfig(template=str(path)), tmp_path / "adapter"
+    model = ModelConfig(path=str(tiny.model_folder()), device="cpu")
+    trainer = make_trainer(model, prompt, [shop()], TUNING, folder)
+    save_adapter(folder, trainer.network.adapter(), tiny.model_folder().name, trainer.record())
+    asked = replace(tiny.request(), user_id=UserId("somebody"), options=RankOptions(readout="pointwise"), volatile={})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TextWarning)
+        knows = Engine.build(shop().catalogue, config(path, folder))
+        knows_not = Engine.build(Catalogue(shop().catalogue.values()), config(path, folder))
+    with_scores, without = knows.prompter.build(asked), knows_not.prompter.build(asked)
+    assert with_scores.num_tokens > without.num_tokens
+    assert not any("come without" in note for note in with_scores.notes)
+    assert any("come without match, rank, which the adapter was tuned with" in note for note in without.notes)

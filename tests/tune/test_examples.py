@@ -10,9 +10,10 @@ import torch
 
 from rcllm.core.ranking import Interaction, Item, ItemId, UserId
 from rcllm.data import Catalogue, Dataset, split_of
+from rcllm.data.neighbours import with_neighbours
 from rcllm.errors import ConfigError, DataError
 from rcllm.tune.config import ExampleConfig, check_examples, examples_for
-from rcllm.tune.examples import TrainingSet, batch_of, joined_catalogue
+from rcllm.tune.examples import Fold, TrainingSet, batch_of, joined_catalogue, training_sets
 from rcllm.tune.loss import listwise_loss
 from tests.tune.test_train import EXAMPLES, log
 
@@ -122,3 +123,36 @@ def test_the_loss_is_that_of_the_softmax() -> None:
     loss.backward()
     assert scores.grad is not None
     assert scores.grad.numpy() == pytest.approx(shares - np.array([0, 0, 1]), abs=1e-6)
+
+
+def test_a_users_own_choices_do_not_stand_in_their_scores() -> None:
+    """Each user chose two items that nobody else chose both of: the scores of all candidates are zero."""
+    data = _small(40)
+    rows = [
+        Interaction(UserId(f"u{user}"), ItemId(f"é{item}"), float(step))
+        for user in range(40)
+        for step, item in enumerate((user, (user * 7 + 3) % 40))
+    ]
+    config = replace(EXAMPLES, min_history=1, num_history=1)
+    source = TrainingSet(replace(data, interactions=tuple(rows)), config, ("rank", "match"))
+    pairs = {frozenset(row.item_id for row in rows if row.user_id == user) for user in {row.user_id for row in rows}}
+    assert len(pairs) > 30
+    for number in range(4):
+        for request in source.batch(np.random.default_rng(number)):
+            assert request.positive is not None
+            assert request.volatile[request.positive] == {"rank": "none", "match": "zero"}
+
+
+def test_neighbours_come_from_other_users_than_those_who_are_learnt_from() -> None:
+    data = log(200)
+    sources = training_sets(data, EXAMPLES, ("title", "neighbours"), ())
+    assert [source.prefix for source in sources] == [f"log/{fold}/" for fold in range(4)]
+    learnt_from = [{rows[0].user_id for rows in source.users} for source in sources]
+    assert sum(map(len, learnt_from)) == len(set().union(*learnt_from)) == len(TrainingSet(data, EXAMPLES).users)
+    joined = joined_catalogue(sources)
+    assert len(joined) == 4 * len(data.catalogue)
+    inside = [row for row in data.interactions if row.user_id in learnt_from[0]]
+    fewer = replace(data, interactions=tuple(row for row in data.interactions if row not in inside))
+    assert dict(TrainingSet(data, EXAMPLES, (), Fold(0)).dataset.catalogue) == dict(
+        with_neighbours(TrainingSet(data, EXAMPLES).dataset.catalogue, fewer.interactions)
+    )

@@ -19,7 +19,7 @@ from rcllm.errors import ConfigError, DataError, ModelError, RcllmError
 from rcllm.model.adapter import load_adapter
 from rcllm.model.checkpoint import CHECKPOINT
 from rcllm.tune.setup import make_trainer
-from rcllm.tune.train import Trainer
+from rcllm.tune.train import Trainer, best_of
 from tests.engine import tiny
 from tests.killed import run_killed
 from tests.tiny_models import tiny_model
@@ -182,7 +182,7 @@ def test_the_seed_decides_what_is_learnt(tmp_path: Path, one_compute_thread: Non
 def test_the_record_and_the_curve_are_the_same_figures(begun: Path, one_compute_thread: None) -> None:
     made = trainer(begun)
     curve = made.run()
-    best = min(curve, key=lambda point: point.validation_loss)
+    best = best_of(curve)
     record = json.loads((begun / "best" / "rcllm.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert record["curve"][-1]["validation_loss"] == best.validation_loss
     assert [point["losses"] for point in record["curve"]] == [p.losses for p in curve[: len(record["curve"])]]

@@ -21,7 +21,7 @@ from rcllm.prompt.template import Template
 from rcllm.tune.config import ExampleConfig, TuneConfig
 from rcllm.tune.examples import TrainingSet, batch_of
 from rcllm.tune.setup import make_trainer
-from rcllm.tune.train import Trainer, TuneProgress
+from rcllm.tune.train import Trainer, TuneProgress, best_of
 from tests.engine import tiny
 
 EXAMPLES = ExampleConfig(num_candidates=4, num_history=3, targets_per_user=2, prompts_per_batch=4)
@@ -117,7 +117,7 @@ def test_it_stops_early_when_validation_stalls(tmp_path: Path, one_compute_threa
     made = trainer(tmp_path, replace(CONFIG, losses=10_000, learning_rate=1e-9, patience=2, evaluate_every=4))
     curve = made.run()
     assert curve[-1].losses < 10_000
-    best = int(np.argmin([p.validation_loss for p in curve]))
+    best = curve.index(best_of(curve))
     assert len(curve) - 1 - best == 2
 
 
@@ -128,6 +128,9 @@ def test_the_record_says_how_the_adapter_was_made(tmp_path: Path, one_compute_th
     assert record["started_from"] == ""
     assert record["datasets"] == ["log"]
     assert record["settings"]["rank"] == 4
+    assert record["baselines"].keys() == {"chance", "popularity", "item-kNN"}
+    assert record["baselines"]["item-kNN"] > record["baselines"]["chance"]
+    assert record["fresh"] == []
     assert record["curve"][0]["losses"] == 0
     template = Template.load(str(tiny.template_path()))
     assert (record["template"], record["template_fingerprint"]) == ("tiny", template.fingerprint.hex())
