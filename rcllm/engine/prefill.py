@@ -236,11 +236,17 @@ def whole_prompts(
 def _segments(
     planned: Planned, blocks: Mapping[ContentKey, torch.Tensor], runs: Sequence[Keep], kept: Sequence[torch.Tensor]
 ) -> Iterator[Segment]:
-    fresh = iter(zip(runs, kept, strict=True))
-    for number, piece in enumerate(planned.plan.pieces):
+    """Runs cover as many of the fresh pieces as follow each other."""
+    fresh, covered, number = iter(zip(runs, kept, strict=True)), 0, 0
+    for piece in planned.plan.pieces:
+        if piece.key is None and covered:
+            covered -= len(piece)
+            continue
         if piece.key is None:
             run, kv = next(fresh)
-            yield Segment(kv.contiguous(), run.base, 0, len(piece), number)
+            yield Segment(kv.contiguous(), run.base, 0, run.stop - run.start, number)
+            covered = run.stop - run.start - len(piece)
         else:
             base = planned.prompt.blocks[piece.block].base
             yield Segment(blocks[piece.key], base, piece.start, piece.stop, number)
+        number += 1

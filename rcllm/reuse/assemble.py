@@ -78,17 +78,27 @@ def assemble(
 
 
 def _fresh_runs(batch: Sequence[Planned]) -> list[tuple[Keep, ...]]:
-    """Per prompt, its fresh rows in the pass, as runs of consecutive tokens of one block."""
+    """Per prompt, its fresh rows in the pass, as runs of tokens that follow each other, in one block or across several.
+
+    A run is as long as it can be: whoever reads the KV of the rows pays for each run, and a history of 250 events that
+    were all computed is one.
+    """
     runs: list[tuple[Keep, ...]] = []
     row = 0
     for planned in batch:
-        own: list[Keep] = []
+        starts: list[tuple[int, int]] = []  # the first row of each run, and its position
+        end = -1  # the position behind the last row, unless something cached lies there
         for piece in planned.plan.pieces:
-            if piece.key is None:
-                base = planned.prompt.blocks[piece.block].base + piece.start
-                own.append(Keep(row, row + len(piece), base))
-                row += len(piece)
-        runs.append(tuple(own))
+            if piece.key is not None:
+                end = -1
+                continue
+            position = planned.prompt.blocks[piece.block].base + piece.start
+            if position != end:
+                starts.append((row, position))
+            row += len(piece)
+            end = position + len(piece)
+        stops = [*(start for start, _ in starts), row][1:]
+        runs.append(tuple(Keep(start, stop, base) for (start, base), stop in zip(starts, stops, strict=True)))
     return runs
 
 
