@@ -193,7 +193,7 @@ class ScheduleConfig:
     min_candidates: Annotated[int, Ge(1)] = 10  # fewer are never ranked to keep a deadline
     # users whose last scores are kept, for when nothing else keeps a deadline
     last_scores: Annotated[int | None, Ge(0)] = None
-    other_rows: Annotated[int | None, Ge(0)] = None  # of texts and searches, in a pass that rankings enter
+    other_rows: Annotated[int | None, Ge(0)] = None  # of texts and searches, beside rankings and until they enter
     # of the rows of prompts, where other tenants wait as well; 1 for those that are not named
     tenant_shares: Mapping[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
 

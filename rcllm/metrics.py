@@ -55,6 +55,25 @@ class Trace:
         path.write_text(to_json({"traceEvents": events}), encoding="utf-8")
 
 
+class PassClock:
+    """A clock that stands still while what it times makes way for something else, which it times as well."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.steady, self.away_s = clock, 0.0
+
+    def __call__(self) -> float:
+        return self.steady() - self.away_s
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """What runs inside counts for itself, and not for what it interrupts."""
+        start = self()
+        try:
+            yield
+        finally:
+            self.away_s += self() - start
+
+
 class Stopwatch:
     """Adds up wall time by stage name; stages do not hold others."""
 

@@ -44,7 +44,7 @@ from rcllm.engine.space import about, declared_mask, model_fingerprint, space_of
 from rcllm.engine.tiers import Tiers, open_tiers
 from rcllm.engine.warming import Warming, WarmProgress
 from rcllm.errors import RcllmError, answered
-from rcllm.metrics import Clock, Trace
+from rcllm.metrics import Clock, PassClock, Trace
 from rcllm.model.decoder import Decoder
 from rcllm.model.pull import pull
 from rcllm.prompt.blocks import Prompter
@@ -85,13 +85,13 @@ class Engine:
         """
         self.config, self.decoder, self.prompter, self.pool, self.model_id = config, decoder, prompter, pool, model_id
         self.prototypes, self.node = prototypes, node or platform.node()
-        self.clock, self.tiers = clock, tiers or Tiers()
-        self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes, clock)
+        self.clock, self.pass_clock, self.tiers = clock, PassClock(clock), tiers or Tiers()
+        self._prefill = Prefill(decoder, prompter, pool, config.cache, _mask(config), prototypes, self.pass_clock)
         self.rank_job = Rank(
             config, decoder, prompter, self._prefill, admission or Open.of(self.identity, prompter.context_name)
         )
         names = {"node": self.node, "model": model_id}  # of receipts
-        self.loop = RequestLoop(config, decoder, self._prefill, pool, self.catalogue, clock, names, trace)
+        self.loop = RequestLoop(config, decoder, self._prefill, pool, self.catalogue, self.pass_clock, names, trace)
         self._updating = threading.Lock()  # of the catalogue; taken before a turn
 
     @classmethod

@@ -4,7 +4,8 @@
 
 Knows jobs by their contract alone, and neither catalogue files nor tiers. Invariant: a request that was taken in gets
 one outcome; an answer does not depend on what else is in its pass, beyond the tolerance of the kernels. Any thread may
-submit; passes run one at a time, in the thread of whoever waits.
+submit; passes run one at a time, in the thread of whoever waits, and rankings between the layers of a pass that others
+are in, by the scheduler's rule.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from rcllm.engine.prefill import Prefill
 from rcllm.engine.tickets import Tickets
 from rcllm.engine.turns import Turns
 from rcllm.errors import CancelledError, DeadlineError, RcllmError
-from rcllm.metrics import Clock, Stopwatch, Trace
-from rcllm.model.decoder import Decoder
+from rcllm.metrics import PassClock, Stopwatch, Trace
+from rcllm.model.decoder import Between, Decoder
 from rcllm.reuse.missing import user_owner
 from rcllm.schedule.cost import CostModel, Demand, Rates
 from rcllm.schedule.scheduler import Scheduler
-from rcllm.schedule.work import PassLimits, Queue, Terms, Work
+from rcllm.schedule.work import NO_LIMIT, PassLimits, Queue, Terms, Turn, Work
 
 
 class RequestLoop:
@@ -44,26 +45,30 @@ class RequestLoop:
         prefill: Prefill,
         pool: Pool,
         catalogue: LiveCatalogue,
-        clock: Clock,
+        clock: PassClock,
         names: Mapping[str, str],
         trace: Trace | None,
     ) -> None:
         self._decoder, self._prefill, self._pool, self._catalogue = decoder, prefill, pool, catalogue
-        self._clock, self._names, self._trace = clock, names, trace
+        self._clock, self._pass_clock, self._names, self._trace = clock.steady, clock, names, trace
         kv_bytes, schedule = pool.budget // 2, config.schedule  # of one pass; the other half is for what runs on
-        limits = PassLimits(config.cache.pass_tokens, kv_bytes, schedule.other_rows or 1 << 30)
+        limits = PassLimits(config.cache.pass_tokens, kv_bytes, schedule.other_rows or NO_LIMIT)
         self.scheduler = Scheduler(limits, schedule.tenant_shares)
         spec = decoder.spec
         self.costs = CostModel(Rates.first(spec.linear_flops_per_token, spec.attention_flops(1)))
         self._make = Tickets(prefill, clock)
         self.intake = Intake(schedule, self.costs, clock, self._make.anew, names["node"], names["model"])
         self.tickets: dict[int, Ticket] = {}  # those that wait or run
+        self._hurried_loops: tuple[RequestLoop, ...] = (self,)  # whose rankings may enter between layers here
         self._withdrawn: list[Ticket] = []  # to be dropped before the next pass
         self._lock = threading.Lock()  # of the scheduler and the tickets; never held while something is computed
         self._turns = Turns()  # who computes
         self._numbers = itertools.count()
         self._num_passes = 0
         self._pass_ends_s = 0.0  # of the pass that runs, by estimate
+        self._yields = False  # whether rankings may come between its layers
+        self._in_pass = frozenset[int]()  # whose rows are in it
+        self._given_rows = 0.0  # of it that are done, since it began or made way; a layer counts as its part of a row
 
     def submit(
         self,
@@ -101,7 +106,7 @@ class RequestLoop:
         with self._lock:
             self.scheduler.open(ticket.job.kind, ticket.job.limits)
             queue = self.scheduler.queue(self._make.work(ticket, self.intake))
-            left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue))
+            left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue, ticket.opening.goes_on))
             if self.intake.in_time(ticket, left_ms):
                 return self._enqueue(ticket)
         version = ticket.catalogue_version
@@ -110,11 +115,18 @@ class RequestLoop:
         with self._lock:
             return ticket if ticket.done else self._enqueue(ticket)
 
-    def _running_ms(self, queue: Queue) -> float:
-        """What the pass that runs still takes, and the steps of what goes on beside the passes that come first."""
-        rows = min(self.scheduler.step_rows, self.scheduler.limits.other_rows)
-        steps = Demand(rows=rows * (1 + queue.ahead_rows // self.scheduler.limits.rows))
-        return max(0.0, self._pass_ends_s - self._clock()) * 1e3 + self.costs.ms(steps)
+    def _running_ms(self, queue: Queue, goes_on: bool) -> float:
+        """What the pass that runs still takes, and what goes on beside and between the passes that come first.
+
+        `goes_on`: whether whoever asks does; what does not may enter before the pass ends.
+        """
+        limits = self.scheduler.limits
+        rows = min(self.scheduler.other_rows, limits.other_rows)
+        others_ms = self.costs.ms(Demand(rows=rows * (1 + queue.ahead_rows // limits.rows)))
+        running_ms = max(0.0, self._pass_ends_s - self._clock()) * 1e3
+        if self._yields and not goes_on:
+            running_ms = min(running_ms, self.costs.ms(Demand(rows=limits.other_rows)))
+        return running_ms + others_ms
 
     def _enqueue(self, ticket: Ticket) -> Ticket | None:
         if ticket.catalogue_version != self._catalogue.version:
@@ -139,7 +151,7 @@ class RequestLoop:
         with self._lock:
             self.scheduler.open(job.kind, job.limits)
             found = self.scheduler.queue(Work(-1, job.kind, 0, tenant=tenant, arrival_s=self._clock()))
-            return replace(found, ahead_ms=found.ahead_ms + self._running_ms(found))
+            return replace(found, ahead_ms=found.ahead_ms + self._running_ms(found, goes_on=True))
 
     def under_way(self) -> list[Ticket]:
         """Requests that wait or run."""
@@ -157,42 +169,93 @@ class RequestLoop:
 
     def step(self) -> bool:
         """One pass over the rows of whoever's turn it is; False where nobody waits. One thread at a time."""
-        entering, running = self._schedule()  # schedule
+        self._drop_withdrawn()
+        with self._lock:
+            turn = self.scheduler.turn(self._clock())  # schedule
+            self._yields, self._given_rows = turn.yields and self.scheduler.limits.other_rows < NO_LIMIT, 0.0
+        entering, running = self._take_turn(turn)
         if not entering and not running:
             return False
-        watch = Stopwatch(self._clock, self._trace, self._num_passes)
+        self._in_pass = frozenset(ticket.number for ticket in (*entering, *running))
+        try:
+            self._pass(entering, running, self._make_way if self._yields else None)
+        finally:
+            self._in_pass, self._yields = frozenset(), False
+            self.scheduler.pass_ended()
+        self._pool.write_through()  # what was published, for whoever comes after this process
+        return True
+
+    def _pass(self, entering: Sequence[Ticket], running: Sequence[Ticket], between: Between | None) -> None:
+        """`between`: called between its layers."""
+        clock = self._pass_clock
+        watch = Stopwatch(clock, self._trace, self._num_passes)
         self._num_passes += 1
         answers: list[Answer] = []
-        start = self._clock()
-        self._pass_ends_s = start + sum(map(self.intake.needs_ms, entering)) / 1e3
+        start, away_s = clock(), clock.away_s
+        self._pass_ends_s = self._clock() + sum(map(self.intake.needs_ms, entering)) / 1e3
         try:
             with self._prefill.pool_of([ticket.planned for ticket in entering]).hold() as held:
-                prompts = Prompts.of(entering, self._prefill, held, watch.stage)  # plan, materialise, select, assemble
+                # plan, materialise, select, assemble
+                prompts = Prompts.of(entering, self._prefill, held, watch.stage, between)
                 steps = Steps.of(running, watch.stage)  # assemble
                 asked = demand(prompts, steps)
-                self._pass_ends_s = start + self.costs.ms(asked) / 1e3
-                first, passed = forward(self._decoder, prompts, steps, watch.stage)  # forward
+                self._pass_ends_s = self._clock() + (self.costs.ms(asked) / 1e3 - (clock() - start))
+                first, passed = forward(self._decoder, prompts, steps, watch.stage, between)  # forward
                 answers += steps.take(passed, watch.stage)  # read
                 answers += enter(prompts, first, self._prefill, held, self._names, watch.stage)  # publish, read
             if asked.rows:
-                self.costs.observe(asked, (self._clock() - start) * 1e3 - watch.stages.get("measure", 0.0))
+                self.costs.observe(asked, (clock() - start) * 1e3 - watch.stages.get("measure", 0.0))
         except BaseException as error:  # a pass that broke is told to everybody in it, and an interrupt to its thread
             answers = [Answer(ticket.number, error) for ticket in (*entering, *running)]
             if not isinstance(error, Exception):
                 raise
         finally:
             self._pass_ends_s = 0.0
-            self._reply(answers, (*entering, *running), watch.stages)  # reply
-        self._pool.write_through()  # what was published, for whoever comes after this process
-        return True
+            away = {"yield": (clock.away_s - away_s) * 1e3} if clock.away_s > away_s else {}
+            self._reply(answers, (*entering, *running), watch.stages | away)  # reply
 
-    def _schedule(self) -> tuple[list[Ticket], list[Ticket]]:
-        """Who enters with the next pass, and who goes on."""
+    def makes_way_for(self, other: RequestLoop) -> None:
+        """Rankings of another model on this device enter between the layers of passes here as well."""
+        self._hurried_loops += (other,)
+
+    def _make_way(self, rows: int) -> None:
+        """Between two layers of a pass over `rows` rows: rankings that wait, if it has done enough by then."""
+        self._given_rows += rows / self._decoder.spec.num_layers
+        for loop in self._hurried_loops:
+            if loop.scheduler.num_hurried and self._has_let_in(loop):
+                self._given_rows = 0.0
+
+    def _has_let_in(self, loop: RequestLoop) -> bool:
+        """Whether rankings of a loop ran in between."""
+        start, ends_s = self._clock(), self._pass_ends_s
+        with self._pass_clock.away():
+            entered = loop.interlude(self._given_rows) if loop is self else loop.turn_between(self._given_rows)
+        self._pass_ends_s = ends_s + self._clock() - start
+        return entered
+
+    def turn_between(self, given_rows: float) -> bool:
+        """`interlude` in a pass of another loop; False where another thread computes here."""
+        if not self._turns.acquire_now():
+            return False
+        try:
+            return self.interlude(given_rows)
+        finally:
+            self._turns.release()
+
+    def interlude(self, given_rows: float) -> bool:
+        """A pass of rankings that wait, if what it interrupts has gone on by enough rows; whether there was one."""
+        self._drop_withdrawn()
         with self._lock:
-            withdrawn, self._withdrawn = self._withdrawn, []
-        self._drop(withdrawn)
+            turn = self.scheduler.interlude(given_rows, self._clock())
+        entering, _ = self._take_turn(turn)
+        if entering:
+            self._pass(entering, (), None)
+            self._turns.look()
+        return bool(entering)
+
+    def _take_turn(self, turn: Turn) -> tuple[list[Ticket], list[Ticket]]:
+        """Who enters with the next pass, and who goes on; ends those whose time is over."""
         with self._lock:
-            turn = self.scheduler.turn(self._clock())
             entering, running = ([self.tickets[n] for n in some] for some in (turn.enter, turn.step))
             expired = [self.tickets.pop(number) for number in turn.expired]
         for ticket in expired:
@@ -240,6 +303,13 @@ class RequestLoop:
         """Ends a request before the next pass; returns at once."""
         with self._lock:
             self._withdrawn.append(ticket)
+
+    def _drop_withdrawn(self) -> None:
+        """What is in the pass that runs is dropped after it."""
+        with self._lock:
+            now = [ticket for ticket in self._withdrawn if ticket.number not in self._in_pass]
+            self._withdrawn = [ticket for ticket in self._withdrawn if ticket.number in self._in_pass]
+        self._drop(now)
 
     def _drop(self, tickets: Iterable[Ticket]) -> None:
         """Called by the thread whose turn it is, between passes."""

@@ -13,7 +13,7 @@ import torch
 
 from rcllm.cache.pool import Held
 from rcllm.core.ranking import ContentKey, TokenIds
-from rcllm.model.decoder import Decoder
+from rcllm.model.decoder import Between, Decoder
 from rcllm.prompt.keys import Context, content_key
 from rcllm.reuse.assemble import assemble_blocks
 from rcllm.reuse.missing import NOTHING, Missing, _by_context, chunks, recompute_flops
@@ -25,28 +25,29 @@ class Materialiser:
     def __init__(self, decoder: Decoder, namespace: bytes, pass_tokens: int) -> None:
         self._decoder, self._namespace, self._pass_tokens = decoder, namespace, pass_tokens
 
-    def compute(self, missing: Sequence[Missing], held: Held) -> int:
+    def compute(self, missing: Sequence[Missing], held: Held, between: Between | None = None) -> int:
         """Publishes every block of `missing`; returns how many tokens went through the layers for it."""
         tokens = 0
         for context, blocks in _by_context(missing):
-            tokens += self.fetch_context(context, blocks[0].context_owner, held)
+            tokens += self.fetch_context(context, blocks[0].context_owner, held, between)
             for chunk in chunks(blocks, self._pass_tokens):
-                tokens += self._chunk(context, chunk, held)
+                tokens += self._chunk(context, chunk, held, between)
         return tokens
 
-    def fetch_context(self, context: Context, owner: str | None, held: Held) -> int:
+    def fetch_context(self, context: Context, owner: str | None, held: Held, between: Between | None = None) -> int:
         """Makes sure that the KV of the contexts' own tokens is held; returns how many were computed for that."""
         variants = [variant for variant in context.variants if variant]
         keys = {self.key(variant): variant for variant in variants}
         absent = [Missing(key, keys[key], NOTHING, owner) for key in held.fetch(keys)]
-        return self.compute(absent, held) if absent else 0
+        return self.compute(absent, held, between) if absent else 0
 
-    def _chunk(self, context: Context, chunk: Sequence[Missing], held: Held) -> int:
+    def _chunk(self, context: Context, chunk: Sequence[Missing], held: Held, between: Between | None) -> int:
         token_ids = [missing.token_ids for missing in chunk]
         total: list[torch.Tensor] = []
         for variant in context.variants:
             kv = held.blocks[self.key(variant)] if variant else None
-            kept = self._decoder.forward(assemble_blocks(token_ids, kv, len(variant), self._decoder.device)).kept
+            work = assemble_blocks(token_ids, kv, len(variant), self._decoder.device)
+            kept = self._decoder.forward(work, between=between).kept
             total = [a + b for a, b in zip(total, kept, strict=True)] if total else kept
         for missing, kv in zip(chunk, total, strict=True):
             if len(context.variants) > 1:

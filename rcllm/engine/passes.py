@@ -16,7 +16,7 @@ from rcllm.engine.job import Answer, Entered, Job, Ticket
 from rcllm.engine.prefill import Prefill, whole_prompts
 from rcllm.errors import RcllmError
 from rcllm.metrics import Stage
-from rcllm.model.decoder import Decoder, Pass, Passed, joined, parted
+from rcllm.model.decoder import Between, Decoder, Pass, Passed, joined, parted
 from rcllm.reuse.assemble import Assembled
 from rcllm.reuse.plan import Planned
 from rcllm.schedule.cost import Demand
@@ -35,7 +35,9 @@ class Prompts:
     error: RcllmError | None = None
 
     @classmethod
-    def of(cls, tickets: Sequence[Ticket], prefill: Prefill, held: Held, stage: Stage) -> Prompts:
+    def of(
+        cls, tickets: Sequence[Ticket], prefill: Prefill, held: Held, stage: Stage, between: Between | None
+    ) -> Prompts:
         """plan → materialise → select → assemble"""
         if not tickets:
             return cls(())
@@ -43,7 +45,7 @@ class Prompts:
             with stage("plan"):
                 batch = [prefill.replan(ticket.planned, ticket.lookup) for ticket in tickets]
             with stage("materialise"):
-                num_computed = prefill.materialise(batch, [ticket.lookup for ticket in tickets], held)
+                num_computed = prefill.materialise(batch, [ticket.lookup for ticket in tickets], held, between)
             with stage("select"):
                 selected = prefill.select(batch, held)
             with stage("assemble"):
@@ -84,7 +86,9 @@ def demand(prompts: Prompts, steps: Steps) -> Demand:
     )
 
 
-def forward(decoder: Decoder, prompts: Prompts, steps: Steps, stage: Stage) -> tuple[Passed | None, Iterator[Passed]]:
+def forward(
+    decoder: Decoder, prompts: Prompts, steps: Steps, stage: Stage, between: Between | None
+) -> tuple[Passed | None, Iterator[Passed]]:
     """What the pass of the prompts gave, if there is one, and what each of the others did; all in one forward pass.
 
     Rows of level `corrected` are on their way already, and go on alone.
@@ -93,10 +97,10 @@ def forward(decoder: Decoder, prompts: Prompts, steps: Steps, stage: Stage) -> t
     first: Passed | None = None
     with stage("forward" if prompts.assembled else "step"):
         if prompts.assembled and prompts.selected.carried is not None:
-            first = decoder.forward(prompts.assembled.work, prompts.selected.carried)
+            first = decoder.forward(prompts.assembled.work, prompts.selected.carried, between=between)
         elif prompts.assembled:
             passes = [prompts.assembled.work, *passes]
-        passed = iter(parted(decoder.forward(joined(passes)), passes) if passes else [])
+        passed = iter(parted(decoder.forward(joined(passes), between=between), passes) if passes else [])
     if prompts.assembled and first is None:
         first = next(passed)
     return first, passed

@@ -23,7 +23,7 @@ from rcllm.engine.materialise import Materialiser
 from rcllm.errors import CapacityError
 from rcllm.metrics import Clock
 from rcllm.model.attend.segments import Segment
-from rcllm.model.decoder import Decoder, Keep
+from rcllm.model.decoder import Between, Decoder, Keep
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.keys import Context
 from rcllm.prototypes.pool import PrototypePool
@@ -117,7 +117,9 @@ class Prefill:
             return self._pool
         return Pool(self._pool.budget, self._decoder.dtype, self._decoder.device)
 
-    def materialise(self, batch: Sequence[Planned], lookups: Iterable[Lookup], held: Held) -> int:
+    def materialise(
+        self, batch: Sequence[Planned], lookups: Iterable[Lookup], held: Held, between: Between | None = None
+    ) -> int:
         """Fetches every block that the plans read, and computes the others; returns tokens computed.
 
         Others are those that do not exist, and those that are computed sooner than read.
@@ -136,9 +138,9 @@ class Prefill:
         for lookup in lookups:
             dear |= lookup.dear
             self._pool.passed_over(lookup)
-        return self.compute([self._missing(key, *needed[key]) for key in held.fetch(needed, dear)], held)
+        return self.compute([self._missing(key, *needed[key]) for key in held.fetch(needed, dear)], held, between)
 
-    def compute(self, missing: Sequence[Missing], held: Held) -> int:
+    def compute(self, missing: Sequence[Missing], held: Held, between: Between | None = None) -> int:
         """Computes blocks, and learns how fast that goes; returns tokens computed."""
         if not missing:
             return 0
@@ -147,7 +149,7 @@ class Prefill:
             for each in missing
         )
         start = self._clock()
-        tokens = self.materialiser.compute(missing, held)
+        tokens = self.materialiser.compute(missing, held, between)
         self._pool.rates.flops.saw(flops, self._clock() - start)
         return tokens
 

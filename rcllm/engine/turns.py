@@ -33,10 +33,23 @@ class Turns:
             self._busy = True
             return True
 
+    def acquire_now(self) -> bool:
+        """This thread's turn, if nobody has it or waits for it."""
+        with self._changed:
+            if self._busy or self._queue:
+                return False
+            self._busy = True
+            return True
+
     def release(self) -> None:
         """Lets the next one in, and everybody look whether what they wait for has come true."""
         with self._changed:
             self._busy = False
+            self._changed.notify_all()
+
+    def look(self) -> None:
+        """Lets everybody look whether what they wait for has come true, while the turn goes on."""
+        with self._changed:
             self._changed.notify_all()
 
     @contextmanager

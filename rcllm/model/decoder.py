@@ -25,6 +25,7 @@ from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, Weights
 
 Observe = Callable[[int, torch.Tensor], None]  # told of each layer's number and qkv [rows, (H + 2·KV)·D], turned
+Between = Callable[[int], None]  # called before each layer with the rows of the pass; it may run other passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ class _Layer:
 
 
 class Decoder:
-    """The model on one device. Not thread-safe: one pass at a time."""
+    """The model on one device. Not thread-safe: one pass at a time, or one between the layers of another."""
 
     def __init__(
         self,
@@ -147,11 +148,17 @@ class Decoder:
         return _Layer(w.input_norm, w.post_norm, w.q_norm, w.k_norm, *matrices)
 
     @torch.inference_mode()
-    def forward(self, work: Pass, carried: Carried | None = None, observe: Observe | None = None) -> Passed:
+    def forward(
+        self,
+        work: Pass,
+        carried: Carried | None = None,
+        observe: Observe | None = None,
+        between: Between | None = None,
+    ) -> Passed:
         """Runs the layers over the rows of `work`. After the last layer's attention only the wanted rows go on.
 
         `carried`: where these rows stand, in place of the embedding of their tokens; at least one layer is left to run,
-        and the residual stream is changed in place.
+        and the residual stream is changed in place. `between`: may run whole passes of its own, which change nothing.
         """
         layers = range(carried.num_layers if carried else 0, self.spec.num_layers)
         assert layers, "nothing is left to run"
@@ -160,6 +167,8 @@ class Decoder:
         if carried:
             delta = self._feed(layers.start - 1, residual, carried.attended)
         for i in layers:
+            if between is not None:
+                between(len(work.token_ids))
             attended = self._mix(i, residual, delta, work, attend, kept, observe)
             if i == layers[-1]:
                 attended, residual = attended[work.wanted], residual[work.wanted]

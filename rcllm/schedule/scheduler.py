@@ -2,9 +2,13 @@
 
 Kinds and, within a kind, tenants take turns by the rows that they were given (start-time fair queueing: Goyal et al.,
 1996); within a tenant, work goes by its deadline, or by its arrival where it has none. What runs takes a step in every
-pass, beside the prompts that enter, unless its rows would hold up work of a single pass (`PassLimits.other_rows`).
+pass, beside the prompts that enter.
 
-    add → waiting —turn→ running —end→ gone           cancel: from either, at once; expired: from waiting, by a turn
+One rule bounds what holds up work of a single pass, which is hurried: between two of its passes, and beside one, what
+goes on is given `PassLimits.other_rows` rows. What needs more has the next pass for itself, and hurried work enters
+between the layers of that (`interlude`), whenever so many rows of it are done.
+
+    add → waiting —turn, interlude→ running —end→ gone       cancel: from either, at once; expired: from waiting
 
 Invariants: a number is in one place at a time; who was given least goes first, and is waited for where it needs more
 room, so that nothing starves; what was cancelled is in no turn. The time is an argument. Not thread-safe: the engine
@@ -67,7 +71,6 @@ class _Kind:
     own_bytes: int = 0
     num_waiting: int = 0
     waiting_rows: int = 0
-    saved: float = 0.0  # rows that it may step beside work of a single pass, and has not
 
     def has_room(self, work: Work) -> bool:
         limits = self.limits
@@ -103,7 +106,9 @@ class Scheduler:
         self._running: dict[int, _Kind] = {}
         self._latest: list[tuple[float, int]] = []  # a heap of (when its deadline is lost, number); some are gone
         self._now = 0.0  # what the kind that entered last had been given by then
-        self._saved = 0.0  # rows of prompts that may enter beside work of a single pass, and have not
+        self._owed = False  # what goes on was left out for hurried work, and has the next turn
+        self._pass_bytes = 0  # of KV that the prompts of the latest turn read, until their pass has ended
+        self.num_hurried = 0  # that wait, of a single pass and not for idle time; to be looked at without a lock
 
     def open(self, kind: str, limits: KindLimits) -> None:
         """Names a kind of work; its limits may be given anew."""
@@ -118,9 +123,10 @@ class Scheduler:
         return len(self._running)
 
     @property
-    def step_rows(self) -> int:
-        """Of everything that runs, as its next step."""
-        return sum(kind.step_rows for kind in self._kinds.values())
+    def other_rows(self) -> int:
+        """Of everything that goes on: the next steps of what runs, and the prompts that wait."""
+        going_on = (kind for kind in self._kinds.values() if (work := self._head(kind)) is not None and work.goes_on)
+        return sum(kind.step_rows for kind in self._kinds.values()) + sum(kind.waiting_rows for kind in going_on)
 
     def queue(self, work: Work) -> Queue:
         """What `work` would find, were it added now. Changes nothing."""
@@ -151,6 +157,7 @@ class Scheduler:
         tenant.put(_place(work))
         kind.num_waiting += 1
         kind.waiting_rows += work.rows
+        self.num_hurried += _is_hurried(work, kind)
         if work.deadline_s is not None:
             heapq.heappush(self._latest, (work.deadline_s - _HOPELESS * work.ms / 1e3, work.number))
         self._works[work.number] = work
@@ -175,16 +182,48 @@ class Scheduler:
     def turn(self, now_s: float = 0.0) -> Turn:
         """Who computes in the next pass. Whoever enters runs until `end`; who has expired is gone."""
         expired = tuple(self._expiring(now_s))
-        running = list(self._running)
-        enter = tuple(self._entering(now_s))
-        hurried = any(not work.goes_on for work in map(self._works.__getitem__, enter))
-        stepping = {id(kind) for kind in self._kinds.values() if self._steps(kind, running, hurried)}
-        return Turn(enter, tuple(number for number in running if id(self._running[number]) in stepping), expired)
+        waiting, running = self._waiting(), list(self._running)
+        heads = [work for kind in waiting.values() if (work := self._head(kind)) is not None]
+        if self._owed and (running or any(work.goes_on for work in heads)):
+            waiting = {name: kind for name, kind in waiting.items() if not self._heads_hurried(kind)}
+            heads = [work for work in heads if work.goes_on]
+        self._owed = False
+        room = _Room(self.limits.other_rows if any(not work.goes_on for work in heads) else 1 << 60)
+        stepping = {id(kind) for kind in self._kinds.values() if kind.running and room.take(kind.step_rows)}
+        taken = _Taken(self.limits, now_s)
+        enter = tuple(self._entering(waiting, taken, room) if waiting or running else self._fill_idle_time(taken))
+        self._owed, self._pass_bytes = room.was_short, taken.kv_bytes
+        step = tuple(number for number in running if id(self._running[number]) in stepping)
+        yields = not any(_is_hurried(self._works[number], self._running[number]) for number in enter)
+        return Turn(enter, step, expired, yields)
+
+    def pass_ended(self) -> None:
+        """What the prompts of the latest turn read is free again."""
+        self._pass_bytes = 0
+
+    def interlude(self, rows: float, now_s: float = 0.0) -> Turn:
+        """Hurried work that enters between the layers of a pass without any: the latest turn's, or another model's.
+
+        `rows`: of that pass which went through all layers, or came to as much, since it began or made way.
+        """
+        if not self.num_hurried or rows < self.limits.other_rows:
+            return Turn()
+        expired = tuple(self._expiring(now_s))
+        waiting = {name: kind for name, kind in self._waiting().items() if self._heads_hurried(kind)}
+        taken = _Taken(self.limits, now_s, self._pass_bytes)
+        return Turn(tuple(self._entering(waiting, taken, _Room(0))), (), expired)
 
     def _share(self, tenant: str) -> float:
         return self._shares.get(tenant, 1.0)
 
     # ---- waiting ----
+
+    def _waiting(self) -> dict[str, _Kind]:
+        """Kinds that have work waiting, but for what is for idle time."""
+        return {name: kind for name, kind in self._kinds.items() if kind.num_waiting and not kind.limits.idle}
+
+    def _heads_hurried(self, kind: _Kind) -> bool:
+        return (work := self._head(kind)) is not None and not work.goes_on
 
     def _leave(self, work: Work) -> None:
         """Work leaves its queue."""
@@ -192,6 +231,7 @@ class Scheduler:
         kind.tenants[work.tenant].take(_place(work))
         kind.num_waiting -= 1
         kind.waiting_rows -= work.rows
+        self.num_hurried -= _is_hurried(work, kind)
 
     def _expiring(self, now_s: float) -> Iterator[int]:
         """Takes out whose deadline can no longer be kept."""
@@ -203,41 +243,30 @@ class Scheduler:
 
     # ---- entering ----
 
-    def _entering(self, now_s: float) -> Iterator[int]:
-        waiting = {name: kind for name, kind in self._kinds.items() if kind.num_waiting and not kind.limits.idle}
-        if not waiting and not self._running:
-            yield from self._fill_idle_time()
-        hurried, saving = self._earn(waiting), False
-        taken = _Taken(self.limits, now_s)
+    def _entering(self, waiting: dict[str, _Kind], taken: _Taken, room: _Room) -> Iterator[int]:
+        """`room`: for prompts of what goes on."""
         while waiting:
             name = min(waiting, key=lambda each: waiting[each].served)
             kind = waiting[name]
             work = self._head(kind)
-            held = work is not None and hurried and work.goes_on and (saving or work.rows > self._saved)
-            saving = saving or held  # what is saved is for who was given least; others would spend it for ever
-            if work is None or held or not kind.has_room(work) or not taken.add(work):
+            if work is None or not kind.has_room(work) or not taken.fits(work) or not self._is_let_in(work, room):
                 del waiting[name]  # until the next turn: what came after it would overtake it
                 continue
-            if hurried and work.goes_on:
-                self._saved -= work.rows
+            taken.add(work)
             self._start(kind, work)
             yield work.number
 
-    def _fill_idle_time(self) -> Iterator[int]:
+    def _is_let_in(self, work: Work, room: _Room) -> bool:
+        return not work.goes_on or room.take(work.rows)
+
+    def _fill_idle_time(self, taken: _Taken) -> Iterator[int]:
         """One work of a kind that runs where nothing else does."""
         for kind in self._kinds.values():
             if kind.limits.idle and (work := self._head(kind)) is not None:
+                taken.add(work)
                 self._start(kind, work)
                 yield work.number
                 return
-
-    def _earn(self, waiting: Mapping[str, _Kind]) -> bool:
-        """Whether work of a single pass waits; while it does, prompts of what goes on save up the rows to enter."""
-        heads = [work for kind in waiting.values() if (work := self._head(kind)) is not None]
-        hurried = any(not work.goes_on for work in heads)
-        most = max([self.limits.other_rows, *(work.rows for work in heads if work.goes_on)])
-        self._saved = min(self._saved + self.limits.other_rows, most) if hurried else 0.0
-        return hurried
 
     def _head(self, kind: _Kind) -> Work | None:
         """The next work of a kind: of the tenant that was given least, the one that is due first."""
@@ -266,26 +295,14 @@ class Scheduler:
         if len(kind.tenants) > 2 * len(kind.order) + _IDLE_TENANTS:
             kind.tenants = {name: t for name, t in kind.tenants.items() if t.listed or t.served > kind.now}
 
-    # ---- stepping ----
-
-    def _steps(self, kind: _Kind, running: list[int], hurried: bool) -> bool:
-        """Whether what ran of a kind takes a step; beside work of a single pass, as its saved rows allow."""
-        rows = sum(kind.running[number].step_rows for number in running if number in kind.running)
-        if not hurried:
-            kind.saved = 0.0
-            return True
-        kind.saved = min(kind.saved + self.limits.other_rows, max(self.limits.other_rows, rows))
-        if rows > kind.saved:
-            return False
-        kind.saved -= rows
-        return True
-
     def check(self) -> None:
         """Asserts that everything is in one place, and that sums are right."""
         queued = [number for kind in self._kinds.values() for t in kind.tenants.values() for _, number, _ in t.queue]
         assert len(queued) == len(set(queued)), "a number stands in two queues"
         assert not set(queued) & set(self._running), "what runs still waits"
         assert set(queued) | set(self._running) == set(self._works), "work was lost"
+        kinds = [(self._works[number], self._kinds[self._works[number].kind]) for number in queued]
+        assert self.num_hurried == sum(_is_hurried(work, kind) for work, kind in kinds)
         for name, kind in self._kinds.items():
             some = [work for work in self._works.values() if work.kind == name and work.number not in self._running]
             assert (kind.num_waiting, kind.waiting_rows) == (len(some), sum(work.rows for work in some))
@@ -305,6 +322,27 @@ def _place(work: Work) -> _Place:
     return _due(work), work.number, work.ms
 
 
+def _is_hurried(work: Work, kind: _Kind) -> bool:
+    """Whether it is answered by a single pass, and somebody waits for that."""
+    return not work.goes_on and not kind.limits.idle
+
+
+class _Room:
+    """Rows of what goes on, beside hurried work."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self.was_short = False  # somebody was left out
+
+    def take(self, rows: int) -> bool:
+        """Takes them, if there are so many."""
+        if rows > self._rows:
+            self.was_short = True
+            return False
+        self._rows -= rows
+        return True
+
+
 class _Taken:
     """What the prompts of one pass take of its limits; the first one always fits.
 
@@ -312,35 +350,45 @@ class _Taken:
     Nobody joins whose rows would make one that is in it late: an answer comes with the end of its pass.
     """
 
-    def __init__(self, limits: PassLimits, now_s: float) -> None:
-        self._limits, self._now_s = limits, now_s
+    def __init__(self, limits: PassLimits, now_s: float, beside_bytes: int = 0) -> None:
+        """`beside_bytes`: of KV that another pass holds meanwhile; the first one waits where both are too much."""
+        self._limits, self._now_s, self._beside_bytes = limits, now_s, beside_bytes
         self._works: list[Work] = []
-        self._rows = self._kv_bytes = 0  # bytes: no fewer than it takes
+        self._rows, self._kv_bytes = 0, beside_bytes  # bytes: no fewer than it takes
         self._ms, self._deadline_s = 0.0, float("inf")
         self._keys: dict[ContentKey, int] = {}  # of the first `_num_merged` works
         self._num_merged = 0
 
-    def add(self, work: Work) -> bool:
-        """Takes work in, if it fits."""
-        rows, kv_bytes = self._rows + work.rows, self._kv_bytes + sum(work.keys.values())
+    @property
+    def kv_bytes(self) -> int:
+        return self._kv_bytes
+
+    def fits(self, work: Work) -> bool:
+        """Whether work may join."""
         if self._works:
-            if work.phase != self._works[0].phase or rows > self._limits.rows:
+            if work.phase != self._works[0].phase or self._rows + work.rows > self._limits.rows:
                 return False
             if self._now_s + MARGIN * (self._ms + work.ms) / 1e3 > self._deadline_s:
                 return False
-            if kv_bytes > self._limits.kv_bytes:
-                kv_bytes = self._kv_bytes_with(work)
-                if kv_bytes > self._limits.kv_bytes:
-                    return False
+        elif not self._beside_bytes:
+            return True
+        return self._bytes_with(work) <= self._limits.kv_bytes
+
+    def add(self, work: Work) -> None:
+        """Takes work in, which fits."""
+        self._kv_bytes = self._bytes_with(work)
         self._works.append(work)
-        self._rows, self._kv_bytes = rows, kv_bytes
+        self._rows += work.rows
         self._ms += work.ms
         if work.deadline_s is not None and self._now_s + MARGIN * self._ms / 1e3 <= work.deadline_s:  # it can be kept
             self._deadline_s = min(self._deadline_s, work.deadline_s)
-        return True
 
-    def _kv_bytes_with(self, work: Work) -> int:
+    def _bytes_with(self, work: Work) -> int:
+        most = self._kv_bytes + sum(work.keys.values())
+        if most <= self._limits.kv_bytes:
+            return most
         for taken in self._works[self._num_merged :]:
             self._keys.update(taken.keys)
         self._num_merged = len(self._works)
-        return sum(self._keys.values()) + sum(n for key, n in work.keys.items() if key not in self._keys)
+        own = sum(n for key, n in work.keys.items() if key not in self._keys)
+        return self._beside_bytes + sum(self._keys.values()) + own

@@ -17,6 +17,7 @@ class Terms:
 
 
 DEFAULT_TERMS = Terms()
+NO_LIMIT = 1 << 30  # of requests and rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +48,15 @@ class PassLimits:
 
     rows: int
     kv_bytes: int
-    other_rows: int = 1 << 30  # of what goes on, where work of a single pass enters; what it leaves is saved up
+    other_rows: int = NO_LIMIT  # of what goes on, beside work of a single pass and between two such passes
 
 
 @dataclass(frozen=True, slots=True)
 class KindLimits:
     """Of the requests of one kind that run at a time; one that exceeds them runs alone."""
 
-    requests: int = 1 << 30
-    step_rows: int = 1 << 30
+    requests: int = NO_LIMIT
+    step_rows: int = NO_LIMIT
     own_bytes: int = 1 << 60
     share: float = 1.0  # of the rows of prompts, where other kinds wait as well
     idle: bool = False  # enters alone, and only where nothing of another kind waits or runs
@@ -71,6 +72,7 @@ class Turn:
     enter: tuple[int, ...] = ()  # whose prompts are computed
     step: tuple[int, ...] = ()  # who takes a step besides
     expired: tuple[int, ...] = ()  # who left the queue unanswered, for its deadline can no longer be kept
+    yields: bool = False  # whether work of a single pass may enter between the layers of this pass
 
     def __bool__(self) -> bool:
         return bool(self.enter or self.step)

@@ -73,6 +73,8 @@ class EngineBackend:
         self.texts = EngineTexts(engine.prompter.tokenizer, Chat(engine.prompter.tokenizer, engine.prompter.chat))
         self.about = _about(engine, name, frozenset(self._routes))
         engines = [engine] if recommender is None else [engine, recommender.engine]
+        if engines[-1] is not engine:
+            engines[-1].loop.makes_way_for(engine.loop)
         self._loop = Loop(engines, self._fail_all, guard)
         self._keeper = Keeper(engine, recommender, self._pools, guard)
         self._warmer = Warmer(engine)

@@ -80,9 +80,9 @@ class Passes:
         self.seen: list[Pass] = []
         forward = engine.decoder.forward
 
-        def counted(work: Pass, *more: Any) -> Passed:
+        def counted(work: Pass, *more: Any, **named: Any) -> Passed:
             self.seen.append(work)
-            return forward(work, *more)
+            return forward(work, *more, **named)
 
         monkeypatch.setattr(engine.decoder, "forward", counted)
 
@@ -164,7 +164,7 @@ def test_a_pass_that_breaks_is_told_to_everybody_in_it_and_the_next_goes_on(
     asked = [tiny.request(3, name=f"r{i}") for i in range(3)]
     wanted = [response.scores for response in answered(engine.rank_batch(asked))]
 
-    def broken(*given: object) -> Passed:
+    def broken(*given: object, **named: object) -> Passed:
         raise RuntimeError("a mistake of ours")
 
     with monkeypatch.context() as patched:
@@ -180,7 +180,7 @@ def test_a_pass_that_breaks_is_told_to_everybody_in_it_and_the_next_goes_on(
 def test_an_interrupt_leaves_a_loop_that_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     generating = generator(engine)
 
-    def interrupted(*given: object) -> Passed:
+    def interrupted(*given: object, **named: object) -> Passed:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -198,8 +198,8 @@ def test_scores_that_are_not_numbers_are_an_error_of_their_request(kind: str, mo
     engine, spoilt_before = tiny.fresh(), list[bool]()
     forward = engine.decoder.forward
 
-    def spoilt(work: Pass, *more: Any) -> Passed:
-        passed = forward(work, *more)
+    def spoilt(work: Pass, *more: Any, **named: Any) -> Passed:
+        passed = forward(work, *more, **named)
         if len(passed.hidden) < 2 or spoilt_before:
             return passed
         spoilt_before.append(True)

@@ -17,7 +17,7 @@ from rcllm.core.ranking import Event, ItemId, Level, UserId
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.recommend import BEAM_ROWS, Recommender
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError, answered
-from rcllm.model.decoder import Pass, Passed
+from rcllm.model.decoder import Between, Pass, Passed
 from rcllm.sid.vocabulary import Vocabulary, items_of_codes
 from tests.engine.tiny import folder
 from tests.tiny_models import tiny_model
@@ -189,13 +189,13 @@ def test_items_come_and_go_and_a_request_sees_one_epoch(monkeypatch: pytest.Monk
     decoder, changed = recommender.engine.decoder, threading.Event()
     forward = decoder.forward
 
-    def change_once(work: Pass) -> Passed:
+    def change_once(work: Pass, between: Between | None = None) -> Passed:
         if not changed.is_set() and len(work.wanted) > 1:  # a step of the beams
             changed.set()
             live.remove([gone])
             live.disable([hidden])
             live.flush()
-        return forward(work)
+        return forward(work, between=between)
 
     with monkeypatch.context() as patched:
         patched.setattr(decoder, "forward", change_once)

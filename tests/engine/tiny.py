@@ -19,7 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 
 from rcllm.cache.pool import Pool
-from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
+from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig, ScheduleConfig
 from rcllm.core.ranking import Event, Item, ItemId, Level, RankOptions, RankRequest, UserId
 from rcllm.data.live import LiveCatalogue
 from rcllm.engine.engine import Engine
@@ -184,8 +184,12 @@ def fresh(
     kv_dtype: str = "fp32",
     store: Store | None = None,
     items: dict[ItemId, Item] | None = None,
+    other_rows: int = 0,
 ) -> Engine:
-    """An engine with an empty pool (of `pool_tokens` tokens) over a model that is loaded once."""
+    """An engine with an empty pool (of `pool_tokens` tokens) over a model that is loaded once.
+
+    `other_rows`: of ScheduleConfig.
+    """
     engine = _prototype(family)
     prompter = copy.copy(engine.prompter)
     prompter.catalogue = LiveCatalogue(catalogue() if items is None else items)
@@ -193,4 +197,5 @@ def fresh(
     per_token = engine.decoder.spec.kv_bytes_per_token(dtype.itemsize)
     budget = engine.pool.budget if pool_tokens is None else pool_tokens * per_token
     made = Pool(budget, dtype, engine.decoder.device, store)
-    return Engine(engine.config, engine.decoder, prompter, made, engine.model_id)
+    config = replace(engine.config, schedule=ScheduleConfig(other_rows=other_rows))
+    return Engine(config, engine.decoder, prompter, made, engine.model_id)

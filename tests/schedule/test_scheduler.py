@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from rcllm.core.ranking import ContentKey
 from rcllm.schedule.scheduler import Scheduler
-from rcllm.schedule.work import KindLimits, PassLimits, Work
+from rcllm.schedule.work import KindLimits, PassLimits, Turn, Work
 
 KINDS = ("rank", "recommend", "generate")
 LIMITS = {
@@ -61,8 +61,11 @@ class Device:
         self.scheduler.add(some)
 
     def run(self) -> bool:
-        """One pass; whether there was anybody."""
+        """One pass of three layers; whether there was anybody."""
         turn = self.scheduler.turn(self.now)
+        if turn.yields:
+            self._yield(turn)
+        self.scheduler.pass_ended()
         self._expire(turn.expired)
         assert not set(turn.enter) & set(turn.step)
         assert not (set(turn.enter) | set(turn.step)) & self.cancelled, "cancelled work ran"
@@ -72,15 +75,45 @@ class Device:
         self.now += 1.0
         for number in turn.step:
             self.left[number] -= 1
-        for number in turn.enter:
+        self._enter(turn.enter)
+        return bool(turn)
+
+    def _yield(self, turn: Turn) -> None:
+        """What enters between its layers ends there."""
+        limits = self.scheduler.limits
+        entering, stepping = ([self.works[number] for number in some] for some in (turn.enter, turn.step))
+        rows = sum(each.rows for each in entering) + sum(each.step_rows for each in stepping)
+        held = sum({k: size for each in entering for k, size in each.keys.items()}.values())
+        done = 0.0
+        for _ in range(3):
+            done += rows / 3
+            between = self.scheduler.interlude(done, self.now)
+            assert not between.step
+            self._expire(between.expired)
+            some = [self.works[number] for number in between.enter]
+            if not some:
+                continue
+            assert done >= limits.other_rows
+            assert all(not each.step_rows and each.kind != "shadow" for each in some), "what goes on enters by a turn"
+            assert not {each.number for each in some} & ({*turn.enter, *turn.step} | self.cancelled)
+            self._judge(some, beside=entering)
+            keys = {k: size for each in some for k, size in each.keys.items()}
+            assert not held or held + sum(keys.values()) <= limits.kv_bytes, "both are in memory at once"
+            self._enter(between.enter)
+            done = 0.0
+
+    def _enter(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
             self.entered[number] += 1
             self.left[number] = PASSES[self.works[number].kind]
+        self._end()
+
+    def _end(self) -> None:
         for number in [number for number, left in self.left.items() if not left]:
             del self.left[number]
             self.scheduler.end(number)
             self.ended.append(number)
         self.scheduler.check()
-        return bool(turn)
 
     def _expire(self, numbers: tuple[int, ...]) -> None:
         for number in numbers:
@@ -90,14 +123,15 @@ class Device:
             assert self.now > work.deadline_s - work.ms / 2e3, "it had the time"
         self.expired |= set(numbers)
 
-    def _judge(self, entering: list[Work]) -> None:
+    def _judge(self, entering: Sequence[Work], beside: Sequence[Work] = ()) -> None:
+        """`beside`: in the pass that makes way for these."""
         assert len({each.phase for each in entering}) <= 1
         if len(entering) > 1:
             assert sum(each.rows for each in entering) <= PASS.rows
             keys = {k: size for each in entering for k, size in each.keys.items()}
             assert sum(keys.values()) <= PASS.kv_bytes
         for kind in KINDS:
-            running = [self.works[number] for number in self.left] + entering
+            running = [*(self.works[number] for number in self.left), *entering, *beside]
             some = [each for each in running if each.kind == kind]
             if len(some) > 1:
                 assert len(some) <= LIMITS[kind].requests
@@ -269,33 +303,63 @@ def test_idle_work_enters_alone_and_only_where_nothing_else_waits_or_runs() -> N
     assert [some for some in order if some] == [[2], [0], [1]]
 
 
-@pytest.mark.parametrize(("other_rows", "held"), [(1 << 30, 0), (10, 0), (5, 1), (3, 3)])
-def test_steps_of_others_are_held_while_rankings_enter_and_go_on_in_turn(other_rows: int, held: int) -> None:
-    """`held`: passes in a row that ten rows of a text are kept from, while a ranking enters with each."""
-    made = scheduler(PassLimits(100, 1000, other_rows))
-    made.add(work(0, "generate"))
+def test_steps_that_are_few_go_beside_rankings_and_others_have_the_next_pass() -> None:
+    beside, after = scheduler(PassLimits(100, 1000, 10)), scheduler(PassLimits(100, 1000, 9))
+    for made in (beside, after):
+        made.add(work(0, "generate"))
+        made.turn()
+        for number in (1, 2):
+            made.add(work(number))
+    both = beside.turn()
+    assert (both.enter, both.step, both.yields) == ((1, 2), (0,), False)
+    first = after.turn()
+    assert (first.enter, first.step, first.yields) == ((1, 2), (), False)
+    for number in first.enter:
+        after.end(number)
+    after.add(work(3))
+    second = after.turn()
+    assert (second.enter, second.step, second.yields) == ((), (0,), True)
+    assert after.turn().enter == (3,)
+
+
+def test_rankings_enter_between_the_layers_of_a_long_prompt() -> None:
+    """A prompt that found the engine idle makes way for a ranking whenever it has gone on by `other_rows`."""
+    made = scheduler(PassLimits(100, 1000, other_rows=20))
+    made.add(work(0, "generate", rows=90))
+    turn = made.turn()
+    assert (turn.enter, turn.yields) == ((0,), True)
+    assert not made.interlude(90.0), "nobody waits"
+    made.add(work(1))
+    made.add(work(2, "recommend"))
+    assert not made.interlude(19.0), "it has not gone on enough"
+    assert made.interlude(20.0).enter == (1,)
+    made.end(1)
+    assert not made.interlude(40.0), "a search waits for the next turn"
+    assert made.turn().enter == (2,)
+
+
+def test_rankings_wait_where_the_pass_that_runs_leaves_them_no_memory() -> None:
+    made = scheduler(PassLimits(100, 1000, other_rows=20))
+    made.add(work(0, "generate", keys={key(0): 700}))
     made.turn()
-    steps = []
-    for number in range(1, 13):
-        made.add(work(number))
-        turn = made.turn()
-        assert turn.enter == (number,)
-        made.end(number)
-        steps.append(bool(turn.step))
-    assert max(map(len, "".join("1" if step else "0" for step in steps).split("1"))) == held
-    assert made.turn().step == (0,), "where no ranking enters, nothing is held"
+    made.add(work(1, keys={key(1): 400}))
+    made.add(work(2, keys={key(2): 300}))
+    assert not made.interlude(20.0)
+    made.cancel(1)
+    assert made.interlude(20.0).enter == (2,)
 
 
-def test_prompts_of_texts_wait_beside_rankings_and_enter_in_turn() -> None:
+def test_prompts_of_texts_wait_beside_rankings_and_have_the_next_pass() -> None:
     made = scheduler(PassLimits(100, 1000, other_rows=20))
     made.add(work(0, "generate", rows=50))
-    entered = []
-    for number in range(1, 7):
-        made.add(work(number))
-        entered.append(made.turn().enter)
-        made.end(number)
-    assert [0 in some for some in entered] == [False, False, True, False, False, False]
-    assert all(number in some for number, some in enumerate(entered, 1)), "no ranking waited for it"
+    made.add(work(1))
+    made.add(work(2, "recommend", rows=20))
+    first = made.turn()
+    assert set(first.enter) == {1, 2}, "a prompt that is short enough goes beside the ranking"
+    made.add(work(3))
+    second = made.turn()
+    assert (second.enter, second.yields) == ((0,), True)
+    assert made.interlude(25.0).enter == (3,)
 
 
 # ---- what new work would find ----------------------------------------------------------------------------------------

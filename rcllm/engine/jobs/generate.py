@@ -78,7 +78,7 @@ class Generator:
         own_bytes = engine.pool.budget // 4 if kv_bytes is None else kv_bytes
         self.limits = KindLimits(requests=batch_size, own_bytes=own_bytes)
         self._budget = budget
-        self._decoder, self._clock = engine.decoder, engine.clock
+        self._decoder, self._clock = engine.decoder, engine.pass_clock
         self._live: list[Live] = []
         self._trees: list[DraftTree] = []  # of the pass that runs, per live sequence
         self._drafted: list[Drafted] | None = None  # what they were chosen from; None: nothing was looked for
