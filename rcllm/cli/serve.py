@@ -5,6 +5,7 @@ Invariant: what a user gave wrongly, the address among it, is said before the mo
 
 from __future__ import annotations
 
+import os
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,10 +26,10 @@ from rcllm.late import Late
 from rcllm.sid.load import load_recommender
 
 if TYPE_CHECKING:
-    from rcllm.server import guarding, keys, logs, on_engine, run, viewers
+    from rcllm.server import guarding, keys, logs, on_engine, run, spans, viewers
 else:
-    guarding, keys, logs, on_engine, run, viewers = (
-        Late(f"rcllm.server.{name}") for name in ("guarding", "keys", "logs", "on_engine", "run", "viewers")
+    guarding, keys, logs, on_engine, run, spans, viewers = (
+        Late(f"rcllm.server.{name}") for name in ("guarding", "keys", "logs", "on_engine", "run", "spans", "viewers")
     )
 
 _RANKER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-blocks"  # of a checkout; a wheel has none
@@ -54,6 +55,7 @@ def serve_command(
     config = replace(config, server=_over(config.server, server), schedule=for_serving(config.schedule))
     _check_extra()
     keys.check_address(config.server)
+    traces = spans.open_spans(os.environ, config.server.served_name or config.model.path)
     inputs = _movielens() if demo else load_inputs(item_options)
     engine = make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank])
     check_level(engine)
@@ -63,7 +65,7 @@ def serve_command(
     logs.configure()
     with engine, nullcontext() if recommender is None else recommender.engine:
         shown = viewers.viewers_of(inputs.dataset.interactions) if demo and inputs.dataset is not None else ()
-        run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs), shown)
+        run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs), shown, traces)
 
 
 def _over(section: ServerConfig, options: ServerOptions) -> ServerConfig:

@@ -31,6 +31,7 @@ from rcllm.server.keys import Caller, check_admin
 from rcllm.server.metrics import Metrics
 from rcllm.server.reply import JsonReply, failure_reply, unless_gone
 from rcllm.server.served import Ask, Served
+from rcllm.server.spans import NoSpans, Spans
 from rcllm.server.viewers import Viewer
 from rcllm.version import __version__
 from rcllm.wire.items import DetokenizeBody, IdsBody, ItemBody, ItemsBody, TokenizeBody, WarmBody
@@ -101,8 +102,16 @@ ENDPOINTS = (
 )
 
 
-def make_app(backend: Backend, config: ServerConfig = _DEFAULTS, viewers: tuple[Viewer, ...] = ()) -> FastAPI:
-    """An application that answers with `backend`. Starts nothing. `viewers`: for the page's playground."""
+def make_app(
+    backend: Backend,
+    config: ServerConfig = _DEFAULTS,
+    viewers: tuple[Viewer, ...] = (),
+    spans: Spans | None = None,
+) -> FastAPI:
+    """An application that answers with `backend`. Starts nothing. `viewers`: for the page's playground.
+
+    `spans`: where requests are traced, which ends with the application; None: nowhere.
+    """
     served = Served(
         backend,
         config,
@@ -110,6 +119,7 @@ def make_app(backend: Backend, config: ServerConfig = _DEFAULTS, viewers: tuple[
         Answers(config.kept_answers),
         Histories(config.kept_users, config.kept_events),
         viewers,
+        spans or NoSpans(),
     )
 
     @asynccontextmanager
@@ -123,6 +133,7 @@ def make_app(backend: Backend, config: ServerConfig = _DEFAULTS, viewers: tuple[
         finally:
             served.is_closing = True
             await backend.stop(config.drain_s)
+            await asyncio.to_thread(served.spans.end)
 
     app = FastAPI(title="rcllm", version=__version__, lifespan=living, docs_url=None, redoc_url=None)
     app.state.served = served

@@ -23,6 +23,7 @@ from rcllm.server.app import make_app
 from rcllm.server.backend import Backend
 from rcllm.server.keys import check_address
 from rcllm.server.served import Served
+from rcllm.server.spans import Spans
 from rcllm.server.viewers import Viewer
 
 logger = logging.getLogger(__name__)
@@ -75,10 +76,11 @@ def serve(
     config: ServerConfig,
     on_listening: Callable[[str], None] = lambda address: None,
     viewers: tuple[Viewer, ...] = (),
+    spans: Spans | None = None,
 ) -> None:
     """Listens until a signal comes. Raises ConfigError for an address that may not be used, or is taken."""
     check_address(config)
-    server = HttpServer(make_app(backend, config, viewers), config, on_listening)
+    server = HttpServer(make_app(backend, config, viewers, spans), config, on_listening)
     try:
         server.run()
     except SystemExit as error:  # uvicorn has logged why

@@ -26,6 +26,7 @@ from rcllm.server.failures import failure_of
 from rcllm.server.kept import Answers, Histories
 from rcllm.server.keys import Caller
 from rcllm.server.metrics import Metrics
+from rcllm.server.spans import NoSpans, Spans
 from rcllm.server.viewers import Viewer
 from rcllm.words import nearest
 
@@ -43,6 +44,7 @@ class Served:
     answers: Answers
     histories: Histories
     viewers: tuple[Viewer, ...] = ()  # of a published data set, for the page's playground
+    spans: Spans = field(default_factory=NoSpans)
     clock: Clock = time.perf_counter
     wall_clock: Clock = time.time
     is_closing: bool = False
@@ -111,14 +113,20 @@ class Ask:
         """The backend's response to one request. Raises RcllmError."""
         served, kind = self.served, KINDS[type(request)]
         first = _First(served.clock, on_tokens)
+        span = served.spans.begin(kind, self.request_id, self.http.headers)
         try:
             request = replace(request, tenant=self.tenant_of(request.tenant))
             asked = Asked(request, Terms(deadline_ms, prior), on_tokens=first if kind == "generate" else None)
             self._check(request)
             response = await self._in_time(asked)
+        except asyncio.CancelledError:
+            span.failed("client_gone_or_timeout")
+            raise
         except Exception as error:
             served.metrics.failed(kind, failure_of(error).code)
+            span.failed(failure_of(error).code)
             raise
+        span.answered(response)
         whole_s = served.clock() - first.start_s
         served.metrics.answered(kind, response, whole_s, first.first_s or whole_s)
         served.answers.add(self.caller.name, replace(asked, on_tokens=None), response)
