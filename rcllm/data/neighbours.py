@@ -103,7 +103,7 @@ def _stands(
     """Whether a list is kept: it is as long as the new one, all its items are there, and it is hardly less alike."""
     if len(stood) < len(found) or not stood or any(item_id not in pool.numbers for item_id in stood):
         return False
-    old = sum(knn.likeness[number, pool.numbers[item_id]] for item_id in stood)
+    old = float(knn.scores([number], [pool.numbers[item_id] for item_id in stood]).sum())
     new = sum(value for _, value in found)
     return bool(new <= (1 + margin) * old)
 

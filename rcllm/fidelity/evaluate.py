@@ -150,6 +150,7 @@ def _layers_flops(sizes: Sequence[int], seen: IntVector, fresh: Sequence[int], s
 
 
 def _anonymous(engine: Engine, request: RankRequest) -> tuple[str, RankRequest]:
+    request = engine.prompter.completed(request)  # while it is known whose own choices count for nothing
     return request_fingerprint(request, engine.prompter.catalogue), replace(request, user_id=None)
 
 

@@ -172,10 +172,13 @@ class Prompter:
                 f"template {self.template.name!r} is for open prompts and ranks no candidates; use another"
             )
         self._check(request)
-        if self._complete is not None:
-            request = self._complete(request)
+        request = self.completed(request)
         items = [self.item(i, request.volatile.get(i), request.texts.get(i)) for i in request.candidates]
         return self._assemble(request, items, options)
+
+    def completed(self, request: RankRequest) -> RankRequest:
+        """The request with the fresh fields that can be made and that it lacks."""
+        return request if self._complete is None else self._complete(request)
 
     def build_open(self, request: OpenRequest) -> Prompt:
         """A prompt that decoding continues: instruction, history, question. Raises RequestError."""
