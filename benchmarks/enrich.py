@@ -1,10 +1,10 @@
 """What do richer items and scores that a team already has add to a ranker under the block mask, and at what cost?
 
 Regime: as `benchmarks.fidelity`: held-out users of three data sets, 20 candidates, up to 8 events, SmolLM2-135M,
-read-out `pointwise`, level `blocks`. Every way answers the same requests; differences from item-kNN are paired, intervals are
-95 % bootstrap. The ways: the committed ranker; late fusion of its scores with item-kNN's, by one weight that validation
-users chose; and rankers that were tuned on richer prompts (`rcllm tune --template echo_scored`, `echo_enriched`), alone
-and fused. Fields and lists are made of training users alone.
+read-out `pointwise`, level `blocks`. Every way answers the same requests; differences from item-kNN are paired, and
+intervals are 95 % bootstrap. The ways: the committed ranker; late fusion of its scores with item-kNN's, by one weight
+that validation users chose; and rankers that were tuned on richer prompts (`rcllm tune --template echo_scored`,
+`echo_enriched`), alone and fused. Fields and lists are made of training users alone.
 Ceiling: 1; what item-kNN and the ranker know together is bounded by what either ranks first.
 
 Adapters of richer prompts are looked for in adapters/, then in the cache folder; a way without one is left out. What is

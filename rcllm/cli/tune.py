@@ -27,6 +27,8 @@ def tune_command(
     model: str,
     template: str | None,
     start: Path | None,
+    teacher: Path | None,
+    teacher_template: str | None,
     format: str,
     columns: ColumnOptions,
 ) -> None:
@@ -35,13 +37,15 @@ def tune_command(
     prompt = PromptConfig(template=template or TEMPLATES[config.mask])
     check_ranks(prompt)
     for folder in (out, out / "best"):
-        check_folder(folder, dataset, model, template, start)
+        check_folder(folder, dataset, model, template, start, teacher, teacher_template)
     check_out(out)
     with busy("reading data and model"):
         datasets = [load_dataset(format, folder, columns=columns_of(columns)) for folder in dataset]
         for each in datasets:
             tell_read(each.reports, each.notes)
-        trainer = make_trainer(ModelConfig(path=model), prompt, datasets, config, out, start)
+        trainer = make_trainer(
+            ModelConfig(path=model), prompt, datasets, config, out, start, teacher, teacher_template or ""
+        )
     say("to beat, NDCG@10: " + ", ".join(f"{name} {value:.3f}" for name, value in trainer.baselines.items()), "dim")
     with interruptible(GOES_ON), progress("loss", "validation") as bar:
         task = bar.add_task("tuning, percent", total=100, loss="", validation="")
@@ -66,9 +70,10 @@ def tune_command(
 
 
 def _told(point: Evaluation | None) -> str:
-    return (
-        "" if point is None else f"validation loss {point.validation_loss:.3f}, NDCG@10 {point.validation_ndcg10:.3f}"
-    )
+    if point is None:
+        return ""
+    agrees = "" if point.tau is None else f", Kendall's tau with the teacher {point.tau:.3f}"
+    return f"validation loss {point.validation_loss:.3f}, NDCG@10 {point.validation_ndcg10:.3f}{agrees}"
 
 
 def _examples(config: TuneConfig, shape: ShapeOptions) -> ExampleConfig:

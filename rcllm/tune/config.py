@@ -14,7 +14,7 @@ from rcllm.core.requests import Mask, Negatives, Readout
 from rcllm.errors import ConfigError
 from rcllm.fields import check
 
-_LEARN, _DATA = "What to learn", "From what"
+_LEARN, _DATA, _TEACH = "What to learn", "From what", "From a teacher"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,15 @@ class TuneConfig:
     evaluate_every: Annotated[int, Ge(1), Opt("Losses between two validations.")] = 480
     validation_requests: Annotated[int, Ge(1), Opt("Requests of validation users that decide when to stop.")] = 100
     patience: Annotated[int, Ge(1)] = 8  # evaluations without a better validation loss before it stops early
+    # with a teacher alone
+    temperature: Annotated[
+        float, Gt(0), Opt("Divides scores of teacher and student; higher: small differences count more.", panel=_TEACH)
+    ] = 1.0
+    labels: Annotated[
+        float,
+        Interval(ge=0, le=1),
+        Opt("Share of the loss that what users chose decides, beside the teacher; 0 needs no labels.", panel=_TEACH),
+    ] = 0.0
     seed: Annotated[int, Ge(0), Opt()] = 0
     examples: ExampleConfig = field(default_factory=ExampleConfig)
 

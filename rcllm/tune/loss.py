@@ -20,6 +20,12 @@ def listwise_loss(scores: torch.Tensor, positive: int) -> torch.Tensor:
     return -torch.log_softmax(scores, dim=0)[positive]
 
 
+def distillation_loss(scores: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T² · KL(softmax(teacher / T) ‖ softmax(scores / T)) over the candidates; Hinton et al. 2015, arXiv 1503.02531."""
+    ours, theirs = (torch.log_softmax(each / temperature, dim=0) for each in (scores, teacher))
+    return temperature**2 * (theirs.exp() * (theirs - ours)).sum()
+
+
 def readout_scores(prompt: Prompt, hidden: torch.Tensor, logits: Logits) -> torch.Tensor:
     """hidden [reads, d]: one row per read of the prompt, in order. -> [candidates]"""
     if prompt.options.readout == "pointwise":

@@ -20,6 +20,7 @@ from rcllm.prompt.template import Template, chat_format
 from rcllm.tune.config import TuneConfig, check_config
 from rcllm.tune.examples import joined_catalogue, training_sets
 from rcllm.tune.network import Network
+from rcllm.tune.teacher import Teacher
 from rcllm.tune.train import Trainer, warm_start
 
 _MAX_POSITIONS = 4096
@@ -32,8 +33,12 @@ def make_trainer(
     config: TuneConfig,
     folder: Path,
     start: Path | None = None,
+    teacher: Path | None = None,
+    teacher_template: str = "",
 ) -> Trainer:
-    """`start`: an adapter to begin at. Raises ConfigError, DataError, ModelError, FetchError."""
+    """`start`: an adapter to begin at; `teacher`: one whose scores are learnt, on prompts of its own template.
+
+    Raises ConfigError, DataError, ModelError, FetchError."""
     check_config(config)
     resolved = resolve(Config(model, prompt), Hardware(torch.cuda.is_available(), 0)).model
     template = Template.of(prompt)
@@ -44,6 +49,7 @@ def make_trainer(
     ]
     files = pull(model.path)
     spec, weights = load_model(files, torch.float32, resolved.device)
+    catalogue = joined_catalogue(sources)
     tokenizer = load_tokenizer(prompt, files, spec)
     chat = chosen_chat(prompt, files, tokenizer)
     positions = min(spec.max_positions, resolved.max_positions, _MAX_POSITIONS)
@@ -51,7 +57,7 @@ def make_trainer(
         template,
         chat_format(chat),
         tokenizer,
-        joined_catalogue(sources),
+        catalogue,
         b"tune",  # keys only tell blocks apart here; nothing is stored under them
         positions,
         prompt.max_candidates,
@@ -70,4 +76,5 @@ def make_trainer(
         model.path,
         start.name if start else "",
         blake3(weights_of).hexdigest()[:16],
+        Teacher.of(teacher, model, catalogue, folder, teacher_template) if teacher else None,
     )

@@ -7,6 +7,7 @@ adapter, optimiser and counters. It is written whole or not at all, and only whi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -22,7 +23,7 @@ from blake3 import blake3
 from rcllm.core.ranking import Prompt, RankOptions, RankRequest, order
 from rcllm.data.scores import FIELDS
 from rcllm.errors import ConfigError, ModelError
-from rcllm.fidelity.measures import chance_ndcg, ndcg
+from rcllm.fidelity.measures import agreement, chance_ndcg, ndcg
 from rcllm.model.adapter import load_adapter, save_adapter
 from rcllm.model.checkpoint import Checkpoint
 from rcllm.model.training_folder import check_folder, not_numbers
@@ -30,9 +31,10 @@ from rcllm.plain_json import as_json
 from rcllm.prompt.blocks import Prompter
 from rcllm.tune.config import TuneConfig, check_config
 from rcllm.tune.examples import TrainingSet, batch_of
-from rcllm.tune.loss import listwise_loss, readout_scores
+from rcllm.tune.loss import distillation_loss, listwise_loss, readout_scores
 from rcllm.tune.network import Network
 from rcllm.tune.pack import Packed, pack
+from rcllm.tune.teacher import Teacher
 
 _BEST = "best"
 _VALIDATION_BATCH = 4
@@ -47,6 +49,7 @@ class Evaluation:
     train_loss: float | None  # mean since the last evaluation; None at the beginning
     validation_loss: float
     validation_ndcg10: float
+    tau: float | None = None  # mean Kendall τ with the teacher's scores; None without a teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,10 @@ class _State:
 
 
 class Trainer:
-    """One training in one folder: `folder/best` is the adapter with the highest NDCG@10 on validation users so far."""
+    """One training in one folder: `folder/best` is the best adapter on validation users so far.
+
+    That is the highest NDCG@10, or with a teacher the highest agreement with it.
+    """
 
     def __init__(
         self,
@@ -83,6 +89,7 @@ class Trainer:
         base: str,
         started_from: str = "",
         fingerprint: str = "",
+        teacher: Teacher | None = None,
     ) -> None:
         """`base` and `started_from`: names of the model and of the adapter that `network` begins at, for the record.
 
@@ -91,7 +98,7 @@ class Trainer:
         check_config(config)
         self.network, self.prompter, self.sources, self.config = network, prompter, sources, config
         self.folder, self.base, self.started_from = folder, base, started_from
-        self.options = RankOptions(readout=config.readout)
+        self.options, self.teacher = RankOptions(readout=config.readout), teacher
         self.state = _State()
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
         settings = {
@@ -99,7 +106,7 @@ class Trainer:
             "datasets": list(dict.fromkeys(source.dataset.name for source in sources)),
             "model": fingerprint or base,
             "data": self._data_digest(),
-        }
+        } | ({"teacher": teacher.identity} if teacher else {})
         self._checkpoint = Checkpoint(folder, network, self.optimiser, as_json(config) | settings)
         share = -(-config.validation_requests // len(sources))
         asked = [(source, request) for source in sources for request in source.validation(share)]
@@ -109,7 +116,13 @@ class Trainer:
     def run(self, on_progress: Callable[[TuneProgress], None] | None = None) -> list[Evaluation]:
         """Trains to the end, going on from a checkpoint where there is one; returns the curve."""
         check_out(self.folder)
+        with self.teacher.kept if self.teacher else contextlib.nullcontext():
+            return self._run(on_progress)
+
+    def _run(self, on_progress: Callable[[TuneProgress], None] | None) -> list[Evaluation]:
         self._restore()
+        if self.teacher is not None:
+            self.baselines["teacher"] = self._ndcg_of(self.teacher)
         if not self.state.curve:
             self._evaluate()
         while self._share() < 1.0 and not self._stalled():
@@ -143,11 +156,21 @@ class Trainer:
 
     def _losses(self, requests: Sequence[RankRequest]) -> tuple[Packed, list[torch.Tensor]]:
         packed, scores = self.score(requests)
-        return packed, [
-            listwise_loss(s, r.candidates.index(r.positive))
+        return packed, [loss for loss in self._loss_of(requests, scores) if loss is not None]
+
+    def _loss_of(self, requests: Sequence[RankRequest], scores: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """For each request what it is learnt by; None where there is neither a teacher nor a label."""
+        labelled = [
+            listwise_loss(s, r.candidates.index(r.positive)) if r.positive else None
             for r, s in zip(requests, scores, strict=True)
-            if r.positive
         ]
+        if self.teacher is None:
+            return labelled
+        share, found = self.config.labels, list[torch.Tensor | None]()
+        for ours, theirs, label in zip(scores, self.teacher.scores(requests), labelled, strict=True):
+            taught = distillation_loss(ours, ours.new_tensor(theirs), self.config.temperature)
+            found.append(taught if label is None or not share else (1 - share) * taught + share * label)
+        return found
 
     def score(self, requests: Sequence[RankRequest]) -> tuple[Packed, list[torch.Tensor]]:
         """Scores all requests in one pass, so that a loss can be differentiated."""
@@ -179,25 +202,35 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        losses, gains = [], []
+        losses, gains, taus = list[float](), list[float](), list[float]()
         for start in range(0, len(self._validation), _VALIDATION_BATCH):
             requests = self._validation[start : start + _VALIDATION_BATCH]
-            for request, scores in zip(requests, self.score(requests)[1], strict=True):
+            found = self.score(requests)[1]
+            losses += [loss.item() for loss in self._loss_of(requests, found) if loss is not None]
+            for request, scores in zip(requests, found, strict=True):
                 assert request.positive is not None
-                positive = request.candidates.index(request.positive)
-                losses.append(listwise_loss(scores, positive).item())
-                gains.append(ndcg(order(scores.tolist()), positive, 10))
+                gains.append(ndcg(order(scores.tolist()), request.candidates.index(request.positive), 10))
+            if self.teacher is not None:
+                pairs = zip(self.teacher.scores(requests), found, strict=True)
+                taus += [agreement(theirs, ours.tolist()).tau for theirs, ours in pairs]
         state = self.state
         if not np.isfinite(losses).all() and not state.losses:
             raise ModelError(f"{self.base} gives scores that are not numbers before it learnt anything: fetch it again")
         if not np.isfinite(losses).all():
             raise not_numbers(f"validation loss (after {state.losses:,} prompts)", self.folder)
         train = float(np.mean(state.recent)) if state.recent else None
-        point = Evaluation(state.losses, state.seconds / 60, train, float(np.mean(losses)), float(np.mean(gains)))
+        point = Evaluation(
+            state.losses, state.seconds / 60, train, float(np.mean(losses)), float(np.mean(gains)), _mean(taus)
+        )
         state.curve.append(point)
         state.recent = []
         if best_of(state.curve) is point:
             save_adapter(self.folder / _BEST, self.network.adapter(), self.base, self.record())
+
+    def _ndcg_of(self, teacher: Teacher) -> float:
+        """NDCG@10 on the validation requests."""
+        found = zip(self._validation, teacher.scores(self._validation), strict=True)
+        return float(np.mean([ndcg(order(scores), r.candidates.index(r.positive), 10) for r, scores in found]))
 
     def record(self) -> dict[str, Any]:
         """How the adapter was made; what `Learnt` reads of it is held against what the ranker is asked later."""
@@ -218,6 +251,7 @@ class Trainer:
             "settings": as_json(self.config),
             "rows_per_loss": round(self.state.rows / max(self.state.losses, 1), 1),
             "baselines": {name: round(value, 4) for name, value in self.baselines.items()},
+            "teacher": self.teacher.identity if self.teacher else "",
             "fresh": sorted(FIELDS) if any(source.scores for source in self.sources) else [],
             "scores": {s.dataset.name: list(s.scores.words.edges) for s in self.sources if s.scores},
             "curve": [asdict(point) for point in self.state.curve],
@@ -250,8 +284,17 @@ class Trainer:
 
 
 def best_of(curve: Sequence[Evaluation]) -> Evaluation:
-    """The highest NDCG@10, of equal ones the lowest loss, of equal ones the first."""
-    return max(curve, key=lambda point: (point.validation_ndcg10, -point.validation_loss))
+    """The highest τ with the teacher, or NDCG@10 without one; of equal ones the lowest loss, then the first."""
+    return max(
+        curve,
+        key=lambda point: (point.validation_ndcg10 if point.tau is None else point.tau, -point.validation_loss),
+    )
+
+
+def _mean(taus: Sequence[float]) -> float | None:
+    """None without a teacher; 0 where no list of it had an order."""
+    ranked = [tau for tau in taus if not math.isnan(tau)]
+    return None if not taus else float(np.mean(ranked)) if ranked else 0.0
 
 
 def _baselines(asked: Sequence[tuple[TrainingSet, RankRequest]]) -> dict[str, float]:

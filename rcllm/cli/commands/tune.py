@@ -13,7 +13,7 @@ from rcllm.config import ModelConfig
 from rcllm.core.requests import Negatives
 from rcllm.tune.config import ExampleConfig, TuneConfig
 
-_LEARN, _DATA = "What to learn", "From what"
+_LEARN, _DATA, _TEACH = "What to learn", "From what", "From a teacher"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,19 @@ def tune(
         Path | None,
         Opt("An adapter to go on from, for example under another mask.", metavar="FOLDER", panel=_LEARN),
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        Opt(
+            "A ranker's adapter, whose scores are learnt instead of labels: so a ranker is converted to another mask. "
+            "Computed once, and kept in OUT.",
+            metavar="FOLDER",
+            panel=_TEACH,
+        ),
+    ] = None,
+    teacher_template: Annotated[
+        str | None,
+        Opt("The teacher's prompt template; default: the one in its record.", metavar="NAME|FILE", panel=_TEACH),
+    ] = None,
     format: Annotated[str, Opt("Format of the data sets.", metavar="NAME", panel=_DATA)] = "auto",
     *,
     columns: ColumnOptions,
@@ -63,8 +76,8 @@ def tune(
     """Teach a language model to rank: LoRA with a listwise loss on interactions.
 
     Learns from training users alone. Run it again with the same options to go on after an interruption. It stops early
-    when validation users gain nothing more; OUT/best is the best adapter so far, in peft's format, with a record of how
-    it was made. Hours on 2 cores for the bundled model.
+    when validation users gain nothing more; OUT/best is the best adapter so far by NDCG@10, with a teacher by Kendall's
+    tau with it, in peft's format, with a record of how it was made. Hours on 2 cores for the bundled model.
 
     Example: `rcllm tune --dataset movielens --mask blocks --start adapters/smollm2-135m-causal --out rankers/films`,
     then `rcllm rank --adapter rankers/films/best --template echo --readout pointwise …`
