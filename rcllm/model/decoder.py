@@ -128,9 +128,10 @@ class Decoder:
         weights: Weights,
         backend: str = "auto",
         max_positions: int | None = None,
-        packing: str = "fp32",
+        products: str = "fp32",
     ) -> None:
-        """packing: how the kernels keep and multiply matrices, a name of PACKINGS; torch alone knows fp32."""
+        """products: what operands of products are rounded to, fp32 or bf16, where the weights are in fp32 on the CPU."""
+        self.products = products
         self.spec, self.backend = spec, backend
         self.embed, self.lm_head, self.final_norm = weights.embed, weights.lm_head, weights.final_norm
         self.device, self.dtype = weights.embed.device, weights.embed.dtype
@@ -138,7 +139,7 @@ class Decoder:
         self.rope = Rope.of(spec, self.max_positions, self.device)
         self.kernels = kernels() if native_fits(spec, self.dtype, self.device) else None
         self._ops: Ops = (
-            NativeOps(spec, self.rope, self.kernels, packing) if self.kernels else TorchOps(spec, self.rope)
+            NativeOps(spec, self.rope, self.kernels, products) if self.kernels else TorchOps(spec, self.rope)
         )
         self._layers = [self._layer(w) for w in weights.layers]
 
@@ -226,7 +227,7 @@ class Decoder:
         assert int(work.positions.max()) < self.max_positions, "planning refuses prompts beyond the context"
         ends = accumulate(group.num_rows for group in work.groups)
         merged = [any(aside.start < end <= aside.stop for aside in work.asides) for end in ends]
-        return prepare(self.backend, self.spec, self.rope, work.groups, self.kernels, merged)
+        return prepare(self.backend, self.spec, self.rope, work.groups, self.kernels, merged, self.products)
 
     def _kept(self, work: Pass, layers: range) -> _Kept | None:
         return _Kept(self, work.keep, layers) if work.keep else None

@@ -44,4 +44,27 @@ class Fp32Matrix:
         return out
 
 
-PACKINGS: dict[str, Pack] = {"fp32": Fp32Matrix}  # by the precision in which matrices are kept and multiplied
+class Bf16Matrix:
+    """Panels of outputs, each [in / 2, panel] pairs. Inputs are rounded as well; products are summed in fp32.
+
+    Two values are multiplied at once where the processor has AVX512-BF16, and one after the other, to the same bits,
+    where it has not.
+    """
+
+    def __init__(self, kernels: Kernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._kernels, self._bias = kernels, bias
+        self._size, self._inner = weight.shape
+        panels, self._cells = -(-self._size // kernels.panel), -(-self._inner // 2)
+        self._packed = torch.empty(panels * kernels.panel * self._cells, dtype=torch.int32)
+        kernels.call("pack_bf16", weight.contiguous(), self._size, self._inner, self._packed, torch.get_num_threads())
+        self.num_bytes = self._packed.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x, threads = x.contiguous(), torch.get_num_threads()
+        out, rounded = x.new_empty(len(x), self._size), self._packed.new_empty(len(x), self._cells)
+        shape = (self._bias, self._size, out, rounded)
+        self._kernels.call("linear_bf16", x, len(x), self._inner, self._packed, *shape, threads)
+        return out
+
+
+PACKINGS: dict[str, Pack] = {"fp32": Fp32Matrix, "bf16": Bf16Matrix}  # by the precision in which matrices are kept and multiplied

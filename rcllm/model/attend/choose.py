@@ -40,8 +40,11 @@ def prepare(
     groups: Sequence[Group],
     kernels: Kernels | None,
     merged: Sequence[bool] = (),
+    products: str = "fp32",
 ) -> Attend:
     """The attention of one pass. `name`: one of BACKENDS; `kernels`: None where they do not fit or do not exist.
+
+    `products`: what the kernels multiply in, fp32 or bf16; torch multiplies in the dtype of the rows.
 
     `merged`: per group, whether its output is merged with more keys, for which a backend that knows its logsumexp is
     needed; empty: none is. Each group is read as it would be alone, so that what else is in the pass changes no bit.
@@ -54,7 +57,8 @@ def prepare(
         for group, needs_lse in zip(groups, merged or [False] * len(groups), strict=True)
     ]
     runs = [(way, list(run)) for way, run in groupby(range(len(groups)), key=ways.__getitem__)]
-    attends = [_backend(way, kernels)(spec, rope, [groups[i] for i in run]) for way, run in runs]
+    make = partial(_backend, kernels=kernels, products=products)
+    attends = [make(way)(spec, rope, [groups[i] for i in run]) for way, run in runs]
     if len(attends) == 1:
         return attends[0]
     return Several(attends, [sum(groups[i].num_rows for i in run) for _, run in runs])
@@ -76,9 +80,10 @@ class Several:
         return Attended(torch.cat([part.output for part in parts]), torch.cat([part.lse for part in parts]))
 
 
-def _backend(way: str, kernels: Kernels | None) -> Callable[[ModelSpec, Rope, Sequence[Group]], Attend]:
+def _backend(way: str, kernels: Kernels | None, products: str) -> Callable[[ModelSpec, Rope, Sequence[Group]], Attend]:
     if kernels:
-        return partial(NativeSegmented if way == "segmented" else NativeGather, kernels=kernels)
+        compiled = NativeSegmented if way == "segmented" else NativeGather
+        return partial(compiled, kernels=kernels, bf16=products == "bf16")
     return TORCH_BACKENDS[way]
 
 

@@ -25,15 +25,19 @@ _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int
 
 
 class NativeSegmented:
-    """fp32 compute on the CPU over fp32, fp16, bf16 or int8 segments, read in place: nothing is copied.
+    """On the CPU over fp32, fp16, bf16 or int8 segments, read in place: nothing is copied. Softmax and sums are in fp32.
 
+    `bf16`: whether both products round their operands (scaled queries, keys in their place, weights, values) to bf16.
     Needs head_dim to be a multiple of 32 (whole vectors in each half of a head).
     """
 
     name = "segmented"
     bytes_copied = 0
 
-    def __init__(self, spec: ModelSpec, rope: Rope, groups: Sequence[Group], kernels: Kernels) -> None:
+    def __init__(
+        self, spec: ModelSpec, rope: Rope, groups: Sequence[Group], kernels: Kernels, bf16: bool = False
+    ) -> None:
+        self._bf16 = bf16
         self._init(spec, rope, kernels, groups, [Keys.of(replace(group, segments=())) for group in groups])
         self._segments = self._segment_table(groups)
 
@@ -78,8 +82,8 @@ class NativeSegmented:
             self._rows,
             self._keys,
         )
-        threads = torch.get_num_threads()
-        self._kernels.call("attend", *inputs, output, lse, *shape, layer, scale, *tables, rope.cos, rope.sin, threads)
+        last = (rope.cos, rope.sin, int(self._bf16), torch.get_num_threads())
+        self._kernels.call("attend", *inputs, output, lse, *shape, layer, scale, *tables, *last)
         return Attended(output, lse)
 
 
@@ -91,7 +95,10 @@ class NativeGather(NativeSegmented):
 
     name = "gather"
 
-    def __init__(self, spec: ModelSpec, rope: Rope, groups: Sequence[Group], kernels: Kernels) -> None:
+    def __init__(
+        self, spec: ModelSpec, rope: Rope, groups: Sequence[Group], kernels: Kernels, bf16: bool = False
+    ) -> None:
+        self._bf16 = bf16
         keys = [Keys.of(group) for group in groups]
         self._init(spec, rope, kernels, [replace(group, segments=()) for group in groups], keys)
         self._segments = self._segment_table(groups)

@@ -9,6 +9,7 @@
 // place in the prompt by one rotation, the same for the whole segment (RoPE: R(o + j) = R(o) R(j)), on its way into a
 // scratch tile that stays in the L2 cache.
 
+#include "cached.h"
 #include "products.h"
 #include "vectors.h"
 
@@ -20,56 +21,6 @@ constexpr int KEY_TILE = 96;    // keys per softmax step
 constexpr float HIDDEN = -1048576.f;  // score of a masked pair: far below any other, and still within exp2v
 // A masked key weighs up to 2^-126 (exp2v). That is lost in any sum but one of zeros, which values in int8 often are.
 constexpr float NOTHING = 0x1p-80f;
-
-// ---- reading cached K and V ----
-
-enum Dtype : int64_t { F32 = 0, F16 = 1, BF16 = 2, I8 = 3 };
-
-constexpr int INT8_GROUP = 16;  // levels that share a scale; a row of I8 is its levels and behind them the scales in bf16
-static_assert(INT8_GROUP % VL == 0, "a vector has one scale");
-
-inline int64_t row_bytes(int64_t dim, int64_t dtype) {
-  if (dtype == I8) return dim + dim / INT8_GROUP * 2;
-  return dim * (dtype == F32 ? 4 : 2);
-}
-
-inline float from_bf16(const char* p) {
-  uint16_t high;
-  std::memcpy(&high, p, 2);
-  const uint32_t bits = (uint32_t)high << 16;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-// Values d … d + VL - 1 of a row; d is a multiple of VL.
-inline vec widen(const char* row, int d, int dim, int64_t dtype) {
-  if (dtype == F32) return load(reinterpret_cast<const float*>(row) + d);
-  if (dtype == I8) {
-    const vec levels = __builtin_convertvector(*reinterpret_cast<const bvec_u*>(row + d), vec);
-    return levels * splat(from_bf16(row + dim + d / INT8_GROUP * 2));
-  }
-  hvec h = *reinterpret_cast<const hvec_u*>(reinterpret_cast<const uint16_t*>(row) + d);
-  if (dtype == F16) return __builtin_convertvector((f16vec)h, vec);
-  return (vec)(__builtin_convertvector(h, ivec) << 16);
-}
-
-// Rows of `dim` values: widened and, for keys, rotated by the angle whose cos and sin are given ([dim / 2], or null).
-void read_rows(const char* src, int64_t dtype, int rows, int dim, const float* cos, const float* sin, float* dst,
-               int64_t stride) {
-  const int half = dim / 2;
-  for (int r = 0; r < rows; r++, dst += stride, src += row_bytes(dim, dtype)) {
-    if (!cos) {
-      for (int d = 0; d < dim; d += VL) store(dst + d, widen(src, d, dim, dtype));
-    } else {
-      for (int d = 0; d < half; d += VL) {
-        vec a = widen(src, d, dim, dtype), b = widen(src, d + half, dim, dtype), c = load(cos + d), s = load(sin + d);
-        store(dst + d, a * c - b * s);
-        store(dst + d + half, b * c + a * s);
-      }
-    }
-  }
-}
 
 // ---- attention of one row tile of one KV head ----
 
@@ -92,21 +43,49 @@ struct Key {
   int32_t block, offset;
 };
 
+template <class P>
 struct Scratch {
-  float *q, *s, *o, *m, *l, *k, *v;
+  typedef typename P::Cell Cell;
+  Cell *q, *k, *v;
+  float *s, *o, *m, *l;
   explicit Scratch(int dim) {
-    auto floats = [](size_t n) { return static_cast<float*>(std::aligned_alloc(64, (n * 4 + 63) / 64 * 64)); };
-    q = floats((size_t)dim * ROW_TILE), s = floats((size_t)KEY_TILE * ROW_TILE), o = floats((size_t)dim * ROW_TILE);
-    m = floats(ROW_TILE), l = floats(ROW_TILE), k = floats((size_t)KEY_TILE * dim), v = floats((size_t)KEY_TILE * dim);
+    auto room = [](size_t n) { return std::aligned_alloc(64, (n * 4 + 63) / 64 * 64); };
+    auto cells = [&](size_t n) { return static_cast<Cell*>(room(n)); };
+    auto floats = [&](size_t n) { return static_cast<float*>(room(n)); };
+    q = cells((size_t)dim * ROW_TILE), k = cells((size_t)KEY_TILE * dim), v = cells((size_t)KEY_TILE * dim);
+    s = floats((size_t)KEY_TILE * ROW_TILE), o = floats((size_t)dim * ROW_TILE), m = floats(ROW_TILE), l = floats(ROW_TILE);
   }
-  ~Scratch() { for (float* p : {q, s, o, m, l, k, v}) std::free(p); }
+  ~Scratch() {
+    for (void* p : {(void*)q, (void*)k, (void*)v, (void*)s, (void*)o, (void*)m, (void*)l}) std::free(p);
+  }
 };
+
+// The weights of keys in lanes of rows: scores s, `ROW_TILE` apart, become cells in place; returns the sum of `sum` and the
+// weights as they are multiplied, key after key.
+vec weigh(Fp32, float* s, int keys, vec top, vec sum) {
+  for (int j = 0; j < keys; j++) {
+    const vec p = exp2v(load(s + j * ROW_TILE), top);
+    store(s + j * ROW_TILE, p);
+    sum += p;
+  }
+  return sum;
+}
+vec weigh(Bf16, float* s, int keys, vec top, vec sum) {
+  for (int j = 0; j < keys; j += 2) {
+    const ivec first = round_bf16(exp2v(load(s + j * ROW_TILE), top)) & HIGH;
+    const ivec second = j + 1 < keys ? round_bf16(exp2v(load(s + (j + 1) * ROW_TILE), top)) & HIGH : ivec{};
+    store(s + j / 2 * ROW_TILE, (vec)pair(second, first));
+    sum = sum + (vec)first + (vec)second;
+  }
+  return sum;
+}
 
 // Folds one key tile, whose masked scores lie in s[keys, r0..r1), into the running maximum, sum and output.
 // The maximum is a whole number, so what is already summed shrinks by a power of two, which rounds nothing; and key after
 // key is added to one sum. So a row's result depends on its keys and their order alone, not on how tiles divide them, nor
 // on masked keys among them.
-void fold(Scratch& w, int dim, int keys, int r0, int r1, const float* v, int64_t v_stride) {
+template <class P>
+void fold(Scratch<P>& w, int dim, int keys, int r0, int r1, Operand<P> v) {
   for (int r = r0; r < r1; r += VL) {
     const vec old = load(w.m + r);
     vec top = old;
@@ -115,19 +94,15 @@ void fold(Scratch& w, int dim, int keys, int r0, int r1, const float* v, int64_t
     bool moved = false;
     for (int i = 0; i < VL; i++) moved |= top[i] != old[i];
     const vec shrink = exp2v(old, top);
-    vec sum = load(w.l + r) * shrink;
-    for (int j = 0; j < keys; j++) {
-      vec p = exp2v(load(w.s + j * ROW_TILE + r), top);
-      store(w.s + j * ROW_TILE + r, p);
-      sum += p;
-    }
-    store(w.l + r, sum);
+    store(w.l + r, weigh(P{}, w.s + r, keys, top, load(w.l + r) * shrink));
     if (moved) {
       store(w.m + r, top);
       for (int d = 0; d < dim; d++) store(w.o + d * ROW_TILE + r, load(w.o + d * ROW_TILE + r) * shrink);
     }
   }
-  gemm(dim, r1 - r0, keys, v, 1, v_stride, w.s + r0, ROW_TILE, w.o + r0, ROW_TILE, true);
+  const auto* weights = reinterpret_cast<const typename P::Cell*>(w.s + r0);
+  const int cells = (keys + P::VALUES - 1) / P::VALUES;
+  gemm<P>(dim, r1 - r0, cells, v.data, v.rows, v.columns, weights, ROW_TILE, w.o + r0, ROW_TILE, true);
 }
 
 }  // namespace
@@ -136,13 +111,14 @@ extern "C" {
 
 // q: rows of the fused projection, k, v: rows of keys and values, all rotated to their positions; row r of q starts at
 // q + r * stride, key r at k + r * kv_stride.
+// bf16: whether both products are computed in bf16.
 // out: [rows, heads * dim]; lse: [rows, heads], natural logarithm, or null.
 // sees_segment: bytes [num_rows, num_segs] per group; sees: bytes [num_blocks, num_blocks] per group, which blocks see
 // which; inside its own block a row sees what precedes it. cos, sin: [positions, dim / 2].
 void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v, int64_t kv_stride, float* out, float* lse,
                   int64_t heads, int64_t kv_heads, int64_t dim, int64_t layer, float scale, const Group* groups, int64_t num_groups,
                   const Segment* segments, const uint8_t* sees_segment, const uint8_t* sees_block, const Row* table,
-                  const Key* key_table, const float* cos, const float* sin, int64_t num_threads) {
+                  const Key* key_table, const float* cos, const float* sin, int64_t bf16, int64_t num_threads) {
   const int share = heads / kv_heads, half = dim / 2;
   // Row tiles are as large as fits, then made smaller until every thread has its equal share of work items.
   auto tiles_of = [&](const Group& group) {
@@ -155,9 +131,12 @@ void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v
   int64_t num_items = 0;
   for (int64_t g = 0; g < num_groups; g++) num_items += tiles_of(groups[g]) * kv_heads;
 
+  auto run = [&](auto product) {
+    typedef decltype(product) P;
+    const int cells = dim / P::VALUES;
 #pragma omp parallel num_threads(num_threads)
   {
-    Scratch w(dim);
+    Scratch<P> w(dim);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = num_items - 1; item >= 0; item--) {
       // which group, row tile and head; counted from the end, where causal rows have most to do
@@ -174,11 +153,12 @@ void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v
       const int num = group.num_rows * (index + 1) / tiles - first, rows = num * share;
       const int padded = (rows + VL - 1) / VL * VL;
       const float* q0 = q + (group.row_start + first) * stride + (int64_t)head * share * dim;
-      for (int d = 0; d < dim; d++)
-        for (int r = rows; r < padded; r++) w.q[d * ROW_TILE + r] = 0.f;
+      for (int c = 0; c < cells; c++)
+        for (int r = rows; r < padded; r++) w.q[c * ROW_TILE + r] = 0;
       for (int t = 0; t < num; t++)
         for (int h = 0; h < share; h++)
-          for (int d = 0; d < dim; d++) w.q[d * ROW_TILE + t * share + h] = q0[t * stride + h * dim + d] * scale;
+          for (int c = 0; c < cells; c++)
+            w.q[c * ROW_TILE + t * share + h] = P::cell(q0 + t * stride + h * dim + c * P::VALUES, scale);
       for (int d = 0; d < dim; d++) std::fill(w.o + d * ROW_TILE, w.o + d * ROW_TILE + padded, 0.f);
       std::fill(w.m, w.m + padded, HIDDEN);
       std::fill(w.l, w.l + padded, 0.f);
@@ -194,19 +174,16 @@ void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v
         const char *ks = seg.rows(layer * 2, kv_heads, head, dim), *vs = seg.rows(layer * 2 + 1, kv_heads, head, dim);
         for (int64_t j = 0; j < seg.len; j += KEY_TILE) {
           const int keys = std::min<int64_t>(KEY_TILE, seg.len - j);
-          const bool turned = seg.base != 0 || seg.dtype != F32;
-          const char *kj = ks + j * row_bytes(dim, seg.dtype), *vj = vs + j * row_bytes(dim, seg.dtype);
-          const float *kt = reinterpret_cast<const float*>(kj), *vt = reinterpret_cast<const float*>(vj);
-          if (turned)
-            read_rows(kj, seg.dtype, keys, dim, seg.base ? cos + seg.base * half : nullptr, sin + seg.base * half, w.k, dim), kt = w.k;
-          if (seg.dtype != F32) read_rows(vj, seg.dtype, keys, dim, nullptr, nullptr, w.v, dim), vt = w.v;
-          gemm(keys, r1 - r0, dim, kt, dim, 1, w.q + r0, ROW_TILE, w.s + r0, ROW_TILE, false);
+          const int64_t step = row_bytes(dim, seg.dtype);
+          const float* angle = seg.base ? cos + seg.base * half : nullptr;
+          const Operand<P> kj = keys_of<P>(ks + j * step, step, seg.dtype, keys, dim, angle, sin + seg.base * half, w.k);
+          gemm<P>(keys, r1 - r0, cells, kj.data, kj.rows, kj.columns, w.q + r0, ROW_TILE, w.s + r0, ROW_TILE, false);
           for (int r = r0; r < r1; r++) {
             const int t = r / share;
             if (r < rows && sees[t * group.num_segs]) continue;
             for (int n = 0; n < keys; n++) w.s[n * ROW_TILE + r] = HIDDEN;
           }
-          fold(w, dim, keys, r0, r1, vt, dim);
+          fold<P>(w, dim, keys, r0, r1, values_of(vs + j * step, step, seg.dtype, keys, dim, w.v));
         }
       }
 
@@ -217,6 +194,7 @@ void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v
       for (int t = 0; t < num; t++) lo = std::min<int64_t>(lo, own[t].first), hi = std::max<int64_t>(hi, own[t].last);
       const float* k0 = k + group.key_start * kv_stride + head * dim;
       const float* v0 = v + group.key_start * kv_stride + head * dim;
+      const int64_t step = kv_stride * 4;
       for (int64_t j = lo; j < hi; j += KEY_TILE) {
         const int keys = std::min<int64_t>(KEY_TILE, hi - j);
         int t0 = 0, t1 = num;
@@ -225,7 +203,9 @@ void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v
         while (t1 > t0 && outside(t1 - 1)) t1--;
         if (t0 == t1) continue;
         const int r0 = t0 * share / VL * VL, r1 = (t1 * share + VL - 1) / VL * VL;
-        gemm(keys, r1 - r0, dim, k0 + j * kv_stride, kv_stride, 1, w.q + r0, ROW_TILE, w.s + r0, ROW_TILE, false);
+        const char *kj = reinterpret_cast<const char*>(k0) + j * step, *vj = reinterpret_cast<const char*>(v0) + j * step;
+        const Operand<P> fresh = keys_of<P>(kj, step, F32, keys, dim, nullptr, nullptr, w.k);
+        gemm<P>(keys, r1 - r0, cells, fresh.data, fresh.rows, fresh.columns, w.q + r0, ROW_TILE, w.s + r0, ROW_TILE, false);
         for (int t = r0 / share; t * share < r1; t++) {
           if (t < num && own[t].dense && own[t].first <= j && own[t].last >= j + keys) continue;
           const int h0 = std::max(t * share, r0), h1 = std::min((t + 1) * share, r1);
@@ -237,7 +217,7 @@ void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v
             for (int h = h0; h < h1; h++) w.s[n * ROW_TILE + h] = HIDDEN;
           }
         }
-        fold(w, dim, keys, r0, r1, v0 + j * kv_stride, kv_stride);
+        fold<P>(w, dim, keys, r0, r1, values_of(vj, step, F32, keys, dim, w.v));
       }
 
       for (int t = 0; t < num; t++)
@@ -255,6 +235,8 @@ void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v
         }
     }
   }
+  };
+  bf16 ? run(Bf16{}) : run(Fp32{});
 }
 
 // Copies one layer of segments into rows of `stride` values, keys and behind them values, widened and the keys rotated to
@@ -267,9 +249,10 @@ void rcllm_gather(const Segment* segments, int64_t num_segments, const int64_t* 
       const Segment& seg = segments[i];
       float* k = out + where[i] * stride + head * dim;
       const float *c = cos + seg.base * (dim / 2), *s = sin + seg.base * (dim / 2);
-      read_rows(seg.rows(layer * 2, kv_heads, head, dim), seg.dtype, seg.len, dim, seg.base ? c : nullptr, s, k, stride);
-      read_rows(seg.rows(layer * 2 + 1, kv_heads, head, dim), seg.dtype, seg.len, dim, nullptr, nullptr,
-                k + kv_heads * dim, stride);
+      const int64_t step = row_bytes(dim, seg.dtype);
+      const char *ks = seg.rows(layer * 2, kv_heads, head, dim), *vs = seg.rows(layer * 2 + 1, kv_heads, head, dim);
+      read_rows<Fp32>(ks, step, seg.dtype, seg.len, dim, seg.base ? c : nullptr, s, k, stride);
+      read_rows<Fp32>(vs, step, seg.dtype, seg.len, dim, nullptr, nullptr, k + kv_heads * dim, stride);
     }
 }
 

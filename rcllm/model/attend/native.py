@@ -24,7 +24,7 @@ from rcllm.fetch import cache_dir
 from rcllm.model.spec import INT8_GROUP
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-HEADERS = ("products.h", "vectors.h")  # that it includes, beside it
+HEADERS = ("cached.h", "products.h", "vectors.h")  # that it includes, beside it
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi")
 
 
@@ -34,6 +34,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self.panel: int = library.rcllm_panel()  # outputs of a packed matrix that are stored together
+        self.has_bf16: bool = library.rcllm_has_bf16() == 1  # else products in bf16 are emulated, to the same bits
         self.int8_group: int = library.rcllm_int8_group()
         assert self.int8_group == INT8_GROUP, "blocks have one layout"
 

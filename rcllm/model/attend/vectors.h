@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -19,18 +22,23 @@ constexpr int VL = 4;
 #endif
 typedef float vec __attribute__((vector_size(VL * 4)));
 typedef int32_t ivec __attribute__((vector_size(VL * 4)));
+typedef uint32_t uvec __attribute__((vector_size(VL * 4)));
 typedef uint16_t hvec __attribute__((vector_size(VL * 2)));
 typedef _Float16 f16vec __attribute__((vector_size(VL * 2)));
-typedef vec vec_u __attribute__((aligned(4)));
+typedef vec vec_u __attribute__((aligned(4), may_alias));
+typedef ivec ivec_u __attribute__((aligned(4), may_alias));
 typedef int8_t bvec __attribute__((vector_size(VL)));
-typedef hvec hvec_u __attribute__((aligned(2)));
-typedef bvec bvec_u __attribute__((aligned(1)));
+typedef hvec hvec_u __attribute__((aligned(2), may_alias));
+typedef bvec bvec_u __attribute__((aligned(1), may_alias));
 
 constexpr int LINE = 16;  // floats of a cache line
 
 inline vec splat(float x) { return vec{} + x; }
+inline ivec splat(int32_t x) { return ivec{} + x; }
 inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
+inline ivec load(const int32_t* p) { return *reinterpret_cast<const ivec_u*>(p); }
 inline void store(float* p, vec x) { *reinterpret_cast<vec_u*>(p) = x; }
+inline void store(int32_t* p, ivec x) { *reinterpret_cast<ivec_u*>(p) = x; }
 inline vec vmax(vec a, vec b) { return a > b ? a : b; }
 
 constexpr float MAGIC = 12582912.f;  // 1.5 · 2^23: adding it rounds to a whole number, which the low bits then hold
@@ -51,6 +59,31 @@ inline vec exp2v(vec x, vec m) {
   p = p * f + splat(6.9314718e-1f);
   p = p * f + splat(1.f);
   return (vec)((ivec)p + (((ivec)shifted - (ivec)(m + splat(MAGIC))) << 23));
+}
+
+// ---- bf16: the high half of an fp32 value, rounded to the nearest, ties to even, as torch rounds ----
+
+constexpr int32_t HIGH = ~0xffff;
+
+// The rounded value lies in the high half of each lane; what is in the low half means nothing.
+inline ivec round_bf16(vec x) {
+  const ivec bits = (ivec)x;
+  return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+}
+
+inline uint32_t round_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+}
+
+// Two rounded values to a cell of 32 bits, the first in the low half.
+inline ivec pair(ivec first, ivec second) { return (ivec)((uvec)first >> 16) | (second & HIGH); }
+inline int32_t pair(uint32_t first, uint32_t second) { return first >> 16 | (second & HIGH); }
+
+// VL values in order, as VL / 2 cells.
+inline void store_bf16(int32_t* cells, vec x) {
+  *reinterpret_cast<hvec_u*>(cells) = __builtin_convertvector((uvec)round_bf16(x) >> 16, hvec);
 }
 
 }  // namespace
