@@ -68,7 +68,14 @@ class ModelConfig:
         ),
     ] = "smollm2-135m-instruct"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # fp32 on CPU, bf16 on CUDA
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        Opt(
+            "What products are computed in; on a CPU, bf16 rounds their operands and sums in fp32. Calibrate it first.",
+            metavar="fp32|bf16|fp16",
+            panel=_PANEL,
+        ),
+    ] = "auto"  # fp32 on CPU, bf16 on CUDA
     attention: Literal["auto", "segmented", "gather"] = "auto"
     adapter: Annotated[
         str,

@@ -92,7 +92,9 @@ def make_config(
     config = Config.load(engine.config, os.environ)
     config = replace(
         config,
-        model=_over(config.model, path=engine.model, adapter=engine.adapter, threads=engine.threads),
+        model=_over(
+            config.model, path=engine.model, adapter=engine.adapter, dtype=engine.dtype, threads=engine.threads
+        ),
         prompt=_over(
             config.prompt,
             template=engine.template,

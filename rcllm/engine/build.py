@@ -24,6 +24,7 @@ from rcllm.engine.space import chosen_chat, namespace_of
 from rcllm.errors import ConfigError, ModelError, ModelWarning
 from rcllm.model.adapter import load_adapter, merge
 from rcllm.model.adapter_config import base_difference, load_config
+from rcllm.model.ceilings import measure_bf16
 from rcllm.model.decoder import Decoder
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import load_model
@@ -36,6 +37,7 @@ from rcllm.store.codec import DTYPES
 from rcllm.store.contract import Store
 
 _SMALLEST_POOL_TOKENS = 256
+_PROBE_ROWS = 64
 
 
 def this_machine() -> Hardware:
@@ -46,17 +48,35 @@ def this_machine() -> Hardware:
 def load_decoder(config: Config, folder: Path) -> Decoder:
     """Apart, so that the matrices as loaded are gone when memory is counted: the decoder packs its own.
 
-    Warns where the adapter names another base model. Raises ModelError.
+    Warns where the adapter names another base model, and where bf16 is only imitated. Raises ModelError.
     """
     if different := _other_base(config, folder):
         warnings.warn(different, ModelWarning, stacklevel=3)  # at the line that calls Engine.build
-    spec, weights = load_model(folder, DTYPES[config.model.dtype], config.model.device)
+    rounds = config.model.device == "cpu" and config.model.dtype == "bf16"  # in products; all else is in fp32
+    loaded = "fp32" if rounds else config.model.dtype  # so that adapters are merged before anything is rounded
+    spec, weights = load_model(folder, DTYPES[loaded], config.model.device)
     if config.model.adapter:
         weights = merge(weights, load_adapter(Path(config.model.adapter), spec))
     end = end_token(folder)
     if end is not None and end < spec.vocab_size:  # fine-tunes may name theirs there alone
         spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, end))))
-    return Decoder(spec, weights, config.model.attention, config.model.max_positions)
+    products = "bf16" if rounds else "fp32"
+    decoder = Decoder(spec, weights, config.model.attention, config.model.max_positions, products)
+    if decoder.emulates:
+        warnings.warn(_emulated(decoder), ModelWarning, stacklevel=3)
+    return decoder
+
+
+def _emulated(decoder: Decoder) -> str:
+    """What bf16 costs where it is imitated, measured now."""
+    quick = measure_bf16(decoder.spec, _PROBE_ROWS, decoder.kernels)
+    why = (
+        "this processor has no AVX512-BF16" if decoder.kernels else "torch alone computes this model, which is in fp32"
+    )
+    return (
+        f"model.dtype is bf16, but {why}: products are imitated, with the same scores, at {quick:.2f} times the speed "
+        f"of fp32 (measured here, {_PROBE_ROWS} rows). Use model.dtype = 'fp32', unless memory is short"
+    )
 
 
 def _other_base(config: Config, folder: Path) -> str:

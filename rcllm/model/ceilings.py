@@ -17,16 +17,17 @@ from statistics import median
 
 import psutil
 import torch
-import torch.nn.functional as F
 
-from rcllm.model.attend.native import kernels
-from rcllm.model.ops import Linear
-from rcllm.model.packed import Fp32Matrix
+from rcllm.model.attend.native import Kernels, kernels
+from rcllm.model.ops import Linear, torch_linear
+from rcllm.model.packed import PACKINGS
 from rcllm.model.spec import ModelSpec
 
 _BEYOND_CACHES = 192 << 20  # bytes of weights that a pass streams, so that it finds none of them in a cache
 _READ_BYTES = 256 << 20
 _REPEATS = 5
+_PACKINGS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_PAIRS = 15  # products in bf16 and in fp32, in turn
 _SECONDS = 0.6  # per shape and way: enough repetitions for a median, few enough for `rcllm doctor`
 
 
@@ -60,9 +61,9 @@ def describe_hardware() -> Machine:
 def measure_gemm(rows: int, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
     """GFLOP/s of the model's four linear shapes (qkv, o, gate_up, down) at `rows` fresh tokens, as in one layer.
 
-    For each shape the faster of the ways in which the engine can run it counts: `F.linear`, and for fp32 on the CPU the
-    kernels' product with a packed matrix. The rate is the FLOPs of a layer over the sum of the shapes' median times, so
-    shapes weigh by what they cost. As in a forward pass, weights come from memory: successive products use different
+    For each shape the faster of two ways counts: `F.linear`, and on the CPU the kernels' product with a packed matrix,
+    in fp32 or bf16. The rate is the FLOPs of a layer over the sum of the shapes' median times, so shapes weigh by what
+    they cost. As in a forward pass, weights come from memory: successive products use different
     copies of them.
     """
     shapes = {
@@ -94,14 +95,29 @@ def _fastest(rows: int, shape: tuple[int, int], num_layers: int, dtype: torch.dt
     copies = min(num_layers, math.ceil(_BEYOND_CACHES / (out * inner * dtype.itemsize)))
     weights = [torch.randn(out, inner, device=device).to(dtype) for _ in range(copies)]
     x = torch.randn(rows, inner, device=device).to(dtype)
-    ways: list[list[Linear]] = [[_plain(weight) for weight in weights]]
-    if dtype == torch.float32 and device.type == "cpu" and (compiled := kernels()) is not None:
-        ways.append([Fp32Matrix(compiled, weight, None) for weight in weights])
-    return min(_median_seconds(way, x, device) for way in ways)
+    seconds = _median_seconds([torch_linear(weight, None) for weight in weights], x, device)
+    if dtype in _PACKINGS and device.type == "cpu" and (compiled := kernels()) is not None:
+        pack = PACKINGS[_PACKINGS[dtype]]
+        packed: list[Linear] = [pack(compiled, weight, None) for weight in weights]
+        seconds = min(seconds, _median_seconds(packed, x.float(), device))
+    return seconds
 
 
-def _plain(weight: torch.Tensor) -> Linear:
-    return lambda x: F.linear(x, weight)
+@torch.inference_mode()
+def measure_bf16(spec: ModelSpec, rows: int, compiled: Kernels | None) -> float:
+    """How many times as quick as in fp32 the model's largest product is in bf16 on this CPU; the median of pairs.
+
+    compiled: the kernels, or None where torch alone computes the model.
+    """
+    weight, x = torch.randn(2 * spec.ffn_size, spec.hidden_size), torch.randn(rows, spec.hidden_size)
+    wide, narrow = (
+        PACKINGS[name](compiled, weight, None) if compiled else torch_linear(weight, None, name)
+        for name in ("fp32", "bf16")
+    )
+    cpu = torch.device("cpu")
+    for product in (wide, narrow):
+        product(x)
+    return median(_timed(lambda: wide(x), cpu) / _timed(lambda: narrow(x), cpu) for _ in range(_PAIRS))
 
 
 def _median_seconds(products: list[Linear], x: torch.Tensor, device: torch.device) -> float:

@@ -130,18 +130,24 @@ class Decoder:
         max_positions: int | None = None,
         products: str = "fp32",
     ) -> None:
-        """products: what operands of products are rounded to, fp32 or bf16, where the weights are in fp32 on the CPU."""
-        self.products = products
-        self.spec, self.backend = spec, backend
-        self.embed, self.lm_head, self.final_norm = weights.embed, weights.lm_head, weights.final_norm
-        self.device, self.dtype = weights.embed.device, weights.embed.dtype
+        """products: bf16 rounds matrices, and what they and attention multiply; all else is in fp32 on the CPU."""
+        self.spec, self.backend, self.products = spec, backend, products
+        self.device, self.dtype = weights.embed.device, weights.embed.dtype  # the dtype of hidden states and fresh KV
+        kept_in = torch.bfloat16 if products == "bf16" else self.dtype
+        self.embed, self.final_norm = weights.embed.to(kept_in), weights.final_norm
+        self.lm_head = self.embed if weights.lm_head is weights.embed else weights.lm_head.to(kept_in)
         self.max_positions = min(spec.max_positions, max_positions or spec.max_positions)
         self.rope = Rope.of(spec, self.max_positions, self.device)
         self.kernels = kernels() if native_fits(spec, self.dtype, self.device) else None
-        self._ops: Ops = (
-            NativeOps(spec, self.rope, self.kernels, products) if self.kernels else TorchOps(spec, self.rope)
-        )
+        self._ops: Ops = TorchOps(spec, self.rope, products)
+        if self.kernels:
+            self._ops = NativeOps(spec, self.rope, self.kernels, products)
         self._layers = [self._layer(w) for w in weights.layers]
+
+    @property
+    def emulates(self) -> bool:
+        """Whether products in bf16 are asked for that this processor, or torch alone, only imitates."""
+        return self.products == "bf16" and not (self.kernels is not None and self.kernels.has_bf16)
 
     def _layer(self, w: LayerWeights) -> _Layer:
         linear = self._ops.linear
@@ -164,7 +170,7 @@ class Decoder:
         layers = range(carried.num_layers if carried else 0, self.spec.num_layers)
         assert layers, "nothing is left to run"
         attend, kept = self._attend(work), self._kept(work, layers)
-        residual, delta = self.embed[work.token_ids] if carried is None else carried.residual, None
+        residual, delta = self._embedded(work) if carried is None else carried.residual, None
         if carried:
             delta = self._feed(layers.start - 1, residual, carried.attended)
         for i in layers:
@@ -185,7 +191,7 @@ class Decoder:
         """Runs the first `num_layers` layers, the last of them up to its attention, over every row of `work`."""
         assert 0 < num_layers < self.spec.num_layers
         attend, kept = self._attend(work), self._kept(work, range(num_layers))
-        residual = self.embed[work.token_ids]
+        residual = self._embedded(work)
         attended = self._mix(0, residual, None, work, attend, kept, observe)
         for i in range(1, num_layers):
             delta = self._feed(i - 1, residual, attended)
@@ -223,6 +229,9 @@ class Decoder:
         normed = self._ops.add_norm(residual, layer.o(attended), layer.post_norm)
         return layer.down(self._ops.swiglu(layer.gate_up(normed)))
 
+    def _embedded(self, work: Pass) -> torch.Tensor:
+        return self.embed[work.token_ids].to(self.dtype)  # a copy, which the layers change in place
+
     def _attend(self, work: Pass) -> Attend:
         assert int(work.positions.max()) < self.max_positions, "planning refuses prompts beyond the context"
         ends = accumulate(group.num_rows for group in work.groups)
@@ -234,7 +243,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         """[n, d] -> fp32 [n, vocab], or the columns of `token_ids` alone."""
-        logits = self._head(hidden) if token_ids is None else hidden @ self.lm_head[token_ids].T
+        logits = self._head(hidden) if token_ids is None else hidden @ self.lm_head[token_ids].to(self.dtype).T
         return logits.float()
 
     @cached_property

@@ -21,6 +21,14 @@ Linear = Callable[[torch.Tensor], torch.Tensor]  # [rows, in] -> [rows, out]
 Norm = torch.Tensor | None  # weight of a norm over each head, [head_dim]
 
 
+def torch_linear(weight: torch.Tensor, bias: torch.Tensor | None, packing: str = "fp32") -> Linear:
+    """packing: bf16 beside activations in fp32 is their rounding alone, and no quicker."""
+    if packing == "bf16":
+        rounded = weight.bfloat16().float()
+        return lambda x: F.linear(x.bfloat16().float(), rounded, bias)
+    return lambda x: F.linear(x, weight, bias)
+
+
 class Ops(Protocol):
     """What a layer needs beside attention. `add_norm` and `rotate` change their first argument in place."""
 
@@ -39,11 +47,12 @@ class Ops(Protocol):
 class TorchOps:
     """Plain torch, any dtype, any device."""
 
-    def __init__(self, spec: ModelSpec, rope: Rope) -> None:
-        self.spec, self.rope = spec, rope
+    def __init__(self, spec: ModelSpec, rope: Rope, packing: str = "fp32") -> None:
+        """packing: fp32 for the dtype of the weights, whatever it is, or bf16."""
+        self.spec, self.rope, self._packing = spec, rope, packing
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return lambda x: F.linear(x, weight, bias)
+        return torch_linear(weight, bias, self._packing)
 
     def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         if delta is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from rcllm.model.attend.native import Kernels
 
@@ -23,7 +24,7 @@ class Packed(Protocol):
         """fp32 [rows, in] -> W x + bias in fp32 [rows, out]."""
 
 
-Pack = Callable[[Kernels, torch.Tensor, torch.Tensor | None], Packed]  # of W in fp32 and the bias
+Pack = Callable[[Kernels, torch.Tensor, torch.Tensor | None], Packed]  # of W and the bias
 
 
 class Fp32Matrix:
@@ -55,8 +56,9 @@ class Bf16Matrix:
         self._kernels, self._bias = kernels, bias
         self._size, self._inner = weight.shape
         panels, self._cells = -(-self._size // kernels.panel), -(-self._inner // 2)
+        pairs = F.pad(weight.bfloat16(), (0, self._inner % 2)).contiguous()
         self._packed = torch.empty(panels * kernels.panel * self._cells, dtype=torch.int32)
-        kernels.call("pack_bf16", weight.contiguous(), self._size, self._inner, self._packed, torch.get_num_threads())
+        kernels.call("pack", pairs, self._size, self._cells, self._packed, torch.get_num_threads())
         self.num_bytes = self._packed.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,4 +69,5 @@ class Bf16Matrix:
         return out
 
 
-PACKINGS: dict[str, Pack] = {"fp32": Fp32Matrix, "bf16": Bf16Matrix}  # by the precision in which matrices are kept and multiplied
+# by the precision in which matrices are kept and multiplied
+PACKINGS: dict[str, Pack] = {"fp32": Fp32Matrix, "bf16": Bf16Matrix}

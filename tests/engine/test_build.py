@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rcllm.config import Config
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, ModelError, ModelWarning
 from rcllm.model.adapter import MODULES, Adapter, LowRank, module_shape, save_adapter
+from rcllm.model.attend.native import kernels
 from rcllm.model.weights import load_spec
 from tests.engine import tiny
 
@@ -114,3 +116,21 @@ def test_an_adapter_of_other_shapes_is_refused(folder: Path, tmp_path: Path) -> 
     adapter = adapter_for(tiny.model_folder(tiny.TORCH), "qwen3-tiny", tmp_path / "adapter")
     with pytest.raises(ModelError, match=r"made for another model \(qwen3-tiny\)"):
         Engine.build(tiny.catalogue(), configured(folder, adapter))
+
+
+def test_bf16_that_is_imitated_says_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch alone imitates it, and so do kernels without the instruction, with a warning."""
+    with pytest.warns(
+        ModelWarning, match=r"torch alone .* imitated, .* at \d+\.\d\d times the speed of fp32 \(measured"
+    ):
+        slow = tiny.build(tiny.TORCH, dtype="bf16")
+    assert slow.decoder.dtype == torch.float32
+    assert slow.decoder.embed.dtype == torch.bfloat16
+    if (compiled := kernels()) is not None:
+        monkeypatch.setattr(compiled, "has_bf16", False)
+        with pytest.warns(ModelWarning, match=r"no AVX512-BF16: products are imitated"):
+            tiny.build(tiny.NATIVE, dtype="bf16")
+        monkeypatch.setattr(compiled, "has_bf16", True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tiny.build(tiny.NATIVE, dtype="bf16")

@@ -240,9 +240,9 @@ def _random_tree(rng: np.random.Generator, right: Sequence[int]) -> DraftTree:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
-@pytest.mark.parametrize("family", [NATIVE, TORCH])
-def test_any_drafts_give_the_plain_answers(family: str, temperature: float) -> None:
-    engine, requests = fresh(family), several(temperature=temperature, seed=5)
+@pytest.mark.parametrize(("family", "dtype"), [(NATIVE, "fp32"), (NATIVE, "bf16"), (TORCH, "fp32")])
+def test_any_drafts_give_the_plain_answers(family: str, dtype: str, temperature: float) -> None:
+    engine, requests = fresh(family, dtype=dtype), several(temperature=temperature, seed=5)
     plain = {answer.request_id: answer.token_ids for answer in Generator(engine).generate(requests)}
 
     @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
@@ -399,9 +399,10 @@ def test_the_buffer_equals_the_kv_of_a_full_recompute(any_engine: Engine) -> Non
     assert ancestors(tree)[5].tolist() == [True, True, False, True, False, False]
 
 
-def test_a_draft_changes_no_bit_of_what_plain_decoding_computes() -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_draft_changes_no_bit_of_what_plain_decoding_computes(dtype: str) -> None:
     """Compiled kernels: logits and KV of a tree's path, in a batch, are those of one token after the other, alone."""
-    engine = fresh(NATIVE)
+    engine = fresh(NATIVE, dtype=dtype)
     decoder, rng = engine.decoder, np.random.default_rng(0)
     prompt = rng.integers(0, VOCAB, 90).tolist()  # what follows crosses the end of a tile of keys
     right = rng.integers(0, VOCAB, 30).tolist()

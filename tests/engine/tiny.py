@@ -157,7 +157,7 @@ def train_tokenizer() -> BackendTokenizer:
 
 def config(family: str = NATIVE, **sections: Any) -> Config:
     """A configuration for `build`; `kv_dtype`, `context`, `mask`, … override fields of the sections they belong to."""
-    model = {key: sections.pop(key) for key in ("mask", "attention", "max_positions") if key in sections}
+    model = {key: sections.pop(key) for key in ("dtype", "mask", "attention", "max_positions") if key in sections}
     names = ("context", "max_candidates", "max_item_tokens", "template")
     prompt = {key: sections.pop(key) for key in names if key in sections}
     cache = {"kv_dtype": "fp32", "pool_mb": 64, **sections}
@@ -173,14 +173,15 @@ def build(family: str = NATIVE, samples: tuple[RankRequest, ...] = (), **section
 
 
 @functools.cache
-def _prototype(family: str) -> Engine:
-    return build(family)
+def _prototype(family: str, dtype: str) -> Engine:
+    return build(family, dtype=dtype)
 
 
 def fresh(
     family: str = NATIVE,
     *,
     pool_tokens: int | None = None,
+    dtype: str = "fp32",
     kv_dtype: str = "fp32",
     store: Store | None = None,
     items: dict[ItemId, Item] | None = None,
@@ -190,12 +191,12 @@ def fresh(
 
     `other_rows`: of ScheduleConfig.
     """
-    engine = _prototype(family)
+    engine = _prototype(family, dtype)
     prompter = copy.copy(engine.prompter)
     prompter.catalogue = LiveCatalogue(catalogue() if items is None else items)
-    dtype: torch.dtype = DTYPES[kv_dtype]
-    per_token = engine.decoder.spec.kv_bytes_per_token(dtype.itemsize)
+    kept_in: torch.dtype = DTYPES[kv_dtype]
+    per_token = engine.decoder.spec.kv_bytes_per_token(kept_in.itemsize)
     budget = engine.pool.budget if pool_tokens is None else pool_tokens * per_token
-    made = Pool(budget, dtype, engine.decoder.device, store)
+    made = Pool(budget, kept_in, engine.decoder.device, store)
     config = replace(engine.config, schedule=ScheduleConfig(other_rows=other_rows))
     return Engine(config, engine.decoder, prompter, made, engine.model_id)

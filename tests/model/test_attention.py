@@ -18,6 +18,7 @@ from rcllm.model.kv_int8 import kept, widen
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec, RopeSpec
 from tests.reference import attend as reference
+from tests.reference import bf16
 
 BACKENDS = ("native", "native gather", "segmented", "gather")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # of cached KV
@@ -42,13 +43,14 @@ SPEC = ModelSpec(
 )
 
 
-def make(name: str, spec: ModelSpec, groups: list[Group]) -> Attend:
+def make(name: str, spec: ModelSpec, groups: list[Group], products: str = "fp32") -> Attend:
     rope = Rope.of(spec, spec.max_positions)
     compiled = kernels()
     if name.startswith("native"):
         if compiled is None:
             pytest.skip("no C++ compiler on this machine")
-        return prepare(name.removeprefix("native ") if " " in name else "segmented", spec, rope, groups, compiled)
+        backend = name.removeprefix("native ") if " " in name else "segmented"
+        return prepare(backend, spec, rope, groups, compiled, products=products)
     return prepare(name, spec, rope, groups, None)
 
 
@@ -121,6 +123,23 @@ def test_int8_is_read_as_the_values_that_it_stands_for(backend: str, head_dim: i
     assert torch.equal(got.lse, expected.lse) or backend == "gather"  # which has none
 
 
+@pytest.mark.parametrize("backend", ["native", "native gather"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10_000))
+def test_products_in_bf16_round_their_operands_and_nothing_else(backend: str, dtype: torch.dtype, seed: int) -> None:
+    """Close: an operand near a tie may be rounded either way, which is 2^-8 of it; so the mean tells."""
+    groups = [random_group(seed, dtype=dtype), random_group(seed + 1, dtype=dtype, rows=40)]
+    qkv = random_rows(groups)
+    got, expected = make(backend, SPEC, groups, "bf16")(1, qkv), bf16.attend(SPEC, groups, 1, qkv)
+    error, off = (got.output.double() - expected.output).abs(), (got.lse.double() - expected.lse).abs()
+    print(f"output: max {error.max():.1e}, mean {error.mean():.1e}; lse: max {off.max():.1e}, mean {off.mean():.1e}")
+    assert error.max() < 2e-2
+    assert error.mean() < 1e-4
+    assert off.max() < 1e-2
+    assert off.mean() < 1e-4
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_segments_of_all_dtypes_in_one_group(backend: str) -> None:
     """A prompt that goes on has its cached blocks in int8 and its own rows in the compute dtype."""
@@ -163,11 +182,14 @@ def test_rows_of_large_groups_agree_between_backends() -> None:
 
 @pytest.mark.parametrize("backend", ["native", "native gather"])
 @pytest.mark.parametrize("loud", [0.1, 1.0, 30.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize(
+    ("dtype", "products"),
+    [(torch.float32, "fp32"), (torch.int8, "fp32"), (torch.float32, "bf16"), (torch.int8, "bf16")],
+)
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000), cut=st.integers(1, 329))
 def test_compiled_rows_depend_on_their_keys_alone(
-    backend: str, loud: float, dtype: torch.dtype, seed: int, cut: int
+    backend: str, loud: float, dtype: torch.dtype, products: str, seed: int, cut: int
 ) -> None:
     """To the bit: however the keys are divided among segments, tiles and fresh rows, with masked keys among them.
 
@@ -180,20 +202,20 @@ def test_compiled_rows_depend_on_their_keys_alone(
     k, v = qkv[:, SPEC.q_size :].unflatten(1, (2, 1, SPEC.head_dim)).unbind(1)
     kv = kept(torch.stack([k, v]).transpose(1, 2)[None], dtype, torch.device("cpu"))  # [1, 2, KV, rows, D]
     qkv[:, SPEC.q_size :] = widen(kv)[0].permute(2, 0, 1, 3).flatten(1)
-    whole = make(backend, SPEC, [Group.causal(330)])(0, qkv)
+    whole = make(backend, SPEC, [Group.causal(330)], products)(0, qkv)
 
     sees = np.tri(2, k=-1, dtype=bool)
     stops = sorted({*rng.integers(1, cut + 1, 3).tolist(), cut})
     segments = tuple(Segment(kv, 0, a, b, 0) for a, b in zip([0, *stops], stops, strict=False))
     rest = Group(segments, np.ones(330 - cut, np.int32), np.arange(330 - cut, dtype=np.int32), sees)
-    got = make(backend, SPEC, [rest])(0, qkv[cut:])
+    got = make(backend, SPEC, [rest], products)(0, qkv[cut:])
     assert torch.equal(got.output, whole.output[cut:])
     assert torch.equal(got.lse, whole.lse[cut:])
 
     branch = rng.integers(0, 2, 330 - cut)  # the rows of one do not see those of the other
-    mixed = make(backend, SPEC, [_branches(segments, branch)])(0, qkv[cut:])
+    mixed = make(backend, SPEC, [_branches(segments, branch)], products)(0, qkv[cut:])
     rows = torch.from_numpy(branch == 0)
-    alone = make(backend, SPEC, [_branches(segments, branch[branch == 0])])(0, qkv[cut:][rows])
+    alone = make(backend, SPEC, [_branches(segments, branch[branch == 0])], products)(0, qkv[cut:][rows])
     assert torch.equal(alone.output, mixed.output[rows])
 
 

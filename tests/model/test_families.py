@@ -19,6 +19,7 @@ from rcllm.model.gguf_file import convert_gguf
 from rcllm.model.pull import pull
 from rcllm.model.weights import load_model
 from rcllm.prompt.tokenizer import Tokenizer
+from tests.reference import bf16
 from tests.tiny_models import FAMILIES, VOCAB, reference_logits, tiny_gguf, tiny_model
 
 TOLERANCE = 1e-4  # close, fp32
@@ -45,6 +46,19 @@ def assert_close(ours: torch.Tensor, reference: torch.Tensor, name: str, toleran
 def test_logits_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
     folder = tiny_model(family, tmp_path)
     assert_close(logits(folder), reference_logits(folder, tokens()), family)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-biased", "llama-head-dim", "qwen2"])
+def test_bf16_is_the_model_with_rounded_operands(family: str, tmp_path: Path) -> None:
+    """Close to the twin: an operand at a tie may fall either way, but the difference is far below that to fp32."""
+    spec, weights = load_model(tiny_model(family, tmp_path))
+    narrow = Decoder(spec, weights, products="bf16")
+    ours, ids = narrow.full_logits(tokens()[:40]).double(), tokens()[:40]
+    twin, wide = bf16.full_logits(spec, weights, ids), Decoder(spec, weights).full_logits(ids).double()
+    off, cost = (ours - twin).abs(), (twin - wide).abs()
+    print(f"{family}: {off.mean():.1e}, max {off.max():.1e}, from the twin, which is {cost.mean():.1e} from fp32")
+    assert 0 < cost.mean() < 0.02
+    assert off.mean() < (0.05 if narrow.kernels else 1.0) * cost.mean()  # torch alone attends in fp32
 
 
 def test_the_last_position_of_dynamic_rope_is_still_exact(tmp_path: Path) -> None:

@@ -15,9 +15,12 @@ import torch
 from rcllm.model.attend import native
 from rcllm.model.attend.choose import prepare
 from rcllm.model.attend.native import Kernels, kernels
+from rcllm.model.attend.segments import Group
 from rcllm.model.ops import NativeOps, TorchOps
+from rcllm.model.packed import PACKINGS
 from rcllm.model.rope import Rope
 from tests.model.test_attention import DTYPES, SPEC, random_group, random_rows
+from tests.reference import bf16
 
 
 @pytest.fixture
@@ -74,8 +77,31 @@ def test_packed_linear(compiled: Kernels, rows: int, size: int, with_bias: bool)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_row_of_a_packed_product_does_not_depend_on_the_others(compiled: Kernels) -> None:
-    product = NativeOps(SPEC, Rope.of(SPEC, 16), compiled).linear(torch.randn(100, 576), None)
+@pytest.mark.parametrize("rows", [1, 3, 128, 513])
+@pytest.mark.parametrize("size", [5, 48, 200])
+@pytest.mark.parametrize("inner", [24, 77])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_packed_linear_in_bf16(compiled: Kernels, rows: int, size: int, inner: int, with_bias: bool) -> None:
+    weight, bias, x = torch.randn(size, inner), torch.randn(size) if with_bias else None, torch.randn(rows, inner)
+    got = PACKINGS["bf16"](compiled, weight, bias)(x)
+    torch.testing.assert_close(got.double(), bf16.linear(x, weight, bias), atol=1e-5, rtol=1e-5)
+    emulated = TorchOps(SPEC, Rope.of(SPEC, 16), "bf16").linear(weight, bias)(x)
+    torch.testing.assert_close(got, emulated, atol=1e-5, rtol=1e-5)
+
+
+def test_inputs_are_rounded_as_torch_rounds(compiled: Kernels) -> None:
+    """Ties, the largest and smallest normal values, zeros, infinities and NaN, through a matrix of ones."""
+    bits = torch.randint(-(2**31), 2**31, (40_000,), generator=torch.Generator().manual_seed(0)).int()
+    special = [0x3F808000, 0x3F818000, 0x3F7FFFFF, 0x7F7FFFFF, 0x00800000, 0x7F800000, -0x00800000, 0x7F800001, 0]
+    x = torch.cat([bits, torch.tensor(special).int()]).view(torch.float32)
+    x = x[~((x != 0) & (x.abs() < 2.0**-126))][:, None]  # the instruction takes these for zeros
+    got = PACKINGS["bf16"](compiled, torch.ones(1, 1), None)(x)
+    torch.testing.assert_close(got, x.bfloat16().float(), atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_row_of_a_packed_product_does_not_depend_on_the_others(packing: str, compiled: Kernels) -> None:
+    product = NativeOps(SPEC, Rope.of(SPEC, 16), compiled, packing).linear(torch.randn(100, 576), None)
     x = torch.randn(700, 576)
     together = product(x)
     for first, stop in ((0, 1), (3, 8), (190, 207), (500, 700)):
@@ -90,6 +116,7 @@ def test_without_a_compiler_there_are_no_kernels() -> None:
 @pytest.mark.parametrize(
     "flags",
     [
+        ("-mno-avx512bf16",),
         ("-mno-avx512f",),
         ("-mno-avx",),
         ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-fno-sanitize=alignment"),
@@ -121,6 +148,20 @@ def test_kernels_of_other_processors(
     torch.testing.assert_close(
         NativeOps(SPEC, rope, narrow).linear(weight, None)(x), x @ weight.T, atol=1e-4, rtol=1e-4
     )
+    _check_bf16(compiled, narrow, groups, qkv)
+
+
+def _check_bf16(compiled: Kernels, narrow: Kernels, groups: list[Group], qkv: torch.Tensor) -> None:
+    """Emulated or not: equal bits on all processors that fuse a product with its sum."""
+    weight, x, rope = torch.randn(100, 80), torch.randn(9, 80), Rope.of(SPEC, SPEC.max_positions)
+    ours, theirs = (PACKINGS["bf16"](each, weight, None)(x) for each in (compiled, narrow))
+    attended = [prepare("segmented", SPEC, rope, groups, each, products="bf16")(1, qkv) for each in (compiled, narrow)]
+    if narrow.panel == 12:  # four lanes: no AVX, and nothing is fused
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+        assert (attended[0].output - attended[1].output).abs().mean() < 1e-4
+    else:
+        assert torch.equal(theirs, ours)
+        assert torch.equal(attended[0].output, attended[1].output)
 
 
 def test_a_compiler_that_fails_means_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,8 +14,20 @@ from rcllm.model.spec import ModelSpec
 from tests.reference import kv_int8
 
 
-def attend(spec: ModelSpec, groups: Sequence[Group], layer: int, qkv: torch.Tensor) -> Attended:
-    """qkv [rows, (H + 2·KV)·D], turned to its positions, in any dtype."""
+def over(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Attended:
+    """One row's attention; q [H, D] over keys and values [seen, H, D]."""
+    scores = (q * keys).sum(-1) / math.sqrt(q.shape[-1])  # [seen, H]
+    return Attended((torch.softmax(scores, 0)[..., None] * values).sum(0).flatten(), torch.logsumexp(scores, 0))
+
+
+def attend(
+    spec: ModelSpec,
+    groups: Sequence[Group],
+    layer: int,
+    qkv: torch.Tensor,
+    row_over: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Attended] = over,
+) -> Attended:
+    """qkv [rows, (H + 2·KV)·D], turned to its positions, in any dtype. `row_over`: how one row attends."""
     heads = qkv.double().unflatten(1, (-1, spec.head_dim))
     q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
     outputs, lses = [], []
@@ -37,9 +49,9 @@ def attend(spec: ModelSpec, groups: Sequence[Group], layer: int, qkv: torch.Tens
         all_keys, all_values = (torch.cat(x).repeat_interleave(share, dim=1) for x in (keys, values))  # [keys, H, D]
         for row in range(group.num_rows):
             seen = [i for i, (block, offset) in enumerate(places) if _sees(group, row, block, offset)]
-            scores = (q[start + row] * all_keys[seen]).sum(-1) / math.sqrt(spec.head_dim)  # [seen, H]
-            outputs.append((torch.softmax(scores, 0)[..., None] * all_values[seen]).sum(0).flatten())
-            lses.append(torch.logsumexp(scores, 0))
+            found = row_over(q[start + row], all_keys[seen], all_values[seen])
+            outputs.append(found.output)
+            lses.append(found.lse)
         start += group.num_rows
     return Attended(torch.stack(outputs), torch.stack(lses))
 

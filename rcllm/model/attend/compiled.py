@@ -25,7 +25,7 @@ _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int
 
 
 class NativeSegmented:
-    """On the CPU over fp32, fp16, bf16 or int8 segments, read in place: nothing is copied. Softmax and sums are in fp32.
+    """On the CPU over fp32, fp16, bf16 or int8 segments, read in place: nothing is copied. Softmax and sums in fp32.
 
     `bf16`: whether both products round their operands (scaled queries, keys in their place, weights, values) to bf16.
     Needs head_dim to be a multiple of 32 (whole vectors in each half of a head).

@@ -163,23 +163,13 @@ int64_t rcllm_has_bf16() {
 #endif
 }
 
-// Lays a matrix [size, inner] out in panels of PANEL outputs, each [inner, PANEL]; zeros fill up the last.
+// Lays a matrix of cells [size, inner] out in panels of PANEL outputs, each [inner, PANEL]; zeros fill up the last.
 void rcllm_pack(const float* weight, int64_t size, int64_t inner, float* packed, int64_t num_threads) {
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t n0 = 0; n0 < size; n0 += PANEL)
     for (int64_t k = 0; k < inner; k++)
       for (int64_t n = 0; n < PANEL; n++)
         packed[n0 * inner + k * PANEL + n] = n0 + n < size ? weight[(n0 + n) * inner + k] : 0.f;
-}
-
-// The same in bf16: panels of [(inner + 1) / 2, PANEL] cells.
-void rcllm_pack_bf16(const float* weight, int64_t size, int64_t inner, int32_t* packed, int64_t num_threads) {
-  const int64_t cells = (inner + 1) / 2;
-#pragma omp parallel for num_threads(num_threads)
-  for (int64_t n0 = 0; n0 < size; n0 += PANEL)
-    for (int64_t k = 0; k < cells; k++)
-      for (int64_t n = 0; n < PANEL; n++)
-        packed[n0 * cells + k * PANEL + n] = n0 + n < size ? cell_of(weight + (n0 + n) * inner, k, inner) : 0;
 }
 
 // out[r] = W x[r] + bias. x: [rows, inner], packed: of `rcllm_pack`.
@@ -189,7 +179,7 @@ void rcllm_linear(const float* x, int64_t rows, int64_t inner, const float* pack
   linear<Fp32>(x, rows, inner, packed, bias, size, out, num_threads);
 }
 
-// The same with a matrix of `rcllm_pack_bf16`; rounded: room for x in bf16, [rows, (inner + 1) / 2] cells.
+// The same with a matrix in bf16, packed as cells; rounded: room for x in bf16, [rows, (inner + 1) / 2] cells.
 void rcllm_linear_bf16(const float* x, int64_t rows, int64_t inner, const int32_t* packed, const float* bias, int64_t size,
                        float* out, int32_t* rounded, int64_t num_threads) {
   const int64_t cells = (inner + 1) / 2;
