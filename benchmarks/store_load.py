@@ -23,11 +23,11 @@ from typing import Literal
 from benchmarks.harness import Metrics, console, dataset, options, report, show
 from benchmarks.store_disk import place
 from benchmarks.store_setup import SET
+from rcllm.cache.heap import share_arenas
 from rcllm.cache.pool import Pool
 from rcllm.config import MIB, CacheConfig, Config, PromptConfig, StoreConfig
 from rcllm.core.ranking import Item, Level, RankOptions, RankRequest, UserId
 from rcllm.data import build_requests
-from rcllm.engine.arenas import share_arenas
 from rcllm.engine.engine import Engine
 from rcllm.engine.space import about, space_of
 from rcllm.engine.tiers import Tiers, open_tiers

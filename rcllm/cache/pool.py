@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rcllm.cache.below import Below, Block
+from rcllm.cache.heap import hand_back
 from rcllm.cache.lookup import Located, Lookup
 from rcllm.cache.rates import Rates
 from rcllm.core.ranking import ContentKey
@@ -30,6 +31,8 @@ from rcllm.store.disk.store import Erased
 from rcllm.store.index import Entry, Index
 from rcllm.store.null import NullStore
 from rcllm.store.owners import alias, one_name
+
+_TIDY_SHARE = 0.25  # of the pool's budget: how much leaves it before the heap is tidied again
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Pool:
         self._erasures = Erasures()
         self._hits: Counter[Source] = Counter()
         self._misses = 0
+        self._freed_tidied = 0  # of the index's `freed`, when the heap was last tidied
 
     @property
     def store(self) -> Store:
@@ -171,6 +175,12 @@ class Pool:
         for owner in erased:
             assert owner is not None
             self.store.delete_owner(owner)
+
+    def tidy(self) -> None:
+        """Lets the system have what evicted blocks left between others, now and then. Called between passes."""
+        if self.device.type == "cpu" and self._index.freed - self._freed_tidied > self.budget * _TIDY_SHARE:
+            self._freed_tidied = self._index.freed
+            hand_back()
 
     def passed_over(self, lookup: Lookup) -> None:
         """What a look-up set apart was computed: its tiers may have become faster unseen."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from statistics import median_low
 from typing import Any, Protocol, TypeVar
 
+from rcllm.cache.heap import share_arenas
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions, StoreOptions
 from rcllm.cli.screen import busy, say, warm_with_progress
 from rcllm.config import Config, PromptConfig, StoreConfig, check_options, context_samples
@@ -26,7 +27,6 @@ from rcllm.data import (
     load_dataset,
     named_items,
 )
-from rcllm.engine.arenas import share_arenas
 from rcllm.engine.engine import Engine
 from rcllm.engine.fit import fit
 from rcllm.errors import ConfigError, DataError, TextWarning

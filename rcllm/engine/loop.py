@@ -183,6 +183,7 @@ class RequestLoop:
             self._in_pass, self._yields = frozenset(), False
             self.scheduler.pass_ended()
         self._pool.write_through()  # what was published, for whoever comes after this process
+        self._pool.tidy()
         return True
 
     def _pass(self, entering: Sequence[Ticket], running: Sequence[Ticket], between: Between | None) -> None:

@@ -30,9 +30,15 @@ class Index:
         self.budget = budget
         self.used = 0
         self.evictions = 0
+        self._added = 0  # bytes, since the beginning
         self._entries: dict[ContentKey, Entry] = {}
         self._pins: Counter[ContentKey] = Counter()
         self._order = GreedyDual()
+
+    @property
+    def freed(self) -> int:
+        """Bytes that were listed once and are no more."""
+        return self._added - self.used
 
     def __contains__(self, key: object) -> bool:
         return key in self._entries
@@ -89,6 +95,7 @@ class Index:
         assert self.used + entry.num_bytes <= self.budget
         self._entries[key] = entry
         self.used += entry.num_bytes
+        self._added += entry.num_bytes
         self.touch(key)
 
     def remove(self, key: ContentKey) -> None:

@@ -211,6 +211,16 @@ def test_evicted_blocks_go_below_and_come_back() -> None:
     assert (stats.hits, stats.misses, stats.store_errors) == ({"host": 1}, 1, 0)
 
 
+def test_the_heap_is_tidied_after_each_quarter_of_the_pool_that_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    tidied = []
+    monkeypatch.setattr("rcllm.cache.pool.hand_back", lambda: tidied.append(True))
+    target = pool(8)
+    for number in range(16):  # the first eight only fill it, and of the others each pushes one out
+        put(target, number)
+        target.tidy()
+    assert len(tidied) == 2  # when three of eight had gone, and six
+
+
 def test_published_blocks_are_copies_in_the_pools_dtype() -> None:
     target = pool(4, dtype=torch.float16)
     source = kv(3, 1)
