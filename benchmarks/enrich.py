@@ -26,10 +26,11 @@ from benchmarks.baselines import Baseline, Neighbours, Popularity, training_pool
 from benchmarks.fidelity_setup import FULL, POINTWISE, QUICK, SETS, TARGETS, Sizes, kinds, scored
 from benchmarks.harness import ROOT, Options, console, dataset, options, run_parts, show
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
+from rcllm.core.enrichment import NeighbourConfig
 from rcllm.core.ranking import Interaction, ItemId, Level, RankRequest
 from rcllm.data import Dataset, Negatives, Split, build_requests, fetch_movielens, histories, named_items, split_of
-from rcllm.data.neighbours import NeighbourConfig, find_neighbours, with_neighbours
 from rcllm.data.neighbours import Neighbours as Found
+from rcllm.data.neighbours import find_neighbours, with_neighbours
 from rcllm.engine.engine import Engine
 from rcllm.errors import TextWarning
 from rcllm.fetch import cache_dir

@@ -35,6 +35,7 @@ COMMANDS = (
     Listed("serve", "serve:serve", "Serve a model over HTTP: rank, recommend, rerank, score, complete and chat."),
     Listed("calibrate", "calibrate:calibrate", "Measure how far KV reuse may go before answers change."),
     Listed("tune", "tune:tune", "Teach a language model to rank: LoRA with a listwise loss on interactions."),
+    Listed("enrich", "enrich:enrich", "Put into each item's text what interactions and a language model know of it."),
     Listed("describe", "describe:describe", "Describe every user or item in text: knowledge for a click model."),
     Listed("sim", "sim:sim", "Simulate a cluster: times, hits and use of nodes, before there is one."),
     Listed("plan", "sim:plan", "Plan a cluster: nodes, memory, times to the first token, and what it costs."),

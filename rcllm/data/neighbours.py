@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 
-from rcllm.annotated import Ge, Opt
+from rcllm.core.enrichment import NeighbourConfig
 from rcllm.core.ranking import Interaction, Item, ItemId, UserId
 from rcllm.data.catalogue import Catalogue
 from rcllm.data.interactions import histories
@@ -27,20 +26,6 @@ FIELD, TITLE = "neighbours", "title"
 Lists = Mapping[ItemId, tuple[ItemId, ...]]  # item → its neighbours, best first
 _NONE_BEFORE: Lists = MappingProxyType({})
 _NO_FLOATS = np.zeros((0, 0), dtype=np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class NeighbourConfig:
-    """Which neighbours stand in an item's text, and how much of each."""
-
-    count: Annotated[int, Ge(1), Opt("Neighbours of an item, at most.", name="--neighbours")] = 4
-    words: Annotated[int, Ge(1), Opt("First words of each neighbour's title.")] = 4
-    # cosines · n / (n + shrinkage), where n users chose both
-    shrinkage: Annotated[float, Ge(0), Opt("How much pairs that few users chose together count for less.")] = 5.0
-    # users that chose both; fewer say little, and one would show what that one user did
-    min_users: Annotated[int, Ge(1), Opt("Users who must have chosen both.")] = 2
-    # by how much another list's likeness must be higher for a list to change
-    margin: Annotated[float, Ge(0), Opt("A list stays until another is better by this share.")] = 0.2
 
 
 @dataclass(frozen=True, slots=True)

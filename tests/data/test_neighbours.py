@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from rcllm.core.enrichment import NeighbourConfig
 from rcllm.core.ranking import Interaction, Item, ItemId, UserId
 from rcllm.data import Catalogue, split_of
-from rcllm.data.neighbours import FIELD, NeighbourConfig, find_neighbours, neighbour_text, with_neighbours
+from rcllm.data.neighbours import FIELD, find_neighbours, neighbour_text, with_neighbours
 from rcllm.data.popularity import with_made_fields
 from tests.data.test_scores import HELD_OUT, TRAINING
 
