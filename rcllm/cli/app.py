@@ -74,6 +74,7 @@ class _Rcllm(Group):
         fill(self, COMMANDS, GROUPS)
 
     def invoke(self, ctx: Any) -> Any:
+        gc.enable()
         try:
             return super().invoke(ctx)
         except (RcllmError, OSError, MemoryError, KeyboardInterrupt) as error:
@@ -125,6 +126,7 @@ def main(
 
 def run() -> None:
     """What the script `rcllm` calls."""
+    gc.disable()  # until a command is invoked: nothing that a help page makes is garbage before it is shown
     try:
         app()
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rcllm.cli.inputs import make_config, warm_engine
+from rcllm.cli.inputs import Shape, make_config, warm_engine
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
 from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import console, progress, say
@@ -25,8 +25,8 @@ def ttft_command(
     ranking: RankingOptions,
     requests: str | None,
     count: int,
-    candidates: int,
-    history: int,
+    candidates: int | None,
+    history: int | None,
     levels: str,
     seed: int,
     out: str | None,
@@ -35,7 +35,7 @@ def ttft_command(
     chosen = [Level.parse(level) for level in levels.split()]
     config = make_config(engine_options, ranking)
     check_file(out, requests, config, engine_options, item_options)
-    engine, asked = warm_engine(config, item_options, requests, count, candidates, history, seed)
+    engine, asked = warm_engine(config, item_options, requests, count, Shape(candidates, history, (50, 20)), seed)
     rows = measure(engine, asked, chosen, config.rank)
     num_candidates = min(len(request.candidates) for request in asked)
     console().print(levels_table(f"{len(asked)} requests, one at a time, warm cache", rows, num_candidates))

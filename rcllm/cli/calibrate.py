@@ -15,7 +15,16 @@ from rich.table import Table
 from rich.text import Text
 
 from rcllm.cli.calibrated import FILE
-from rcllm.cli.inputs import Inputs, check_ranks, context_requests, load_inputs, load_requests, make_config, make_engine
+from rcllm.cli.inputs import (
+    Inputs,
+    Shape,
+    check_ranks,
+    context_requests,
+    load_inputs,
+    load_requests,
+    make_config,
+    make_engine,
+)
 from rcllm.cli.options import EngineOptions, ItemOptions
 from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import GOES_ON, console, interruptible, progress, say
@@ -39,8 +48,8 @@ def calibrate_command(
     target: Target,
     requests: str | None,
     count: int,
-    candidates: int,
-    history: int,
+    candidates: int | None,
+    history: int | None,
     timed: int,
     seed: int,
     levels: str,
@@ -68,7 +77,7 @@ def calibrate_command(
         base=config.rank,
     )
     space.check()
-    asked = load_requests(requests, inputs, count, candidates, history, seed)
+    asked = load_requests(requests, inputs, count, Shape(candidates, history, (20, 10)), seed)
     samples = context_requests(max(names, key=context_samples), inputs, asked)
     dataset = inputs.dataset.name if inputs.dataset is not None and requests is None else str(requests)
     trial = Trial(asked, samples, dataset, seed, timed)

@@ -68,18 +68,43 @@ def load_inputs(options: ItemOptions) -> Inputs:
     return Inputs(catalogue, dataset)
 
 
-def load_requests(
-    path: str | None, inputs: Inputs, count: int, num_candidates: int, num_history: int, seed: int
-) -> list[RankRequest]:
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of requests that are made from a data set: what was asked for, or else the usual of the command."""
+
+    candidates: int | None
+    history: int | None
+    usual: tuple[int, int]  # candidates, events
+
+    @property
+    def num_candidates(self) -> int:
+        return self.usual[0] if self.candidates is None else self.candidates
+
+    @property
+    def num_history(self) -> int:
+        return self.usual[1] if self.history is None else self.history
+
+    def check_unused(self) -> None:
+        """Raises ConfigError where something was asked for beside a file, whose requests are as they are."""
+        given = [name for name in ("candidates", "history") if getattr(self, name) is not None]
+        if given:
+            options = " and ".join(f"--{name}" for name in given)
+            raise ConfigError(
+                f"--in gives the requests as they are, and {options} would shape others: drop one of them"
+            )
+
+
+def load_requests(path: str | None, inputs: Inputs, count: int, shape: Shape, seed: int) -> list[RankRequest]:
     """The first `count` requests of a file, or as many made from the data set. Raises DataError, ConfigError."""
     if path is not None:
+        shape.check_unused()
         lines = read_lines(path)[:count]
         if bad := [line for line in lines if isinstance(line, Failure)]:
             raise DataError(f"{path}, line {bad[0].number}: {bad[0].error}")
         return [line.request for line in lines if not isinstance(line, Failure)]
     if inputs.dataset is None:
         raise ConfigError("there are no requests: give --in FILE, or --dataset FOLDER to make some from")
-    return build_requests(inputs.dataset, count, num_candidates, num_history, seed=seed)
+    return build_requests(inputs.dataset, count, shape.num_candidates, shape.num_history, seed=seed)
 
 
 def make_config(
@@ -164,13 +189,12 @@ def warm_engine(
     items: ItemOptions,
     requests: str | None,
     count: int,
-    num_candidates: int,
-    num_history: int,
+    shape: Shape,
     seed: int,
 ) -> tuple[Engine, list[RankRequest]]:
     """An engine, and the requests of `load_requests` to measure it with, whose items are warm."""
     inputs = load_inputs(items)
-    asked = load_requests(requests, inputs, count, num_candidates, num_history, seed)
+    asked = load_requests(requests, inputs, count, shape, seed)
     engine = make_engine(config, inputs, asked, asked=[config.rank])
     warm_with_progress(engine, named_items(asked))
     return engine, asked

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from rcllm.cli.inputs import make_config, warm_engine
+from rcllm.cli.inputs import Shape, make_config, warm_engine
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions
 from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import console, progress
@@ -27,8 +27,8 @@ def position_command(
     ranking: RankingOptions,
     requests: str | None,
     count: int,
-    candidates: int,
-    history: int,
+    candidates: int | None,
+    history: int | None,
     permutations: int,
     seed: int,
     out: str | None,
@@ -36,7 +36,7 @@ def position_command(
     """Measures what the order of the candidates does."""
     config = make_config(engine_options, ranking)
     check_file(out, requests, config, engine_options, item_options)
-    engine, asked = warm_engine(config, item_options, requests, count, candidates, history, seed)
+    engine, asked = warm_engine(config, item_options, requests, count, Shape(candidates, history, (20, 10)), seed)
     with progress() as bar:
         task = bar.add_task("ranking under other orders", total=len(asked))
         found = position_bias(

@@ -51,6 +51,15 @@ def test_warm_tells_that_a_catalogue_does_not_fit(run: Run, shop: Shop, tmp_path
     assert "(full)" in shown.stdout
 
 
+@pytest.mark.parametrize("command", [("bench", "ttft"), ("probe", "position"), ("calibrate",)])
+def test_what_shapes_made_requests_is_refused_beside_a_file_of_requests(
+    run: Run, shop: Shop, command: tuple[str, ...]
+) -> None:
+    shown = run(*command, *shop.on_dataset, "--in", shop.requests, "--history", "3")
+    assert shown.exit_code == 2
+    assert "--in gives the requests as they are, and --history would shape others" in shown.stderr
+
+
 @pytest.mark.parametrize("source", ["requests", "dataset"])
 def test_bench_ttft(run: Run, shop: Shop, tmp_path: Path, source: str) -> None:
     out = tmp_path / "bench.json"

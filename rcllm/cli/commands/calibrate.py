@@ -24,8 +24,10 @@ def calibrate(
         Opt("Requests as JSON lines; else made from --dataset.", metavar="FILE", name="--in", panel=_ON),
     ] = None,
     count: Annotated[int, Ge(1), Opt("How many. 1,000 tell a loss of 0.01 in NDCG@10.", panel=_ON)] = 200,
-    candidates: Annotated[int, Ge(1), Opt("Candidates per request made from --dataset.", panel=_ON)] = 20,
-    history: Annotated[int, Ge(0), Opt("Events per request made from --dataset.", panel=_ON)] = 10,
+    candidates: Annotated[
+        int | None, Ge(1), Opt("Candidates per request made from --dataset; default 20.", panel=_ON)
+    ] = None,
+    history: Annotated[int | None, Ge(0), Opt("Events per request made from --dataset; default 10.", panel=_ON)] = None,
     timed: Annotated[int, Ge(0), Opt("How many are also timed, one at a time.", panel=_ON)] = 10,
     seed: Annotated[int, Ge(0), Opt("Draws users, candidates, intervals.", panel=_ON)] = 0,
     levels: Annotated[

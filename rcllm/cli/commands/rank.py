@@ -72,8 +72,8 @@ def ttft(
     ranking: RankingOptions,
     requests: Requests = None,
     count: Annotated[int, Ge(1), Opt("How many requests.")] = 20,
-    candidates: Annotated[int, Ge(1), Opt("Candidates per request made from --dataset.")] = 50,
-    history: Annotated[int, Ge(0), Opt("Events per request made from --dataset.")] = 20,
+    candidates: Annotated[int | None, Ge(1), Opt("Candidates per request made from --dataset; default 50.")] = None,
+    history: Annotated[int | None, Ge(0), Opt("Events per request made from --dataset; default 20.")] = None,
     levels: Annotated[
         str, Opt("Reuse levels, between spaces; full and exact are always measured.", metavar="LEVELS")
     ] = "full exact linked(4) tail(0.1) blocks",
@@ -97,8 +97,8 @@ def position(
     ranking: RankingOptions,
     requests: Requests = None,
     count: Annotated[int, Ge(1), Opt("How many requests.")] = 50,
-    candidates: Annotated[int, Ge(2), Opt("Candidates per request made from --dataset.")] = 20,
-    history: Annotated[int, Ge(0), Opt("Events per request made from --dataset.")] = 10,
+    candidates: Annotated[int | None, Ge(2), Opt("Candidates per request made from --dataset; default 20.")] = None,
+    history: Annotated[int | None, Ge(0), Opt("Events per request made from --dataset; default 10.")] = None,
     permutations: Annotated[int, Ge(1), Opt("Other orders of the candidates per request.")] = 8,
     seed: Annotated[int, Ge(0), Opt("Draws orders, users and candidates.")] = 0,
     out: Annotated[str | None, Opt("Write the JSON line here, not to stdout.", metavar="FILE")] = None,
