@@ -27,7 +27,7 @@ from rcllm.sid.embed import SentenceEncoder, fetch_minilm
 from rcllm.sid.held_out import advice, cases_of, compare_held_out
 from rcllm.sid.quantise import fitting
 from rcllm.sid.recommend import answers_of
-from rcllm.sid.train import CodeEvaluation, CodeTrainer, TrainProgress, check_out
+from rcllm.sid.train import CodeEvaluation, CodeTrainer, TrainProgress, best_of, check_out
 from rcllm.sid.vocabulary import sid_text
 
 
@@ -99,7 +99,7 @@ def train_command(
                 say(f"epoch {now.last.epoch}: {_told(now.last)}, {now.tokens_per_s:,.0f} tokens/s", "dim")
 
         curve = trainer.run(show)
-    best = min(curve, key=lambda point: point.validation_loss)
+    best = best_of(curve)
     facts = {
         "model": str(out),
         "best": f"epoch {best.epoch}: {_told(best)}; a guess among all items has {math.log(code_index.num_items):.3f}",
@@ -125,11 +125,11 @@ def _compare(
         say("no held-out user chose something new at last, so that nothing tells what the model is worth")
         return
     console().print(comparison_table(found, whom))
-    losses = [point.validation_loss for point in trainer.state.curve]
+    curve = trainer.state.curve
     tries = advice(
         len(trainer.histories),
         code_index.num_items / len(np.unique(code_index.codes[:, 0])),
-        still_better=losses[-1] == min(losses),
+        still_better=best_of(curve) is curve[-1],
     )
     if told := verdict(found, tries):
         say(f"warning: {told}")
@@ -144,7 +144,9 @@ def _network(asked: NetworkConfig) -> NetworkConfig:
 
 
 def _told(point: CodeEvaluation | None) -> str:
-    return "" if point is None else f"validation loss {point.validation_loss:.3f}"
+    if point is None:
+        return ""
+    return f"validation loss {point.validation_loss:.3f}, NDCG@10 {point.validation_ndcg10:.3f}"
 
 
 def _read(source: SourceOptions) -> tuple[Catalogue, Sequence[Interaction]]:

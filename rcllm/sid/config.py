@@ -129,7 +129,7 @@ class TrainConfig:
     weight_decay: Annotated[float, Ge(0)] = 0.05  # of matrices
     warm_up_steps: Annotated[int, Ge(0)] = 100
     clip: Annotated[float, Gt(0)] = 1.0  # largest norm of a gradient
-    # without a better validation loss
+    # without a better NDCG@10 of validation users
     patience: Annotated[int, Ge(1), Opt("Epochs without gain before it stops.", panel=_LEARN)] = 5
     # items of a history at most so far apart count as touched together, where embeddings begin
     window: Annotated[int, Ge(1)] = 5

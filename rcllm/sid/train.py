@@ -29,9 +29,11 @@ from rcllm.model.training_folder import check_folder, not_numbers
 from rcllm.plain_json import as_json
 from rcllm.sid.collaborative import code_vectors, collaborative_vectors
 from rcllm.sid.config import TrainConfig
+from rcllm.sid.held_out import cases_of
 from rcllm.sid.model_folder import RECORD, TEXTS, WEIGHTS, save_model
 from rcllm.sid.network import CodeNetwork
 from rcllm.sid.sequences import Sequences
+from rcllm.sid.validate import TopOfList
 from rcllm.sid.vocabulary import Vocabulary
 
 _LOWEST_RATE = 0.02  # of the learning rate, at the end
@@ -48,6 +50,7 @@ class CodeEvaluation:
     minutes: float
     train_loss: float
     validation_loss: float  # of the last item of each validation user
+    validation_ndcg10: float = 0.0  # of the same, among the whole catalogue
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class _State:
 
 
 class CodeTrainer:
-    """One training in one folder, which holds the weights with the lowest validation loss so far."""
+    """One training in one folder, which holds the weights with the highest NDCG@10 on validation users so far."""
 
     def __init__(
         self,
@@ -107,6 +110,7 @@ class CodeTrainer:
         )
         self.state = _State()
         self._validation = self.sequences.last(checked, config.sequences)
+        self._top = TopOfList(code_index, self.sequences, cases_of(checked)[0], config.sequences.max_items)
         self._batches: list[IntArray] = []
         self._saved_s = 0.0  # training time at the last checkpoint
 
@@ -196,21 +200,21 @@ class CodeTrainer:
         return warm * max(_LOWEST_RATE, 0.5 * (1 + math.cos(math.pi * min(1.0, self._share()))))
 
     def _done(self) -> bool:
-        losses = [point.validation_loss for point in self.state.curve]
-        stalled = bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= self.config.patience
+        curve = self.state.curve
+        stalled = bool(curve) and len(curve) - 1 - curve.index(best_of(curve)) >= self.config.patience
         return stalled or self._share() >= 1.0
 
     # ---- validation and checkpoints ----
 
     def _end_epoch(self) -> None:
         state = self.state
-        best = min((point.validation_loss for point in state.curve), default=math.inf)
         loss = self.validation_loss()
         if not math.isfinite(loss):
             raise not_numbers(f"validation loss (of epoch {state.epoch + 1})", self.folder)
-        point = CodeEvaluation(state.epoch + 1, state.seconds / 60, float(np.mean(state.recent)), loss)
+        ndcg, trained = self._top.ndcg(self.network), float(np.mean(state.recent))
+        point = CodeEvaluation(state.epoch + 1, state.seconds / 60, trained, loss, ndcg)
         state.curve.append(point)
-        if point.validation_loss < best:
+        if best_of(state.curve) is point:
             save_model(self.folder, self.network.state_dict(), self.hf_config, self.code_index, self.record())
         state.epoch, state.batch, state.recent = state.epoch + 1, 0, []
         self.save()
@@ -266,6 +270,11 @@ class CodeTrainer:
         return TrainProgress(
             state.epoch + 1, min(self._share(), 1.0), loss, speed, state.curve[-1] if state.curve else None
         )
+
+
+def best_of(curve: Sequence[CodeEvaluation]) -> CodeEvaluation:
+    """The highest NDCG@10, of equal ones the lowest loss, of equal ones the first."""
+    return max(curve, key=lambda point: (point.validation_ndcg10, -point.validation_loss))
 
 
 def check_out(folder: Path) -> None:

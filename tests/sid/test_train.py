@@ -19,7 +19,7 @@ from rcllm.model.weights import load_model
 from rcllm.sid.config import NetworkConfig, TrainConfig
 from rcllm.sid.load import load_recommender
 from rcllm.sid.model_folder import load_codes
-from rcllm.sid.train import CodeTrainer
+from rcllm.sid.train import CodeTrainer, best_of
 from rcllm.sid.vocabulary import items_of_codes, sid_text
 from tests.sid.toys import HELD_OUT, IDS, NUM_ITEMS, QUICK, SIZES, TRAIN, toy_codes, toy_index
 
@@ -151,7 +151,7 @@ def test_it_stops_when_validation_users_gain_nothing(tmp_path: Path) -> None:
     config = replace(QUICK, patience=2)
     curve = CodeTrainer(toy_index(), TRAIN, backwards, config, tmp_path).run()
     assert len(curve) < QUICK.epochs
-    best = int(np.argmin([point.validation_loss for point in curve]))
+    best = curve.index(best_of(curve))
     assert best == len(curve) - 3
 
 
