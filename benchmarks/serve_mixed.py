@@ -32,12 +32,15 @@ def mixed(chosen: Options) -> dict[str, float]:
     """P99 of rankings beside other work over that of rankings alone, at one rate; and what bounds it."""
     default = for_serving(ScheduleConfig()).other_rows
     metrics, rows = dict[str, float](), list[list[str]]()
+    at_s, alone = list[float](), list[float]()
     for other_rows in (default,) if chosen.quick else dict.fromkeys((default, *OTHER_ROWS)):
         serves = Serving("blocks", 4 if chosen.quick else 24, chosen.seed, other_rows=other_rows, recommends=True)
         with serving(serves) as server:
-            alone, beside = _alone_and_beside(server, chosen)
+            at_s = at_s or _arrivals(server, chosen)
+            alone = alone or _alone(server, at_s)  # is the same whatever bounds the others
+            beside = _beside(server, at_s)
         at = "" if other_rows == default else f"_{other_rows}"
-        times = {"alone": alone, "beside": _rankings_of(beside)}
+        times = {"beside": _rankings_of(beside)} | ({} if at else {"alone": alone})
         for name, some in times.items():
             metrics |= {f"mixed_{name}_p{p}_ms{at}": percentile(some, p / 100) for p in (50, 90, 99)}
             row = [f"{percentile(some, share):,.0f}" for share in (0.5, 0.9, 0.99)]
@@ -51,16 +54,28 @@ def mixed(chosen: Options) -> dict[str, float]:
     return metrics
 
 
-def _alone_and_beside(server: Server, chosen: Options) -> tuple[list[float], list[Sent]]:
-    """Milliseconds of rankings alone; what became of all requests where there is other work."""
-    took_s = alone_s(server, "auto", 4)
-    at_s = poisson(BUSY / took_s, chosen.requests or (16 if chosen.quick else 150), chosen.seed)
-    most_s = 3 * at_s[-1] + 120
-    alone = run_load(Plan(server.address, most_s, rankings(server.requests, "alone", at_s, level="auto")))
+def _arrivals(server: Server, chosen: Options) -> list[float]:
+    """Seconds."""
+    rate = BUSY / alone_s(server, "auto", 4)
+    return poisson(rate, chosen.requests or (16 if chosen.quick else 150), chosen.seed)
+
+
+def _alone(server: Server, at_s: Sequence[float]) -> list[float]:
+    """Milliseconds."""
+    shots = rankings(server.requests, "alone", at_s, level="auto")
+    return _rankings_of(run_load(Plan(server.address, _most_s(at_s), shots)))
+
+
+def _beside(server: Server, at_s: Sequence[float]) -> list[Sent]:
+    """What became of all requests where a search and a text are always under way."""
     lanes = _searches(server.requests), _texts(server.requests)
     run_load(Plan(server.address, 300.0, lanes=tuple(lane[:1] for lane in lanes)))  # the first of each allocates
     shots = rankings(server.requests, "beside", at_s, level="auto")
-    return _rankings_of(alone), answered(run_load(Plan(server.address, most_s, shots, lanes)))
+    return answered(run_load(Plan(server.address, _most_s(at_s), shots, lanes)))
+
+
+def _most_s(at_s: Sequence[float]) -> float:
+    return 3 * at_s[-1] + 120
 
 
 def _rankings_of(sent: Sequence[Sent]) -> list[float]:

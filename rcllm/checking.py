@@ -29,7 +29,7 @@ from pydantic_core import PydanticCustomError
 
 from rcllm.annotated import Limits, Rule, bare, hints_of, metadata
 from rcllm.errors import ConfigError, RcllmError
-from rcllm.words import brief, nearest
+from rcllm.words import brief, nearest, shape
 
 Reader = Callable[[Any], Any]
 Readers = tuple[tuple[Any, Reader], ...]
@@ -239,7 +239,8 @@ def _message(kind: type[Any], faults: Sequence[Any], wording: Wording) -> str:
 
 def _fault(kind: type[Any], fault: Any, wording: Wording) -> str:
     name = wording.name
-    key, what, got = fault["loc"], fault["type"], (wording.show or brief)(fault["input"])
+    key, what, value = fault["loc"], fault["type"], fault["input"]
+    got = (shape if _is_secret(kind, key) else wording.show or brief)(value)
     if not key:
         return f"expected an object, got {got}"
     if what == "extra_forbidden":
@@ -252,11 +253,20 @@ def _fault(kind: type[Any], fault: Any, wording: Wording) -> str:
         close = nearest(str(fault["input"]), words) if isinstance(fault["input"], str) else ""
         meant = f"; {close}" if close.startswith("did") else ""
         return f"{name(key)} must be one of {', '.join(words)}, got {got}{meant}"
-    limit = _EXPECTED.get(what)
+    limit = _EXPECTED.get(f"string_{what}" if isinstance(value, str) and what in ("too_short", "too_long") else what)
     if limit is None:
         return f"{name(key)}: {fault['msg']}, got {got}"
     bounds = {bound: brief(value) for bound, value in fault.get("ctx", {}).items()}
     return f"{name(key)} must be {limit.format(**bounds)}, got {got}"
+
+
+def _is_secret(kind: type[Any], key: Sequence[str | int]) -> bool:
+    """Whether a value is such as its dataclass does not show either."""
+    for place, part in enumerate(key):
+        owner: Any = _at(kind, key[:place])
+        if is_dataclass(owner) and any(field.name == part and not field.repr for field in fields(owner)):
+            return True
+    return False
 
 
 def _known(kind: type[Any], key: Sequence[str | int]) -> list[str]:

@@ -52,7 +52,8 @@ def read_object(text: str | bytes, where: str, error: type[RcllmError] = ConfigE
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as wrong:
-        raise error(f"{where}{': ' * bool(where)}it is not JSON: {wrong}") from wrong
+        said = f"it is not JSON: {wrong}" if text.strip() else "expected a JSON object, got nothing"
+        raise error(f"{where}{': ' * bool(where)}{said}") from wrong
     if not isinstance(value, dict):
         raise error(f"{where}{': ' * bool(where)}expected a JSON object, got {brief(value)}")
     return value

@@ -37,3 +37,21 @@ def without_words(error: BaseException) -> BaseException:
     """The same kind of error from the same place, for a log: its words may hold what a user wrote."""
     wordless: BaseException = type(type(error).__name__, (Exception,), {})("(words left out)")
     return wordless.with_traceback(error.__traceback__)
+
+
+def shape(value: object) -> str:
+    """What kind of value came, without its words."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case str():
+            return f"a text of {len(value)} characters"
+        case int() | float():
+            return "a number"
+        case Mapping():
+            return f"an object with {len(value)} fields"
+        case list() | tuple():
+            return f"a list of {len(value)}"
+    return type(value).__name__

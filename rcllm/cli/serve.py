@@ -55,6 +55,9 @@ def serve_command(
     config = replace(config, server=_over(config.server, server), schedule=for_serving(config.schedule))
     _check_extra()
     keys.check_address(config.server)
+    run.check_free(config.server)
+    if decoder is not None and not decoder.is_dir():
+        raise ConfigError(f"--decoder {decoder}: there is no such folder; `rcllm sid train` makes one")
     traces = spans.open_spans(os.environ, config.server.served_name or config.model.path)
     inputs = _movielens() if demo else load_inputs(item_options)
     engine = make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank])
@@ -113,4 +116,5 @@ def _tell(address: str, config: ServerConfig, inputs: Inputs) -> None:
     item_id = next(iter(inputs.catalogue))
     keyed = "with" if config.api_keys or config.tenant_keys else "without"
     say(f"serving at {address}, {keyed} keys; ready when {address}/ready says so", "")
-    say(f"""try: curl {address}/v1/rank -d '{{"candidates": ["{item_id}"]}}'""", "dim")
+    key = "-H 'Authorization: Bearer YOUR-KEY' " if config.api_keys or config.tenant_keys else ""
+    say(f"""try: curl {key}{address}/v1/rank -d '{{"candidates": ["{item_id}"]}}'""", "dim")

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import compile_path
 
 from rcllm.config import ServerConfig
 from rcllm.core.decoding import RecommendRequest
@@ -164,9 +165,9 @@ def _answering(served: Served, endpoint: Endpoint) -> Callable[[Request], Awaita
         try:
             if endpoint.is_admin:
                 check_admin(ask.caller)
-            if endpoint.body is not None:
-                await ask.read()
             async with asyncio.timeout(served.config.timeout_s):
+                if endpoint.body is not None:
+                    await ask.read()
                 return await unless_gone(request.receive, _run(endpoint.handler, ask))
         except ExceptionGroup as errors:  # of choices that were computed beside each other
             return failure_reply(errors.exceptions[0])
@@ -182,9 +183,17 @@ async def _run(handler: Handler, ask: Ask) -> Response:
 
 def _no_such_address(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = "this address takes other methods" if status == 405 else "there is nothing at this address"
+    message, headers = "there is nothing at this address", getattr(error, "headers", None)
+    if status == 405:
+        methods = ", ".join(sorted(_methods_at(request.url.path)))
+        message, headers = f"this address takes {methods}, not {request.method}", {"allow": methods}
     body = {"message": message, "type": "not_found_error", "param": None, "code": "no_such_address"}
-    return JsonReply({"error": body}, status, getattr(error, "headers", None))
+    return JsonReply({"error": body}, status, headers)
+
+
+def _methods_at(path: str) -> set[str]:
+    """Of all endpoints at an address."""
+    return {each.method for each in ENDPOINTS if compile_path(each.path)[0].match(path)}
 
 
 # ---- the document ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ that others reach unless there are keys or somebody said that it may.
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -22,6 +23,7 @@ from rcllm.errors import ConfigError
 from rcllm.server.app import make_app
 from rcllm.server.backend import Backend
 from rcllm.server.keys import check_address
+from rcllm.server.patience import Patience
 from rcllm.server.served import Served
 from rcllm.server.spans import Spans
 from rcllm.server.viewers import Viewer
@@ -39,6 +41,7 @@ class HttpServer(uvicorn.Server):
                 app,
                 host=config.host,
                 port=config.port,
+                http=Patience,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -71,6 +74,25 @@ class HttpServer(uvicorn.Server):
         self._served.is_closing = self.should_exit = True
 
 
+def check_free(config: ServerConfig) -> None:
+    """Raises ConfigError for an address that cannot be listened at, before anything is loaded for it."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                tried.bind(address)
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise _not_there(config, error) from error  # what else is wrong may be of one of several addresses
+
+
+def _not_there(config: ServerConfig, error: BaseException) -> ConfigError:
+    why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+    return ConfigError(
+        f"the server could not begin at {config.host}:{config.port}{why}: is another one there? Choose another --port"
+    )
+
+
 def serve(
     backend: Backend,
     config: ServerConfig,
@@ -84,6 +106,4 @@ def serve(
     try:
         server.run()
     except SystemExit as error:  # uvicorn has logged why
-        raise ConfigError(
-            f"the server could not begin at {config.host}:{config.port}: is another one there? Choose another --port"
-        ) from error
+        raise _not_there(config, error) from error

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from rcllm.annotated import Gt
 from rcllm.core.ranking import Level
 from rcllm.errors import RequestError
 from rcllm.fields import parse
-from rcllm.wire.requests import READERS, without_nulls
-from rcllm.words import nearest
+from rcllm.wire.requests import READERS, read_texts, without_nulls
+from rcllm.words import nearest, shape
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -33,27 +34,10 @@ class Extras:
     explain: bool = False  # add the whole receipt
 
 
-def shape(value: object) -> str:
-    """What kind of value came, without its words."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case str():
-            return f"a text of {len(value)} characters"
-        case int() | float():
-            return "a number"
-        case Mapping():
-            return f"an object with {len(value)} fields"
-        case list() | tuple():
-            return f"a list of {len(value)}"
-    return type(value).__name__
-
-
 def read(kind: type[B], value: Object, readers: Mapping[Any, Any] | None = None) -> B:
     """A body, in which null is as good as left out. Raises RequestError, which names the field."""
-    return parse(kind, without_nulls(value), error=RequestError, readers={**READERS, **(readers or {})}, show=shape)
+    readers = {**READERS, Mapping[str, str]: partial(read_texts, show=shape), **(readers or {})}
+    return parse(kind, without_nulls(value), error=RequestError, readers=readers, show=shape)
 
 
 def split(value: Object, kind: type[Any]) -> tuple[dict[str, object], dict[str, object]]:

@@ -13,9 +13,10 @@ from typing import Any, Generic, TypeVar
 from rcllm.core.decoding import RecommendRequest
 from rcllm.core.ranking import ItemId, RankOptions, RankRequest, RankResponse
 from rcllm.data.text import as_text
-from rcllm.wire.bodies import Extras, Object, named, read, shape, split
+from rcllm.wire.bodies import Extras, Object, named, read, split
 from rcllm.wire.lines import response_to_json
 from rcllm.wire.requests import parse_recommend_request, parse_request, read_id
+from rcllm.words import shape
 
 R = TypeVar("R", RankRequest, RecommendRequest)
 _ID_NAMES = ("item_id", "id")

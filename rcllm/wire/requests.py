@@ -142,9 +142,9 @@ def read_id(value: object) -> str:
     return text
 
 
-def _read_texts(value: object) -> dict[str, str]:
+def read_texts(value: object, show: Callable[[object], str] = brief) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise RequestError(f"expected an object of texts by name, got {brief(value)}")
+        raise RequestError(f"expected an object of texts by name, got {show(value)}")
     return {str(name): as_text(text) for name, text in value.items()}
 
 
@@ -154,5 +154,5 @@ READERS: Mapping[Any, Callable[[Any], Any]] = {
     ItemId: read_id,
     UserId: read_id,
     Event: read_event,
-    Mapping[str, str]: _read_texts,
+    Mapping[str, str]: read_texts,
 }

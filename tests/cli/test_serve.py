@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,8 @@ def test_it_answers_and_drains(shop: Shop, tmp_path: Path) -> None:
         (("--host", "0.0.0.0"), "--insecure"),
         (("--port", "70000"), "--port must be at most 65535"),
         (("somewhere", "--demo"), "named twice"),
+        (("--decoder", "nowhere"), "there is no such folder"),
+        (("--host", "no.such.host.invalid", "--insecure"), "could not begin"),
     ],
 )
 def test_what_is_not_safe_or_wrong_is_said_before_the_model_is_loaded(
@@ -70,6 +73,23 @@ def test_what_is_not_safe_or_wrong_is_said_before_the_model_is_loaded(
     ended = run("serve", *shop.on_items, *words)
     assert ended.exit_code == 2
     assert said in ended.output
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(run: Run, shop: Shop) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = run("serve", *shop.on_items, "--port", taken.getsockname()[1])
+    assert ended.exit_code == 2
+    assert "is another one there? Choose another --port" in ended.output
+
+
+def test_no_message_shows_a_key(run: Run, shop: Shop, tmp_path: Path) -> None:
+    config = tmp_path / "rcllm.toml"
+    for written in ('api_keys = "secret"', 'api_keys = ["secret"]', 'tenant_keys = {a = ["secret"]}', "admin_key = 5"):
+        config.write_text(f"[server]\n{written}\n")
+        ended = run("serve", *shop.on_items, "--config", config)
+        assert ended.exit_code == 2
+        assert "got a" in ended.output
+        assert "secret" not in ended.output
 
 
 def test_unknown_keys_are_refused_with_the_nearest_name(run: Run, shop: Shop, tmp_path: Path) -> None:

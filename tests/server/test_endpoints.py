@@ -466,5 +466,11 @@ def test_a_mistake_of_ours_is_told_without_its_words(caplog: pytest.LogCaptureFi
 
 def test_addresses_that_are_none(client: TestClient) -> None:
     assert client.get("/v1/nothing").json()["error"]["code"] == "no_such_address"
-    assert client.get("/v1/rank").status_code == 405
+    wrong = client.get("/v1/rank")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["message"] == "this address takes POST, not GET"
+    assert client.patch("/v1/items/a").headers["allow"] == "DELETE, PUT"
+    assert "got nothing" in client.post("/v1/rank").json()["error"]["message"]
+    empty = client.post("/v1/rerank", json={"query": "", "documents": ["a"]}).json()["error"]["message"]
+    assert empty == "query must be a text of at least 1 characters, got a text of 0 characters"
     assert client.get("/docs").status_code == 404, "its page would fetch scripts from elsewhere"
