@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from rcllm.model.attend.native import Kernels
+from rcllm.model.quantised import Quantised
 
 
 class Packed(Protocol):
@@ -66,6 +67,29 @@ class Bf16Matrix:
         out, rounded = x.new_empty(len(x), self._size), self._packed.new_empty(len(x), self._cells)
         shape = (self._bias, self._size, out, rounded)
         self._kernels.call("linear_bf16", x, len(x), self._inner, self._packed, *shape, threads)
+        return out
+
+
+class QuantisedMatrix:
+    """Panels of outputs in levels of 8 or 4 bits, widened in registers: equal, bit for bit, to the widened matrix."""
+
+    def __init__(
+        self, kernels: Kernels, weight: Quantised, bias: torch.Tensor | None, products: str = "fp32"
+    ) -> None:
+        """products: fp32 or bf16, what is multiplied once levels are widened."""
+        self._kernels, self._bias, self._bits, self._rounds = kernels, bias, weight.bits, products == "bf16"
+        self._size, self._inner = weight.shape
+        self.num_bytes = kernels.quantised_bytes(self._size, self._inner, self._bits)
+        self._packed = torch.empty(self.num_bytes, dtype=torch.uint8)
+        parts, shape = (weight.levels, weight.scales, weight.least), (self._size, self._inner, self._bits)
+        kernels.call("pack_quantised", *parts, *shape, self._packed, torch.get_num_threads())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x, threads = x.contiguous(), torch.get_num_threads()
+        out = x.new_empty(len(x), self._size)
+        rounded = torch.empty(len(x), self._inner // 2, dtype=torch.int32) if self._rounds else None
+        matrix = (self._packed, self._bits, self._bias, self._size)
+        self._kernels.call("linear_quantised", x, len(x), self._inner, *matrix, out, rounded, threads)
         return out
 
 

@@ -58,6 +58,7 @@ _COMPUTES = re.compile(  # words by which a key speaks of the computation; other
     "|embedding|position|cross|encoder"
 )
 INT8_GROUP = 16  # values of KV in int8 that share one scale, which has 2 bytes (`kv_int8.py`)
+WEIGHT_GROUP = 32  # inputs of a quantised matrix that share a scale
 _DEFAULT_BOS_EOS: dict[str, tuple[int | None, int | None]] = {"llama": (1, 2), "mistral": (1, 2)}
 
 

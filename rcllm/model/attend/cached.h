@@ -26,13 +26,9 @@ inline float from_bf16(const char* p) {
 // Values d … d + VL - 1 of a row; d is a multiple of VL.
 inline vec widen(const char* row, int d, int dim, int64_t dtype) {
   if (dtype == F32) return load(reinterpret_cast<const float*>(row) + d);
-  if (dtype == I8) {
-    const vec levels = __builtin_convertvector(*reinterpret_cast<const bvec_u*>(row + d), vec);
-    return levels * splat(from_bf16(row + dim + d / INT8_GROUP * 2));
-  }
-  hvec h = *reinterpret_cast<const hvec_u*>(reinterpret_cast<const uint16_t*>(row) + d);
-  if (dtype == F16) return __builtin_convertvector((f16vec)h, vec);
-  return (vec)(__builtin_convertvector(h, ivec) << 16);
+  if (dtype == I8) return to_floats(load_int8(row + d)) * splat(from_bf16(row + dim + d / INT8_GROUP * 2));
+  if (dtype == F16) return load_fp16(row + 2 * d);
+  return (vec)(load_uint16(row + 2 * d) << 16);
 }
 
 // Rows of `dim` values, `step` bytes apart: widened, for keys rotated by the angle whose cos and sin are given ([dim / 2], or

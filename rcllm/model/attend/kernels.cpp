@@ -11,6 +11,7 @@
 
 #include "cached.h"
 #include "products.h"
+#include "quantised.h"
 #include "vectors.h"
 
 namespace {

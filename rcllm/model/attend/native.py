@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from rcllm.fetch import cache_dir
-from rcllm.model.spec import INT8_GROUP
+from rcllm.model.spec import INT8_GROUP, WEIGHT_GROUP
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-HEADERS = ("cached.h", "products.h", "vectors.h")  # that it includes, beside it
+HEADERS = ("cached.h", "products.h", "quantised.h", "vectors.h")  # that it includes, beside it
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi")
 
 
@@ -37,6 +37,13 @@ class Kernels:
         self.has_bf16: bool = library.rcllm_has_bf16() == 1  # else products in bf16 are emulated, to the same bits
         self.int8_group: int = library.rcllm_int8_group()
         assert self.int8_group == INT8_GROUP, "blocks have one layout"
+        assert library.rcllm_weight_group() == WEIGHT_GROUP, "quantised matrices have one layout"
+
+    def quantised_bytes(self, size: int, inner: int, bits: int) -> int:
+        """Bytes of a packed matrix [size, inner] in levels of so many bits."""
+        num_bytes = self._library.rcllm_quantised_bytes
+        num_bytes.restype, num_bytes.argtypes = ctypes.c_int64, [ctypes.c_int64] * 3
+        return int(num_bytes(size, inner, bits))
 
     def call(self, name: str, *arguments: torch.Tensor | int | float | None) -> None:
         """Calls `rcllm_<name>`; tensors go as pointers (None as null), ints as int64, floats as float."""

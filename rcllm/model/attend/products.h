@@ -119,11 +119,10 @@ void panel_product(int M, int K, const typename P::Cell* A, const typename P::Ce
   }
 }
 
-// out[r] = W x[r] + bias. x: [rows, cells], packed: W as panels of [cells, PANEL], bias: [size] or null, out: [rows, size].
-// Called by every thread of a team. With few rows the time is that of reading the matrix once.
-template <class P>
-void linear(const typename P::Cell* x, int64_t rows, int64_t cells, const typename P::Cell* packed, const float* bias,
-            int64_t size, float* out, int64_t num_threads) {
+// Shares the panels of an output [rows, size] and chunks of its rows out among a team, every thread of which calls this.
+// product(first row, rows, panel, y, stride): writes y[r * stride + n] for all PANEL outputs; the bias is added here.
+template <class Product>
+void each_panel(int64_t rows, const float* bias, int64_t size, float* out, int64_t num_threads, const Product& product) {
   const int64_t panels = (size + PANEL - 1) / PANEL;
   int64_t chunks = (rows + CHUNK - 1) / CHUNK;
   while (chunks * panels < 4 * num_threads && rows / (chunks + 1) >= 4 * MR) chunks++;  // work for every thread
@@ -136,16 +135,37 @@ void linear(const typename P::Cell* x, int64_t rows, int64_t cells, const typena
       const bool full = width == PANEL;
       float *y = out + first * size + n0, *target = full ? y : edge;
       const int64_t stride = full ? size : PANEL;
-      panel_product<P>(num, cells, x + first * cells, packed + n0 * cells, target, stride);
+      product(first, num, p, target, stride);
       if (full && !bias) continue;
       for (int64_t r = 0; r < num; r++)
         for (int64_t n = 0; n < width; n++) y[r * size + n] = target[r * stride + n] + (bias ? bias[n0 + n] : 0.f);
     }
 }
 
+// out[r] = W x[r] + bias. x: [rows, cells], packed: W as panels of [cells, PANEL], bias: [size] or null, out: [rows, size].
+// With few rows the time is that of reading the matrix once.
+template <class P>
+void linear(const typename P::Cell* x, int64_t rows, int64_t cells, const typename P::Cell* packed, const float* bias,
+            int64_t size, float* out, int64_t num_threads) {
+  each_panel(rows, bias, size, out, num_threads, [&](int64_t first, int num, int64_t panel, float* y, int64_t stride) {
+    panel_product<P>(num, cells, x + first * cells, packed + panel * PANEL * cells, y, stride);
+  });
+}
+
 // Cell k of a row of `inner` values, rounded; what is missing of the last is zero.
 inline int32_t cell_of(const float* row, int64_t k, int64_t inner) {
   return pair(round_bf16(row[2 * k]), 2 * k + 1 < inner ? round_bf16(row[2 * k + 1]) : 0u);
+}
+
+// x [rows, inner] as cells [rows, (inner + 1) / 2]; called by every thread of a team.
+inline void round_rows(const float* x, int64_t rows, int64_t inner, int32_t* rounded) {
+  const int64_t cells = (inner + 1) / 2;
+#pragma omp for
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t k = 0;
+    for (; 2 * k + VL <= inner; k += VL / 2) store_bf16(rounded + r * cells + k, load(x + r * inner + 2 * k));
+    for (; k < cells; k++) rounded[r * cells + k] = cell_of(x + r * inner, k, inner);
+  }
 }
 
 }  // namespace
@@ -185,12 +205,7 @@ void rcllm_linear_bf16(const float* x, int64_t rows, int64_t inner, const int32_
   const int64_t cells = (inner + 1) / 2;
 #pragma omp parallel num_threads(num_threads)
   {
-#pragma omp for
-    for (int64_t r = 0; r < rows; r++) {
-      int64_t k = 0;
-      for (; 2 * k + VL <= inner; k += VL / 2) store_bf16(rounded + r * cells + k, load(x + r * inner + 2 * k));
-      for (; k < cells; k++) rounded[r * cells + k] = cell_of(x + r * inner, k, inner);
-    }
+    round_rows(x, rows, inner, rounded);
     linear<Bf16>(rounded, rows, cells, packed, bias, size, out, num_threads);
   }
 }

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -40,6 +40,29 @@ inline ivec load(const int32_t* p) { return *reinterpret_cast<const ivec_u*>(p);
 inline void store(float* p, vec x) { *reinterpret_cast<vec_u*>(p) = x; }
 inline void store(int32_t* p, ivec x) { *reinterpret_cast<ivec_u*>(p) = x; }
 inline vec vmax(vec a, vec b) { return a > b ? a : b; }
+
+// ---- VL narrow values, widened; written out because GCC 12 makes __builtin_convertvector of them one value at a time ----
+
+inline vec to_floats(ivec x) { return __builtin_convertvector(x, vec); }
+
+#if defined(__AVX512F__)
+inline ivec load_int8(const char* p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i_u*)p)); }
+inline ivec load_uint8(const char* p) { return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i_u*)p)); }
+inline ivec load_uint16(const char* p) { return (ivec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i_u*)p)); }
+inline vec load_fp16(const char* p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i_u*)p)); }
+#elif defined(__AVX2__) && defined(__F16C__)
+inline ivec load_int8(const char* p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i_u*)p)); }
+inline ivec load_uint8(const char* p) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i_u*)p)); }
+inline ivec load_uint16(const char* p) { return (ivec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i_u*)p)); }
+inline vec load_fp16(const char* p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u*)p)); }
+#else
+typedef uint8_t ubvec __attribute__((vector_size(VL)));
+typedef ubvec ubvec_u __attribute__((aligned(1), may_alias));
+inline ivec load_int8(const char* p) { return __builtin_convertvector(*reinterpret_cast<const bvec_u*>(p), ivec); }
+inline ivec load_uint8(const char* p) { return __builtin_convertvector(*reinterpret_cast<const ubvec_u*>(p), ivec); }
+inline ivec load_uint16(const char* p) { return __builtin_convertvector(*reinterpret_cast<const hvec_u*>(p), ivec); }
+inline vec load_fp16(const char* p) { return __builtin_convertvector((f16vec)*reinterpret_cast<const hvec_u*>(p), vec); }
+#endif
 
 constexpr float MAGIC = 12582912.f;  // 1.5 · 2^23: adding it rounds to a whole number, which the low bits then hold
 
@@ -80,6 +103,18 @@ inline uint32_t round_bf16(float x) {
 // Two rounded values to a cell of 32 bits, the first in the low half.
 inline ivec pair(ivec first, ivec second) { return (ivec)((uvec)first >> 16) | (second & HIGH); }
 inline int32_t pair(uint32_t first, uint32_t second) { return first >> 16 | (second & HIGH); }
+
+// The same of values that are not NaN, rounded here.
+inline ivec pair(vec first, vec second) {
+#if defined(__AVX512BF16__)
+  alignas(64) static constexpr uint16_t ZIP[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  return (ivec)_mm512_permutexvar_epi16(_mm512_load_si512(ZIP), both);
+#else
+  return pair(round_bf16(first), round_bf16(second));
+#endif
+}
 
 // VL values in order, as VL / 2 cells.
 inline void store_bf16(int32_t* cells, vec x) {

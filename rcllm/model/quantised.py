@@ -1,0 +1,138 @@
+"""Matrices in levels of 8 or 4 bits, in groups of 32 inputs that share a scale, as GGUF's Q8_0, Q4_0 and Q4_1 are.
+
+    8 bits: value = level · scale,  level in -127 … 127        4 bits: value = level · scale + least,  level in 0 … 15
+
+Knows nothing of kernels or layers. Invariant: a matrix that came from such a file keeps its every value, bit for bit;
+any other is rounded to 8 bits, where a value differs by half a step of its group, 1/254 of the largest value there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from rcllm.errors import ModelError, UnsupportedModelError
+from rcllm.model.spec import WEIGHT_GROUP as GROUP
+
+_AT_ONCE = 1 << 20  # values that are looked at together
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A matrix [out, in]. Reading rows of it gives fp32, as indexing a tensor does."""
+
+    levels: torch.Tensor  # int8 [out, in], or uint8 [out, in / 2]: inputs 2i in the low bits, 2i + 1 in the high ones
+    scales: torch.Tensor  # fp16 [out, in / GROUP]
+    least: torch.Tensor | None  # fp16 [out, in / GROUP], with 4 bits
+    is_exact: bool  # whether it holds the very values that it was made of
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.least is None else 4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.levels.shape[0], self.levels.shape[1] * 8 // self.bits
+
+    @property
+    def device(self) -> torch.device:
+        return self.levels.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.levels, self.scales, self.least) if part is not None)
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        """fp32 [*rows, in]"""
+        least = None if self.least is None else self.least[rows]
+        return _values(self.levels[rows], self.scales[rows], least)
+
+    def widen(self) -> torch.Tensor:
+        """All of it in fp32."""
+        return _values(self.levels, self.scales, self.least)
+
+
+def quantise(weight: torch.Tensor) -> Quantised:
+    """The levels of a matrix in fp32. Raises UnsupportedModelError for rows that groups do not divide, ModelError."""
+    if weight.shape[1] % GROUP:
+        raise UnsupportedModelError(
+            f"weights in int8 need matrices whose inputs are a multiple of {GROUP}, got {tuple(weight.shape)}; "
+            "set model.weights to full"
+        )
+    for levels_of in (_q4_1, _q4_0, _q8_0):
+        if (found := _by_parts(weight, levels_of)).is_exact:
+            return found
+    if not torch.isfinite(found.scales).all():
+        raise ModelError("a weight is too large for int8, whose scales are in fp16; set model.weights to full")
+    return found
+
+
+# ---- one way for each kind of file: what its scales would be if the values came from it -------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    scales: torch.Tensor  # fp16 [out, groups]
+    least: torch.Tensor | None
+
+
+_Way = Callable[[torch.Tensor], _Groups]  # of values [out, groups, GROUP]
+
+
+def _q4_1(values: torch.Tensor) -> _Groups:
+    """From the least value to the largest in 15 steps."""
+    low, high = values.aminmax(dim=-1)
+    return _Groups(((high - low) / 15).half(), low.half())
+
+
+def _q4_0(values: torch.Tensor) -> _Groups:
+    """The value that is largest, of either sign, lies 8 steps below zero."""
+    far = values.gather(-1, values.abs().argmax(-1, keepdim=True))[..., 0]
+    return _Groups((far / -8).half(), far.half())
+
+
+def _q8_0(values: torch.Tensor) -> _Groups:
+    return _Groups((values.abs().amax(-1) / 127).half(), None)
+
+
+def _by_parts(weight: torch.Tensor, way: _Way) -> Quantised:
+    """Rows by rows, so that little is held beside the matrix. With 4 bits it gives up where a value is not exact."""
+    parts: list[Quantised] = []
+    for rows in weight.split(max(1, _AT_ONCE // weight.shape[1])):
+        parts.append(_rounded(rows, way))
+        if parts[-1].bits == 4 and not parts[-1].is_exact:
+            break
+    least = [part.least for part in parts if part.least is not None]
+    return Quantised(
+        torch.cat([part.levels for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(least) if least else None,
+        all(part.is_exact for part in parts),
+    )
+
+
+def _rounded(rows: torch.Tensor, way: _Way) -> Quantised:
+    values = rows.unflatten(1, (-1, GROUP))
+    groups = way(values)
+    lowest, highest = (-127, 127) if groups.least is None else (0, 15)
+    offset = values if groups.least is None else values - groups.least.float()[..., None]
+    steps = (offset / groups.scales.float()[..., None]).nan_to_num_(0.0).round_().clamp_(lowest, highest)
+    levels = steps.flatten(1).to(torch.int8)
+    if groups.least is not None:
+        pairs = levels.view(torch.uint8).unflatten(1, (-1, 2))
+        levels = pairs[..., 0] | pairs[..., 1] << 4
+    found = Quantised(levels, groups.scales, groups.least, is_exact=False)
+    return Quantised(levels, groups.scales, groups.least, is_exact=torch.equal(found.widen(), rows))
+
+
+def _values(levels: torch.Tensor, scales: torch.Tensor, least: torch.Tensor | None) -> torch.Tensor:
+    """The product of level and scale is exact in fp32, and so is rounded once, where the least value is added."""
+    if least is not None:
+        levels = torch.stack((levels & 15, levels >> 4), dim=-1).flatten(-2)
+    groups = levels.unflatten(-1, (-1, GROUP)).float().mul_(scales.float()[..., None])
+    if least is not None:
+        groups += least.float()[..., None]
+    return groups.flatten(-2)
