@@ -126,10 +126,21 @@ def _model(engine: Engine) -> dict[str, str]:
         "model": f"{config.model.path}: {spec.family}, {spec.num_weights / 1e6:,.0f} M weights, "
         f"{spec.num_layers} layers, {engine.decoder.max_positions:,} positions",
         "computes in": f"{config.model.dtype} on {config.model.device}",
+        "weights": _weights(engine.decoder),
         "cached KV": f"{per_token:,} bytes per token in {config.cache.kv_dtype}",
         "budget": f"{budget / 1e6:,.0f} MB for cached KV, of {config.cache.memory_mb:,} MB for the process",
         "fits": f"{fitting:,} items of {_ITEM_TOKENS} tokens as candidates; half as many as candidates and as events",
     }
+
+
+def _weights(decoder: Decoder) -> str:
+    """What they are kept in, and what that changed."""
+    size = f"{decoder.kept}, {decoder.matrix_bytes / 1e6:,.0f} MB"
+    if decoder.kept == "full":
+        return f"{size}; model.weights int8 takes less, and reads less in each pass of few tokens"
+    if decoder.num_rounded == 0:
+        return f"{size}; every value as in the model's files"
+    return f"{size}; {decoder.num_rounded:,} matrices are rounded to 8 bits, which rcllm calibrate tells the cost of"
 
 
 def _native(engine: Engine) -> tuple[str, list[Finding]]:

@@ -118,7 +118,12 @@ def make_config(
     config = replace(
         config,
         model=_over(
-            config.model, path=engine.model, adapter=engine.adapter, dtype=engine.dtype, threads=engine.threads
+            config.model,
+            path=engine.model,
+            adapter=engine.adapter,
+            dtype=engine.dtype,
+            weights=engine.weights,
+            threads=engine.threads,
         ),
         prompt=_over(
             config.prompt,

@@ -57,6 +57,7 @@ class EngineOptions:
     context: Annotated[str | None, Of(PromptConfig, "context")] = None
     memory_mb: Annotated[int | None, Of(CacheConfig, "memory_mb"), Ge(1)] = None
     dtype: Annotated[str | None, Of(ModelConfig, "dtype")] = None
+    weights: Annotated[str | None, Of(ModelConfig, "weights")] = None
     kv_dtype: Annotated[str | None, Of(CacheConfig, "kv_dtype")] = None
     threads: Annotated[int | None, Of(ModelConfig, "threads"), Ge(1)] = None
     max_item_tokens: Annotated[int | None, Of(PromptConfig, "max_item_tokens"), Ge(1)] = None

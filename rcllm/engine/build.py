@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,12 +23,12 @@ from rcllm.data.live import LiveCatalogue
 from rcllm.engine.fit import Fitted
 from rcllm.engine.space import chosen_chat, namespace_of
 from rcllm.errors import ConfigError, ModelError, ModelWarning
-from rcllm.model.adapter import load_adapter, merge
+from rcllm.model.adapter import load_adapter, merge_layer
 from rcllm.model.adapter_config import base_difference, load_config
 from rcllm.model.ceilings import measure_bf16
 from rcllm.model.decoder import Decoder
 from rcllm.model.spec import ModelSpec
-from rcllm.model.weights import load_model
+from rcllm.model.weights import load_spec, streamed_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import chat_format
 from rcllm.prompt.tokenizer import Tokenizer, end_token
@@ -46,7 +47,7 @@ def this_machine() -> Hardware:
 
 
 def load_decoder(config: Config, folder: Path) -> Decoder:
-    """Apart, so that the matrices as loaded are gone when memory is counted: the decoder packs its own.
+    """Layer by layer, so that no matrix as loaded is held beside those that the decoder packs.
 
     Warns where the adapter names another base model, and where bf16 is only imitated. Raises ModelError.
     """
@@ -54,14 +55,15 @@ def load_decoder(config: Config, folder: Path) -> Decoder:
         warnings.warn(different, ModelWarning, stacklevel=3)  # at the line that calls Engine.build
     rounds = config.model.device == "cpu" and config.model.dtype == "bf16"  # in products; all else is in fp32
     loaded = "fp32" if rounds else config.model.dtype  # so that adapters are merged before anything is rounded
-    spec, weights = load_model(folder, DTYPES[loaded], config.model.device)
+    products, change = "bf16" if rounds else "fp32", None
     if config.model.adapter:
-        weights = merge(weights, load_adapter(Path(config.model.adapter), spec))
-    end = end_token(folder)
-    if end is not None and end < spec.vocab_size:  # fine-tunes may name theirs there alone
-        spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, end))))
-    products = "bf16" if rounds else "fp32"
-    decoder = Decoder(spec, weights, config.model.attention, config.model.max_positions, products)
+        change = partial(merge_layer, load_adapter(Path(config.model.adapter), load_spec(folder)))
+    with streamed_model(folder, DTYPES[loaded], config.model.device, change) as (spec, weights):
+        end = end_token(folder)
+        if end is not None and end < spec.vocab_size:  # fine-tunes may name theirs there alone
+            spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, end))))
+        options = (config.model.attention, config.model.max_positions, products, config.model.weights)
+        decoder = Decoder(spec, weights, *options)
     if decoder.emulates:
         warnings.warn(_emulated(decoder), ModelWarning, stacklevel=3)
     return decoder
@@ -139,6 +141,7 @@ def identity(config: Config, prompter: Prompter, model_id: str, semantic_pool: P
         config.model.dtype,
         config.cache.kv_dtype,
         config.model.mask,
+        config.model.weights,
         semantic_pool.identity if semantic_pool else "",
     )
 

@@ -52,6 +52,8 @@ def chosen_chat(prompt: PromptConfig, folder: Path, tokenizer: Tokenizer) -> str
 def namespace_of(config: Config, model: bytes, tokenizer: Tokenizer, template: Template, chat: str) -> bytes:
     """What the keys of all blocks begin with. `config`: resolved; `model`: its fingerprint."""
     dtypes = f"{config.model.dtype} {config.cache.kv_dtype}"
+    if config.model.weights != "full":
+        dtypes += f" {config.model.weights}"
     return b"".join((model, tokenizer.fingerprint, template.fingerprint, chat.encode(), dtypes.encode()))
 
 
@@ -78,5 +80,6 @@ def about(config: Config, model_id: str) -> Mapping[str, str]:
         "template": config.prompt.template,
         "context": config.prompt.context,
         "dtype": config.model.dtype,
+        "weights": config.model.weights,
         "kv_dtype": config.cache.kv_dtype,
     }

@@ -197,8 +197,9 @@ def render(calibration: Calibration, figure: bytes) -> str:
     identity, hardware, target = calibration.identity, calibration.hardware, calibration.target
     lead = (
         f"{calibration.num_requests:,} requests of {calibration.dataset}, model {identity.model}, template "
-        f"{identity.template}, {identity.dtype} with {identity.kv_dtype} KV, mask {identity.mask}, seed "
-        f"{calibration.seed}; {hardware.get('cpu', 'unknown machine')}, {hardware.get('num_threads', '?')} threads"
+        f"{identity.template}, {identity.dtype} with {identity.kv_dtype} KV, weights {identity.weights}, mask "
+        f"{identity.mask}, seed {calibration.seed}; {hardware.get('cpu', 'unknown machine')}, "
+        f"{hardware.get('num_threads', '?')} threads"
     )
     best = calibration.recommended
     verdict = (

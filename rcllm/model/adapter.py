@@ -153,15 +153,17 @@ def adapter_fingerprint(folder: Path) -> bytes:
 
 def merge(weights: Weights, adapter: Adapter) -> Weights:
     """The adapted model. Changes the given weights in place: a model is never in memory twice. Raises ModelError."""
-    layers = []
-    for i, layer in enumerate(weights.layers):
-        for module in MODULES:
-            if low_rank := adapter.layers.get((i, module)):
-                delta = (low_rank.up @ low_rank.down) * low_rank.scale
-                part = _part(layer, module).add_(delta.to(layer.qkv.dtype).to(layer.qkv.device))
-                check_finite(part, f"layers.{i}.{_NAMES[module]} with the adapter added")
-        layers.append(layer)
-    return replace(weights, layers=tuple(layers))
+    return replace(weights, layers=tuple(merge_layer(adapter, i, layer) for i, layer in enumerate(weights.layers)))
+
+
+def merge_layer(adapter: Adapter, number: int, layer: LayerWeights) -> LayerWeights:
+    """The adapted layer: the given one, changed in place. Raises ModelError."""
+    for module in MODULES:
+        if low_rank := adapter.layers.get((number, module)):
+            delta = (low_rank.up @ low_rank.down) * low_rank.scale
+            part = _part(layer, module).add_(delta.to(layer.qkv.dtype).to(layer.qkv.device))
+            check_finite(part, f"layers.{number}.{_NAMES[module]} with the adapter added")
+    return layer
 
 
 def _part(layer: LayerWeights, module: str) -> torch.Tensor:

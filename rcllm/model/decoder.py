@@ -19,7 +19,8 @@ from rcllm.model.attend.choose import native_fits, prepare
 from rcllm.model.attend.contract import Attend, Attended, Beside, merge
 from rcllm.model.attend.native import kernels
 from rcllm.model.attend.segments import Group
-from rcllm.model.ops import Linear, NativeOps, Ops, TorchOps
+from rcllm.model.ops import Linear, Matrix, NativeOps, Ops, TorchOps
+from rcllm.model.quantised import Quantised, quantise
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, Weights
@@ -129,13 +130,18 @@ class Decoder:
         backend: str = "auto",
         max_positions: int | None = None,
         products: str = "fp32",
+        kept: str = "full",
     ) -> None:
-        """products: bf16 rounds matrices, and what they and attention multiply; all else is in fp32 on the CPU."""
-        self.spec, self.backend, self.products = spec, backend, products
+        """products: bf16 rounds matrices, and what they and attention multiply; all else is in fp32 on the CPU.
+
+        kept: int8 keeps matrices, which are in fp32, in levels of at most 8 bits. Layers are read one after the other,
+        once: where they come from files, none is held beside what is made of it.
+        """
+        self.spec, self.backend, self.products, self.kept = spec, backend, products, kept
         self.device, self.dtype = weights.embed.device, weights.embed.dtype  # the dtype of hidden states and fresh KV
-        kept_in = torch.bfloat16 if products == "bf16" else self.dtype
-        self.embed, self.final_norm = weights.embed.to(kept_in), weights.final_norm
-        self.lm_head = self.embed if weights.lm_head is weights.embed else weights.lm_head.to(kept_in)
+        self.matrix_bytes = self.num_rounded = 0  # of the matrices, but for the packed head; those that int8 changed
+        self.embed, self.final_norm = self._table(weights.embed), weights.final_norm
+        self.lm_head = self.embed if weights.lm_head is weights.embed else self._table(weights.lm_head)
         self.max_positions = min(spec.max_positions, max_positions or spec.max_positions)
         self.rope = Rope.of(spec, self.max_positions, self.device)
         self.kernels = kernels() if native_fits(spec, self.dtype, self.device) else None
@@ -149,8 +155,23 @@ class Decoder:
         """Whether products in bf16 are asked for that this processor, or torch alone, only imitates."""
         return self.products == "bf16" and not (self.kernels is not None and self.kernels.has_bf16)
 
+    def _table(self, weight: torch.Tensor) -> Matrix:
+        """Of a row for each token."""
+        rounded = weight.bfloat16() if self.products == "bf16" and self.kept == "full" else weight
+        return self._counted(self._kept_as(rounded))
+
+    def _kept_as(self, weight: torch.Tensor) -> Matrix:
+        return quantise(weight) if self.kept == "int8" else weight
+
+    def _counted(self, matrix: Matrix) -> Matrix:
+        self.matrix_bytes += matrix.nbytes
+        self.num_rounded += isinstance(matrix, Quantised) and not matrix.is_exact
+        return matrix
+
     def _layer(self, w: LayerWeights) -> _Layer:
-        linear = self._ops.linear
+        def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+            return self._ops.linear(self._counted(self._kept_as(weight)), bias)
+
         matrices = linear(w.qkv, w.qkv_bias), linear(w.o, w.o_bias), linear(w.gate_up, None), linear(w.down, None)
         return _Layer(w.input_norm, w.post_norm, w.q_norm, w.k_norm, *matrices)
 

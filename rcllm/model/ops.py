@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from rcllm.model.attend.native import Kernels
-from rcllm.model.packed import PACKINGS
+from rcllm.model.packed import PACKINGS, QuantisedMatrix
+from rcllm.model.quantised import Quantised
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [rows, in] -> [rows, out]
+Matrix = torch.Tensor | Quantised  # [out, in]
 Norm = torch.Tensor | None  # weight of a norm over each head, [head_dim]
 
 
@@ -32,7 +34,7 @@ def torch_linear(weight: torch.Tensor, bias: torch.Tensor | None, packing: str =
 class Ops(Protocol):
     """What a layer needs beside attention. `add_norm` and `rotate` change their first argument in place."""
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear: ...
+    def linear(self, weight: Matrix, bias: torch.Tensor | None) -> Linear: ...
 
     def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         """residual += delta; returns RMSNorm(residual) · weight. All [rows, hidden]."""
@@ -51,8 +53,9 @@ class TorchOps:
         """packing: fp32 for the dtype of the weights, whatever it is, or bf16."""
         self.spec, self.rope, self._packing = spec, rope, packing
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return torch_linear(weight, bias, self._packing)
+    def linear(self, weight: Matrix, bias: torch.Tensor | None) -> Linear:
+        """Levels are widened once: on torch alone they are the same numbers, and save nothing."""
+        return torch_linear(weight.widen() if isinstance(weight, Quantised) else weight, bias, self._packing)
 
     def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         if delta is not None:
@@ -83,10 +86,12 @@ class NativeOps:
     def __init__(self, spec: ModelSpec, rope: Rope, kernels: Kernels, packing: str = "fp32") -> None:
         """packing: how matrices are kept and multiplied, a name of PACKINGS."""
         self.spec, self.rope, self.kernels = spec, rope, kernels
-        self._pack = PACKINGS[packing]
+        self._packing = packing
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return self._pack(self.kernels, weight, bias)
+    def linear(self, weight: Matrix, bias: torch.Tensor | None) -> Linear:
+        if isinstance(weight, Quantised):
+            return QuantisedMatrix(self.kernels, weight, bias, self._packing)
+        return PACKINGS[self._packing](self.kernels, weight, bias)
 
     def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(residual)

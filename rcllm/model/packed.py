@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from rcllm.model.attend.native import Kernels
 from rcllm.model.quantised import Quantised
+from rcllm.model.spec import WEIGHT_GROUP
 
 
 class Packed(Protocol):
@@ -73,19 +74,18 @@ class Bf16Matrix:
 class QuantisedMatrix:
     """Panels of outputs in levels of 8 or 4 bits, widened in registers: equal, bit for bit, to the widened matrix."""
 
-    def __init__(
-        self, kernels: Kernels, weight: Quantised, bias: torch.Tensor | None, products: str = "fp32"
-    ) -> None:
+    def __init__(self, kernels: Kernels, weight: Quantised, bias: torch.Tensor | None, products: str = "fp32") -> None:
         """products: fp32 or bf16, what is multiplied once levels are widened."""
         self._kernels, self._bias, self._bits, self._rounds = kernels, bias, weight.bits, products == "bf16"
-        self._size, self._inner = weight.shape
+        self._size, self._missing = len(weight.scales), -weight.inner % WEIGHT_GROUP  # inputs of the last group
+        self._inner = weight.inner + self._missing
         self.num_bytes = kernels.quantised_bytes(self._size, self._inner, self._bits)
         self._packed = torch.empty(self.num_bytes, dtype=torch.uint8)
         parts, shape = (weight.levels, weight.scales, weight.least), (self._size, self._inner, self._bits)
         kernels.call("pack_quantised", *parts, *shape, self._packed, torch.get_num_threads())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x, threads = x.contiguous(), torch.get_num_threads()
+        x, threads = (F.pad(x, (0, self._missing)) if self._missing else x).contiguous(), torch.get_num_threads()
         out = x.new_empty(len(x), self._size)
         rounded = torch.empty(len(x), self._inner // 2, dtype=torch.int32) if self._rounds else None
         matrix = (self._packed, self._bits, self._bias, self._size)

@@ -8,13 +8,13 @@ any other is rounded to 8 bits, where a value differs by half a step of its grou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from rcllm.errors import ModelError, UnsupportedModelError
+from rcllm.errors import ModelError
 from rcllm.model.spec import WEIGHT_GROUP as GROUP
 
 _AT_ONCE = 1 << 20  # values that are looked at together
@@ -24,6 +24,7 @@ _AT_ONCE = 1 << 20  # values that are looked at together
 class Quantised:
     """A matrix [out, in]. Reading rows of it gives fp32, as indexing a tensor does."""
 
+    inner: int  # in; below, the inputs of whole groups count, of which the last may mean nothing
     levels: torch.Tensor  # int8 [out, in], or uint8 [out, in / 2]: inputs 2i in the low bits, 2i + 1 in the high ones
     scales: torch.Tensor  # fp16 [out, in / GROUP]
     least: torch.Tensor | None  # fp16 [out, in / GROUP], with 4 bits
@@ -35,7 +36,7 @@ class Quantised:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.levels.shape[0], self.levels.shape[1] * 8 // self.bits
+        return len(self.levels), self.inner
 
     @property
     def device(self) -> torch.device:
@@ -48,20 +49,15 @@ class Quantised:
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         """fp32 [*rows, in]"""
         least = None if self.least is None else self.least[rows]
-        return _values(self.levels[rows], self.scales[rows], least)
+        return _values(self.levels[rows], self.scales[rows], least)[..., : self.inner].contiguous()
 
     def widen(self) -> torch.Tensor:
         """All of it in fp32."""
-        return _values(self.levels, self.scales, self.least)
+        return _values(self.levels, self.scales, self.least)[:, : self.inner].contiguous()
 
 
 def quantise(weight: torch.Tensor) -> Quantised:
-    """The levels of a matrix in fp32. Raises UnsupportedModelError for rows that groups do not divide, ModelError."""
-    if weight.shape[1] % GROUP:
-        raise UnsupportedModelError(
-            f"weights in int8 need matrices whose inputs are a multiple of {GROUP}, got {tuple(weight.shape)}; "
-            "set model.weights to full"
-        )
+    """The levels of a matrix in fp32. Raises ModelError."""
     for levels_of in (_q4_1, _q4_0, _q8_0):
         if (found := _by_parts(weight, levels_of)).is_exact:
             return found
@@ -70,7 +66,7 @@ def quantise(weight: torch.Tensor) -> Quantised:
     return found
 
 
-# ---- one way for each kind of file: what its scales would be if the values came from it -------------------------------
+# ---- a way for each kind of file: what its scales would be if the values came from it ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +103,7 @@ def _by_parts(weight: torch.Tensor, way: _Way) -> Quantised:
             break
     least = [part.least for part in parts if part.least is not None]
     return Quantised(
+        weight.shape[1],
         torch.cat([part.levels for part in parts]),
         torch.cat([part.scales for part in parts]),
         torch.cat(least) if least else None,
@@ -115,7 +112,9 @@ def _by_parts(weight: torch.Tensor, way: _Way) -> Quantised:
 
 
 def _rounded(rows: torch.Tensor, way: _Way) -> Quantised:
-    values = rows.unflatten(1, (-1, GROUP))
+    inner = rows.shape[1]
+    whole = F.pad(rows, (0, -inner % GROUP), mode="replicate")  # which changes no least or largest value
+    values = whole.unflatten(1, (-1, GROUP))
     groups = way(values)
     lowest, highest = (-127, 127) if groups.least is None else (0, 15)
     offset = values if groups.least is None else values - groups.least.float()[..., None]
@@ -124,8 +123,8 @@ def _rounded(rows: torch.Tensor, way: _Way) -> Quantised:
     if groups.least is not None:
         pairs = levels.view(torch.uint8).unflatten(1, (-1, 2))
         levels = pairs[..., 0] | pairs[..., 1] << 4
-    found = Quantised(levels, groups.scales, groups.least, is_exact=False)
-    return Quantised(levels, groups.scales, groups.least, is_exact=torch.equal(found.widen(), rows))
+    is_exact = torch.equal(_values(levels, groups.scales, groups.least), whole)
+    return Quantised(inner, levels, groups.scales, groups.least, is_exact)
 
 
 def _values(levels: torch.Tensor, scales: torch.Tensor, least: torch.Tensor | None) -> torch.Tensor:
@@ -135,4 +134,5 @@ def _values(levels: torch.Tensor, scales: torch.Tensor, least: torch.Tensor | No
     groups = levels.unflatten(-1, (-1, GROUP)).float().mul_(scales.float()[..., None])
     if least is not None:
         groups += least.float()[..., None]
-    return groups.flatten(-2)
+    values: torch.Tensor = groups.flatten(-2)
+    return values

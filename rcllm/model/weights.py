@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from blake3 import blake3
@@ -61,12 +61,15 @@ class LayerWeights:
     down: torch.Tensor  # [d, ffn]
 
 
+Change = Callable[[int, LayerWeights], LayerWeights]  # of a layer, by its number
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """All weights of a model, in one dtype on one device."""
 
     embed: torch.Tensor  # [vocab, d]
-    layers: tuple[LayerWeights, ...]
+    layers: Sequence[LayerWeights]  # read when asked for, each time anew, where the model is `streamed`
     final_norm: torch.Tensor  # [d]
     lm_head: torch.Tensor  # [vocab, d]; the same tensor as `embed` where embeddings are tied
 
@@ -92,11 +95,20 @@ def load_model(
     folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[ModelSpec, Weights]:
     """Loads a model folder. Raises ModelError that names every tensor that is missing, extra or mis-shaped."""
+    with streamed_model(folder, dtype, device) as (spec, weights):
+        return spec, replace(weights, layers=tuple(weights.layers))
+
+
+@contextlib.contextmanager
+def streamed_model(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, change: Change | None = None
+) -> Iterator[tuple[ModelSpec, Weights]]:
+    """The same without its layers in memory: each is read when it is asked for, and changed. Files close with it."""
     spec = load_spec(folder)
     with contextlib.ExitStack() as stack:
         source = _Source(folder, _open_all(folder, stack), dtype, torch.device(device))
         _check(spec, source)
-        return spec, _assemble(spec, source)
+        yield spec, _assemble(spec, source, change)
 
 
 def fingerprint(folder: Path) -> bytes:
@@ -251,11 +263,30 @@ def _same_head(source: _Source, embed: torch.Tensor) -> torch.Tensor:
     return embed
 
 
-def _assemble(spec: ModelSpec, source: _Source) -> Weights:
+class _Layers(Sequence[LayerWeights]):
+    def __init__(self, spec: ModelSpec, source: _Source, change: Change | None) -> None:
+        self._spec, self._source, self._change = spec, source, change
+
+    def __len__(self) -> int:
+        return self._spec.num_layers
+
+    @overload
+    def __getitem__(self, at: int) -> LayerWeights: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[LayerWeights, ...]: ...
+    def __getitem__(self, at: int | slice) -> LayerWeights | tuple[LayerWeights, ...]:
+        numbers = range(len(self))[at]
+        if isinstance(numbers, range):
+            return tuple(self[number] for number in numbers)
+        layer = _layer(self._spec, self._source, f"layers.{numbers}.")
+        return self._change(numbers, layer) if self._change else layer
+
+
+def _assemble(spec: ModelSpec, source: _Source, change: Change | None) -> Weights:
     embed = source.read("embed_tokens.weight")
     return Weights(
         embed=embed,
-        layers=tuple(_layer(spec, source, f"layers.{layer}.") for layer in range(spec.num_layers)),
+        layers=_Layers(spec, source, change),
         final_norm=source.read("norm.weight"),
         lm_head=_same_head(source, embed) if spec.tied_embeddings else source.read("lm_head.weight"),
     )

@@ -24,6 +24,7 @@ class Identity:
     dtype: str
     kv_dtype: str
     mask: Mask
+    weights: str = "full"  # what they are kept in
     semantic_pool: str = ""  # what answers of history "semantic" depend on, and no others
 
     def differences(self, other: Identity) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -240,9 +241,12 @@ def _random_tree(rng: np.random.Generator, right: Sequence[int]) -> DraftTree:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
-@pytest.mark.parametrize(("family", "dtype"), [(NATIVE, "fp32"), (NATIVE, "bf16"), (TORCH, "fp32")])
-def test_any_drafts_give_the_plain_answers(family: str, dtype: str, temperature: float) -> None:
-    engine, requests = fresh(family, dtype=dtype), several(temperature=temperature, seed=5)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [(NATIVE, {}), (NATIVE, {"dtype": "bf16"}), (NATIVE, {"weights": "int8"}), (TORCH, {})],
+)
+def test_any_drafts_give_the_plain_answers(family: str, options: dict[str, Any], temperature: float) -> None:
+    engine, requests = fresh(family, **options), several(temperature=temperature, seed=5)
     plain = {answer.request_id: answer.token_ids for answer in Generator(engine).generate(requests)}
 
     @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))

@@ -157,7 +157,9 @@ def train_tokenizer() -> BackendTokenizer:
 
 def config(family: str = NATIVE, **sections: Any) -> Config:
     """A configuration for `build`; `kv_dtype`, `context`, `mask`, … override fields of the sections they belong to."""
-    model = {key: sections.pop(key) for key in ("dtype", "mask", "attention", "max_positions") if key in sections}
+    model = {
+        key: sections.pop(key) for key in ("dtype", "weights", "mask", "attention", "max_positions") if key in sections
+    }
     names = ("context", "max_candidates", "max_item_tokens", "template")
     prompt = {key: sections.pop(key) for key in names if key in sections}
     cache = {"kv_dtype": "fp32", "pool_mb": 64, **sections}
@@ -173,8 +175,8 @@ def build(family: str = NATIVE, samples: tuple[RankRequest, ...] = (), **section
 
 
 @functools.cache
-def _prototype(family: str, dtype: str) -> Engine:
-    return build(family, dtype=dtype)
+def _prototype(family: str, dtype: str, weights: str) -> Engine:
+    return build(family, dtype=dtype, weights=weights)
 
 
 def fresh(
@@ -182,6 +184,7 @@ def fresh(
     *,
     pool_tokens: int | None = None,
     dtype: str = "fp32",
+    weights: str = "full",
     kv_dtype: str = "fp32",
     store: Store | None = None,
     items: dict[ItemId, Item] | None = None,
@@ -191,7 +194,7 @@ def fresh(
 
     `other_rows`: of ScheduleConfig.
     """
-    engine = _prototype(family, dtype)
+    engine = _prototype(family, dtype, weights)
     prompter = copy.copy(engine.prompter)
     prompter.catalogue = LiveCatalogue(catalogue() if items is None else items)
     kept_in: torch.dtype = DTYPES[kv_dtype]

@@ -1,4 +1,4 @@
-"""Matrices in 8 and 4 bits: exact where they come from such a file, else half a step off; products as of the widened."""
+"""Matrices in 8 and 4 bits: exact where they come from such a file; products are those of the widened matrix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rcllm.errors import ModelError, UnsupportedModelError
+from rcllm.errors import ModelError
 from rcllm.model.attend.native import Kernels, kernels
 from rcllm.model.packed import Bf16Matrix, Fp32Matrix, QuantisedMatrix
 from rcllm.model.quantised import GROUP, Quantised, quantise
@@ -61,24 +61,24 @@ def test_groups_of_zeros_and_rows_by_number() -> None:
     weight = torch.randn(7, 64)
     weight[2] = 0
     weight[:, 32:] = 0
+    weight = weight[:, :50]
     for bits in (8, 4):
         found = quantise(weight if bits == 8 else reference.to_four_bits(weight))
         assert found.bits == bits
         assert not found.widen()[2].any()
         rows = torch.tensor([2, 0, 0, 6])
         assert torch.equal(found[rows], found.widen()[rows])
+        assert found[rows].is_contiguous()
 
 
 def test_what_does_not_fit_is_told() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"multiple of 32.*model\.weights to full"):
-        quantise(torch.randn(4, 48))
     with pytest.raises(ModelError, match="too large for int8"):
         quantise(torch.full((4, 32), 1e8) * torch.rand(4, 32))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("products", ["fp32", "bf16"])
-@pytest.mark.parametrize(("size", "inner"), [(5, 32), (48, 96), (200, 576)])
+@pytest.mark.parametrize(("size", "inner"), [(5, 32), (48, 96), (100, 75), (200, 576)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_a_product_is_that_of_the_widened_matrix(
     compiled: Kernels, bits: int, products: str, size: int, inner: int, with_bias: bool

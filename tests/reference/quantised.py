@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from rcllm.model.quantised import GROUP, Quantised
 
@@ -25,11 +26,12 @@ def widened(matrix: Quantised) -> torch.Tensor:
 
 def to_four_bits(weight: torch.Tensor) -> torch.Tensor:
     """The nearest values that Q4_1 can hold."""
-    values = weight.unflatten(1, (-1, GROUP))
+    inner = weight.shape[1]
+    values = F.pad(weight, (0, -inner % GROUP), mode="replicate").unflatten(1, (-1, GROUP))
     least = values.amin(-1, keepdim=True).half().float()
     scale = ((values.amax(-1, keepdim=True) - least) / 15).half().float()
     levels = ((values - least) / scale).nan_to_num(0.0).round().clamp(0, 15)
-    return (levels * scale + least).flatten(1)
+    return (levels * scale + least).flatten(1)[:, :inner].contiguous()
 
 
 def product(matrix: Quantised, x: torch.Tensor, bias: torch.Tensor | None, products: str) -> torch.Tensor:

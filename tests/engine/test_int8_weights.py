@@ -1,0 +1,111 @@
+"""An engine whose weights are kept in int8: that of the same model with rounded weights, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rcllm.config import CacheConfig, Config, Hardware, ModelConfig, resolve
+from rcllm.engine.build import load_decoder
+from rcllm.errors import ConfigError, answered
+from rcllm.model.decoder import Decoder
+from rcllm.model.quantised import quantise
+from rcllm.model.weights import load_model, streamed_model
+from tests.engine import tiny
+from tests.engine.test_batches import mixed
+from tests.reference import quantised as reference
+from tests.tiny_models import reference_logits
+
+TOKENS = [5, 9, 2, 11, 7, 3, 60, 61, 4, 4, 8, 90]
+LEVELS = ("full", "exact", "corrected(0.3,0.3)", "linked(4)", "blocks")
+
+
+def rounded_model(folder: Path, family: str, bits: int = 8) -> Path:
+    """A copy of the tiny model whose matrices have only the values that so many bits hold."""
+    copy = shutil.copytree(tiny.model_folder(family), folder / f"{family}-{bits}")
+    tensors = load_file(copy / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            tensors[name] = quantise(tensor).widen().contiguous() if bits == 8 else reference.to_four_bits(tensor)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+def decoder_of(folder: Path, weights: str, dtype: str = "fp32", adapter: str = "") -> Decoder:
+    model = ModelConfig(path=str(folder), device="cpu", dtype=dtype, weights=weights, adapter=adapter)  # type: ignore[arg-type]
+    return load_decoder(Config(model), folder)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("family", "dtype"), [(tiny.NATIVE, "fp32"), (tiny.NATIVE, "bf16"), (tiny.TORCH, "fp32")])
+def test_logits_are_those_of_the_model_with_rounded_weights(family: str, bits: int, dtype: str, tmp_path: Path) -> None:
+    folder = rounded_model(tmp_path, family, bits)
+    kept = decoder_of(folder, "int8", dtype)
+    assert kept.num_rounded == 0
+    logits, full = kept.full_logits(TOKENS), decoder_of(folder, "full", dtype).full_logits(TOKENS)
+    if dtype == "bf16":  # full rounds the rows of the embedding as well
+        assert 0 < (logits - full).abs().mean() < 0.02
+    else:
+        assert torch.equal(logits, full)
+        torch.testing.assert_close(logits, reference_logits(folder, TOKENS), atol=1e-4, rtol=0)
+
+
+def test_a_model_that_is_in_no_such_levels_is_rounded_and_says_so() -> None:
+    folder = tiny.model_folder()
+    kept, full = decoder_of(folder, "int8"), decoder_of(folder, "full")
+    assert kept.num_rounded == 4 * kept.spec.num_layers + (1 if kept.spec.tied_embeddings else 2)
+    assert kept.matrix_bytes < full.matrix_bytes / 2
+    shift = (kept.full_logits(TOKENS) - full.full_logits(TOKENS)).abs()
+    print(f"logits shift by {shift.mean():.1e}, at most {shift.max():.1e}")
+    assert 0 < shift.mean() < 0.05
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_scores_at_every_level_are_those_of_rounded_weights(level: str, tmp_path: Path) -> None:
+    folder = rounded_model(tmp_path, tiny.NATIVE)
+    asked = tiny.request(6, (30, 31, 32), level=level)
+    scores = []
+    for weights in ("full", "int8"):
+        config = tiny.config(weights=weights)
+        engine = tiny.Engine.build(tiny.catalogue(), replace(config, model=replace(config.model, path=str(folder))))
+        scores.append([engine.rank(asked).scores for _ in range(2)])
+    np.testing.assert_allclose(scores[1], scores[0], atol=1e-6)  # a few columns of the head are read through torch
+
+
+def test_a_batch_changes_nothing() -> None:
+    requests = mixed(14)
+    alone = [tiny.fresh(weights="int8").rank(request) for request in requests]
+    together = answered(tiny.fresh(weights="int8").rank_batch(requests))
+    for got, wanted in zip(together, alone, strict=True):
+        np.testing.assert_allclose(got.scores, wanted.scores, atol=1e-5)
+
+
+def test_what_is_made_by_other_weights_is_never_read_or_believed() -> None:
+    kept, full = tiny.fresh(weights="int8"), tiny.fresh()
+    assert kept.prompter.namespace != full.prompter.namespace
+    assert kept.identity.differences(full.identity) == ("weights int8 instead of full",)
+
+
+@pytest.mark.parametrize("model", [ModelConfig(device="cuda"), ModelConfig(device="cpu", dtype="fp16")])
+def test_int8_is_for_cpus(model: ModelConfig) -> None:
+    with pytest.raises(ConfigError, match="weights = 'full'"):
+        resolve(Config(replace(model, weights="int8"), cache=CacheConfig()), Hardware(True, 1 << 33))
+
+
+def test_layers_can_be_read_one_by_one() -> None:
+    """As `load_model` gives them, all at once."""
+    folder = tiny.model_folder()
+    _, whole = load_model(folder)
+    with streamed_model(folder, torch.float32, "cpu") as (spec, weights):
+        assert len(weights.layers) == spec.num_layers
+        assert weights.layers[0] is not weights.layers[0]
+        for mine, other in zip(weights.layers, whole.layers, strict=True):
+            assert torch.equal(mine.qkv, other.qkv)
+            assert torch.equal(mine.down, other.down)
+        assert len(weights.layers[:1]) == 1
