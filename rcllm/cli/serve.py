@@ -32,7 +32,8 @@ else:
         Late(f"rcllm.server.{name}") for name in ("guarding", "keys", "logs", "on_engine", "run", "spans", "viewers")
     )
 
-_RANKER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-blocks"  # of a checkout; a wheel has none
+_CHECKOUT = Path(__file__).parents[2]  # a wheel has neither of these
+_RANKER, _DECODER = _CHECKOUT / "adapters" / "smollm2-135m-blocks", _CHECKOUT / "decoders" / "movielens"
 
 
 def serve_command(
@@ -62,6 +63,8 @@ def serve_command(
     inputs = _movielens() if demo else load_inputs(item_options)
     engine = make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank])
     check_level(engine)
+    if demo and decoder is None and _DECODER.is_dir():
+        decoder = _DECODER
     recommender = _recommender(config, decoder, inputs) if decoder is not None else None
     guard = guarding.guard_of(engine, config.server)
     backend = on_engine.EngineBackend(engine, config.model.path, recommender, guard)

@@ -37,6 +37,7 @@ from rcllm.server.viewers import Viewer
 from rcllm.version import __version__
 from rcllm.wire.items import DetokenizeBody, IdsBody, ItemBody, ItemsBody, TokenizeBody, WarmBody
 from rcllm.wire.openai import ChatBody, CompletionBody
+from rcllm.wire.rank import RankExtras, RecommendExtras
 from rcllm.wire.rerank import RerankBody
 from rcllm.wire.score import SglangBody
 
@@ -53,6 +54,7 @@ class Endpoint:
     path: str
     handler: Handler
     body: type[Any] | None = None
+    extras: type[Any] | None = None  # what else the body may hold, beside the fields of `body`
     is_admin: bool = False
     queries: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # schemas of what may follow the `?`
 
@@ -82,8 +84,8 @@ ENDPOINTS = (
     Endpoint("GET", "/v1/guard", sight.guard),
     Endpoint("GET", "/v1/receipts/{request_id}", sight.receipt),
     Endpoint("POST", "/v1/replay/{request_id}", sight.replay),
-    Endpoint("POST", "/v1/rank", rank.rank, RankRequest),
-    Endpoint("POST", "/v1/recommend", rank.recommend, RecommendRequest),
+    Endpoint("POST", "/v1/rank", rank.rank, RankRequest, RankExtras),
+    Endpoint("POST", "/v1/recommend", rank.recommend, RecommendRequest, RecommendExtras),
     Endpoint("POST", "/rerank", rank.rerank, RerankBody),
     Endpoint("POST", "/v1/rerank", rank.rerank, RerankBody),
     Endpoint("POST", "/v2/rerank", rank.rerank_v2, RerankBody),
@@ -208,7 +210,10 @@ def _described(endpoint: Endpoint) -> dict[str, Any]:
     parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in endpoint.queries.items()]
     told: dict[str, Any] = {"parameters": parameters} if parameters else {}
     if endpoint.body is not None:
-        content = {"application/json": {"schema": _inlined(schema(endpoint.body))}}
+        described = _inlined(schema(endpoint.body))
+        if endpoint.extras is not None:
+            described["properties"] |= _inlined(schema(endpoint.extras))["properties"]
+        content = {"application/json": {"schema": described}}
         told["requestBody"] = {"required": True, "content": content}
     error = {"description": "OpenAI's shape of an error", "content": {"application/json": {"schema": _ERROR}}}
     return told | {"responses": {"default": error}}

@@ -28,11 +28,17 @@ class RankExtras(Extras):
 
 
 @dataclass(frozen=True, slots=True)
+class RecommendExtras(Extras):
+    unseen: bool = False  # none of the items in the user's history
+
+
+@dataclass(frozen=True, slots=True)
 class Body(Generic[R]):
     request: R
     extras: Extras
     has_history: bool  # whether the body says what the user did
     prior: tuple[float, ...] = ()
+    unseen: bool = False
 
 
 def parse_rank_body(value: Object, request_id: str, defaults: RankOptions, text_field: str) -> Body[RankRequest]:
@@ -55,12 +61,13 @@ def parse_rank_body(value: Object, request_id: str, defaults: RankOptions, text_
 
 def parse_recommend_body(value: Object, request_id: str) -> Body[RecommendRequest]:
     """Raises RequestError."""
-    own, rest = split(value, Extras)
-    extras = read(Extras, own)
+    own, rest = split(value, RecommendExtras)
+    extras = read(RecommendExtras, own)
     request = parse_recommend_request({"request_id": request_id, **rest}, RecommendRequest(""), shape)
     if extras.level is not None:
         request = replace(request, level=extras.level)
-    return Body(request, extras, bool(request.history) or "history" in rest or "items" in rest)
+    has_history = bool(request.history) or "history" in rest or "items" in rest
+    return Body(request, extras, has_history, unseen=extras.unseen)
 
 
 def _candidates(value: object, text_field: str) -> tuple[list[object], dict[ItemId, dict[str, str]]]:

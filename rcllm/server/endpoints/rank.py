@@ -12,7 +12,7 @@ from typing import Any
 from rcllm.core.ranking import Event, RankOptions, whose
 from rcllm.server.reply import JsonReply
 from rcllm.server.served import Ask
-from rcllm.wire.lines import recommendation_to_json
+from rcllm.wire.lines import recommendation_to_json, without_history
 from rcllm.wire.rank import Body, parse_rank_body, parse_recommend_body, rank_to_json
 from rcllm.wire.rerank import RerankBody, Reranking, parse_rerank, rerank_to_json
 from rcllm.wire.score import PairsBody, SglangBody, pairs_to_json, parse_score, score_request, score_to_json
@@ -31,6 +31,7 @@ async def recommend(ask: Ask) -> JsonReply:
     body = parse_recommend_body(ask.value, ask.request_id)
     events = _known(ask, body)
     request = replace(body.request, history=body.request.history or events)
+    request = without_history(request) if body.unseen else request
     response = await ask.answer(request, body.extras.deadline_ms)
     answer = recommendation_to_json(response, receipts=body.extras.explain)
     return JsonReply({**answer, "scores": list(response.scores), **_told(events)})

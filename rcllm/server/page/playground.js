@@ -184,7 +184,7 @@ const refusedCard = ({ level, error }) => el("article", { className: "card answe
   el("p", { className: "wrong" }, error.message));
 
 async function recommend() {
-  const told = await ask("/v1/recommend", { history: events(), n: 10, explain: true });
+  const told = await ask("/v1/recommend", { history: events(), n: 10, unseen: true, explain: true });
   await learnTitles(told.items);
   fill(byId("results"), el("article", { className: "card answer" },
     el("h3", {}, el("span", {}, "Recommended"), el("span", { className: "ms" }, ms(told.ms))),
