@@ -30,7 +30,7 @@ def with_made_fields(catalogue: Mapping[ItemId, Item], shown: Collection[str]) -
         return catalogue
     for name, make in _MAKERS.items():
         if name in shown and not any(item.fields.get(name) for item in catalogue.values()):
-            catalogue = make(catalogue, interactions)
+            catalogue = make(catalogue, interactions).knowing(interactions)
     return catalogue
 
 

@@ -76,4 +76,6 @@ def test_the_field_is_made_where_a_template_shows_it() -> None:
     known = ITEMS.knowing(training)
     made = with_made_fields(known, ["chosen", FIELD])
     assert {"chosen", FIELD} <= made[ItemId("i0")].fields.keys()
+    assert isinstance(made, Catalogue)
+    assert made.interactions == training, "of which other fields are made later"
     assert with_made_fields(known, ["title"]) is known

@@ -202,4 +202,6 @@ def test_a_score_field_is_made_of_interactions_and_its_lack_is_told(tmp_path: Pa
     with_scores, without = knows.prompter.build(asked), knows_not.prompter.build(asked)
     assert with_scores.num_tokens > without.num_tokens
     assert not any("come without" in note for note in with_scores.notes)
+    twice = fit(fit(shop().catalogue, config(path, folder)).catalogue, config(path, folder))
+    assert twice.scores is not None, "as the command line does"
     assert any("come without match, rank, which the adapter was tuned with" in note for note in without.notes)
