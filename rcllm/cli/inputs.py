@@ -107,6 +107,14 @@ def load_requests(path: str | None, inputs: Inputs, count: int, shape: Shape, se
     return build_requests(inputs.dataset, count, shape.num_candidates, shape.num_history, seed=seed)
 
 
+def read_requests(path: str, count: int | None = None) -> list[RankRequest]:
+    """The first `count` requests of a file; None: all. Raises DataError for the first that cannot be read."""
+    lines = read_lines(path)[:count]
+    if bad := [line for line in lines if isinstance(line, Failure)]:
+        raise DataError(f"{path}, line {bad[0].number}: {bad[0].error}")
+    return [line.request for line in lines if not isinstance(line, Failure)]
+
+
 def make_config(
     engine: EngineOptions, ranking: RankingOptions | None = None, store: StoreOptions | None = None
 ) -> Config:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rcllm.cli.commands.tune import ColumnOptions, ShapeOptions
-from rcllm.cli.inputs import check_ranks, columns_of, tell_read
+from rcllm.cli.inputs import check_ranks, columns_of, read_requests, tell_read
 from rcllm.cli.outputs import check_folder
 from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
@@ -29,6 +29,7 @@ def tune_command(
     start: Path | None,
     teacher: Path | None,
     teacher_template: str | None,
+    requests: Path | None,
     format: str,
     columns: ColumnOptions,
 ) -> None:
@@ -37,16 +38,17 @@ def tune_command(
     prompt = PromptConfig(template=template or TEMPLATES[config.mask])
     check_ranks(prompt)
     for folder in (out, out / "best"):
-        check_folder(folder, dataset, model, template, start, teacher, teacher_template)
+        check_folder(folder, dataset, model, template, start, teacher, teacher_template, requests)
     check_out(out)
+    logged = read_requests(str(requests)) if requests else ()
     with busy("reading data and model"):
         datasets = [load_dataset(format, folder, columns=columns_of(columns)) for folder in dataset]
         for each in datasets:
             tell_read(each.reports, each.notes)
-        trainer = make_trainer(
-            ModelConfig(path=model), prompt, datasets, config, out, start, teacher, teacher_template or ""
-        )
-    say("to beat, NDCG@10: " + ", ".join(f"{name} {value:.3f}" for name, value in trainer.baselines.items()), "dim")
+        asked = ModelConfig(path=model), prompt, datasets, config, out, start, teacher, teacher_template or "", logged
+        trainer = make_trainer(*asked)
+    if trainer.baselines:
+        say(f"to beat, NDCG@10: {_beaten(trainer.baselines)}", "dim")
     with interruptible(GOES_ON), progress("loss", "validation") as bar:
         task = bar.add_task("tuning, percent", total=100, loss="", validation="")
         told: list[Evaluation] = []
@@ -63,10 +65,14 @@ def tune_command(
         "adapter": str(out / "best"),
         "best": f"{_told(best)} after {best.losses:,} losses, {best.minutes:.0f} minutes",
         "before": _told(curve[0]),
-        "to beat": ", ".join(f"{name} {value:.3f}" for name, value in trainer.baselines.items()),
+        "to beat": _beaten(trainer.baselines),
         "trained": f"{curve[-1].losses:,} losses in {curve[-1].minutes:.0f} minutes",
     }
     console().print(facts_table("Tuned", facts))
+
+
+def _beaten(baselines: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
 
 
 def _told(point: Evaluation | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -26,6 +27,21 @@ from rcllm.errors import ConfigError, DataError
 from rcllm.tune.config import ExampleConfig
 
 _VALIDATION_CANDIDATES = 20
+
+
+class Source(Protocol):
+    """Where batches come from. Ids of users and items begin with `prefix`, so that several share one catalogue."""
+
+    dataset: Dataset
+    prefix: str
+    scores: ScoreField | None  # what stands beside candidates, where the template shows it
+
+    def batch(self, rng: np.random.Generator) -> list[RankRequest]: ...
+    def validation(self, count: int) -> list[RankRequest]: ...
+    def items(self) -> Mapping[ItemId, Item]: ...
+    def field_shares(self, names: Sequence[str]) -> dict[str, float]: ...
+    def baselines(self, request: RankRequest) -> dict[str, list[float]]: ...
+    def identity(self) -> list[object]: ...
 
 
 NUM_FOLDS = 4  # lists of three quarters of the users are nearly those of all of them
@@ -188,11 +204,16 @@ class TrainingSet:
         """Of the items, how many have each field, to three digits: what the ranker came to expect."""
         return {name: round(share, 3) for name, share in field_shares(self.dataset.catalogue, names).items()}
 
+    def identity(self) -> list[object]:
+        """What a training depends on, for a digest: any text of an item, and who chose what."""
+        rows = [(row.user_id, row.item_id) for row in self.dataset.interactions]
+        return [rows, [(item_id, list(item.fields.items())) for item_id, item in self.dataset.catalogue.items()]]
+
     def _name(self, number: int) -> ItemId:
         return ItemId(self.prefix + self.pool.item_ids[number])
 
 
-def joined_catalogue(sources: Sequence[TrainingSet]) -> Catalogue:
+def joined_catalogue(sources: Sequence[Source]) -> Catalogue:
     """The items of all sources. Raises ConfigError where two have one name."""
     if len({source.prefix for source in sources}) < len(sources):
         names = ", ".join(source.dataset.name for source in sources)
@@ -200,7 +221,7 @@ def joined_catalogue(sources: Sequence[TrainingSet]) -> Catalogue:
     return Catalogue(item for source in sources for item in source.items().values())
 
 
-def batch_of(sources: Sequence[TrainingSet], number: int, seed: int) -> list[RankRequest]:
+def batch_of(sources: Sequence[Source], number: int, seed: int) -> list[RankRequest]:
     """Batch `number` of the training: of one source, all sources equally often."""
     rng = np.random.default_rng([seed, number])
     return sources[int(rng.integers(len(sources)))].batch(rng)

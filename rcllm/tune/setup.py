@@ -9,18 +9,21 @@ import torch
 from blake3 import blake3
 
 from rcllm.config import Config, Hardware, ModelConfig, PromptConfig, resolve
+from rcllm.core.ranking import RankRequest
 from rcllm.data import Dataset
 from rcllm.engine.build import load_tokenizer
 from rcllm.engine.space import chosen_chat
+from rcllm.errors import ConfigError
 from rcllm.model.adapter import adapter_fingerprint
 from rcllm.model.pull import pull
 from rcllm.model.weights import fingerprint, load_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import Template, chat_format
 from rcllm.tune.config import TuneConfig, check_config
-from rcllm.tune.examples import joined_catalogue, training_sets
+from rcllm.tune.examples import Source, joined_catalogue, training_sets
+from rcllm.tune.logged import LoggedSet
 from rcllm.tune.network import Network
-from rcllm.tune.teacher import Teacher
+from rcllm.tune.teacher import Teacher, template_of
 from rcllm.tune.train import Trainer, warm_start
 
 _MAX_POSITIONS = 4096
@@ -35,18 +38,18 @@ def make_trainer(
     start: Path | None = None,
     teacher: Path | None = None,
     teacher_template: str = "",
+    requests: Sequence[RankRequest] = (),
 ) -> Trainer:
     """`start`: an adapter to begin at; `teacher`: one whose scores are learnt, on prompts of its own template.
 
-    Raises ConfigError, DataError, ModelError, FetchError."""
+    `requests`: a log over the items of the one data set, instead of lists that are made of its interactions.
+    Raises ConfigError, DataError, ModelError, FetchError.
+    """
     check_config(config)
     resolved = resolve(Config(model, prompt), Hardware(torch.cuda.is_available(), 0)).model
     template = Template.of(prompt)
-    sources = [
-        source
-        for dataset in datasets
-        for source in training_sets(dataset, config.examples, template.shown, template.shown_fresh)
-    ]
+    templates = [template, *([template_of(teacher, teacher_template)] if teacher else [])]
+    sources = _sources(datasets, config, templates, requests)
     files = pull(model.path)
     spec, weights = load_model(files, torch.float32, resolved.device)
     catalogue = joined_catalogue(sources)
@@ -78,3 +81,16 @@ def make_trainer(
         blake3(weights_of).hexdigest()[:16],
         Teacher.of(teacher, model, catalogue, folder, teacher_template) if teacher else None,
     )
+
+
+def _sources(
+    datasets: Sequence[Dataset], config: TuneConfig, templates: Sequence[Template], requests: Sequence[RankRequest]
+) -> list[Source]:
+    """`templates`: the student's, and the teacher's; fields that either shows are made."""
+    shown = {name for template in templates for name in template.shown}
+    fresh = {name for template in templates for name in template.shown_fresh}
+    if not requests:
+        return [source for each in datasets for source in training_sets(each, config.examples, shown, fresh)]
+    if len(datasets) != 1:
+        raise ConfigError(f"a log of requests is over the items of one data set, got {len(datasets)}: give one")
+    return [LoggedSet(datasets[0], requests, config.examples, shown, fresh)]

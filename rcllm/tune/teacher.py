@@ -21,6 +21,7 @@ from rcllm.fidelity.evaluate import evaluate
 from rcllm.fidelity.records import RecordFile
 from rcllm.model.adapter import adapter_record
 from rcllm.prompt.learnt import Learnt
+from rcllm.prompt.template import Template
 
 SCORES = "teacher.jsonl"  # in the training's folder
 _POOL_MB = 1024
@@ -36,14 +37,12 @@ class Teacher:
 
     @classmethod
     def of(cls, adapter: Path, model: ModelConfig, catalogue: Catalogue, folder: Path, template: str = "") -> Teacher:
-        """`template`: "" takes that of the adapter's record. Scores are kept in `folder` while `kept` is open.
+        """`template`: see `template_of`. Scores are kept in `folder` while `kept` is open.
 
-        Raises ConfigError where neither names a template, and what `Engine.build` raises.
+        Raises what `template_of` and `Engine.build` raise.
         """
-        learnt = Learnt.of(adapter_record(adapter), str(adapter))
-        if not (template or learnt.template):
-            raise ConfigError(f"{adapter} does not say which template it was tuned with: give --teacher-template")
-        prompt = PromptConfig(template or learnt.template, context=learnt.context or "instruction")
+        learnt = _learnt(adapter)
+        prompt = PromptConfig(_name_of(adapter, template), context=learnt.context or "instruction")
         config = Config(replace(model, adapter=str(adapter), mask="auto"), prompt, CacheConfig(pool_mb=_POOL_MB))
         engine = Engine.build(catalogue, config)
         level = Level("blocks" if engine.config.model.mask == "blocks" else "exact")  # both are exact for their mask
@@ -63,3 +62,18 @@ class Teacher:
         if any(not math.isfinite(score) for each in scores for score in each):
             raise ConfigError(f"the teacher gives scores that are not numbers ({self.identity}): use another one")
         return scores
+
+
+def template_of(adapter: Path, template: str = "") -> Template:
+    """The teacher's template; "" takes that of its record. Raises ConfigError where neither names one."""
+    return Template.load(_name_of(adapter, template))
+
+
+def _name_of(adapter: Path, template: str) -> str:
+    if name := template or _learnt(adapter).template:
+        return name
+    raise ConfigError(f"{adapter} does not say which template it was tuned with: give --teacher-template")
+
+
+def _learnt(adapter: Path) -> Learnt:
+    return Learnt.of(adapter_record(adapter), str(adapter))

@@ -30,7 +30,7 @@ from rcllm.model.training_folder import check_folder, not_numbers
 from rcllm.plain_json import as_json
 from rcllm.prompt.blocks import Prompter
 from rcllm.tune.config import TuneConfig, check_config
-from rcllm.tune.examples import TrainingSet, batch_of
+from rcllm.tune.examples import Source, batch_of
 from rcllm.tune.loss import distillation_loss, listwise_loss, readout_scores
 from rcllm.tune.network import Network
 from rcllm.tune.pack import Packed, pack
@@ -83,7 +83,7 @@ class Trainer:
         self,
         network: Network,
         prompter: Prompter,
-        sources: Sequence[TrainingSet],
+        sources: Sequence[Source],
         config: TuneConfig,
         folder: Path,
         base: str,
@@ -111,6 +111,8 @@ class Trainer:
         share = -(-config.validation_requests // len(sources))
         asked = [(source, request) for source in sources for request in source.validation(share)]
         self._validation = [request for _, request in asked]
+        if teacher is None and any(request.positive is None for request in self._validation):
+            raise ConfigError("requests that do not say what was chosen (positive) need a teacher: give --teacher")
         self.baselines = _baselines(asked)  # NDCG@10 of what must be beaten, on the same requests
 
     def run(self, on_progress: Callable[[TuneProgress], None] | None = None) -> list[Evaluation]:
@@ -207,12 +209,11 @@ class Trainer:
             requests = self._validation[start : start + _VALIDATION_BATCH]
             found = self.score(requests)[1]
             losses += [loss.item() for loss in self._loss_of(requests, found) if loss is not None]
-            for request, scores in zip(requests, found, strict=True):
-                assert request.positive is not None
-                gains.append(ndcg(order(scores.tolist()), request.candidates.index(request.positive), 10))
-            if self.teacher is not None:
-                pairs = zip(self.teacher.scores(requests), found, strict=True)
-                taus += [agreement(theirs, ours.tolist()).tau for theirs, ours in pairs]
+            taught = self.teacher.scores(requests) if self.teacher else [None] * len(requests)
+            for request, scores, theirs in zip(requests, found, taught, strict=True):
+                ours = scores.tolist()
+                gains.append(ndcg(order(ours), _relevant(request, theirs), 10))
+                taus += [] if theirs is None else [agreement(theirs, ours).tau]
         state = self.state
         if not np.isfinite(losses).all() and not state.losses:
             raise ModelError(f"{self.base} gives scores that are not numbers before it learnt anything: fetch it again")
@@ -230,7 +231,7 @@ class Trainer:
     def _ndcg_of(self, teacher: Teacher) -> float:
         """NDCG@10 on the validation requests."""
         found = zip(self._validation, teacher.scores(self._validation), strict=True)
-        return float(np.mean([ndcg(order(scores), r.candidates.index(r.positive), 10) for r, scores in found]))
+        return float(np.mean([ndcg(order(scores), _relevant(request, scores), 10) for request, scores in found]))
 
     def record(self) -> dict[str, Any]:
         """How the adapter was made; what `Learnt` reads of it is held against what the ranker is asked later."""
@@ -261,9 +262,7 @@ class Trainer:
         """16 hex digits that change with any text of an item and with who chose what."""
         state = blake3()
         for source in self.sources:
-            rows = [(row.user_id, row.item_id) for row in source.dataset.interactions]
-            items = [(item_id, list(item.fields.items())) for item_id, item in source.dataset.catalogue.items()]
-            state.update(json.dumps([rows, items]).encode())
+            state.update(json.dumps(source.identity()).encode())
         return state.hexdigest()[:16]
 
     def _restore(self) -> None:
@@ -291,17 +290,26 @@ def best_of(curve: Sequence[Evaluation]) -> Evaluation:
     )
 
 
+def _relevant(request: RankRequest, taught: Sequence[float] | None) -> int:
+    """The candidate that the user chose, or where that is not known the teacher's first."""
+    if request.positive is not None:
+        return request.candidates.index(request.positive)
+    assert taught is not None, "requests without a choice are refused where there is no teacher"
+    return order(taught)[0]
+
+
 def _mean(taus: Sequence[float]) -> float | None:
     """None without a teacher; 0 where no list of it had an order."""
     ranked = [tau for tau in taus if not math.isnan(tau)]
     return None if not taus else float(np.mean(ranked)) if ranked else 0.0
 
 
-def _baselines(asked: Sequence[tuple[TrainingSet, RankRequest]]) -> dict[str, float]:
+def _baselines(asked: Sequence[tuple[Source, RankRequest]]) -> dict[str, float]:
     """NDCG@10 of chance, popularity and item-kNN on validation requests."""
     gains: dict[str, list[float]] = {}
     for source, request in asked:
-        assert request.positive is not None
+        if request.positive is None:
+            continue
         positive = request.candidates.index(request.positive)
         gains.setdefault("chance", []).append(chance_ndcg(len(request.candidates), 10))
         for name, scores in source.baselines(request).items():

@@ -69,6 +69,15 @@ def tune(
         str | None,
         Opt("The teacher's prompt template; default: the one in its record.", metavar="NAME|FILE", panel=_TEACH),
     ] = None,
+    requests: Annotated[
+        Path | None,
+        Opt(
+            "A log of requests, as for `rcllm rank`, to learn from instead of lists made of interactions; its items "
+            "are those of the one --dataset. With a teacher it needs no positive.",
+            metavar="FILE",
+            panel=_DATA,
+        ),
+    ] = None,
     format: Annotated[str, Opt("Format of the data sets.", metavar="NAME", panel=_DATA)] = "auto",
     *,
     columns: ColumnOptions,
