@@ -7,10 +7,12 @@ contexts.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from benchmarks.harness import ROOT, console
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig, context_samples
@@ -73,12 +75,16 @@ def engine_of(
     context: str | None = None,
     base: RankOptions = POINTWISE,
     kv_dtype: str = "auto",
+    model: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Engine]:
-    """The engine of one variant over one data set; gone afterwards, for the next one's memory."""
+    """The engine of one variant over one data set; gone afterwards, for the next one's memory.
+
+    `model`: fields of ModelConfig beside the adapter, such as the dtype.
+    """
     adapter = "" if variant == "untuned" else str(adapter_of(variant))
     context = context or CONTEXT[variant]
     cache = CacheConfig(pool_mb=4000, kv_dtype=kv_dtype)  # type: ignore[arg-type]
-    config = Config(ModelConfig(adapter=adapter), PromptConfig(template, context=context), cache, base)
+    config = Config(ModelConfig(adapter=adapter, **model), PromptConfig(template, context=context), cache, base)
     count = context_samples(context)
     samples = build_requests(data, count, 20, 8, split="train", seed=seed, min_history=4) if count else ()
     assert all(split_of(sample.user_id) == "train" for sample in samples if sample.user_id)
