@@ -73,10 +73,10 @@ vec weigh(Fp32, float* s, int keys, vec top, vec sum) {
 }
 vec weigh(Bf16, float* s, int keys, vec top, vec sum) {
   for (int j = 0; j < keys; j += 2) {
-    const ivec first = round_bf16(exp2v(load(s + j * ROW_TILE), top)) & HIGH;
-    const ivec second = j + 1 < keys ? round_bf16(exp2v(load(s + (j + 1) * ROW_TILE), top)) & HIGH : ivec{};
+    const ivec first = round_number(exp2v(load(s + j * ROW_TILE), top)) & HIGH;
+    const ivec second = j + 1 < keys ? round_number(exp2v(load(s + (j + 1) * ROW_TILE), top)) : ivec{};
     store(s + j / 2 * ROW_TILE, (vec)pair(second, first));
-    sum = sum + (vec)first + (vec)second;
+    sum = sum + (vec)first + (vec)(second & HIGH);
   }
   return sum;
 }
@@ -208,9 +208,9 @@ void rcllm_attend(const float* q, int64_t stride, const float* k, const float* v
         const Operand<P> fresh = keys_of<P>(kj, step, F32, keys, dim, nullptr, nullptr, w.k);
         gemm<P>(keys, r1 - r0, cells, fresh.data, fresh.rows, fresh.columns, w.q + r0, ROW_TILE, w.s + r0, ROW_TILE, false);
         for (int t = r0 / share; t * share < r1; t++) {
-          if (t < num && own[t].dense && own[t].first <= j && own[t].last >= j + keys) continue;
+          const bool dense = t < num && own[t].dense && own[t].first <= j;
           const int h0 = std::max(t * share, r0), h1 = std::min((t + 1) * share, r1);
-          for (int n = 0; n < keys; n++) {
+          for (int n = dense ? std::max<int64_t>(0, own[t].last - j) : 0; n < keys; n++) {
             const Key& key = others[j + n];
             if (t < num && (key.block == own[t].block ? key.offset <= own[t].offset
                                                       : sees[own[t].block * group.num_blocks + key.block]))

@@ -89,10 +89,8 @@ inline vec exp2v(vec x, vec m) {
 constexpr int32_t HIGH = ~0xffff;
 
 // The rounded value lies in the high half of each lane; what is in the low half means nothing.
-inline ivec round_bf16(vec x) {
-  const ivec bits = (ivec)x;
-  return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
-}
+inline ivec round_number(vec x) { return (ivec)x + 0x7fff + (((ivec)x >> 16) & 1); }  // x is not NaN
+inline ivec round_bf16(vec x) { return x == x ? round_number(x) : (ivec)x | 0x400000; }
 
 inline uint32_t round_bf16(float x) {
   uint32_t bits;
