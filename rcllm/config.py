@@ -257,6 +257,28 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """Of `rcllm serve --cluster`: replicas of the engine on Ray Serve, and which of them answers a request."""
+
+    replicas: Annotated[int, Ge(1)] = 2
+    max_replicas: Annotated[int, Ge(0)] = 0  # as many are begun while queues are long; 0: `replicas`, always
+    target_requests: Annotated[float, Gt(0)] = 4.0  # under way at a replica, that Ray Serve scales for
+    address: str = ""  # of a Ray cluster, such as "auto" or "ray://host:10001"; empty: one is begun on this machine
+    cpus: Annotated[float, Gt(0)] = 1.0  # of each replica, as Ray counts them; `model.threads` follows unless it is set
+    gpus: Annotated[float, Ge(0)] = 0.0
+    placement: str = ""  # a file of `rcllm place build`; empty: items are dealt by the hash of their id
+    route: Literal["affinity", "ttft", "hit_only", "load_only", "round_robin", "power_of_two"] = "ttft"
+    alpha: Annotated[float, Ge(0)] = 1.0  # affinity: weight of the hits
+    beta: Annotated[float, Ge(0)] = 0.5  # affinity: weight of 1 - load
+    full_queue_ms: Annotated[float, Gt(0)] = 1000.0  # the queue that counts as load 1
+    report_ms: Annotated[float, Ge(50)] = 500.0  # how often replicas publish what they hold and their queue
+    attempts: Annotated[int, Ge(1)] = 4  # replicas that a request is sent to, one after another, as they die
+    hedge_ms: Annotated[float, Ge(0)] = 0.0  # without an answer by then, a second replica is asked; 0: never
+    peers: bool = True  # blocks may come from other replicas, where that is estimated to be sooner than computing
+    peer_timeout_ms: Annotated[float, Gt(0)] = 2000.0  # of one question to another replica
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -265,6 +287,7 @@ class Config:
     store: StoreConfig = field(default_factory=StoreConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     @classmethod
     def load(cls, path: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:

@@ -33,6 +33,10 @@ class Lookup(Container[ContentKey]):
     def __contains__(self, key: object) -> bool:
         return key in self.found and key not in self.dear
 
+    def is_near(self, key: ContentKey) -> bool:
+        """Whether this machine has it, or a store that does not go with another machine."""
+        return key in self.found and self.found[key].tier != "peer"
+
     @property
     def worth_reading(self) -> Mapping[ContentKey, Located]:
         """What is read from where it is."""

@@ -26,7 +26,8 @@ from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
 from rcllm.metrics import Clock
 from rcllm.model.kv_int8 import kept, kept_bytes
-from rcllm.store.contract import Store, TierStats
+from rcllm.store.codec import encode
+from rcllm.store.contract import Store, Stored, TierStats
 from rcllm.store.disk.store import Erased
 from rcllm.store.index import Entry, Index
 from rcllm.store.null import NullStore
@@ -152,6 +153,23 @@ class Pool:
             named = {alias(each) for each in erased.owners}
             for owner in held if not erased.complete else held & named:
                 self._forget(owner)
+
+    def owners(self) -> set[str]:
+        """By their one name, those of whom a block is here."""
+        with self._lock:
+            return {owner for key in self._index if (owner := self._index[key].owner) is not None}
+
+    def sealed(self, keys: Iterable[ContentKey]) -> dict[ContentKey, Stored]:
+        """What there is of `keys`, here or below, as a store keeps it: for whoever has no part in this memory."""
+        with self.hold() as held:
+            held.fetch(keys)
+            blocks = {key: block for key, (block, _) in held._in_place.items()}
+            with self._lock:
+                blocks |= {key: self._blocks[key] for key in held.blocks if key in self._blocks}
+            return {
+                key: Stored(encode(block.kv), block.cost, block.owner, self._below.space)
+                for key, block in blocks.items()
+            }
 
     def clear(self) -> None:
         """Drops every block from the pool (not from the store). A running request that holds one finishes with it."""

@@ -17,7 +17,7 @@ from rcllm.plain_json import read_json_if_there, to_json
 
 _KEPT = 0.9  # of the weight of what was timed before, each time
 _HOPE = 1.01
-_FIRST_BYTES_PER_S: dict[Source, float] = {"host": 10e9, "disk": 1e9, "shared": 100e6}
+_FIRST_BYTES_PER_S: dict[Source, float] = {"host": 10e9, "disk": 1e9, "peer": 1e9, "shared": 100e6}
 _FIRST_FLOPS_PER_S = 100e9
 
 

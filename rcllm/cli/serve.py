@@ -6,13 +6,13 @@ Invariant: what a user gave wrongly, the address among it, is said before the mo
 from __future__ import annotations
 
 import os
-import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rcllm.cli.calibrated import admission_from, check_level
+from rcllm.cli.clustered import ServeRecipe, check_extra, cluster_of, is_file, recommender_of
 from rcllm.cli.commands.serve import ServerOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, StoreOptions
@@ -20,14 +20,16 @@ from rcllm.cli.screen import busy, say
 from rcllm.config import Config, ModelConfig, PromptConfig, ServerConfig, for_serving
 from rcllm.core.ranking import RankOptions
 from rcllm.data import fetch_movielens
+from rcllm.engine.fit import fit
 from rcllm.engine.jobs.recommend import Recommender
-from rcllm.errors import ConfigError, TextWarning
+from rcllm.errors import ConfigError
 from rcllm.late import Late
-from rcllm.sid.load import load_recommender
 
 if TYPE_CHECKING:
+    from rcllm.on_ray import application
     from rcllm.server import guarding, keys, logs, on_engine, run, spans, viewers
 else:
+    application = Late("rcllm.on_ray.application")
     guarding, keys, logs, on_engine, run, spans, viewers = (
         Late(f"rcllm.server.{name}") for name in ("guarding", "keys", "logs", "on_engine", "run", "spans", "viewers")
     )
@@ -45,9 +47,12 @@ def serve_command(
     server: ServerOptions,
     name: str | None,
     decoder: Path | None,
+    cluster: str | None,
     demo: bool,
 ) -> None:
     """Serves until a signal comes."""
+    if cluster is not None and is_file(cluster):
+        engine_options = _configured_by(engine_options, cluster)
     if name is not None and engine_options.model is not None:
         raise ConfigError(f"the model is named twice, as {name} and as --model {engine_options.model}; name it once")
     engine_options = replace(engine_options, model=name or engine_options.model)
@@ -59,6 +64,9 @@ def serve_command(
     run.check_free(config.server)
     if decoder is not None and not decoder.is_dir():
         raise ConfigError(f"--decoder {decoder}: there is no such folder; `rcllm sid train` makes one")
+    if cluster is not None:
+        _serve_cluster(config, item_options, fidelity, decoder, cluster, demo=demo)
+        return
     traces = spans.open_spans(os.environ, config.server.served_name or config.model.path)
     inputs = _movielens() if demo else load_inputs(item_options)
     engine = make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank])
@@ -72,6 +80,31 @@ def serve_command(
     with engine, nullcontext() if recommender is None else recommender.engine:
         shown = viewers.viewers_of(inputs.dataset.interactions) if demo and inputs.dataset is not None else ()
         run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs), shown, traces)
+
+
+def _configured_by(options: EngineOptions, cluster: str) -> EngineOptions:
+    if options.config is not None:
+        raise ConfigError(
+            f"the configuration is named twice, as --config {options.config} and as --cluster {cluster}; put the "
+            "section [cluster] into the one file, and name it by --cluster"
+        )
+    return replace(options, config=Path(cluster))
+
+
+def _serve_cluster(
+    config: Config, items: ItemOptions, fidelity: FidelityOptions, decoder: Path | None, cluster: str, *, demo: bool
+) -> None:
+    """The same with replicas on Ray."""
+    check_extra()
+    if demo:
+        raise ConfigError("--demo has one process: name --items and --model to serve them with --cluster")
+    section = cluster_of(cluster, config)
+    inputs = load_inputs(items)
+    for remark in fit(inputs.catalogue, config).remarks([config.rank]):
+        say(f"warning: {remark}")
+    recipe = ServeRecipe(config, section, items, fidelity, decoder)
+    say(f"starting {section.replicas} replicas", "dim")
+    application.run(recipe, section, lambda address: _tell(address, config.server, inputs))
 
 
 def _over(section: ServerConfig, options: ServerOptions) -> ServerConfig:
@@ -108,11 +141,8 @@ def _movielens() -> Inputs:
 
 
 def _recommender(config: Config, decoder: Path, inputs: Inputs) -> Recommender:
-    with busy(f"loading {decoder}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", TextWarning)
-        model = replace(ModelConfig(), path=str(decoder), threads=config.model.threads)
-        config = Config(model=model, cache=config.cache, schedule=config.schedule, store=config.store)
-        return load_recommender(config, items=inputs.catalogue)
+    with busy(f"loading {decoder}"):
+        return recommender_of(config, decoder, inputs)
 
 
 def _tell(address: str, config: ServerConfig, inputs: Inputs) -> None:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 from rcllm.core.requests import BeamRule as BeamRule
 
-# where the KV of a block came from; host, disk and shared are the tiers of the store
-Source = Literal["fresh", "computed", "device", "host", "disk", "shared", "semantic"]
+# where the KV of a block came from; host, disk, peer and shared are the tiers of the store
+Source = Literal["fresh", "computed", "device", "host", "disk", "peer", "shared", "semantic"]
 
 
 Step = Literal["level", "candidates", "last_scores"]  # of the degradation ladder, in this order

@@ -102,14 +102,18 @@ class Engine:
         samples: Sequence[RankRequest] = (),
         admission: AdmissionFactory = Open.of,
         store: Store | None = None,
+        *,
+        peers: Store | None = None,
+        node: str = "",
     ) -> Engine:
         """Loads the model and makes an empty pool, over the store that the configuration names, if it names one.
 
         `samples`: real requests for the canonical contexts `typical` and `mean(n)`. `admission`: told what the engine
         is, makes what decides which reuse levels may be used; by default, all. `store`: in place of the one that the
-        configuration names; whoever opened it closes it. Fetches the model when it is not there. Warns of a catalogue
-        or configuration that template or adapter do not fit, and of tiers that cannot be used. Raises ConfigError,
-        DataError, ModelError, FetchError.
+        configuration names; whoever opened it closes it. `peers`: what other machines have, a tier beside those that
+        the configuration names; `node`: what receipts call this machine. Fetches the model when it is not there. Warns
+        of a catalogue or configuration that template or adapter do not fit, and of tiers that cannot be used. Raises
+        ConfigError, DataError, ModelError, FetchError.
         """
         config = declared_mask(resolve(config or Config(), this_machine()))
         if config.model.threads:
@@ -124,10 +128,10 @@ class Engine:
         prototypes = open_prototypes(config, decoder, prompter)
         admitting = admission(identity(config, prompter, model_id, prototypes), prompter.context_name)
         space = space_of(prompter.namespace)
-        tiers = open_tiers(config.store, space, about(config, model_id)) if store is None else Tiers()
+        tiers = open_tiers(config.store, space, about(config, model_id), peers) if store is None else Tiers()
         pool = make_pool(config, decoder, tiers.store if store is None else store, space)
         tiers.load_rates(pool.rates)
-        return cls(config, decoder, prompter, pool, model_id, admitting, prototypes, tiers=tiers)
+        return cls(config, decoder, prompter, pool, model_id, admitting, prototypes, tiers=tiers, node=node)
 
     @property
     def identity(self) -> Identity:

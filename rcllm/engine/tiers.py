@@ -65,27 +65,32 @@ class Tiers:
                     warnings.warn(f"{self.folder}: {error}", StoreWarning, stacklevel=2)
 
 
-def open_tiers(config: StoreConfig, space: str, made_by: Mapping[str, str]) -> Tiers:
+def open_tiers(config: StoreConfig, space: str, made_by: Mapping[str, str], peers: Store | None = None) -> Tiers:
     """A disk that cannot be used is told of, and the others go on; `made_by`: what is said of the space.
+
+    `peers`: what other machines have, which is asked after the disk, and kept in memory or on disk where there is room.
 
     Raises ConfigError for an address that means nothing.
     """
-    if not config.enabled:
-        return Tiers()
     lasting = dict[Source, Store]()
     disk, folder = None, folder_of(config)
-    try:
-        lasting["disk"] = part = SharedDisk.open(folder, budget_of(config, folder))
-        disk = part.disk
-        if space and disk.use().writable:
-            disk.name_space(space, made_by)
-    except StoreError as error:
-        warnings.warn(f"{error}. Nothing is kept on disk meanwhile", StoreWarning, stacklevel=2)
-    if config.shared:
+    if config.enabled:
+        try:
+            lasting["disk"] = part = SharedDisk.open(folder, budget_of(config, folder))
+            disk = part.disk
+            if space and disk.use().writable:
+                disk.name_space(space, made_by)
+        except StoreError as error:
+            warnings.warn(f"{error}. Nothing is kept on disk meanwhile", StoreWarning, stacklevel=2)
+    if peers is not None:
+        lasting["peer"] = peers
+    if config.enabled and config.shared:
         lasting["shared"] = ValkeyStore(config.shared)
-    if not lasting and not config.host_mb:
+    if not lasting and not (config.enabled and config.host_mb):
         return Tiers()
-    store = Tiered(lasting, memory_bytes=config.host_mb * MIB, queue_bytes=config.queue_mb * MIB)
+    store = Tiered(
+        lasting, memory_bytes=config.host_mb * MIB if config.enabled else 0, queue_bytes=config.queue_mb * MIB
+    )
     erasures = disk.erased_since(0).now if disk is not None else 0
     return Tiers(store, disk, folder if disk is not None else None, erasures)
 

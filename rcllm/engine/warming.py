@@ -1,7 +1,7 @@
 """What is computed ahead of requests, block by block, while requests are served in between.
 
-Knows nothing of requests. Invariant: blocks that exist on any tier are skipped, and a block is computed only where it
-fits beside all that is kept, in the pool or below it, so that warming evicts nothing.
+Knows nothing of requests. Invariant: blocks that exist on any tier of this machine are skipped, and a block is
+computed only where it fits beside all that is kept, in the pool or below it, so that warming evicts nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Warming:
         """How far it is, after each pass and at the end. `alone`: keeps others from computing meanwhile."""
         wanted = blocks_to_warm(self._prompter, self._config.rank, item_ids)
         exist = self._pool.lookup_many(missing.key for missing in wanted)
-        todo = [missing for missing in wanted if missing.key not in exist]
+        todo = [missing for missing in wanted if not exist.is_near(missing.key)]
         start, left, num_bytes, full = self._clock(), len(todo), 0, False
         with alone():
             tokens = self._instruction()

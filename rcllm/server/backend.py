@@ -114,6 +114,7 @@ class Changed:
     num_items: int = 0  # added, replaced or removed
     num_new: int = 0
     num_blocks: int = 0  # of cached KV that were removed
+    acknowledged: tuple[str, ...] = ()  # replicas on which it holds; empty where one process serves
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,15 @@ def serve(
         Path | None,
         Opt("Also recommend, with this folder of `rcllm sid train`.", metavar="FOLDER", panel="Server"),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        Opt(
+            "Answer with several replicas, on Ray: local:4 begins four on this machine; a file is the configuration, "
+            "with a section [cluster].",
+            metavar="local:N|FILE",
+            panel="Server",
+        ),
+    ] = None,
     demo: Annotated[bool, Opt("Serve MovieLens with a small model, fetched once; needs no other option.")] = False,
 ) -> None:
     """Serve a model over HTTP: rank, recommend, rerank, score, complete and chat.

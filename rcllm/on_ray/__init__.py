@@ -1,0 +1,1 @@
+"""A cluster of engines on Ray Serve. The one room that imports ray, and in it the modules that say so."""

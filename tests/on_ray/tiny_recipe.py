@@ -1,0 +1,49 @@
+"""A recipe of tiny engines, which processes of a cluster follow by the folder that the test made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rcllm.config import CacheConfig, ClusterConfig, Config, ModelConfig, PromptConfig, ServerConfig, StoreConfig
+from rcllm.core.ranking import Item, ItemId
+from rcllm.engine.engine import Engine
+from rcllm.on_ray.recipe import Built, Front, for_node, front_of
+from rcllm.server.on_engine import EngineBackend
+from rcllm.store.contract import Store
+from tests.engine import tiny
+
+
+@dataclass(frozen=True, slots=True)
+class TinyRecipe:
+    """See `on_ray.recipe.Recipe`."""
+
+    config: Config
+    cluster: ClusterConfig
+
+    @classmethod
+    def of(cls, cluster: ClusterConfig, store: Path | None = None, port: int = 0) -> TinyRecipe:
+        """Makes the model's folder, for all processes of this machine."""
+        config = Config(
+            model=ModelConfig(path=str(tiny.model_folder()), threads=1),
+            prompt=PromptConfig(template=str(tiny.template_path())),
+            cache=CacheConfig(pool_mb=64, kv_dtype="fp32"),
+            store=StoreConfig(enabled=store is not None, folder="" if store is None else str(store), disk_mb=64),
+            server=ServerConfig(port=port, drain_s=5.0),
+        )
+        return cls(config, cluster)
+
+    def item_ids(self) -> tuple[ItemId, ...]:
+        return tiny.IDS
+
+    def front(self) -> Front:
+        return front_of(self.config, self._catalogue())
+
+    def build(self, node: int, peers: Store | None) -> Built:
+        config = for_node(self.config, self.cluster, node)
+        engine = Engine.build(self._catalogue(), config, peers=peers, node=f"node {node}")
+        return Built(engine, EngineBackend(engine, "tiny"), engine.close)
+
+    def _catalogue(self) -> Mapping[ItemId, Item]:
+        return tiny.catalogue()
