@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rcllm.cache.heap import share_arenas
 from rcllm.cli.calibrated import admission_from, check_level
 from rcllm.cli.inputs import Inputs, context_requests, load_inputs
 from rcllm.cli.options import FidelityOptions, ItemOptions
 from rcllm.config import ClusterConfig, Config, ModelConfig
 from rcllm.core.ranking import ItemId
-from rcllm.engine.arenas import share_arenas
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.recommend import Recommender
 from rcllm.errors import ConfigError, ModelWarning, StoreWarning, TextWarning

@@ -45,6 +45,7 @@ from rcllm.on_ray.worker import Worker
 from rcllm.server import logs
 from rcllm.server.app import make_app
 from rcllm.server.keys import check_address
+from rcllm.server.spans import open_spans
 
 ENGINE, FRONT = "engine", "front"  # deployments
 _PROXY_S, _LOOK_S = 120.0, 0.2  # until Ray's proxy listens, and how often that is looked at
@@ -124,7 +125,8 @@ class Front:
         backend = ClusterBackend(
             fleet, ledger, live, cluster, described.about, front.texts, sizes, await ledger.whole()
         )
-        self._app = make_app(backend, config.server)
+        spans = open_spans(os.environ, config.server.served_name or described.about.model)
+        self._app = make_app(backend, config.server, spans=spans)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
