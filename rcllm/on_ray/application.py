@@ -52,10 +52,11 @@ _PROXY_S, _LOOK_S = 120.0, 0.2  # until Ray's proxy listens, and how often that 
 _AT_ONCE = 10_000  # envelopes at one replica: its own queue decides what is too much
 
 
-# What Ray's own processes read. Nothing is told to anybody; and a busy machine takes longer than Ray's few seconds to
-# begin a proxy, which would otherwise be begun again and again.
+# What Ray's own processes read. Nothing is told to anybody; replicas are no background jobs, as which Ray begins its
+# processes; and a busy machine takes longer than Ray's few seconds to begin a proxy, which would be begun anew each time.
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
