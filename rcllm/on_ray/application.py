@@ -45,6 +45,7 @@ from rcllm.on_ray.worker import Worker
 from rcllm.server import logs
 from rcllm.server.app import make_app
 from rcllm.server.keys import check_address
+from rcllm.server.run import check_free
 from rcllm.server.spans import open_spans
 
 ENGINE, FRONT = "engine", "front"  # deployments
@@ -53,7 +54,7 @@ _AT_ONCE = 10_000  # envelopes at one replica: its own queue decides what is too
 
 
 # What Ray's own processes read. Nothing is told to anybody; replicas are no background jobs, as which Ray begins its
-# processes; and a busy machine takes longer than Ray's few seconds to begin a proxy, which would be begun anew each time.
+# processes; and a busy machine takes longer than Ray's few seconds to begin a proxy, which would be begun anew.
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
@@ -192,7 +193,7 @@ def running(recipe: Recipe, cluster: ClusterConfig) -> Iterator[str]:
     check_address(server)
     placement_of(recipe, cluster)  # what is wrong with it is said before anything is begun
     port = server.port or _free_port(server.host)
-    _check_free(server.host, port)
+    check_free(replace(server, port=port))
     plan = Plan(recipe, cluster, uuid.uuid4().hex)
     _begin_ray(cluster)
     try:
@@ -248,16 +249,6 @@ def _begin_ray(cluster: ClusterConfig) -> None:
 def _free_port(host: str) -> int:
     with socket.create_server((host, 0), family=_family(host)) as found:
         return int(found.getsockname()[1])
-
-
-def _check_free(host: str, port: int) -> None:
-    try:
-        socket.create_server((host, port), family=_family(host)).close()
-    except OSError as error:
-        raise ConfigError(
-            f"the server could not begin at {host}:{port} ({error.strerror}): is another one there? Choose another "
-            "--port"
-        ) from error
 
 
 def _wait_for(host: str, port: int) -> None:

@@ -75,7 +75,8 @@ def test_a_damaged_block_is_a_counted_miss() -> None:
     got = empty.rank(request)
     assert got.scores == pytest.approx(full.rank(request).scores, abs=1e-5)
     assert "peer" not in {block.source for block in got.receipt.blocks}
-    assert empty.pool.stats().store_errors == 1
+    stats = empty.pool.stats()
+    assert stats.store_errors == stats.misses > 0
 
 
 def test_what_is_sooner_computed_is_not_fetched() -> None:
