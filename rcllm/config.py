@@ -101,6 +101,11 @@ class ModelConfig:
     )
 
 
+def rounds(model: ModelConfig) -> bool:
+    """Whether scores on a CPU are those of less than fp32, by products or by weights. `model`: resolved."""
+    return model.device == "cpu" and (model.dtype != "fp32" or model.weights != "full")
+
+
 @dataclass(frozen=True, slots=True)
 class PromptConfig:
     template: Annotated[

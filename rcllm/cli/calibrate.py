@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,14 +30,15 @@ from rcllm.cli.options import EngineOptions, ItemOptions
 from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import GOES_ON, console, interruptible, progress, say
 from rcllm.cli.tables import NOTHING
-from rcllm.config import PromptConfig, context_samples, nearest
+from rcllm.config import PromptConfig, context_samples, nearest, rounds
 from rcllm.core.ranking import LabelPlace, Layout, Level, Policy, RankOptions, Readout, Selection
 from rcllm.errors import ConfigError, DataError
-from rcllm.fidelity.calibrate import CalibrateProgress, Space, Trial, calibrate
+from rcllm.fidelity.calibrate import CalibrateProgress, Space, Trial, calibrate, with_precision
 from rcllm.fidelity.calibration import Calibration, Rung, is_calibration
 from rcllm.fidelity.records import Configuration, RecordFile
 from rcllm.fidelity.report import write_report
 from rcllm.fidelity.target import CONTEXTS, Target
+from rcllm.schedule.admission import Identity
 
 _SHOWN_NOTES = 5
 _WORD = re.compile(r"[^\s(]+(?:\([^)]*\))?")  # `corrected(0.3, 0.3)` is one word
@@ -84,6 +86,10 @@ def calibrate_command(
     engine = make_engine(config, inputs, asked, asked=[setting.options for setting in space.settings()])
     with interruptible(GOES_ON), RecordFile(records) as kept, _bars() as show:
         found = calibrate(engine, trial, space, target, kept, show)
+        if rounds(engine.config.model):
+            full = replace(config.model, dtype="fp32", weights="full")
+            wide = make_engine(replace(config, model=full), inputs, asked, asked=[])
+            found = with_precision(found, engine, wide, trial, kept, show)
     found.save(out)
     _report(found, out)
     console().print(_table(found))
@@ -194,6 +200,8 @@ def _cell(value: float, form: str) -> str:
 def _conclude(found: Calibration, out: Path) -> None:
     """What to do with it."""
     screen = console()
+    if found.precision is not None:
+        screen.print(Text(_precision(found.precision, found.identity)), soft_wrap=True)
     for note in found.notes[:_SHOWN_NOTES]:
         say(note, "dim")
     if (more := len(found.notes) - _SHOWN_NOTES) > 0:
@@ -203,6 +211,16 @@ def _conclude(found: Calibration, out: Path) -> None:
         return
     screen.print(Text(f"Recommended: {best}. `rcllm rank` uses it with these options:"))
     screen.print(Text(f"  rcllm rank {' '.join(_options(best, out))} …"), soft_wrap=True)
+
+
+def _precision(rung: Rung, identity: Identity) -> str:
+    """What less than fp32 costs, whatever is reused."""
+    delta, tau = rung.summary.deltas["ndcg10"], rung.summary.measures["tau"].mean
+    change = "" if math.isnan(delta.low) else f"NDCG@10 {delta.mean:+.4f} ({delta.low:+.4f} … {delta.high:+.4f}), "
+    return (
+        f"Computing in {identity.dtype} with weights {identity.weights}, against fp32 with full ones, both in full: "
+        f"{change}Kendall τ {tau:.3f}"
+    )
 
 
 def _options(best: Configuration, out: Path) -> list[str]:

@@ -129,6 +129,42 @@ def calibrate(
     return _Search(engine, trial, space, target, kept, on_progress).run()
 
 
+def with_precision(
+    found: Calibration,
+    engine: Engine,
+    wide: Engine,
+    trial: Trial,
+    kept: RecordFile,
+    on_progress: Callable[[CalibrateProgress], None] = lambda now: None,
+) -> Calibration:
+    """The same with what the engine's own dtype and weights cost, beside `wide`, whose are fp32 and full.
+
+    Both recompute the prompts of the recommended setting in full, so that reuse has no part in it.
+    """
+    full = (found.recommended or found.rungs[0].configuration).full
+    requests = [request for request in trial.requests if _is_askable(engine, request, full.options)]
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        on_progress(CalibrateProgress("precision", done, 2 * len(requests), 1))
+
+    narrow, reference = (
+        evaluate(each, requests, [full.options], kept, batch=trial.batch, on_records=advance)[full.options]
+        for each in (engine, wide)
+    )
+    return replace(found, precision=Rung(full, summarise(narrow, reference, seed=trial.seed)))
+
+
+def _is_askable(engine: Engine, request: RankRequest, options: RankOptions) -> bool:
+    try:
+        engine.prompter.build(replace(request, options=options))
+    except RequestError:
+        return False
+    return True
+
+
 class _Search:
     def __init__(
         self,

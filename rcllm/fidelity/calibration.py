@@ -54,6 +54,9 @@ class Calibration:
     )  # what must be met to pass; the same figures may be judged by another one
     recommended: Configuration | None = None  # the cheapest rung that passes it, of the prompts that rank best
     notes: tuple[str, ...] = ()  # what was left out, and why
+    precision: Rung | None = (
+        None  # full recompute as measured here, against that in fp32 with full weights; None: is it
+    )
 
     def check(self, identity: Identity) -> None:
         """Raises ConfigError where this was measured for another model or template."""
@@ -71,7 +74,8 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Writes JSON; the file is whole or not there. Raises DataError."""
         value = {"version": VERSION, **asdict(self)}
-        value["rungs"] = [rung.configuration.to_json() | summary_to_json(rung.summary) for rung in self.rungs]
+        value["rungs"] = [_flat(rung) for rung in self.rungs]
+        value["precision"] = _flat(self.precision) if self.precision else None
         value["recommended"] = self.recommended.to_json() if self.recommended else None
         try:
             write(path, to_json(value, indent=1).encode())
@@ -112,6 +116,10 @@ def passing(rungs: Sequence[Rung], target: Target) -> list[Rung]:
 def summary_to_json(summary: Summary) -> dict[str, Any]:
     """NaN becomes null: JSON has no other word for a figure that is not there."""
     return as_json(summary)
+
+
+def _flat(rung: Rung) -> dict[str, Any]:
+    return rung.configuration.to_json() | summary_to_json(rung.summary)
 
 
 def _read_rung(value: Any) -> Rung:

@@ -62,6 +62,24 @@ def test_calibrate_writes_figures_report_and_records(run: Run, shop: Shop, tmp_p
     assert (out.parent / "shop.json.records.jsonl").read_bytes() == records, "nothing is measured twice"
 
 
+@pytest.mark.filterwarnings("ignore:model.dtype is bf16")
+def test_what_less_than_fp32_costs_is_measured_beside(run: Run, shop: Shop, tmp_path: Path) -> None:
+    """A calibration in bf16 says how far bf16 itself is from fp32, and is none of an engine in fp32."""
+    words = ("calibrate", *shop.on_dataset, *QUICK, *ON, "--levels", "blocks", "--dtype", "bf16")
+    shown = run(*words)
+    assert shown.exit_code == 0, shown.stderr
+    assert "Computing in bf16 with weights full, against fp32 with full ones" in shown.stdout
+    found = Calibration.load(tmp_path / "fidelity.json")
+    assert found.identity.dtype == "bf16"
+    assert found.precision is not None
+    assert found.precision.configuration.level_name == "full"
+    assert found.precision.summary.num_requests == 4
+    assert found.precision.summary.measures["tau"].mean > 0.5
+    refused = run("rank", "--in", shop.requests, *shop.on_items, "--fidelity", tmp_path / "fidelity.json")
+    assert refused.exit_code != 0
+    assert "bf16" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
