@@ -5,6 +5,8 @@ like those of SmolLM2-135M on two cores, 10 % of noise in every pass, and rates 
 `mixed` and `shared` run that model on this machine: paper-shaped rankings at `blocks` with warm items, searches of 32
 beams and texts of 24 tokens whose prompts reuse blocks too.
 
+`arrival` has one such ranking come 50 ms after a text of 400 tokens entered, with the text bounded in several ways.
+
 Ceiling: with estimates that are never wrong all accepted requests are in time and the device is always busy. What
 sharing a segment can save is the share of the pass that reads it, which `shared` measures.
 """
@@ -28,6 +30,7 @@ from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
 from rcllm.config import CacheConfig, Config, ScheduleConfig
 from rcllm.core.decoding import GenerateOptions, GenerateRequest, RecommendRequest, Speculation
 from rcllm.core.ranking import ContentKey, Level, RankOptions, RankRequest
+from rcllm.core.texts import TextRequest
 from rcllm.data import named_items
 from rcllm.engine.engine import Engine
 from rcllm.engine.job import Ticket
@@ -39,17 +42,18 @@ from rcllm.schedule.cost import CostModel, Demand, Rates
 from rcllm.schedule.ladder import Probe, Rung, Taken, budget_ms, choose
 from rcllm.schedule.overload import refusal
 from rcllm.schedule.scheduler import Scheduler
-from rcllm.schedule.work import KindLimits, PassLimits, Work
+from rcllm.schedule.work import NO_LIMIT, KindLimits, PassLimits, Work
 
 QUESTION = (
     "Time of a decision, deadlines kept at 3x overload, error of estimates, and P99 of rankings beside other work"
 )
-PARTS = ("decision", "overload", "cost", "mixed", "shared")
+PARTS = ("decision", "overload", "cost", "mixed", "arrival", "shared")
 TRUE = Rates(4.0, 0.55, 0.2, 8e-8, 6e-5)  # ms, of the machine that is simulated
 WRONG = Rates.first(2 * 135e6, 4 * 30 * 576)  # what the cost model assumes of it at first
 DEADLINE_MS = 2000.0
 _PROBE = -1  # the way of a request that is computed to test its estimate, whatever its deadline
 OVERLOAD = 3.0
+_LONG, _HEAD_START_S = 400, 0.05  # tokens of a text's prompt, and how long before a ranking it comes
 
 
 def main() -> None:
@@ -60,6 +64,7 @@ def main() -> None:
         "overload": lambda: overload(chosen),
         "cost": lambda: cost(machine, chosen),
         "mixed": lambda: mixed(machine, chosen),
+        "arrival": lambda: arrival(machine, chosen),
         "shared": lambda: shared(machine, chosen),
     }
     run_parts("schedule", QUESTION, chosen, parts)
@@ -346,6 +351,59 @@ def mixed(machine: _Machine, chosen: Options) -> dict[str, float]:
         "mixed_alone_p99_ms": percentile(alone, 0.99) * 1e3,
         "mixed_beside_p99_ms": percentile(beside, 0.99) * 1e3,
     }
+
+
+def arrival(machine: _Machine, chosen: Options) -> dict[str, float]:
+    """A ranking that comes while the prompt of a text goes through the layers, by what bounds the text, in turn."""
+    engine, requests = machine()
+    scheduler, generator = engine.loop.scheduler, Generator(engine)
+    words = engine.prompter.tokenizer.encode("A customer bought a lamp, a chair and a table. " * 200)[:_LONG]
+    limits, found = scheduler.limits, dict[str, list[tuple[float, float]]]()
+    for number in range(5 if chosen.quick else 20):
+        request = requests[number % len(requests)]
+        for rows in (None, NO_LIMIT, 128, 64, 32):
+            scheduler.limits = dataclasses.replace(limits, other_rows=rows or NO_LIMIT)
+            text = TextRequest(f"text-{number}", parts=(words,), options=GenerateOptions(max_tokens=1))
+            took = _arriving(engine, request, None if rows is None else partial(engine.submit, generator, text))
+            found.setdefault("alone" if rows is None else str(rows), []).append(took)
+    scheduler.limits = limits
+    found["unbounded"] = found.pop(str(NO_LIMIT))
+    metrics, table = dict[str, float](), list[list[str]]()
+    for name, times in found.items():
+        ratio = statistics.median(own / alone for (own, _), (alone, _) in zip(times, found["alone"], strict=True))
+        own_ms, text_ms = (statistics.median(each) * 1e3 for each in zip(*times, strict=True))
+        metrics |= {f"arrival_ms_{name}": own_ms, f"arrival_ratio_{name}": ratio, f"arrival_text_ms_{name}": text_ms}
+        table.append([name, f"{own_ms:,.0f}", f"{ratio:.2f}", f"{text_ms:,.0f}"])
+    show(f"A ranking beside a prompt of {_LONG} tokens", ["other_rows", "P50 ms", "x alone", "until both ms"], table)
+    return metrics
+
+
+def _arriving(engine: Engine, request: RankRequest, first: Callable[[], object] | None) -> tuple[float, float]:
+    """Seconds until the ranking is answered, and until everything is; `first` was begun before."""
+    over = threading.Event()
+    tickets = [] if first is None else [first()]
+
+    def drive() -> None:
+        while not over.is_set():
+            if not engine.turn():
+                time.sleep(1e-3)
+
+    loop = threading.Thread(target=drive)
+    loop.start()
+    time.sleep(_HEAD_START_S if tickets else 0.0)
+    start = time.perf_counter()
+    ranking = engine.submit(engine.rank_job, request)
+    done_s = [_done_s(each, start) for each in (ranking, *tickets)]
+    over.set()
+    loop.join()
+    return done_s[0], max(done_s)
+
+
+def _done_s(ticket: object, start: float) -> float:
+    assert isinstance(ticket, Ticket)
+    while not ticket.done:
+        time.sleep(5e-4)
+    return time.perf_counter() - start
 
 
 def _latencies(
