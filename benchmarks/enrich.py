@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.baselines import Baseline, Neighbours, Popularity, training_pool
-from benchmarks.fidelity_setup import FULL, POINTWISE, QUICK, SETS, TARGETS, Sizes, kinds, scored
+from benchmarks.fidelity_setup import FULL, POINTWISE, QUICK, SETS, TARGETS, Sizes, scored
 from benchmarks.harness import ROOT, Options, console, dataset, options, run_parts, show
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core.enrichment import NeighbourConfig
@@ -40,7 +40,7 @@ from rcllm.fidelity.intervals import bootstrap
 from rcllm.fidelity.records import RecordFile
 
 QUESTION = "NDCG@10, TTFT and bytes of a block-mask ranker with a score field, with neighbours, and with late fusion"
-VALIDATION = 200  # requests that choose the weight
+VALIDATION = 100  # requests that choose the weight
 DAYS, DAY_S = 10, 86_400  # of new interactions, one after another
 LENGTHS = ((4, 4), (8, 8))  # neighbours, and words of each
 SHORT = "short"
@@ -77,37 +77,37 @@ def main() -> None:
 # ---- quality --------------------------------------------------------------------------------------------------------
 
 
-def quality(name: str, chosen: Options, kept: RecordFile) -> dict[str, float]:
+def quality(name: str, kind: Negatives, chosen: Options, kept: RecordFile) -> dict[str, float]:
     """Every way on the same requests, alone and fused with item-kNN."""
     data = dataset(SETS[name])
-    metrics: dict[str, float] = {}
-    for kind, suffix, count in kinds(sizes_of(chosen)):
-        test = asked(data, name, kind, count, chosen.seed)
-        choosing = asked(data, name, kind, min(count, VALIDATION), chosen.seed, "validation")
-        found = baseline_gains(data, test)
-        weights: dict[str, float] = {}
-        for way in WAYS:
-            if (folder := way.folder) is None:
-                console.print(f"[yellow]{way.name}: no adapter {way.adapter}; left out")
-                continue
-            with engine_of(way.template, data, folder) as engine:
-                validation, held_out = (both(data, engine, some, kept) for some in (choosing, test))
-            fused = f"{way.name} + item-kNN"
-            weights[fused] = best_weight(validation)
-            found[way.name], found[fused] = gains(held_out, 0.0), gains(held_out, weights[fused])
-        rows = []
-        for who, values in found.items():
-            mean = bootstrap([[value] for value in values], seed=chosen.seed)[0]
-            delta = bootstrap([[a - b] for a, b in zip(values, found["item-kNN"], strict=True)], seed=chosen.seed)[0]
-            key = f"{flat(who)}_{name}{suffix}"
-            metrics |= {f"ndcg10_{key}": mean.mean, f"ndcg10_minus_knn_{key}": delta.mean}
-            metrics |= {f"ndcg10_minus_knn_lo_{key}": delta.low, f"ndcg10_minus_knn_hi_{key}": delta.high}
-            if who in weights:
-                metrics[f"weight_{key}"] = weights[who]
-            rows.append([who, str(mean), str(delta), f"{weights[who]:.2f}" if who in weights else ""])
-        metrics[f"requests_{name}{suffix}"] = len(test)
-        columns = ["", "NDCG@10", "minus item-kNN", "weight of item-kNN"]
-        show(f"{data.name}, {kind} candidates, {len(test)} held-out requests, level blocks", columns, rows)
+    sizes = sizes_of(chosen)
+    count, suffix = (sizes.quality, "") if kind == "uniform" else (sizes.popular, "_popular")
+    test = asked(data, name, kind, count, chosen.seed)
+    choosing = asked(data, name, kind, min(count, VALIDATION), chosen.seed, "validation")
+    found = baseline_gains(data, test)
+    weights: dict[str, float] = {}
+    for way in WAYS:
+        if (folder := way.folder) is None:
+            console.print(f"[yellow]{way.name}: no adapter {way.adapter}; left out")
+            continue
+        with engine_of(way.template, data, folder) as engine:
+            validation, held_out = (both(data, engine, some, kept) for some in (choosing, test))
+        fused = f"{way.name} + item-kNN"
+        weights[fused] = best_weight(validation)
+        found[way.name], found[fused] = gains(held_out, 0.0), gains(held_out, weights[fused])
+    metrics: dict[str, float] = {f"requests_{name}{suffix}": len(test), f"validation_{name}{suffix}": len(choosing)}
+    rows = []
+    for who, values in found.items():
+        mean = bootstrap([[value] for value in values], seed=chosen.seed)[0]
+        delta = bootstrap([[a - b] for a, b in zip(values, found["item-kNN"], strict=True)], seed=chosen.seed)[0]
+        key = f"{flat(who)}_{name}{suffix}"
+        metrics |= {f"ndcg10_{key}": mean.mean, f"ndcg10_minus_knn_{key}": delta.mean}
+        metrics |= {f"ndcg10_minus_knn_lo_{key}": delta.low, f"ndcg10_minus_knn_hi_{key}": delta.high}
+        if who in weights:
+            metrics[f"weight_{key}"] = weights[who]
+        rows.append([who, str(mean), str(delta), f"{weights[who]:.2f}" if who in weights else ""])
+    columns = ["", "NDCG@10", "minus item-kNN", "weight of item-kNN"]
+    show(f"{data.name}, {kind} candidates, {len(test)} held-out requests, level blocks", columns, rows)
     return metrics
 
 
@@ -296,7 +296,8 @@ def flat(who: str) -> str:
 
 
 PARTS: dict[str, Callable[[Options, RecordFile], dict[str, float]]] = {
-    **{f"quality_{name}": partial(quality, name) for name in SETS},
+    **{f"quality_{name}": partial(quality, name, "uniform") for name in SETS},
+    **{f"popular_{name}": partial(quality, name, "popularity") for name in SETS},
     **{f"costs_{name}": partial(costs, name) for name in SETS},
     "stability": stability,
 }
