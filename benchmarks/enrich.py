@@ -52,19 +52,21 @@ class Way:
 
     name: str
     template: str
-    adapter: str  # a folder of adapters/, or of the cache folder
+    adapter: str  # a folder of adapters/
+    trained: str = ""  # or of the cache folder, where a training writes
 
     @property
     def folder(self) -> Path | None:
-        kept = cache_dir() / "benchmarks" / self.adapter / "best"
-        return next((path for path in (ROOT / "adapters" / self.adapter, kept) if path.is_dir()), None)
+        places = [ROOT / "adapters" / self.adapter]
+        places += [cache_dir() / "benchmarks" / self.trained / "best"] if self.trained else []
+        return next((path for path in places if path.is_dir()), None)
 
 
 NOTHING = Way("committed", "echo", "smollm2-135m-blocks")
 WAYS = (
     NOTHING,
-    Way("scored", "echo_scored", "enrich-scored"),
-    Way("enriched", "echo_enriched", "enrich-neighbours"),
+    Way("scored", "echo_scored", "smollm2-135m-scored", "enrich-scored"),
+    Way("enriched", "echo_enriched", "smollm2-135m-enriched", "enrich-neighbours"),
 )
 
 
