@@ -275,7 +275,8 @@ def stability(chosen: Options, kept: RecordFile) -> dict[str, float]:
         "items_changed_a_day_without_rule": statistics.mean(would),
     }
     columns = ["a day", "mean", "share of items"]
-    table = [[key, f"{value:.1f}", f"{value / len(data.catalogue):.1%}"] for key, value in means.items()]
+    shares = {key: f"{value / len(data.catalogue):.1%}" for key, value in means.items() if key.startswith("items")}
+    table = [[key, f"{value:.1f}", shares.get(key, "")] for key, value in means.items()]
     show(f"MovieLens-100K, {len(data.catalogue):,} items, the last {len(days)} days with interactions", columns, table)
     return {f"{key}_movielens": value for key, value in means.items()} | {"items_movielens": len(data.catalogue)}
 
