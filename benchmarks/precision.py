@@ -1,10 +1,11 @@
 """What does less than fp32 gain on this processor, and what does it cost in scores and quality?
 
 Regime: SmolLM2-135M on the CPU, one request at a time, our own fp32 and every other variant in turns on the same work
-in one run; speed-ups are medians of the ratios of neighbours. `blocks`: rankings of paper-shaped prompts at level
-`blocks`, all but the end of the prompt warm; `prefill`: a cold prefill of 2,000 tokens; `decode`: one row over a prompt
-of 500 tokens, with the logits of the vocabulary; `beam`: 128 rows over one of 250; `tau`: the untuned model's labels at
-`full`; `ndcg`: the block-mask ranker at `blocks` on held-out users, paired with fp32.
+in one run; speed-ups are medians of the ratios of neighbours. `int8_weights`: weights in int8, products in fp32;
+`int8`: products in bf16 as well. `blocks`: rankings of paper-shaped prompts at level `blocks`, all but the end of the
+prompt warm; `prefill`: a cold prefill of 2,000 tokens; `decode`: one row over a prompt of 500, with the logits of the
+vocabulary; `beam`: 128 rows over one of 250; `tau`: the untuned model's labels at `full`; `ndcg`: the block-mask ranker
+at `blocks` on held-out users, paired with fp32.
 
 Ceiling: FLOPs over the rate that this variant's products reach here (`measure_gemm`, torch's or ours, whichever is
 faster), plus bytes of KV over the bandwidth; printed beside. Where bf16 is imitated the speed-ups are below 1.
@@ -45,8 +46,14 @@ from rcllm.reuse.assemble import assemble
 from rcllm.reuse.plan import Planned, plan
 
 QUESTION = "Speed, score shift and NDCG@10 of the precisions of products on this CPU, against our own fp32"
-VARIANTS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"dtype": "bf16"}}  # fields of ModelConfig
-PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # whose measured rate is the floor
+VARIANTS: dict[str, dict[str, Any]] = {  # fields of ModelConfig
+    "fp32": {},
+    "bf16": {"dtype": "bf16"},
+    "int8_weights": {"weights": "int8"},  # products in fp32
+    "int8": {"weights": "int8", "dtype": "bf16"},
+}
+# whose measured rate is the floor
+PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8_weights": torch.float32, "int8": torch.bfloat16}
 SET = "scientific"
 PREFILL_TOKENS, DECODE_TOKENS, BEAM_TOKENS, BEAMS = 2000, 500, 250, 128
 POOL_MB = 2000

@@ -20,7 +20,7 @@ from rcllm.model.attend.contract import Attend, Attended, Beside, merge
 from rcllm.model.attend.native import kernels
 from rcllm.model.attend.segments import Group
 from rcllm.model.ops import Linear, Matrix, NativeOps, Ops, TorchOps
-from rcllm.model.quantised import Quantised, quantise
+from rcllm.model.quantised import quantise
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, Weights
@@ -139,15 +139,15 @@ class Decoder:
         """
         self.spec, self.backend, self.products, self.kept = spec, backend, products, kept
         self.device, self.dtype = weights.embed.device, weights.embed.dtype  # the dtype of hidden states and fresh KV
-        self.matrix_bytes = self.num_rounded = 0  # of the matrices, but for the packed head; those that int8 changed
-        self.embed, self.final_norm = self._table(weights.embed), weights.final_norm
-        self.lm_head = self.embed if weights.lm_head is weights.embed else self._table(weights.lm_head)
         self.max_positions = min(spec.max_positions, max_positions or spec.max_positions)
         self.rope = Rope.of(spec, self.max_positions, self.device)
         self.kernels = kernels() if native_fits(spec, self.dtype, self.device) else None
         self._ops: Ops = TorchOps(spec, self.rope, products)
         if self.kernels:
             self._ops = NativeOps(spec, self.rope, self.kernels, products)
+        self.matrix_bytes = self.num_rounded = 0  # of all matrices but the packed head; those that int8 changed
+        self.embed, self.final_norm = self._table(weights.embed), weights.final_norm
+        self.lm_head = self.embed if weights.lm_head is weights.embed else self._table(weights.lm_head)
         self._layers = [self._layer(w) for w in weights.layers]
 
     @property
@@ -158,19 +158,23 @@ class Decoder:
     def _table(self, weight: torch.Tensor) -> Matrix:
         """Of a row for each token."""
         rounded = weight.bfloat16() if self.products == "bf16" and self.kept == "full" else weight
-        return self._counted(self._kept_as(rounded))
+        return self._as_kept(rounded, rounded.itemsize)
 
-    def _kept_as(self, weight: torch.Tensor) -> Matrix:
-        return quantise(weight) if self.kept == "int8" else weight
-
-    def _counted(self, matrix: Matrix) -> Matrix:
+    def _as_kept(self, weight: torch.Tensor, item_bytes: int) -> Matrix:
+        """As it is, in `item_bytes` a value, or in levels; counted."""
+        if self.kept == "full":
+            self.matrix_bytes += weight.numel() * item_bytes
+            return weight
+        matrix = quantise(weight)
         self.matrix_bytes += matrix.nbytes
-        self.num_rounded += isinstance(matrix, Quantised) and not matrix.is_exact
+        self.num_rounded += not matrix.is_exact
         return matrix
 
     def _layer(self, w: LayerWeights) -> _Layer:
+        item_bytes = 2 if self.products == "bf16" and self.kernels else w.qkv.itemsize
+
         def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-            return self._ops.linear(self._counted(self._kept_as(weight)), bias)
+            return self._ops.linear(self._as_kept(weight, item_bytes), bias)
 
         matrices = linear(w.qkv, w.qkv_bias), linear(w.o, w.o_bias), linear(w.gate_up, None), linear(w.down, None)
         return _Layer(w.input_norm, w.post_norm, w.q_norm, w.k_norm, *matrices)

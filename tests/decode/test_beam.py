@@ -23,22 +23,27 @@ from rcllm.decode.beam import BeamPrompt, BeamSearch, BeamTask, Found, items_of
 from rcllm.decode.beam_kv import StepBuffer, joined
 from rcllm.model.attend.segments import Group, Segment
 from rcllm.model.decoder import Decoder, Keep, Pass
+from rcllm.model.quantised import quantise
 from rcllm.model.weights import load_model
 from tests.reference.beam import hugging_face_beam, model_log_probs, slow_beam
 from tests.tiny_models import tiny_model
 
 VOCAB = 160
-FAMILIES = ("qwen3", "llama")  # the compiled kernels, and plain torch
+FAMILIES = ("qwen3", "qwen3, int8", "llama")  # the compiled kernels, also with weights in int8, and plain torch
 SAFE = 2e-5  # scores that differ by less may come in either order: fp32 adds up in another order
 
 
 @functools.cache
 def _models(family: str) -> tuple[Decoder, Any]:
-    """A tiny random model, ours and theirs."""
+    """A tiny random model, ours and theirs; in int8 theirs holds the values that ours rounds to."""
+    shape, _, kept = family.partition(", ")
     with tempfile.TemporaryDirectory() as folder:
-        path = tiny_model(family, Path(folder), vocab_size=VOCAB)
-        decoder = Decoder(*load_model(path, torch.float32, "cpu"))
+        path = tiny_model(shape, Path(folder), vocab_size=VOCAB)
+        decoder = Decoder(*load_model(path, torch.float32, "cpu"), kept=kept or "full")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for weight in model.parameters() if kept else ():
+        if weight.dim() == 2:
+            weight.data = quantise(weight.data).widen()
     model.generation_config.eos_token_id = None
     return decoder, model.eval()
 
