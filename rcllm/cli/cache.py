@@ -7,10 +7,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING
 
+from rcllm.cli.clustered import ServeRecipe, check_extra, cluster_of, configured_by, is_file
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
-from rcllm.cli.options import EngineOptions, ItemOptions, StoreOptions
-from rcllm.cli.screen import busy, console, warm_with_progress
+from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, StoreOptions
+from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, warm_with_progress
 from rcllm.cli.tables import facts_table
 from rcllm.core.ranking import ContentKey, Item
 from rcllm.data.catalogue import field_shares
@@ -20,7 +23,13 @@ from rcllm.engine.tiers import folder_of
 from rcllm.engine.warmed import remove_stale
 from rcllm.engine.warming import WarmProgress, blocks_to_warm
 from rcllm.errors import ConfigError
+from rcllm.late import Late
 from rcllm.model.pull import pull
+
+if TYPE_CHECKING:
+    from rcllm.on_ray import jobs
+else:
+    jobs = Late("rcllm.on_ray.jobs")
 
 
 def pull_command(
@@ -38,8 +47,12 @@ def warm_command(
     store: StoreOptions,
     limit: int | None,
     dry_run: bool,
+    cluster: str | None,
 ) -> None:
     """Prints what was computed, and what the catalogue needs."""
+    if cluster is not None:
+        _warm_cluster(cluster, engine_options, item_options, store, only_one={"--limit": limit, "--dry-run": dry_run})
+        return
     inputs = load_inputs(item_options)
     config = make_config(engine_options, store=None if dry_run else store)
     if not dry_run and not config.store.enabled:
@@ -58,6 +71,35 @@ def warm_command(
         facts |= {"removed": removed} if removed else {}
     title = "Warming (dry run: nothing is kept)" if dry_run else f"Warmed, and kept in {folder_of(config.store)}"
     console().print(facts_table(title, facts))
+
+
+def _warm_cluster(
+    cluster: str,
+    engine_options: EngineOptions,
+    items: ItemOptions,
+    store: StoreOptions,
+    only_one: Mapping[str, object],
+) -> None:
+    """The shard of each replica, into the store that this replica will open."""
+    check_extra()
+    if given := [name for name, value in only_one.items() if value]:
+        raise ConfigError(f"{given[0]} is for one process: leave it out with --cluster, which warms whole shards")
+    config = make_config(configured_by(engine_options, cluster) if is_file(cluster) else engine_options, store=store)
+    if not config.store.enabled:
+        raise ConfigError("there is no store to warm (--no-store, or store.enabled = false)")
+    section = cluster_of(cluster, config)
+    made = ServeRecipe(config, section, items, FidelityOptions())
+    shards = jobs.shards(made, section)
+    with interruptible(GOES_ON), jobs.processes(partial(jobs.warms, made), section) as warms, progress() as bar:
+        task = bar.add_task("warming shards, items", total=sum(map(len, shards)))
+        facts: dict[str, str] = {}
+        for warmed in warms(enumerate(shards)):
+            bar.advance(task, warmed.num_items)
+            done = warmed.done
+            blocks = f"{done.done_blocks:,} of {done.total_blocks:,} blocks of {warmed.num_items:,} items"
+            new = f"{done.computed_tokens:,} tokens, {done.computed_bytes / 1e6:,.1f} MB in {done.elapsed_s:,.1f} s"
+            facts[f"replica {warmed.node}"] = f"{blocks}{' (full)' if done.full else ''}; computed now: {new}"
+    console().print(facts_table(f"Warmed, and kept in {folder_of(config.store)}", facts))
 
 
 def _by_popularity(inputs: Inputs) -> list[Item]:

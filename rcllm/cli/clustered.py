@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rcllm.cache.heap import share_arenas
 from rcllm.cli.calibrated import admission_from, check_level
 from rcllm.cli.inputs import Inputs, context_requests, load_inputs
-from rcllm.cli.options import FidelityOptions, ItemOptions
+from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions
 from rcllm.config import ClusterConfig, Config, ModelConfig
 from rcllm.core.ranking import ItemId
 from rcllm.engine.engine import Engine
@@ -38,6 +38,16 @@ _LOCAL = "local:"
 def is_file(cluster: str) -> bool:
     """Whether the option names a configuration file."""
     return not cluster.startswith(_LOCAL)
+
+
+def configured_by(options: EngineOptions, cluster: str) -> EngineOptions:
+    """The options with the file that `--cluster` names as their configuration. Raises ConfigError."""
+    if options.config is not None:
+        raise ConfigError(
+            f"the configuration is named twice, as --config {options.config} and as --cluster {cluster}; put the "
+            "section [cluster] into the one file, and name it by --cluster"
+        )
+    return replace(options, config=Path(cluster))
 
 
 def cluster_of(cluster: str, config: Config) -> ClusterConfig:

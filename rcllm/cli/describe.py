@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rcllm.cache.heap import share_arenas
+from rcllm.cli.clustered import check_extra, cluster_of, configured_by, is_file
 from rcllm.cli.commands.describe import JobOptions, SpeculationOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, ItemOptions
 from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
+from rcllm.config import ClusterConfig, Config
 from rcllm.core.decoding import Speculation
 from rcllm.data import Catalogue
-from rcllm.describe.checkpoint import rejects_file
+from rcllm.describe.checkpoint import Described, rejects_file
 from rcllm.describe.estimate import Estimate, cost_per_million, estimate, hours_per_million
-from rcllm.describe.job import Progress, Report, describe
+from rcllm.describe.job import Describing, Part, Progress, Report, describe
 from rcllm.describe.options import DescribeOptions, Kind, check_options
 from rcllm.describe.profiles import Parse, Profile, catalogue_digest, items, survey, users
 from rcllm.describe.repeats import find_repeats, read_once
 from rcllm.describe.writer import GeneratorWriter, make_router, provenance_of
+from rcllm.drafts.groups import Router
 from rcllm.errors import ConfigError
 from rcllm.fetch import digest
+from rcllm.late import Late
 from rcllm.prompt.template import Template
+
+if TYPE_CHECKING:
+    from rcllm.on_ray import jobs, recipe
+else:
+    jobs, recipe = (Late(f"rcllm.on_ray.{name}") for name in ("jobs", "recipe"))
 
 
 def describe_command(
@@ -39,6 +50,8 @@ def describe_command(
 ) -> None:
     """Runs the job, or estimates it."""
     _check_speculation(speculation, options.kind)
+    if job.cluster is not None:
+        engine_options = _check_cluster(job, speculation, engine_options)
     options = replace(options, speculation=_speculation(speculation))
     check_options(options)
     engine_options = replace(engine_options, template=engine_options.template or f"describe_{options.kind}")
@@ -80,7 +93,10 @@ def describe_command(
         console().print(facts_table("A dry run: nothing was written", _estimate_facts(found, job.price_per_hour)))
         return
     total = counted.num_profiles if options.limit is None else min(options.limit, counted.num_profiles)
-    with interruptible(GOES_ON), _bar(options.kind, total) as show:
+    section = config.cluster if job.cluster is None else cluster_of(job.cluster, config)
+    process = Process(config, item_options, options, router, writer.identity, section)
+    several = nullcontext() if job.cluster is None else jobs.processes(process, section)
+    with interruptible(GOES_ON), several as describes, _bar(options.kind, total) as show:
         report = describe(
             read,
             writer,
@@ -90,11 +106,51 @@ def describe_command(
             settings=settings | {"config": writer.identity},
             pools=speculation.pools,
             strict=job.strict,
+            describes=describes,
             on_progress=show,
         )
     if report.rejects is not None:
         say(_told_rejects(report))
     console().print(facts_table("Described", _facts(report, options, job.price_per_hour)))
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One of several that describe: what it needs to make its own engine, at another place. It is pickled."""
+
+    config: Config
+    items: ItemOptions
+    options: DescribeOptions
+    router: Router | None
+    identity: str  # of the writer that leads the job
+    cluster: ClusterConfig
+
+    def __call__(self, number: int) -> Callable[[Part], tuple[Part, list[tuple[int, Described]]]]:
+        """Raises ConfigError where this process would write other texts."""
+        share_arenas()
+        config = recipe.for_node(self.config, self.cluster, number)
+        engine = make_engine(config, _catalogue(self.options.kind, self.items))
+        writer = GeneratorWriter(engine, self.options, self.router)
+        if writer.identity != self.identity:
+            raise ConfigError(
+                f"process {number} has another model, template or catalogue at these paths than the one that leads the "
+                "job: give every machine the same files"
+            )
+        describing = Describing(writer, self.options, provenance_of(engine))
+        return lambda part: (part, list(describing.rows(part.profiles)))
+
+
+def _check_cluster(job: JobOptions, speculation: SpeculationOptions, options: EngineOptions) -> EngineOptions:
+    """Raises ConfigError for what one process alone can do."""
+    assert job.cluster is not None
+    check_extra()
+    if speculation.pools is not None:
+        raise ConfigError(
+            "--pools are of one process, and each of a cluster drafts from its own answers: leave one out"
+        )
+    if job.dry_run:
+        raise ConfigError("--dry-run measures this machine: leave out --cluster")
+    return configured_by(options, job.cluster) if is_file(job.cluster) else options
 
 
 @contextmanager

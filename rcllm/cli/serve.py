@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rcllm.cli.calibrated import admission_from, check_level
-from rcllm.cli.clustered import ServeRecipe, check_extra, cluster_of, is_file, recommender_of
+from rcllm.cli.clustered import ServeRecipe, check_extra, cluster_of, configured_by, is_file, recommender_of
 from rcllm.cli.commands.serve import ServerOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, StoreOptions
@@ -52,7 +52,7 @@ def serve_command(
 ) -> None:
     """Serves until a signal comes."""
     if cluster is not None and is_file(cluster):
-        engine_options = _configured_by(engine_options, cluster)
+        engine_options = configured_by(engine_options, cluster)
     if name is not None and engine_options.model is not None:
         raise ConfigError(f"the model is named twice, as {name} and as --model {engine_options.model}; name it once")
     engine_options = replace(engine_options, model=name or engine_options.model)
@@ -80,15 +80,6 @@ def serve_command(
     with engine, nullcontext() if recommender is None else recommender.engine:
         shown = viewers.viewers_of(inputs.dataset.interactions) if demo and inputs.dataset is not None else ()
         run.serve(backend, config.server, lambda address: _tell(address, config.server, inputs), shown, traces)
-
-
-def _configured_by(options: EngineOptions, cluster: str) -> EngineOptions:
-    if options.config is not None:
-        raise ConfigError(
-            f"the configuration is named twice, as --config {options.config} and as --cluster {cluster}; put the "
-            "section [cluster] into the one file, and name it by --cluster"
-        )
-    return replace(options, config=Path(cluster))
 
 
 def _serve_cluster(

@@ -38,6 +38,19 @@ class Answer:
     num_divergences: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows that are described, and kept, together."""
+
+    profiles: tuple[Profile, ...]
+    rejects: tuple[Reject, ...]
+    last_row: int
+
+
+# Describes parts: gives each back, in their order, with places in its profiles and their rows, as they are complete.
+Describes = Callable[[Iterable[Part]], Iterator[tuple[Part, Iterable[tuple[int, Described]]]]]
+
+
 class Writer(Protocol):
     """Generates text. `write` may learn from its answers (drafting pools); `save` and `load` keep what it learnt."""
 
@@ -106,6 +119,7 @@ def describe(
     settings: Settings | None = None,
     pools: Path | None = None,
     strict: bool = False,
+    describes: Describes | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     clock: Callable[[], float] = time.perf_counter,
@@ -114,13 +128,16 @@ def describe(
 
     `rows(after)`: the rows beyond row `after` of the input, in order. `settings`: what else the output depends on (the
     input's digest, the template): a job is resumed only with equal ones. `pools`: drafting pools of earlier jobs to
-    start from, and where they are kept at the end. `strict`: a row that cannot be described is an error. `now`: stamps
-    answers; `clock`: seconds, for rates. Raises ConfigError, DataError and what `writer` raises.
+    start from, and where they are kept at the end. `strict`: a row that cannot be described is an error. `describes`:
+    who describes the parts in place of `writer`, such as other processes. `now`: stamps answers; `clock`: seconds, for
+    rates. Raises ConfigError, DataError and what `writer` raises.
     """
     check_options(options)
     noted = asdict(options) | {"speculation": str(options.speculation)}
     whole = {**noted, "pools": str(pools) if pools else None, **asdict(provenance), **(settings or {})}
-    job = _Job(writer, options, provenance, strict, now, clock)
+    if describes is None:
+        describes = Describing(writer, options, provenance, now).parts
+    job = _Job(writer, options, strict, describes, clock)
     with JobCheckpoint(out, whole) as checkpoint:
         before = checkpoint.done
         spent = Rate(0, 0, 0.0)
@@ -149,71 +166,20 @@ def row_seed(seed: int, name: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    profiles: tuple[Profile, ...]
-    rejects: tuple[Reject, ...]
-    last_row: int
+class Describing:
+    """Makes the rows of the output with one writer."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Job:
     writer: Writer
     options: DescribeOptions
     provenance: Provenance
-    strict: bool
-    now: Callable[[], datetime]
-    clock: Callable[[], float]
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
 
-    def run(
-        self, rows: Iterable[Profile | Reject], checkpoint: JobCheckpoint, on_progress: Callable[[Progress], None]
-    ) -> Rate:
-        """Part by part, to the end of the rows or to the limit."""
-        started, before, spent = self.clock(), checkpoint.done.num_profiles, Rate(0, 0, 0.0)
-        for part in self.parts(rows, _left(self.options.limit, before)):
-            described: dict[int, Described] = {}
-            for place, row in self.described(part.profiles):
-                described[place] = row
-                spent = Rate(spent.num_profiles + 1, spent.num_tokens + row.num_tokens, self.clock() - started)
-                on_progress(Progress(checkpoint.done, before + spent.num_profiles, spent))
-            in_order = [described[place] for place in range(len(part.profiles))]
-            checkpoint.commit(in_order, part.rejects, part.last_row, self.writer.save)
-        return spent
+    def parts(self, parts: Iterable[Part]) -> Iterator[tuple[Part, Iterable[tuple[int, Described]]]]:
+        """See `Describes`."""
+        for part in parts:
+            yield part, self.rows(part.profiles)
 
-    def parts(self, rows: Iterable[Profile | Reject], left: int | None) -> Iterator[_Part]:
-        """Cuts the rows into parts of `checkpoint_every` profiles that can be answered, up to `left` of them."""
-        profiles: list[Profile] = []
-        rejects: list[Reject] = []
-        last_row = 0
-        size = self.options.checkpoint_every if left is None else min(left, self.options.checkpoint_every)
-        for row in rows if size else ():
-            last_row = row.row
-            checked = self._checked(row)
-            if isinstance(checked, Reject):
-                rejects.append(checked)
-                continue
-            profiles.append(checked)
-            if len(profiles) == size:
-                yield _Part(tuple(profiles), tuple(rejects), last_row)
-                left = None if left is None else left - size
-                size = size if left is None else min(left, size)
-                profiles, rejects = [], []
-                if not size:
-                    return
-        if profiles or rejects:
-            yield _Part(tuple(profiles), tuple(rejects), last_row)
-
-    def _checked(self, row: Profile | Reject) -> Profile | Reject:
-        if isinstance(row, Profile):
-            try:
-                self.writer.num_prompt_tokens(row)
-                return row
-            except RequestError as error:
-                row = Reject(row.row, row.name, str(error))
-        if self.strict:
-            raise DataError(f"row {row.row}: {row.reason}; leave out --strict to go on without such rows")
-        return row
-
-    def described(self, profiles: Sequence[Profile]) -> Iterator[tuple[int, Described]]:
+    def rows(self, profiles: Sequence[Profile]) -> Iterator[tuple[int, Described]]:
         """Places in `profiles` and their rows, as they are complete."""
         seeds = [row_seed(self.options.seed, profile.name) for profile in profiles]
         for place, answer in self.writer.write(profiles, seeds):
@@ -238,6 +204,64 @@ class _Job:
             speculation=str(self.options.speculation),
             rcllm_version=self.provenance.version,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    writer: Writer
+    options: DescribeOptions
+    strict: bool
+    describes: Describes
+    clock: Callable[[], float]
+
+    def run(
+        self, rows: Iterable[Profile | Reject], checkpoint: JobCheckpoint, on_progress: Callable[[Progress], None]
+    ) -> Rate:
+        """Part by part, to the end of the rows or to the limit."""
+        started, before, spent = self.clock(), checkpoint.done.num_profiles, Rate(0, 0, 0.0)
+        for part, complete in self.describes(self.parts(rows, _left(self.options.limit, before))):
+            described: dict[int, Described] = {}
+            for place, row in complete:
+                described[place] = row
+                spent = Rate(spent.num_profiles + 1, spent.num_tokens + row.num_tokens, self.clock() - started)
+                on_progress(Progress(checkpoint.done, before + spent.num_profiles, spent))
+            in_order = [described[place] for place in range(len(part.profiles))]
+            checkpoint.commit(in_order, part.rejects, part.last_row, self.writer.save)
+        return spent
+
+    def parts(self, rows: Iterable[Profile | Reject], left: int | None) -> Iterator[Part]:
+        """Cuts the rows into parts of `checkpoint_every` profiles that can be answered, up to `left` of them."""
+        profiles: list[Profile] = []
+        rejects: list[Reject] = []
+        last_row = 0
+        size = self.options.checkpoint_every if left is None else min(left, self.options.checkpoint_every)
+        for row in rows if size else ():
+            last_row = row.row
+            checked = self._checked(row)
+            if isinstance(checked, Reject):
+                rejects.append(checked)
+                continue
+            profiles.append(checked)
+            if len(profiles) == size:
+                yield Part(tuple(profiles), tuple(rejects), last_row)
+                left = None if left is None else left - size
+                size = size if left is None else min(left, size)
+                profiles, rejects = [], []
+                if not size:
+                    return
+        if profiles or rejects:
+            yield Part(tuple(profiles), tuple(rejects), last_row)
+
+    def _checked(self, row: Profile | Reject) -> Profile | Reject:
+        if isinstance(row, Profile):
+            try:
+                self.writer.num_prompt_tokens(row)
+                return row
+            except RequestError as error:
+                row = Reject(row.row, row.name, str(error))
+        if self.strict:
+            raise DataError(f"row {row.row}: {row.reason}; leave out --strict to go on without such rows")
+        return row
 
 
 def _left(limit: int | None, num_done: int) -> int | None:

@@ -55,7 +55,7 @@ _AT_ONCE = 10_000  # envelopes at one replica: its own queue decides what is too
 
 # What Ray's own processes read. Nothing is told to anybody; replicas are no background jobs, as which Ray begins its
 # processes; and a busy machine takes longer than Ray's few seconds to begin a proxy, which would be begun anew.
-_RAY = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
@@ -195,7 +195,7 @@ def running(recipe: Recipe, cluster: ClusterConfig) -> Iterator[str]:
     port = server.port or _free_port(server.host)
     check_free(replace(server, port=port))
     plan = Plan(recipe, cluster, uuid.uuid4().hex)
-    _begin_ray(cluster)
+    begin_ray(cluster)
     try:
         with suppress(TimeoutError):  # of the proxy: on a busy machine it may take longer, and comes all the same
             serve.start(http_options=HTTPOptions(host=server.host, port=port))
@@ -235,8 +235,9 @@ def local(cluster: ClusterConfig, replicas: int) -> ClusterConfig:
     return replace(cluster, replicas=replicas, address="", cpus=float(cpus))
 
 
-def _begin_ray(cluster: ClusterConfig) -> None:
-    for name, value in _RAY.items():
+def begin_ray(cluster: ClusterConfig) -> None:
+    """Connects this process with the Ray cluster that is named, or begins one on this machine."""
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     if cluster.address:

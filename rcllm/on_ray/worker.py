@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -50,6 +50,15 @@ class Changes(Protocol):
     """The ledger, as a replica reads it."""
 
     async def since(self, version: int) -> Page: ...
+
+
+def shard_of(placement: Placement, node: int, catalogue: Container[ItemId]) -> tuple[ItemId, ...]:
+    """The items that are placed on a replica and in the catalogue, replicated ones first."""
+    if node >= placement.room.num_nodes:
+        return ()
+    held = np.flatnonzero(placement.held_by(node))
+    ordered = held[np.argsort(~placement.replicated[held], kind="stable")]
+    return tuple(i for number in ordered if (i := placement.item_ids[number]) in catalogue)
 
 
 class Worker:
@@ -96,13 +105,8 @@ class Worker:
             self._loading = asyncio.ensure_future(self._load_shard(warm=True))
 
     def shard(self) -> tuple[ItemId, ...]:
-        """The items that are placed here and in the catalogue, replicated ones first."""
-        placement = self._placement
-        if self.node >= placement.room.num_nodes:
-            return ()
-        held = np.flatnonzero(placement.held_by(self.node))
-        ordered = held[np.argsort(~placement.replicated[held], kind="stable")]
-        return tuple(i for number in ordered if (i := placement.item_ids[number]) in self._engine.catalogue)
+        """See `shard_of`."""
+        return shard_of(self._placement, self.node, self._engine.catalogue)
 
     async def _load_shard(self, warm: bool) -> None:
         """Computes what is missing, in the background; what lower tiers have counts as held."""

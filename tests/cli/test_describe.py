@@ -276,3 +276,26 @@ def test_the_dry_run_names_the_first_row_that_cannot_be_used(run: Run, shop: Sho
     assert shown.exit_code == 0, shown.stderr
     assert re.search(r"rows +1 to describe, 2 that cannot be used", shown.stdout)
     assert re.search(r"first bad row +\d: .*… and 1 more", shown.stdout)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_processes_write_what_one_writes(run: Run, shop: Shop, users: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'rcllm[cluster]'")
+    one, several = tmp_path / "one.parquet", tmp_path / "several.parquet"
+    assert run(*_words(shop, users, one)).exit_code == 0
+    shown = run(*_words(shop, users, several, "--cluster", "local:2", "--checkpoint-every", "5"))
+    assert shown.exit_code == 0, shown.stderr
+    assert _texts(several) == _texts(one)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(("--pools", "drafts"), "each of a cluster drafts from its own answers"), (("--dry-run",), "leave out --cluster")],
+)
+def test_what_several_processes_cannot_do(
+    run: Run, shop: Shop, users: Path, tmp_path: Path, words: tuple[str, ...], told: str
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'rcllm[cluster]'")
+    shown = run(*_words(shop, users, tmp_path / "out.parquet", "--cluster", "local:2", *words))
+    assert shown.exit_code == 2
+    assert told in shown.stderr

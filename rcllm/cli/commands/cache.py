@@ -22,6 +22,13 @@ def warm(
     store: StoreOptions,
     limit: Annotated[int | None, Ge(1), Opt("Only the first N items, the most popular first; the rest waits.")] = None,
     dry_run: Annotated[bool, Opt("Keep nothing: compute --limit items, and say what the catalogue needs.")] = False,
+    cluster: Annotated[
+        str | None,
+        Opt(
+            "Compute the shard of each replica of `rcllm serve --cluster`, with as many processes, on Ray.",
+            metavar="local:N|FILE",
+        ),
+    ] = None,
 ) -> None:
     """Compute a catalogue ahead of requests, and keep it on disk.
 

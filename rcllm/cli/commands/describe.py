@@ -54,6 +54,15 @@ class JobOptions:
     strict: Annotated[bool, Opt("Stop at the first row that cannot be used.", panel=_JOB)] = False
     dry_run: Annotated[bool, Opt("Count, measure a few answers, estimate; write nothing.", panel=_JOB)] = False
     price_per_hour: Annotated[float | None, Ge(0), Opt("Of this machine, to tell the cost.", panel=_JOB)] = None
+    cluster: Annotated[
+        str | None,
+        Opt(
+            "Describe with several processes, on Ray: local:4 begins four on this machine; a file is the "
+            "configuration, with a section [cluster].",
+            metavar="local:N|FILE",
+            panel=_JOB,
+        ),
+    ] = None
 
 
 @spread("rcllm.cli.describe:describe_command")
