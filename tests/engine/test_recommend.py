@@ -6,6 +6,7 @@ import functools
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -42,17 +43,17 @@ def _model() -> Path:
 
 
 @functools.cache
-def _engine() -> Engine:
+def _engine(dtype: Literal["fp32", "bf16"] = "fp32") -> Engine:
     config = Config(
-        ModelConfig(path=str(_model()), device="cpu"),
+        ModelConfig(path=str(_model()), device="cpu", dtype=dtype),
         PromptConfig(template="sid"),
         CacheConfig(pool_mb=64, kv_dtype="fp32"),
     )
     return Engine.build(items_of_codes(_code_index()), config)
 
 
-def _recommender(beam_rows: int = BEAM_ROWS) -> Recommender:
-    return Recommender(_engine(), LiveCodes(_code_index()), Vocabulary(SIZES).code_tokens, beam_rows=beam_rows)
+def _recommender(beam_rows: int = BEAM_ROWS, dtype: Literal["fp32", "bf16"] = "fp32") -> Recommender:
+    return Recommender(_engine(dtype), LiveCodes(_code_index()), Vocabulary(SIZES).code_tokens, beam_rows=beam_rows)
 
 
 def _ask(name: str, *events: int, **fields: object) -> RecommendRequest:
@@ -106,10 +107,11 @@ def test_the_exact_prompt_does_not_depend_on_what_is_cached() -> None:
 
 
 @pytest.mark.parametrize("beam_rows", [BEAM_ROWS, 50, 1])
-def test_batches_answer_as_each_request_alone(beam_rows: int) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_batches_answer_as_each_request_alone(beam_rows: int, dtype: Literal["fp32", "bf16"]) -> None:
     requests = _many(12)
-    alone = _recommender()
-    together = answered(_recommender(beam_rows).recommend_batch(requests))
+    alone = _recommender(dtype=dtype)
+    together = answered(_recommender(beam_rows, dtype).recommend_batch(requests))
     for ours, request in zip(together, requests, strict=True):
         _same(ours, alone.recommend(request))
 
