@@ -48,6 +48,7 @@ from rcllm.server.keys import check_address
 from rcllm.server.run import check_free
 from rcllm.server.spans import open_spans
 
+logger = logging.getLogger(__name__)
 ENGINE, FRONT = "engine", "front"  # deployments
 _PROXY_S, _LOOK_S = 120.0, 0.2  # until Ray's proxy listens, and how often that is looked at
 _AT_ONCE = 10_000  # envelopes at one replica: its own queue decides what is too much
@@ -219,14 +220,13 @@ def run(recipe: Recipe, cluster: ClusterConfig, on_listening: Callable[[str], No
             raise KeyboardInterrupt
         ended.set()
 
-    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with running(recipe, cluster) as address:
-            on_listening(address)
-            ended.wait()
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    with running(recipe, cluster) as address:
+        for each in (signal.SIGINT, signal.SIGTERM):  # after Ray has begun, which has handlers of its own
+            signal.signal(each, end)
+        on_listening(address)
+        while not ended.wait(_LOOK_S):
+            pass
+        logger.info("draining: requests under way are answered, no new ones are taken; a second signal ends at once")
 
 
 def local(cluster: ClusterConfig, replicas: int) -> ClusterConfig:

@@ -54,7 +54,7 @@ def replicas() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.cmdline()[:1] == ["ray::ServeReplica:rcllm:engine"]:
+            if " ".join(process.cmdline()).startswith("ray::ServeReplica:rcllm:engine"):  # then what it does
                 found.append(process)
         except psutil.Error:  # it ended while it was looked at
             continue
