@@ -118,7 +118,8 @@ def decide(
     tied = np.flatnonzero(scores >= best - _SAME)
     if len(tied) > 1:
         history = count_held(view, request.history)[tied]
-        tied = tied[np.lexsort((tied, view.queue_s[tied], -history))]
+        turn = (tied - request.number) % view.num_nodes  # nodes that nothing tells apart take turns
+        tied = tied[np.lexsort((turn, view.queue_s[tied], -history))]
     if hits is None:
         hits = count_held(view, request.items)
     return Decision(int(tied[0]), policy, hits, scores, unit, len(request.items), view.names, view.up)

@@ -67,6 +67,12 @@ def test_a_lookup_knows_better_than_a_rate() -> None:
     assert ready_s(at, asked("a")).tolist() == [3, 4, 4]
 
 
+@pytest.mark.parametrize("name", ["affinity", "ttft", "hit_only", "load_only"])
+def test_nodes_that_nothing_tells_apart_take_turns(name: str) -> None:
+    at, route = view(*map(slow_network, "xyz")), make_route(name)
+    assert [route(at, asked("nobody", number=number)).node for number in range(4)] == [0, 1, 2, 0]
+
+
 def test_hit_only_takes_the_most_items_whatever_the_queue() -> None:
     at = view(NodeState("x", queue_s=1e9, load=1.0), NodeState("y"), NodeState("z"))
     assert HitOnly()(at, asked("a", "b")).node == 0
