@@ -165,4 +165,5 @@ def test_systemd_finds_nothing_to_say_of_the_unit(tmp_path: Path) -> None:
 
 def test_the_page_names_every_file() -> None:
     for path in TEXTS:
-        assert path.name in PAGE, path
+        named = "deploy/helm/rcllm" if "helm" in path.parts else path.name
+        assert named in PAGE, path

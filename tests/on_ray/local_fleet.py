@@ -50,20 +50,24 @@ class LocalFleet:
         self.asked: list[tuple[int, str]] = []  # node and name of each request that a replica was sent
         self.before: Callable[[int, Envelope], Any] = lambda node, envelope: None
         self._ledger = ledger
-        self._lives = 0
+        self._lives: list[Worker] = []  # of all replicas, the dead ones as well
 
     async def begin(self, node: int, num_nodes: int, *, warm: bool = False) -> None:
         """A replica comes up, on the catalogue of the file."""
         engine = tiny.fresh(items=tiny.catalogue())
-        self._lives += 1
         built = Built(engine, EngineBackend(engine, "tiny"), engine.close)
-        worker = Worker(node, f"life {self._lives}", built, dealt(tiny.IDS, num_nodes), self._ledger)
+        worker = Worker(node, f"life {len(self._lives)}", built, dealt(tiny.IDS, num_nodes), self._ledger)
         await worker.start(warm)
         self.workers[node], self.engines[node] = worker, engine
+        self._lives.append(worker)
 
     def kill(self, node: int) -> None:
         """It answers nothing any more."""
         del self.workers[node]
+
+    async def stop(self) -> None:
+        for worker in self._lives:
+            await worker.stop(1.0)
 
     async def ask(self, envelope: Envelope) -> Outcome:
         node, sent = self._route(envelope)
@@ -128,8 +132,7 @@ async def local_cluster(
         yield backend, fleet, live
     finally:
         await backend.stop(1.0)
-        for worker in list(fleet.workers.values()):
-            await worker.stop(1.0)
+        await fleet.stop()
 
 
 def requests(count: int) -> Iterator[Any]:

@@ -282,6 +282,7 @@ def test_items_come_and_go(client: TestClient, backend: FakeBackend) -> None:
         "num_items": 1,
         "num_new": 1,
         "num_blocks": 0,
+        "acknowledged": [],  # there are no replicas
     }
     assert post(client, "/v1/rank", candidates=["z"])["ranking"] == ["z"]
     assert client.put("/v1/items/z", json={"fields": {"title": "blue"}}).json()["num_blocks"] == 1
