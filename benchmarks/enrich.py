@@ -65,7 +65,7 @@ class Way:
 NOTHING = Way("committed", "echo", "smollm2-135m-blocks")
 WAYS = (
     NOTHING,
-    Way("scored", "echo_scored", "smollm2-135m-scored", "enrich-scored"),
+    Way("scored", "echo_scored", "smollm2-135m-scored-blocks", "enrich-scored"),
     Way("enriched", "echo_enriched", "smollm2-135m-enriched", "enrich-neighbours"),
 )
 
