@@ -10,7 +10,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-from rcllm.cli.clustered import ServeRecipe, check_extra, cluster_of, configured_by, is_file
+from rcllm.cli.clustered import ServeRecipe, check_extra, cluster_of, configured_by
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, StoreOptions
 from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, warm_with_progress
@@ -84,7 +84,7 @@ def _warm_cluster(
     check_extra()
     if given := [name for name, value in only_one.items() if value]:
         raise ConfigError(f"{given[0]} is for one process: leave it out with --cluster, which warms whole shards")
-    config = make_config(configured_by(engine_options, cluster) if is_file(cluster) else engine_options, store=store)
+    config = make_config(configured_by(engine_options, cluster), store=store)
     if not config.store.enabled:
         raise ConfigError("there is no store to warm (--no-store, or store.enabled = false)")
     section = cluster_of(cluster, config)

@@ -35,13 +35,15 @@ else:
 _LOCAL = "local:"
 
 
-def is_file(cluster: str) -> bool:
+def _is_file(cluster: str) -> bool:
     """Whether the option names a configuration file."""
     return not cluster.startswith(_LOCAL)
 
 
 def configured_by(options: EngineOptions, cluster: str) -> EngineOptions:
-    """The options with the file that `--cluster` names as their configuration. Raises ConfigError."""
+    """The options, with the file that `--cluster` names as their configuration, if it names one. Raises ConfigError."""
+    if not _is_file(cluster):
+        return options
     if options.config is not None:
         raise ConfigError(
             f"the configuration is named twice, as --config {options.config} and as --cluster {cluster}; put the "
@@ -52,7 +54,7 @@ def configured_by(options: EngineOptions, cluster: str) -> EngineOptions:
 
 def cluster_of(cluster: str, config: Config) -> ClusterConfig:
     """What `--cluster` says: `local:4`, or the section [cluster] of the file that it names. Raises ConfigError."""
-    if is_file(cluster):
+    if _is_file(cluster):
         return config.cluster
     number = cluster.removeprefix(_LOCAL)
     if not number.isdecimal() or int(number) < 1:

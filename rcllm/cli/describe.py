@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rcllm.cache.heap import share_arenas
-from rcllm.cli.clustered import check_extra, cluster_of, configured_by, is_file
+from rcllm.cli.clustered import check_extra, cluster_of, configured_by
 from rcllm.cli.commands.describe import JobOptions, SpeculationOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, ItemOptions
@@ -150,7 +150,7 @@ def _check_cluster(job: JobOptions, speculation: SpeculationOptions, options: En
         )
     if job.dry_run:
         raise ConfigError("--dry-run measures this machine: leave out --cluster")
-    return configured_by(options, job.cluster) if is_file(job.cluster) else options
+    return configured_by(options, job.cluster)
 
 
 @contextmanager

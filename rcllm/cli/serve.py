@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rcllm.cli.calibrated import admission_from, check_level
-from rcllm.cli.clustered import ServeRecipe, check_extra, cluster_of, configured_by, is_file, recommender_of
+from rcllm.cli.clustered import ServeRecipe, check_extra, cluster_of, configured_by, recommender_of
 from rcllm.cli.commands.serve import ServerOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, StoreOptions
@@ -51,7 +51,7 @@ def serve_command(
     demo: bool,
 ) -> None:
     """Serves until a signal comes."""
-    if cluster is not None and is_file(cluster):
+    if cluster is not None:
         engine_options = configured_by(engine_options, cluster)
     if name is not None and engine_options.model is not None:
         raise ConfigError(f"the model is named twice, as {name} and as --model {engine_options.model}; name it once")
