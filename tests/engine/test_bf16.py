@@ -13,15 +13,6 @@ from rcllm.errors import answered
 from tests.engine import tiny
 from tests.engine.test_batches import mixed
 
-LEVELS = ("full", "exact", "corrected(0.3,0.3)", "linked(4)", "tail(0.3)", "blocks")
-SHAPES: list[dict[str, Any]] = [
-    {},
-    {"layout": "items_first"},
-    {"label_place": "after", "parallel": True},
-    {"readout": "pointwise"},
-    {"readout": "likelihood"},
-    {"history": "chain"},
-]
 BOUND = 0.15  # on log-probabilities and logits of tiny random models
 
 
@@ -32,11 +23,11 @@ def bf16(kv_dtype: str = "fp32") -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", tiny.LEVELS)
 def test_scores_at_every_level_are_near_those_of_fp32(level: str) -> None:
     """approximate; on an empty cache, and on a warm one"""
     shifts = []
-    for shape in SHAPES:
+    for shape in tiny.SHAPES:
         asked = tiny.request(6, (30, 31, 32), level=level, **shape)
         wide, narrow = tiny.fresh(), bf16("bf16")
         for _ in range(2):
@@ -55,7 +46,7 @@ def test_a_batch_changes_nothing(kv_dtype: str) -> None:
         np.testing.assert_allclose(got.scores, wanted.scores, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", tiny.SHAPES)
 def test_exact_equals_full_beside_kv_that_nothing_rounds(shape: dict[str, Any]) -> None:
     """A key that is turned back to its block and on again may fall to the other side of a tie: close, not exact."""
     engine = bf16()

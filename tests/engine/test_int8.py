@@ -28,15 +28,6 @@ from tests.engine.opening import opened
 from tests.engine.test_semantic_history import EVENTS, OTHERS, with_pool
 
 FAMILIES = (tiny.NATIVE, tiny.TORCH)
-LEVELS = ("full", "exact", "corrected(0.3,0.3)", "linked(4)", "tail(0.3)", "blocks")
-SHAPES: list[dict[str, Any]] = [
-    {},
-    {"layout": "items_first"},
-    {"label_place": "after", "parallel": True},
-    {"readout": "pointwise"},
-    {"readout": "likelihood"},
-    {"history": "chain"},
-]
 BOUND = 0.1  # on log-probabilities and logits; fp16 stays within 0.02, bf16 within 0.15
 
 
@@ -45,11 +36,11 @@ def int8(family: str = tiny.NATIVE, **options: Any) -> Engine:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", tiny.LEVELS)
 def test_scores_at_every_level_are_near_those_beside_fp32(family: str, level: str) -> None:
     """approximate; on an empty cache, and on a warm one"""
     shifts = []
-    for shape in SHAPES:
+    for shape in tiny.SHAPES:
         asked = tiny.request(6, (30, 31, 32), level=level, **shape)
         wide, narrow = tiny.fresh(family), int8(family)
         for _ in range(2):

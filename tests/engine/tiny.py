@@ -27,6 +27,16 @@ from rcllm.store.contract import Store
 from tests.tiny_models import tiny_model
 
 NATIVE, TORCH = "qwen3", "llama"  # head_dim 32: the compiled kernels; head_dim 16: plain torch
+# what engines in fewer bits are held to: every kind of level, and shapes of requests that read the cache differently
+LEVELS = ("full", "exact", "corrected(0.3,0.3)", "linked(4)", "tail(0.3)", "blocks")
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"layout": "items_first"},
+    {"label_place": "after", "parallel": True},
+    {"readout": "pointwise"},
+    {"readout": "likelihood"},
+    {"history": "chain"},
+]
 VOCAB = 512
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
