@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rcllm.model.attend.choose import prepare
@@ -188,6 +188,7 @@ def test_rows_of_large_groups_agree_between_backends() -> None:
 )
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000), cut=st.integers(1, 329))
+@example(seed=2249, cut=1)  # a product that lies half-way between two fp32 numbers, beside a masked key
 def test_compiled_rows_depend_on_their_keys_alone(
     backend: str, loud: float, dtype: torch.dtype, products: str, seed: int, cut: int
 ) -> None:

@@ -20,7 +20,7 @@ constexpr int ROW_TILE = 192;   // query rows (tokens × heads per KV head) of o
 constexpr int MIN_TOKENS = 12;  // a tile with fewer spends its time on reading keys
 constexpr int KEY_TILE = 96;    // keys per softmax step
 constexpr float HIDDEN = -1048576.f;  // score of a masked pair: far below any other, and still within exp2v
-// A masked key weighs up to 2^-126 (exp2v). That is lost in any sum but one of zeros, which values in int8 often are.
+// Of a sum of zeros. Weights that shrank twice may be left in one below what fp32 holds exactly, by the tiles that they fell in.
 constexpr float NOTHING = 0x1p-80f;
 
 // ---- attention of one row tile of one KV head ----

@@ -68,10 +68,10 @@ constexpr float MAGIC = 12582912.f;  // 1.5 · 2^23: adding it rounds to a whole
 
 inline vec whole(vec x) { return x + splat(MAGIC) - splat(MAGIC); }
 
-// 2^(x - m) for a whole m ≥ x - 1/2, relative error < 2e-7; never less than 2^-126.
+// 2^(x - m) for a whole m ≥ x - 1/2, relative error < 2e-7; exactly zero where it would be below 2^-126.
 // m enters the exponent alone: 2^(x - m) and 2^(x - m') differ by exactly a power of two.
 inline vec exp2v(vec x, vec m) {
-  x = vmax(x, m - splat(126.f));
+  const ivec normal = x >= m - splat(126.f);
   vec shifted = x + splat(MAGIC);
   vec f = x - (shifted - splat(MAGIC));
   vec p = splat(1.5353362e-4f);
@@ -81,7 +81,7 @@ inline vec exp2v(vec x, vec m) {
   p = p * f + splat(2.4022648e-1f);
   p = p * f + splat(6.9314718e-1f);
   p = p * f + splat(1.f);
-  return (vec)((ivec)p + (((ivec)shifted - (ivec)(m + splat(MAGIC))) << 23));
+  return (vec)(((ivec)p + (((ivec)shifted - (ivec)(m + splat(MAGIC))) << 23)) & normal);
 }
 
 // ---- bf16: the high half of an fp32 value, rounded to the nearest, ties to even, as torch rounds ----
