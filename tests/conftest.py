@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from rcllm.engine.engine import Engine
 from tests.engine import tiny
 
-# No example fails because the machine was busy. One commit gives one answer in CI; elsewhere each run tries other examples.
+# No example fails because the machine was busy. A commit has one answer in CI; elsewhere each run tries other examples.
 settings.register_profile(
     "rcllm", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
 )
