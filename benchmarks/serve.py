@@ -55,8 +55,8 @@ def main() -> None:
 def overhead(chosen: Options) -> dict[str, float]:
     data = dataset("amazon_scientific")
     requests = _requests(data, chosen.requests or (10 if chosen.quick else 40), chosen.seed)
-    engine = Engine.build(data.catalogue, Config(cache=CacheConfig(pool_mb=2000)))
-    engine.warm(named_items(requests))
+    engine = Engine.build(data.catalogue, Config(cache=CacheConfig(pool_mb=4000)))
+    engine.warm(named_items(requests))  # all fit: else whoever asks first would compute for both
     gc.collect()
     gc.freeze()
     with _serving(EngineBackend(engine, "model")) as address, _client(address) as client:
