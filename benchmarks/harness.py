@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -47,7 +47,7 @@ def options(name: str, question: str, parts: Sequence[str] = ()) -> Options:
         parser.add_argument("--update", action="store_true", help="keep the figures of the other parts in FILE")
         parser.add_argument("--requests", type=int, help="at most so many requests in each part")
     given = parser.parse_args()
-    return Options(
+    chosen = Options(
         given.quick,
         given.seed,
         given.out,
@@ -55,6 +55,17 @@ def options(name: str, question: str, parts: Sequence[str] = ()) -> Options:
         getattr(given, "requests", None),
         getattr(given, "update", False),
     )
+    if (kept := _kept(chosen)) and (kept["seed"], kept["quick"]) != (chosen.seed, chosen.quick):
+        parser.error(f"{chosen.out} was made with other settings; leave out --update")
+    return chosen
+
+
+def _kept(chosen: Options) -> dict[str, Any]:
+    """What the file has of other parts, where that is asked for."""
+    if not (chosen.update and chosen.out.exists()):
+        return {}
+    kept: dict[str, Any] = json.loads(chosen.out.read_text(encoding="utf-8"))
+    return kept
 
 
 def dataset(name: str) -> Dataset:
@@ -117,9 +128,6 @@ def _write(name: str, question: str, chosen: Options, metrics: Metrics) -> str:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.update and chosen.out.exists() else {}
-    if kept and (kept["seed"], kept["quick"]) != (chosen.seed, chosen.quick):
-        raise SystemExit(f"{chosen.out} was made with other settings; leave out --update")
     result = {
         "name": name,
         "question": question,
@@ -127,7 +135,10 @@ def _write(name: str, question: str, chosen: Options, metrics: Metrics) -> str:
         "hardware": dataclasses.asdict(describe_hardware()),
         "seed": chosen.seed,
         "quick": chosen.quick,
-        "metrics": {**kept.get("metrics", {}), **{key: round(float(value), 6) for key, value in metrics.items()}},
+        "metrics": {
+            **_kept(chosen).get("metrics", {}),
+            **{key: round(float(value), 6) for key, value in metrics.items()},
+        },
     }
     line = json.dumps(result)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
