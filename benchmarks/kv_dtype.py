@@ -98,14 +98,16 @@ def closeness(title: str, at: str, found: Mapping[str, Sequence[Record]]) -> dic
         metrics[f"num_requests_{dtype}_{at}"] = len(records)
         errors = np.abs(np.array([r.scores for r in records]) - np.array([r.scores for r in reference]))
         summary = summarise(records, reference)
-        tau, top1, ndcg10 = (summary.measures[name].mean for name in ("tau", "top1", "ndcg10"))
-        delta = summary.deltas["ndcg10"]
+        top1, ndcg10 = (summary.measures[name].mean for name in ("top1", "ndcg10"))
+        tau, delta = summary.measures["tau"], summary.deltas["ndcg10"]
         metrics |= {f"mean_error_{dtype}_{at}": errors.mean(), f"max_error_{dtype}_{at}": errors.max()}
-        metrics |= {f"tau_{dtype}_{at}": tau, f"top1_{dtype}_{at}": top1}
+        metrics |= {f"tau_{dtype}_{at}": tau.mean, f"tau_lo_{dtype}_{at}": tau.low, f"tau_hi_{dtype}_{at}": tau.high}
+        metrics |= {f"top1_{dtype}_{at}": top1}
         if at != "untuned":
             metrics |= {f"ndcg10_{dtype}_{at}": ndcg10, f"{dtype}_ndcg10_delta_{at}": delta.mean}
             metrics |= {f"{dtype}_ndcg10_delta_lo_{at}": delta.low, f"{dtype}_ndcg10_delta_hi_{at}": delta.high}
-        close = [f"{errors.mean():.1e}", f"{errors.max():.1e}", f"{tau:.4f}", f"{top1:.3f}"]
+        order = f"{tau.mean:.4f} [{tau.low:.4f}, {tau.high:.4f}]"
+        close = [f"{errors.mean():.1e}", f"{errors.max():.1e}", order, f"{top1:.3f}"]
         rows.append(
             [
                 dtype,
