@@ -22,7 +22,7 @@ setup: $(ready)
 $(ready): pyproject.toml $(wildcard constraints.txt)
 	@test -x $(bin)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'rcllm needs Python 3.11 or later. Name one: make setup PYTHON=python3.12'; exit 1; }
-	@echo 'Setting up rcllm in $(VENV), once: 2 to 10 minutes, 2 GB on disk.'
+	@echo 'Setting up rcllm in $(VENV), once: 2 to 10 minutes, 3 GB on disk.'
 	@rm -f $(log)
 	@test -x $(bin)/python || $(step) '1/3 an environment (seconds)' $(PYTHON) -m venv $(VENV)
 	@$(bin)/python -c 'import torch' 2>/dev/null || \

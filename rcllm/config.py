@@ -85,7 +85,7 @@ class ModelConfig:
             panel=_PANEL,
         ),
     ] = "full"
-    attention: Literal["auto", "segmented", "gather"] = "auto"
+    attention: Literal["auto", "segmented", "gather", "triton"] = "auto"  # triton: on a GPU, where auto takes it
     adapter: Annotated[
         str,
         Opt(

@@ -15,11 +15,11 @@ from itertools import accumulate, islice
 
 import torch
 
-from rcllm.model.attend.choose import native_fits, prepare
+from rcllm.model.attend.choose import native_fits, prepare, resolved
 from rcllm.model.attend.contract import Attend, Attended, Beside, merge
 from rcllm.model.attend.native import kernels
 from rcllm.model.attend.segments import Group
-from rcllm.model.ops import Linear, Matrix, NativeOps, Ops, TorchOps
+from rcllm.model.ops import Linear, Matrix, NativeOps, Ops, TorchOps, TritonOps
 from rcllm.model.quantised import quantise
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
@@ -135,14 +135,17 @@ class Decoder:
         """products: bf16 rounds matrices, and what they and attention multiply; all else is in fp32 on the CPU.
 
         kept: int8 keeps matrices, which are in fp32, in levels of at most 8 bits. Layers are read one after the other,
-        once: where they come from files, none is held beside what is made of it.
+        once: where they come from files, none is held beside what is made of it. Raises ConfigError for a backend that
+        cannot run here.
         """
-        self.spec, self.backend, self.products, self.kept = spec, backend, products, kept
+        self.spec, self.products, self.kept = spec, products, kept
+        self.backend = resolved(backend, spec, weights.embed.device)
         self.device, self.dtype = weights.embed.device, weights.embed.dtype  # the dtype of hidden states and fresh KV
         self.max_positions = min(spec.max_positions, max_positions or spec.max_positions)
         self.rope = Rope.of(spec, self.max_positions, self.device)
-        self.kernels = kernels() if native_fits(spec, self.dtype, self.device) else None
-        self._ops: Ops = TorchOps(spec, self.rope, products)
+        on_triton = self.backend == "triton"
+        self.kernels = kernels() if native_fits(spec, self.dtype, self.device) and not on_triton else None
+        self._ops: Ops = (TritonOps if on_triton else TorchOps)(spec, self.rope, products)
         if self.kernels:
             self._ops = NativeOps(spec, self.rope, self.kernels, products)
         self.matrix_bytes = self.num_rounded = 0  # of all matrices but the packed head; those that int8 changed
@@ -258,7 +261,8 @@ class Decoder:
         return self.embed[work.token_ids].to(self.dtype)  # a copy, which the layers change in place
 
     def _attend(self, work: Pass) -> Attend:
-        assert int(work.positions.max()) < self.max_positions, "planning refuses prompts beyond the context"
+        if self.device.type == "cpu":  # elsewhere the host would wait for all that was launched
+            assert int(work.positions.max()) < self.max_positions, "planning refuses prompts beyond the context"
         ends = accumulate(group.num_rows for group in work.groups)
         merged = [any(aside.start < end <= aside.stop for aside in work.asides) for end in ends]
         return prepare(self.backend, self.spec, self.rope, work.groups, self.kernels, merged, self.products)

@@ -1,6 +1,6 @@
-"""The steps of a decoder layer other than attention, twice: in plain torch, and on the compiled CPU kernels.
+"""The steps of a decoder layer other than attention: in plain torch, on the compiled CPU kernels, and on a GPU.
 
-Knows nothing of caches. Invariant: both variants compute the same function (fp32, error ≤ 1e-5); torch is the
+Knows nothing of caches. Invariant: all variants compute the same function (fp32, error ≤ 1e-5); torch is the
 reference.
 """
 
@@ -12,7 +12,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from rcllm.late import Late
 from rcllm.model.attend.native import Kernels
+from rcllm.model.attend.triton_tables import padded
 from rcllm.model.packed import PACKINGS, QuantisedMatrix
 from rcllm.model.quantised import Quantised
 from rcllm.model.rope import Rope
@@ -21,6 +23,8 @@ from rcllm.model.spec import ModelSpec
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [rows, in] -> [rows, out]
 Matrix = torch.Tensor | Quantised  # [out, in]
 Norm = torch.Tensor | None  # weight of a norm over each head, [head_dim]
+_ON_GPU = Late("rcllm.model.layer_kernels")  # imports triton, which is optional
+_COLUMNS = 1024  # of one program of SwiGLU
 
 
 def torch_linear(weight: torch.Tensor, bias: torch.Tensor | None, packing: str = "fp32") -> Linear:
@@ -78,6 +82,41 @@ class TorchOps:
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.rms_eps)).to(x.dtype) * weight
+
+
+class TritonOps(TorchOps):
+    """On a GPU, or in Triton's interpreter: products by torch, and one launch for each of the other steps."""
+
+    def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(residual)
+        rows, size = residual.shape
+        adds = delta is not None
+        tensors = (residual, delta if adds else residual, weight, output)
+        _ON_GPU.add_norm_kernel[rows,](*tensors, size, self.spec.rms_eps, ADDS=adds, SIZE_PADDED=padded(size))
+        return output
+
+    def rotate(self, qkv: torch.Tensor, positions: torch.Tensor, q_norm: Norm, k_norm: Norm) -> None:
+        spec, rope = self.spec, self.rope
+        norms = q_norm is not None and k_norm is not None
+        weights = (q_norm, k_norm) if norms else (qkv, qkv)
+        _ON_GPU.rotate_kernel[len(qkv),](
+            *(qkv, positions, rope.scaled_cos, rope.scaled_sin, *weights, qkv.stride(0), spec.rms_eps),
+            **self.rotate_constants(norms),
+        )
+
+    def rotate_constants(self, norms: bool) -> dict[str, object]:
+        """What `rotate_kernel` is compiled for."""
+        spec = self.spec
+        heads, half = spec.num_heads + spec.num_kv_heads, spec.head_dim // 2
+        sizes = {"HEADS": heads, "HEADS_PADDED": padded(heads), "HALF": half, "HALF_PADDED": padded(half)}
+        return {"NORMS": norms, "H": spec.num_heads, **sizes}
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        rows, double = gate_up.shape
+        output = gate_up.new_empty(rows, double // 2)
+        grid = (rows, -(-double // 2 // _COLUMNS))
+        _ON_GPU.swiglu_kernel[grid](gate_up, output, double // 2, COLUMNS=_COLUMNS)
+        return output
 
 
 class NativeOps:

@@ -32,7 +32,7 @@ def twin(family: str) -> FullModel:
 
 
 def family_of(engine: Engine) -> str:
-    return tiny.NATIVE if engine.decoder.kernels else tiny.TORCH
+    return tiny.NATIVE if engine.decoder.spec.family == tiny.NATIVE else tiny.TORCH
 
 
 def contexts(engine: Engine, prompt: Prompt) -> dict[int, Sequence[TokenIds]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from rcllm.model.spec import ModelSpec, RopeSpec
 from tests.reference import attend as reference
 from tests.reference import bf16
 
-BACKENDS = ("native", "native gather", "segmented", "gather")
+BACKENDS = ("native", "native gather", "segmented", "gather", "triton")  # the last one in its interpreter
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # of cached KV
 SPEC = ModelSpec(
     family="llama",
@@ -51,6 +52,8 @@ def make(name: str, spec: ModelSpec, groups: list[Group], products: str = "fp32"
             pytest.skip("no C++ compiler on this machine")
         backend = name.removeprefix("native ") if " " in name else "segmented"
         return prepare(backend, spec, rope, groups, compiled, products=products)
+    if name == "triton" and find_spec("triton") is None:
+        pytest.skip("triton is not installed: pip install 'rcllm[gpu]'")
     return prepare(name, spec, rope, groups, None)
 
 
@@ -287,8 +290,8 @@ def test_reach_agrees_with_the_dense_mask(seed: int) -> None:
         assert dense == (len(seen) == last - first)
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_keys_of_a_scaled_rope_are_shifted_without_the_scale(native: bool) -> None:
+@pytest.mark.parametrize("backend", ["native", "gather", "triton"])
+def test_keys_of_a_scaled_rope_are_shifted_without_the_scale(backend: str) -> None:
     """YaRN scales cos and sin: a stored key already carries the scale, and turning it on must not apply it twice."""
     spec = dataclasses.replace(SPEC, rope=RopeSpec(theta=1e4, kind="yarn", factor=4.0, original_max_positions=512))
     rope = Rope.of(spec, 2048)
@@ -299,7 +302,7 @@ def test_keys_of_a_scaled_rope_are_shifted_without_the_scale(native: bool) -> No
     kv = torch.stack([local, raw]).transpose(1, 2)[None].repeat(2, 1, 1, 1, 1).contiguous()
     last = Group((Segment(kv, 700, 0, 6, 0),), np.ones(1, np.int32), np.zeros(1, np.int32), np.tri(2, k=-1, dtype=bool))
     qkv = random_rows([last], spec)
-    got = make("native" if native else "gather", spec, [last])(0, qkv)
+    got = make(backend, spec, [last])(0, qkv)
     torch.testing.assert_close(got.output.double(), reference.attend(spec, [last], 0, qkv).output, atol=2e-5, rtol=1e-5)
 
 

@@ -48,6 +48,15 @@ def test_logits_equal_those_of_transformers(family: str, tmp_path: Path) -> None
     assert_close(logits(folder), reference_logits(folder, tokens()), family)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama-tied", "llama-yarn", "qwen2"])
+def test_logits_on_the_kernels_for_gpus_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
+    """In Triton's interpreter, all of a layer but its products."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'rcllm[gpu]'")
+    folder = tiny_model(family, tmp_path)
+    ours = Decoder(*load_model(folder), "triton").full_logits(tokens())
+    assert_close(ours, reference_logits(folder, tokens()), family)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-biased", "llama-head-dim", "qwen2"])
 def test_bf16_is_the_model_with_rounded_operands(family: str, tmp_path: Path) -> None:
     """Close to the twin: an operand at a tie may fall either way, but the difference is far below that to fp32."""

@@ -1,4 +1,4 @@
-"""The compiled element-wise steps against plain torch. Close: fp32, 1e-5."""
+"""The element-wise steps of the compiled and the GPU kernels against plain torch. Close: fp32, 1e-5."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,10 @@ from rcllm.model.attend import native
 from rcllm.model.attend.choose import prepare
 from rcllm.model.attend.native import Kernels, kernels
 from rcllm.model.attend.segments import Group
-from rcllm.model.ops import NativeOps, TorchOps
+from rcllm.model.ops import NativeOps, Ops, TorchOps, TritonOps
 from rcllm.model.packed import PACKINGS
 from rcllm.model.rope import Rope
+from rcllm.model.spec import ModelSpec
 from tests.model.test_attention import DTYPES, SPEC, random_group, random_rows
 from tests.reference import bf16
 
@@ -31,37 +34,48 @@ def compiled() -> Kernels:
     return found
 
 
+@pytest.fixture(params=["native", "triton"])
+def fused(request: pytest.FixtureRequest) -> Callable[[ModelSpec, Rope], Ops]:
+    """Steps that are not plain torch; those for GPUs in Triton's interpreter."""
+    if request.param == "native":
+        compiled: Kernels = request.getfixturevalue("compiled")
+        return lambda spec, rope: NativeOps(spec, rope, compiled)
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed: pip install 'rcllm[gpu]'")
+    return TritonOps
+
+
 @pytest.mark.parametrize("size", [7, 576, 1000])
 @pytest.mark.parametrize("with_delta", [True, False])
-def test_add_norm(compiled: Kernels, size: int, with_delta: bool) -> None:
+def test_add_norm(fused: Callable[[ModelSpec, Rope], Ops], size: int, with_delta: bool) -> None:
     rope = Rope.of(SPEC, 16)
     weight, delta = torch.randn(size), torch.randn(13, size) * 5 if with_delta else None
     residual = torch.randn(13, size) * 30
     mine, other = residual.clone(), residual.clone()
-    got = NativeOps(SPEC, rope, compiled).add_norm(mine, delta, weight)
+    got = fused(SPEC, rope).add_norm(mine, delta, weight)
     expected = TorchOps(SPEC, rope).add_norm(other, delta, weight)
     torch.testing.assert_close(mine, other, atol=0, rtol=0)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [5, 16, 1536])
-def test_swiglu_also_at_extreme_gates(compiled: Kernels, size: int) -> None:
+def test_swiglu_also_at_extreme_gates(fused: Callable[[ModelSpec, Rope], Ops], size: int) -> None:
     rope = Rope.of(SPEC, 16)
     x = torch.randn(9, 2 * size) * 8
     x[0, :5] = torch.tensor([0.0, -100.0, 100.0, -1e30, 1e30])
-    got, expected = NativeOps(SPEC, rope, compiled).swiglu(x), TorchOps(SPEC, rope).swiglu(x)
+    got, expected = fused(SPEC, rope).swiglu(x), TorchOps(SPEC, rope).swiglu(x)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_rotate_turns_queries_and_keys_and_leaves_values(compiled: Kernels, norm: bool) -> None:
+def test_rotate_turns_queries_and_keys_and_leaves_values(fused: Callable[[ModelSpec, Rope], Ops], norm: bool) -> None:
     spec = dataclasses.replace(SPEC, num_heads=6, num_kv_heads=2, qk_norm=norm)
     rope = Rope.of(spec, 64)
     weights = (torch.randn(32), torch.randn(32)) if norm else (None, None)
     qkv = torch.randn(11, spec.q_size + 2 * spec.kv_size)
     positions = torch.randint(0, 64, (11,))
     mine, other = qkv.clone(), qkv.clone()
-    NativeOps(spec, rope, compiled).rotate(mine, positions, *weights)
+    fused(spec, rope).rotate(mine, positions, *weights)
     TorchOps(spec, rope).rotate(other, positions, *weights)
     torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
     assert torch.equal(mine[:, spec.q_size + spec.kv_size :], qkv[:, spec.q_size + spec.kv_size :])

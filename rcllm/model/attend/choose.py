@@ -11,10 +11,12 @@ from itertools import groupby
 
 import torch
 
+from rcllm.errors import ConfigError
 from rcllm.model.attend.compiled import NativeGather, NativeSegmented
 from rcllm.model.attend.contract import Attend, Attended
 from rcllm.model.attend.native import Kernels
 from rcllm.model.attend.on_torch import Gather, Segmented
+from rcllm.model.attend.on_triton import TritonAttend, triton_fits
 from rcllm.model.attend.segments import Group
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
@@ -23,7 +25,7 @@ TORCH_BACKENDS: dict[str, Callable[[ModelSpec, Rope, Sequence[Group]], Attend]] 
     "gather": Gather,
     "segmented": Segmented,
 }
-BACKENDS = ("auto", *TORCH_BACKENDS)
+BACKENDS = ("auto", *TORCH_BACKENDS, "triton")
 SCRAP = 12  # tokens of a segment, on average, below which copying all first may pay
 
 
@@ -31,6 +33,17 @@ def native_fits(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> bo
     """Whether the compiled kernels compute this model: fp32, whole vectors in each half of a head, sane grouping."""
     grouped = spec.num_heads // spec.num_kv_heads <= 64
     return device.type == "cpu" and dtype == torch.float32 and spec.head_dim % 32 == 0 and grouped
+
+
+def resolved(name: str, spec: ModelSpec, device: torch.device) -> str:
+    """`triton` for `auto` on a GPU where it is installed. Raises ConfigError where it is asked for and cannot run."""
+    fits = triton_fits(spec, device)
+    if name == "triton" and not fits:
+        raise ConfigError(
+            f"model.attention is triton, which needs a GPU, the package triton (pip install 'rcllm[gpu]') and heads of "
+            f"a multiple of 16, got device {device.type} and heads of {spec.head_dim}; use attention = 'auto'"
+        )
+    return "triton" if name == "auto" and device.type == "cuda" and fits else name
 
 
 def prepare(
@@ -42,7 +55,7 @@ def prepare(
     merged: Sequence[bool] = (),
     products: str = "fp32",
 ) -> Attend:
-    """The attention of one pass. `name`: one of BACKENDS; `kernels`: None where they do not fit or do not exist.
+    """The attention of one pass. `name`: one of BACKENDS, `resolved`; `kernels`: None where they do not fit or exist.
 
     `products`: what the kernels multiply in, fp32 or bf16; torch multiplies in the dtype of the rows.
 
@@ -50,8 +63,11 @@ def prepare(
     needed; empty: none is. Each group is read as it would be alone, so that what else is in the pass changes no bit.
 
     The measured rule (`python -m benchmarks.attend`): with kernels, `segmented` wins for whole blocks of every size; on
-    torch alone `gather` does, because a launch per segment and layer costs more than the copy.
+    torch alone `gather` does, because a launch per segment and layer costs more than the copy. On a GPU one launch of
+    `triton` serves all groups.
     """
+    if name == "triton":
+        return TritonAttend(spec, rope, groups)
     ways = [
         "segmented" if needs_lse else _way(name, group, kernels)
         for group, needs_lse in zip(groups, merged or [False] * len(groups), strict=True)

@@ -1,0 +1,98 @@
+"""Compiles the GPU kernels to machine code, which needs no GPU, and says what each takes, as one line of JSON.
+
+`python -m tests.model.compile_kernels ARCH DTYPE`, with TRITON_INTERPRET=0: a kernel is interpreted or compiled, never
+both in one process. ARCH: 80, 90, …; DTYPE: of cached KV and, but for int8 and all, of the rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rcllm.model import layer_kernels
+from rcllm.model.attend import triton_kernels
+from rcllm.model.attend.on_triton import TritonAttend
+from rcllm.model.attend.segments import Group
+from rcllm.model.attend.triton_tables import KINDS, Tiling
+from rcllm.model.ops import TritonOps
+from rcllm.model.rope import Rope
+from tests.model.test_attention import SPEC
+
+QWEN3_8B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096, "qk_norm": True}
+NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+INTS = {"layer": "i32", "qkv_pitch": "i32", "pitch": "i32", "size": "i32", "scale": "fp32", "eps": "fp32"}
+TABLES = {"tiles": "*i64", "tasks": "*i32", "visits": "*i32", "rows_table": "*i32", "merges": "*i32", "bits": "*u8"}
+FP32 = ("anchor", "cos", "sin", "lse", "part_output", "part_lse")
+
+
+def compile_for(kernel: Any, rows: torch.dtype, constants: dict[str, object], arch: int, **options: int) -> Any:
+    types = {**INTS, **TABLES, **dict.fromkeys(FP32, "*fp32"), "positions": "*i64"}
+    signature, aligned = {}, {}
+    for number, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name, POINTERS[rows])
+        if signature[name].startswith("*") or name in ("qkv_pitch", "pitch", "size"):
+            aligned[number,] = [["tt.divisibility", 16]]
+    return triton.compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", arch, 32), options)
+
+
+def facts(compiled: Any) -> dict[str, float]:
+    """bytes_per_load: of the copies to shared memory that feed products, the least; 0 where there are none."""
+    sizes = [
+        int(size, 16) for size in re.findall(r"cp\.async\.cg\.shared\.global[^;]*?, 0x([0-9a-f]+)", compiled.asm["ptx"])
+    ]
+    scalars = len(re.findall(r"ld\.global\.b16", compiled.asm["ptx"]))
+    return {
+        "shared_bytes": compiled.metadata.shared,
+        "spilled_bytes": _spilled(compiled.asm["cubin"]),
+        "bytes_per_load": (2 if scalars > 8 else min(sizes, default=0)),
+    }
+
+
+def _spilled(cubin: bytes) -> int:
+    """Bytes of stack for each thread: registers that did not fit."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return int(re.findall(r"STACK:(\d+)", told.stdout)[0])
+
+
+def main(arch: int, kept: str) -> dict[str, dict[str, float]]:
+    spec = dataclasses.replace(SPEC, **QWEN3_8B)
+    rows = torch.bfloat16 if kept in ("int8", "all") else NAMES[kept]
+    kinds = 15 if kept == "all" else 1 << KINDS.index(NAMES[kept])
+    found = {}
+    for num_rows in (1, 500):
+        tiling = Tiling.of(spec, [Group.causal(num_rows)], torch.device("cpu"), rows)
+        options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+        constants = TritonAttend.constants(spec, tiling, kinds, rows)
+        found[f"attend {tiling.queries}"] = facts(
+            compile_for(triton_kernels.attend_kernel, rows, constants, arch, **options)
+        )
+    merging = TritonAttend.merge_constants(spec, 4)
+    found["merge"] = facts(compile_for(triton_kernels.merge_kernel, rows, merging, arch, num_warps=1))
+    ops = TritonOps(spec, Rope.of(spec, 16))
+    for name, kernel, constants in (
+        ("add_norm", layer_kernels.add_norm_kernel, {"ADDS": True, "SIZE_PADDED": 4096}),
+        ("rotate", layer_kernels.rotate_kernel, ops.rotate_constants(norms=True)),
+        ("swiglu", layer_kernels.swiglu_kernel, {"COLUMNS": 1024}),
+    ):
+        found[name] = facts(compile_for(kernel, rows, constants, arch))
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(int(sys.argv[1]), sys.argv[2])))
