@@ -32,7 +32,7 @@ def _settings(examples: int) -> Any:
 
 def _check(case: Any) -> None:
     """A deadline of a thousandth of a millisecond is fine, and cannot be kept."""
-    reply = case.call()
+    reply = case.call(timeout=300)  # seconds: the machine may be busy
     assert reply.status_code < 500 or reply.json()["error"]["code"] == "deadline", reply.text
 
 
