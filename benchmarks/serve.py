@@ -8,7 +8,7 @@ of the model, so a server that answers by rule (no model) shows how much is HTTP
 Regime of the other parts: the server and its load are processes of their own on the loopback, the tuned rankers
 (adapters/), read-out pointwise, 20 candidates. `saturation`, `mixed` and `overload` have prompts of the paper's length,
 with warm items and new users; `soak` has short ones. Ceiling of `saturation`: one over the time of a ranking alone,
-for what a pass of several rankings shares is little.
+for what a pass of several rankings shares is little. `document`: see benchmarks/serve_document.py.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO
 
 import httpx
 
 from benchmarks.harness import Options, dataset, options, percentile, run_parts, show
+from benchmarks.serve_document import document
 from benchmarks.serve_mixed import mixed, soak
 from benchmarks.serve_sweep import overload, saturation
 from rcllm.config import CacheConfig, Config, ServerConfig
@@ -47,9 +48,8 @@ _WARM_UP = 3  # requests that do not count
 
 
 def main() -> None:
-    parts = {"overhead": overhead, "saturation": saturation, "mixed": mixed, "overload": overload, "soak": soak}
-    chosen = options("serve", QUESTION, tuple(parts))
-    run_parts("serve", QUESTION, chosen, {name: partial(part, chosen) for name, part in parts.items()})
+    chosen = options("serve", QUESTION, tuple(_PARTS))
+    run_parts("serve", QUESTION, chosen, {name: partial(part, chosen) for name, part in _PARTS.items()})
 
 
 def overhead(chosen: Options) -> dict[str, float]:
@@ -146,6 +146,16 @@ def client_alone(address: str) -> None:
             start = time.perf_counter()
             http.post("/v1/rank", content=line).raise_for_status().json()
             print((time.perf_counter() - start) * 1e3, flush=True)
+
+
+_PARTS: dict[str, Callable[[Options], dict[str, float]]] = {
+    "overhead": overhead,
+    "saturation": saturation,
+    "mixed": mixed,
+    "overload": overload,
+    "soak": soak,
+    "document": document,
+}
 
 
 if __name__ == "__main__":
