@@ -35,7 +35,7 @@ def plan_command(options: PlanOptions, files: PlanFiles) -> None:
     console().print(_trials_table(found))
     for name, changed in variants(options).items():
         with busy(f"planning {name}"):
-            plans[name] = plan(changed)
+            plans[name] = plan(changed, near=round((found.nodes or 0) * changed.qps / options.qps))
     console().print(_variants_table(plans))
     if files.out is not None:
         result = {name: plan_as_json(each) for name, each in plans.items()}
@@ -118,6 +118,8 @@ def _trials_table(found: Plan) -> Table:
         times = (summary.ttft_p50_ms, summary.ttft_p90_ms, summary.ttft_p99_ms)
         shares = (summary.hit_rate, summary.fetched, summary.utilisation)
         cells = [*(f"{value:,.0f}" for value in times), *(f"{share:.0%}" for share in shares)]
+        if trial.overloaded:
+            cells = ["overloaded", *(len(cells) - 1) * [NOTHING]]
         table.add_row(f"{trial.nodes:,}", *cells, "yes" if trial.meets else "no")
     return table
 

@@ -31,7 +31,11 @@ _NO_LIMIT = 1 << 60
 
 
 class Simulation:
-    """One run. `on_pass` is told of every pass, for a trace."""
+    """One run.
+
+    `on_pass`: told of every pass, for a trace. `is_enough`: asked after every answer; where it says so, the run ends,
+    and what is then under way is unanswered.
+    """
 
     def __init__(
         self,
@@ -42,8 +46,9 @@ class Simulation:
         failures: Iterable[Failure] = (),
         updates: Iterable[ItemUpdate] = (),
         on_pass: Callable[[PassRecord], None] | None = None,
+        is_enough: Callable[[Answered], bool] | None = None,
     ) -> None:
-        self.spec, self._route_by, self._on_pass = spec, route, on_pass
+        self.spec, self._route_by, self._on_pass, self._is_enough = spec, route, on_pass, is_enough
         self.loop = Loop()
         self.holdings = LiveHoldings(placed, spec.num_nodes)
         limits = PassLimits(spec.pass_rows, _NO_LIMIT)
@@ -71,7 +76,9 @@ class Simulation:
         if self.spec.view_s:
             self.loop.at(0.0, EventKind.VIEW, self._look)
         self.loop.run()
-        self.outcome.num_unanswered = len(self._stranded)
+        self.outcome.num_unanswered = len(self._stranded) + sum(
+            job.request is not None for node in self.nodes for job in node.jobs.values()
+        )
         self.outcome.end_s = max((each.answered_s for each in self.outcome.answers), default=self.loop.now)
         self.outcome.num_events = self.loop.num_events
         self.outcome.busy_s = [node.busy_s for node in self.nodes]
@@ -242,7 +249,10 @@ class Simulation:
                 self.holdings.renew(job.build.item)
             else:
                 self._publish(node, job, job.request)
-                self.outcome.answers.append(_answer(job, job.request, self.loop.now))
+                answered = _answer(job, job.request, self.loop.now)
+                self.outcome.answers.append(answered)
+                if self._is_enough is not None and self._is_enough(answered):
+                    self.loop.end()
         self._start_soon(node)
 
     def _publish(self, node: Node, job: SimJob, request: SimRequest) -> None:

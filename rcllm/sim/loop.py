@@ -39,6 +39,7 @@ class Loop:
         self.num_events = 0
         self._heap: list[tuple[float, int, int, Action, Any]] = []
         self._scheduled = 0
+        self._ended = False
 
     def at(self, time_s: float, kind: EventKind, action: Action, argument: Any = None) -> None:
         """Calls `action(argument)` at that time, which must not have passed."""
@@ -49,10 +50,14 @@ class Loop:
     def run(self, until_s: float = float("inf")) -> None:
         """Runs every event up to that time, and those that they schedule."""
         heap = self._heap
-        while heap and heap[0][0] <= until_s:
+        while heap and heap[0][0] <= until_s and not self._ended:
             self.now, _, _, action, argument = heapq.heappop(heap)
             self.num_events += 1
             action(argument)
+
+    def end(self) -> None:
+        """Nothing that is scheduled happens any more."""
+        self._ended = True
 
     @property
     def is_empty(self) -> bool:

@@ -19,7 +19,7 @@ from rcllm.sim.hardware import KV_BYTES, find_model
 from rcllm.sim.holdings import LazyPlacement
 from rcllm.sim.holdings import expected_hit_rate as hit_rate_on_owner
 from rcllm.sim.options import PlanOptions, RunOptions, System, Workload
-from rcllm.sim.outcome import FloatArray, Summary
+from rcllm.sim.outcome import Answered, FloatArray, Summary
 from rcllm.sim.setup import costs_of, resolve, simulate
 
 _HARDLY = 0.02  # share by which twice the nodes must be better, or more do not help
@@ -50,6 +50,7 @@ class Trial:
     nodes: int
     at_percentile_ms: float
     meets: bool
+    overloaded: bool  # so many waited longer than the target that the rest was not simulated: figures are of the first
     summary: Summary
 
 
@@ -75,12 +76,15 @@ class Plan:
         return self.node_hours_per_million * self.options.price_per_hour
 
 
-def plan(options: PlanOptions) -> Plan:
-    """The smallest number of nodes that meets the target. Raises ConfigError, DataError."""
+def plan(options: PlanOptions, near: int = 0) -> Plan:
+    """The smallest number of nodes that meets the target. `near`: a guess, where to begin; 0: there is none.
+
+    Raises ConfigError, DataError.
+    """
     if options.topics > options.items:
         options = replace(options, topics=options.items)
     planner = _Planner(options)
-    trials = planner.search()
+    trials = planner.search(near)
     best = next((trial for trial in trials if trial.meets), None)
     nodes = best.nodes if best else None
     sized = nodes or options.max_nodes
@@ -183,17 +187,25 @@ class _Planner:
         self.ttft: dict[int, FloatArray] = {}
         self._trials: dict[int, Trial] = {}
 
-    def search(self) -> list[Trial]:
-        """Doubles from a lower bound until the target is met, or more nodes do not help; then halves the interval."""
+    def search(self, near: int) -> list[Trial]:
+        """Doubles from a guess or a lower bound until the target is met, or more nodes do not help.
+
+        Then it halves: from a guess that meets the target until one does not, and after that the interval.
+        """
         options = self._options
         if self.floor_s * _MS > options.slo_ms:
             return []
         low = self._too_few()
-        nodes = min(options.max_nodes, low + 1)
+        nodes = min(options.max_nodes, max(near, low + 1))
         while not self._try(nodes).meets:
             if nodes == options.max_nodes or self._is_stuck():
                 return self._sorted()
             low, nodes = nodes, min(2 * nodes, options.max_nodes)
+        while nodes // 2 > low:
+            if self._try(nodes // 2).meets:
+                nodes //= 2
+            else:
+                low = nodes // 2
         while nodes - low > max(1, nodes // 50):  # within 2 %
             middle = (low + nodes) // 2
             if self._try(middle).meets:
@@ -208,8 +220,10 @@ class _Planner:
 
     def _is_stuck(self) -> bool:
         """Twice the nodes were hardly better: what is too slow is slow by itself."""
-        times = [trial.at_percentile_ms for trial in self._sorted()[-2:]]
-        return len(times) == 2 and times[1] > (1 - _HARDLY) * times[0]
+        last = self._sorted()[-2:]
+        if len(last) < 2 or any(trial.overloaded for trial in last):
+            return False
+        return last[1].at_percentile_ms > (1 - _HARDLY) * last[0].at_percentile_ms
 
     def why(self, best: Trial | None) -> str:
         """In a sentence."""
@@ -245,16 +259,40 @@ class _Planner:
     def _try(self, nodes: int) -> Trial:
         if nodes not in self._trials:
             options = self._options
-            run = simulate(
-                workload_of(options), _system(options, nodes), RunOptions(requests=options.requests, seed=options.seed)
-            )
+            running = RunOptions(requests=options.requests, seed=options.seed)
+            queues = _Queues.of(options, running)
+            run = simulate(workload_of(options), _system(options, nodes), running, is_enough=queues.is_enough)
             self.ttft[nodes] = run.outcome.ttft(run.warm_s)
             at = _percentile(self.ttft[nodes], options.percentile) * _MS
-            self._trials[nodes] = Trial(nodes, at, at <= options.slo_ms, run.summary)
+            self._trials[nodes] = Trial(nodes, at, at <= options.slo_ms, queues.are_too_long, run.summary)
         return self._trials[nodes]
 
     def _sorted(self) -> list[Trial]:
         return [self._trials[nodes] for nodes in sorted(self._trials)]
+
+
+@dataclass(slots=True)
+class _Queues:
+    """Watches a simulation, and ends it where so many have waited longer than the target that it is missed for sure."""
+
+    first: int  # request that counts
+    limit_s: float
+    allowed: int  # so many may be late
+    late: int = 0  # by their queue alone
+
+    @classmethod
+    def of(cls, options: PlanOptions, running: RunOptions) -> _Queues:
+        first = int(running.requests * running.warm_up)
+        counted = running.requests - first
+        return cls(first, options.slo_ms / _MS, counted - math.ceil(counted * options.percentile / 100))
+
+    @property
+    def are_too_long(self) -> bool:
+        return self.late > self.allowed
+
+    def is_enough(self, answered: Answered) -> bool:
+        self.late += answered.number >= self.first and answered.queue_s > self.limit_s
+        return self.are_too_long
 
 
 def _percentile(values: FloatArray, percent: float) -> float:

@@ -25,7 +25,7 @@ from rcllm.sim.holdings import LazyPlacement
 from rcllm.sim.learned import learn
 from rcllm.sim.node import PassRecord
 from rcllm.sim.options import PlacedBy, RunOptions, System, Workload, check_workload
-from rcllm.sim.outcome import Outcome, Summary, summarise
+from rcllm.sim.outcome import Answered, Outcome, Summary, summarise
 from rcllm.sim.spec import ClusterSpec, Failure
 from rcllm.sim.workload import SimRequest, generate, number_items, of_log, updates
 
@@ -59,8 +59,11 @@ def simulate(
     *,
     reuse: Reuse | None = None,
     on_pass: Callable[[PassRecord], None] | None = None,
+    is_enough: Callable[[Answered], bool] | None = None,
 ) -> Run:
     """`log`: requests to replay in place of generated ones. `reuse`: in place of what `system` says.
+
+    `on_pass`, `is_enough`: see `Simulation`.
 
     Raises ConfigError, DataError, CapacityError.
     """
@@ -74,6 +77,7 @@ def simulate(
         failures=failures_of(system),
         updates=updates(source.workload, options.seed),
         on_pass=on_pass,
+        is_enough=is_enough,
     )
     warm_up = _WarmUp(source.coming(options.requests, options.seed), int(options.requests * options.warm_up))
     start = time.process_time()

@@ -13,45 +13,55 @@ from rcllm.core.ranking import ContentKey
 
 
 class GreedyDual:
-    """The order of eviction. Stale heap entries are skipped when they come up."""
+    """The order of eviction. Stale heap entries are skipped when they come up, those of pinned keys laid aside."""
 
     def __init__(self) -> None:
         self._clock = 0.0
         self._uses = 0
         self._current: dict[ContentKey, tuple[float, int]] = {}  # priority, use number
         self._heap: list[tuple[float, int, ContentKey]] = []
+        self._aside: set[ContentKey] = set()  # ranked, but not in the heap: they were pinned when they came up
 
     def touch(self, key: ContentKey, cost_per_byte: float) -> None:
         """Called when a block is added and each time it is used."""
         self._uses += 1
         self._current[key] = (self._clock + cost_per_byte, self._uses)
+        self._aside.discard(key)
         heapq.heappush(self._heap, (*self._current[key], key))
         if len(self._heap) > 4 * len(self._current) + 64:
-            self._heap = [(*rank, k) for k, rank in self._current.items()]
+            self._heap = [(*rank, k) for k, rank in self._current.items() if k not in self._aside]
             heapq.heapify(self._heap)
 
     def forget(self, key: ContentKey) -> None:
         self._current.pop(key, None)
+        self._aside.discard(key)
+
+    def release(self, key: ContentKey) -> None:
+        """Called when a key is pinned no more: it may go again, in the order in which it would have."""
+        if key in self._aside:
+            self._aside.discard(key)
+            heapq.heappush(self._heap, (*self._current[key], key))
 
     def pop(self, pinned: Container[ContentKey]) -> ContentKey | None:
-        """Removes and returns the next victim, or None when all that is left is pinned."""
-        held: list[tuple[float, int, ContentKey]] = []
-        victim = None
-        while self._heap and victim is None:
+        """Removes and returns the next victim, or None when all that is left is pinned.
+
+        What is pinned is passed over once, until `release`: with many pins, looking at each again would cost most.
+        """
+        while self._heap:
             priority, use, key = heapq.heappop(self._heap)
             if self._current.get(key) != (priority, use):
                 continue
             if key in pinned:
-                held.append((priority, use, key))
+                self._aside.add(key)
                 continue
-            victim, self._clock = key, priority
+            self._clock = priority
             del self._current[key]
-        for entry in held:
-            heapq.heappush(self._heap, entry)
-        return victim
+            return key
+        return None
 
     def check(self, keys: set[ContentKey]) -> None:
         assert self._current.keys() == keys, f"{len(self._current)} keys ranked, {len(keys)} cached"
         ranked = {(priority, use, key) for priority, use, key in self._heap}
-        lost = [key for key, rank in self._current.items() if (*rank, key) not in ranked]
+        lost = [k for k, rank in self._current.items() if k not in self._aside and (*rank, k) not in ranked]
+        assert self._aside <= self._current.keys(), "what was laid aside is ranked"
         assert not lost, f"{len(lost)} keys cannot be evicted"

@@ -33,6 +33,7 @@ class Index:
         self._added = 0  # bytes, since the beginning
         self._entries: dict[ContentKey, Entry] = {}
         self._pins: Counter[ContentKey] = Counter()
+        self._pinned = 0  # bytes of entries that are listed and pinned
         self._order = GreedyDual()
 
     @property
@@ -60,6 +61,8 @@ class Index:
     def pin(self, key: ContentKey) -> None:
         """Keeps an entry from eviction until `unpin` was called as often."""
         assert key in self._entries
+        if key not in self._pins:
+            self._pinned += self._entries[key].num_bytes
         self._pins[key] += 1
 
     def unpin(self, key: ContentKey) -> None:
@@ -67,17 +70,19 @@ class Index:
         assert self._pins[key] >= 0, "unpinned more often than pinned"
         if not self._pins[key]:
             del self._pins[key]
+            if key in self._entries:
+                self._pinned -= self._entries[key].num_bytes
+                self._order.release(key)
 
     def make_room(self, num_bytes: int) -> list[ContentKey]:
         """Evicts until `num_bytes` fit, and returns who went.
 
         Raises CapacityError, with nothing evicted, when the pinned entries leave too little.
         """
-        pinned = sum(self._entries[key].num_bytes for key in self._pins if key in self._entries)
-        if pinned + num_bytes > self.budget:
+        if self._pinned + num_bytes > self.budget:
             raise CapacityError(
                 f"{num_bytes / 1e6:.1f} MB of KV do not fit: of the pool's {self.budget / 1e6:.1f} MB, "
-                f"{pinned / 1e6:.1f} MB are in use by running requests. Give the cache more memory (cache.memory_mb), "
+                f"{self._pinned / 1e6:.1f} MB are in use by running requests. Give the cache more memory (cache.memory_mb), "
                 "keep it in fewer bits (cache.kv_dtype = 'int8'), or send fewer candidates at once"
             )
         gone = []
@@ -94,13 +99,18 @@ class Index:
         assert key not in self._entries
         assert self.used + entry.num_bytes <= self.budget
         self._entries[key] = entry
+        if key in self._pins:  # of an entry that was dropped and is still read
+            self._pinned += entry.num_bytes
         self.used += entry.num_bytes
         self._added += entry.num_bytes
         self.touch(key)
 
     def remove(self, key: ContentKey) -> None:
         """Drops an entry. What a running request has pinned of it lives on, unlisted, until that request ends."""
-        self.used -= self._entries.pop(key).num_bytes
+        num_bytes = self._entries.pop(key).num_bytes
+        self.used -= num_bytes
+        if key in self._pins:
+            self._pinned -= num_bytes
         self._order.forget(key)
 
     def owned_by(self, owner: str) -> list[ContentKey]:
@@ -111,5 +121,7 @@ class Index:
         total = sum(entry.num_bytes for entry in self._entries.values())
         numbers = f"used {self.used}, sum {total}, budget {self.budget}, {len(self)} entries, {len(self._pins)} pinned"
         assert self.used == total <= self.budget, numbers
+        pinned = sum(self._entries[key].num_bytes for key in self._pins if key in self._entries)
+        assert self._pinned == pinned, f"{self._pinned} bytes counted as pinned, {pinned} are; {numbers}"
         assert all(count > 0 for count in self._pins.values()), numbers
         self._order.check(set(self._entries))

@@ -72,6 +72,27 @@ def test_the_plan_is_the_fewest_nodes_that_meet_the_target(found: Plan) -> None:
     assert found.floor_ms < found.best.summary.ttft_p50_ms
 
 
+def test_the_same_plan_from_a_guess_in_fewer_trials(found: Plan) -> None:
+    assert found.nodes is not None
+    near = plan(ASKED, near=found.nodes)
+    assert near.nodes == found.nodes
+    assert len(near.trials) <= len(found.trials)
+    far = plan(ASKED, near=4 * found.nodes)
+    assert far.nodes is not None
+    assert found.nodes <= far.nodes <= found.nodes + max(1, found.nodes // 50)
+
+
+def test_what_is_overloaded_is_not_simulated_to_its_end() -> None:
+    """As little as one request more than may be late has waited too long, and the rest is left."""
+    found = plan(replace(ASKED, qps=400.0, max_nodes=2))
+    assert found.trials
+    for trial in found.trials:
+        assert trial.overloaded
+        assert not trial.meets
+        assert trial.summary.num_requests < 540 // 2
+        assert trial.at_percentile_ms > ASKED.slo_ms
+
+
 def test_the_cost_is_told_where_there_is_a_price(found: Plan) -> None:
     assert found.cost_per_million is None
     assert found.nodes is not None

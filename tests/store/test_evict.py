@@ -52,7 +52,21 @@ def test_pinned_blocks_stay_and_keep_their_place() -> None:
     order = filled(a=1.0, b=2.0, c=3.0)
     assert victims(order, (A, C)) == [B]
     order.check({A, C})
+    assert victims(order) == [], "until they are released"
+    order.release(C)
+    order.release(A)
+    order.check({A, C})
     assert victims(order) == [A, C]
+
+
+def test_a_use_while_pinned_counts() -> None:
+    order = filled(a=1.0, b=2.0, c=3.0)
+    assert victims(order, (A, C)) == [B]  # the clock is 2
+    order.touch(A, 1.5)  # 3.5 now, beyond C
+    order.release(C)
+    order.release(A)
+    order.check({A, C})
+    assert victims(order) == [C, A]
 
 
 def test_what_is_forgotten_is_no_victim_and_may_come_back() -> None:
