@@ -22,7 +22,7 @@ from rcllm.sim.cost import PassShape
 from rcllm.sim.demand import Demand, There, demand
 from rcllm.sim.holdings import LiveHoldings, user_key
 from rcllm.sim.loop import EventKind, Loop
-from rcllm.sim.node import BUILD, RANK, Node, PassRecord, SimJob
+from rcllm.sim.node import BUILD, RANK, Node, Passing, PassRecord, SimJob
 from rcllm.sim.outcome import Answered, Outcome
 from rcllm.sim.spec import ClusterSpec, Failure, first_view, routed
 from rcllm.sim.workload import ItemUpdate, SimRequest
@@ -68,6 +68,10 @@ class Simulation:
             if failure.back_s < float("inf"):
                 self.loop.at(failure.back_s, EventKind.NODE, self._return, failure.node)
 
+    def warm(self, number: int, key: int, tokens: int) -> None:
+        """A node has a block in its cache before the first request, as far as it has room."""
+        self._keep(self.nodes[number], key, tokens)
+
     def run(self, requests: Iterable[SimRequest]) -> Outcome:
         """Answers all requests, and says what became of them."""
         self._requests = iter(requests)
@@ -97,7 +101,11 @@ class Simulation:
     def _arrive(self, request: SimRequest) -> None:
         self._next_arrival()
         self._num_jobs += 1
-        self._send(SimJob(self._num_jobs, request))
+        job = SimJob(self._num_jobs, request)
+        if self.spec.ingress_s:
+            self.loop.at(self.loop.now + self.spec.ingress_s, EventKind.ARRIVAL, self._send, job)
+        else:
+            self._send(job)
 
     def _send(self, job: SimJob) -> None:
         """To the node that the policy chooses."""
@@ -202,14 +210,25 @@ class Simulation:
         now = self.loop.now
         seconds = self.spec.costs.pass_s(shape) * self._slow.get(node.number, 1.0)
         node.computing = True
-        node.busy_s += seconds
-        self._free_s[node.number] = now + seconds
+        node.passing = Passing(jobs, shape, now, seconds, since_s=now, number=node.passing.number)
         for job in jobs:
             job.started_s = now
             self._waiting_s[node.number] -= job.estimate_s
-        self.loop.at(now + seconds, EventKind.PASS_END, self._end, (node, epoch, jobs))
-        if self._on_pass is not None:
-            self._on_pass(PassRecord(node.number, now, now + seconds, len(jobs), shape))
+        self._set_pace(node)
+
+    def _set_pace(self, changed: Node) -> None:
+        """A node has begun or ended a pass: those that compute on its machine go on at another pace."""
+        first = changed.number - changed.number % self.spec.per_machine
+        busy = [node for node in self.nodes[first : first + self.spec.per_machine] if node.computing]
+        pace, now = 1.0 + self.spec.crowding * (len(busy) - 1), self.loop.now
+        for node in busy:
+            passing = node.passing
+            passing.left_s -= (now - passing.since_s) / passing.pace
+            passing.pace, passing.since_s = pace, now
+            passing.number += 1
+            ends_s = now + max(0.0, passing.left_s) * pace
+            self._free_s[node.number] = ends_s
+            self.loop.at(ends_s, EventKind.PASS_END, self._end, (node, node.epoch, passing.number))
 
     def _pass_shape(self, node: Node, jobs: list[SimJob]) -> PassShape:
         """Of all that enters. What came into the cache since the look-up is read, and no block is built twice."""
@@ -236,12 +255,18 @@ class Simulation:
         there = There(sum(tokens.items) - sum(sizes), sizes, job.history_there)
         return demand(tokens, there, self.spec.reuse, self.spec.model, self.spec.kv_bytes_per_token)
 
-    def _end(self, what: tuple[Node, int, list[SimJob]]) -> None:
-        node, epoch, jobs = what
-        if epoch != node.epoch:
+    def _end(self, what: tuple[Node, int, int]) -> None:
+        node, epoch, number = what
+        if epoch != node.epoch or number != node.passing.number:
             return
+        passing, now = node.passing, self.loop.now
         node.computing = False
-        for job in jobs:
+        node.busy_s += now - passing.started_s
+        if self._on_pass is not None:
+            self._on_pass(PassRecord(node.number, passing.started_s, now, len(passing.jobs), passing.shape))
+        if self.spec.per_machine > 1:
+            self._set_pace(node)
+        for job in passing.jobs:
             node.scheduler.end(job.number)
             node.unpin(job)
             del node.jobs[job.number]
@@ -284,9 +309,12 @@ class Simulation:
         for key in node.cache:
             self.holdings.drop_copy(number, int.from_bytes(key, "big", signed=True))
         node.up = False
-        node.busy_s -= max(0.0, float(self._free_s[number]) - self.loop.now)
+        if node.computing:
+            node.busy_s += self.loop.now - node.passing.started_s
         node.epoch += 1
         node.reset()
+        if self.spec.per_machine > 1:
+            self._set_pace(node)
         self._free_s[number] = self._waiting_s[number] = 0.0
         self.holdings.lose(number)
         self._set_up(number, up=False)

@@ -52,6 +52,19 @@ class SimJob:
     num_built: int = 0
 
 
+@dataclass(slots=True)
+class Passing:
+    """The pass that a node computes."""
+
+    jobs: Sequence[SimJob] = ()
+    shape: PassShape = field(default_factory=PassShape)
+    started_s: float = 0.0
+    left_s: float = 0.0  # of it, at the pace of a node that has its machine for itself
+    pace: float = 1.0  # how many times longer it takes at present
+    since_s: float = 0.0  # when that began
+    number: int = 0  # how often its end was foretold: earlier words are void
+
+
 class Node:
     """Mutable state; the cluster moves it on."""
 
@@ -63,6 +76,7 @@ class Node:
         self.start_is_due = False
         self.link_free_s = 0.0
         self.busy_s = 0.0  # in all
+        self.passing = Passing()
         self.jobs: dict[int, SimJob] = {}  # everything that is here and not answered
         self._limits, self._cache_bytes = limits, cache_bytes
         self.reset()

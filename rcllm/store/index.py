@@ -82,8 +82,8 @@ class Index:
         if self._pinned + num_bytes > self.budget:
             raise CapacityError(
                 f"{num_bytes / 1e6:.1f} MB of KV do not fit: of the pool's {self.budget / 1e6:.1f} MB, "
-                f"{self._pinned / 1e6:.1f} MB are in use by running requests. Give the cache more memory (cache.memory_mb), "
-                "keep it in fewer bits (cache.kv_dtype = 'int8'), or send fewer candidates at once"
+                f"{self._pinned / 1e6:.1f} MB are in use by running requests. Give the cache more memory "
+                "(cache.memory_mb), keep it in fewer bits (cache.kv_dtype = 'int8'), or send fewer candidates at once"
             )
         gone = []
         while self.used + num_bytes > self.budget:

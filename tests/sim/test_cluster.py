@@ -59,6 +59,42 @@ def test_nothing_is_fetched_where_nobody_has_it_or_fetching_is_off() -> None:
     assert ttft(nowhere) == ttft(off) == {0: MISS_S}
 
 
+def test_nodes_of_one_machine_slow_each_other_down_while_both_compute() -> None:
+    """Alone until 0.5 s; then both at a pace of 1.5, until the first has done its other 0.6 s at 1.4 s.
+
+    By then the second has done 0.6 of its 1.1 s, and does the rest alone.
+    """
+    asked = [request(0, 0.0), request(1, 0.5)]
+    crowded = spec(2, per_machine=2, crowding=0.5)
+    outcome = Simulation(crowded, placed([0], [0]), shortest_queue).run(asked)
+    assert ttft(outcome) == {0: 1.4, 1: 1.9 - 0.5}
+    assert outcome.busy_s == [pytest.approx(1.4), pytest.approx(1.4)]
+    apart = Simulation(spec(2, crowding=0.5), placed([0], [0]), shortest_queue).run(asked)
+    assert ttft(apart) == {0: PASS_S, 1: PASS_S}
+
+
+def test_the_way_in_takes_its_time_and_nobodys_turn() -> None:
+    """The second waits less for the first, for it is on its way meanwhile."""
+    outcome = Simulation(spec(ingress_s=0.3), placed([0]), prefer(0)).run([request(0, 0.0), request(1, 0.5)])
+    assert ttft(outcome) == {0: 0.3 + PASS_S, 1: 0.3 + 2 * PASS_S - 0.5}
+
+
+def test_what_is_warm_is_there_before_the_first_request() -> None:
+    simulation = Simulation(spec(), placed([]), prefer(0))
+    simulation.warm(0, 0, ITEM)
+    outcome = simulation.run([request(0, 0.0)])
+    assert ttft(outcome) == {0: PASS_S}
+    assert outcome.answers[0].num_hits == 1
+
+
+def test_a_run_ends_when_enough_is_known() -> None:
+    asked = [request(number, 0.0) for number in range(3)]
+    simulation = Simulation(spec(), placed([0]), prefer(0), is_enough=lambda answered: answered.number == 1)
+    outcome = simulation.run(asked)
+    assert [each.number for each in outcome.answers] == [0, 1]
+    assert outcome.num_unanswered == 1
+
+
 def test_what_was_built_or_fetched_is_kept() -> None:
     asked = [request(0, 0.0), request(1, 10.0)]
     for fetch_s in (0.2, 1.5):
