@@ -34,10 +34,11 @@ class Options:
     only: tuple[str, ...] = ()  # parts to run; all where a benchmark has none
     requests: int | None = None  # at most, in each part; None: what the benchmark takes
     update: bool = False  # keep what `out` has of other parts
+    dry_run: bool = False  # of a benchmark for machines of another kind: prove the script here, at mini size
 
 
-def options(name: str, question: str, parts: Sequence[str] = ()) -> Options:
-    """`parts`: names of what can be run alone, for a benchmark that takes hours."""
+def options(name: str, question: str, parts: Sequence[str] = (), *, dry_run: bool = False) -> Options:
+    """`parts`: names of what can be run alone, for a benchmark that takes hours; `dry_run`: whether it knows that."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=question)
     parser.add_argument("--quick", action="store_true", help="a smaller run that ends within 5 minutes on 2 cores")
     parser.add_argument("--seed", type=int, default=0)
@@ -46,6 +47,8 @@ def options(name: str, question: str, parts: Sequence[str] = ()) -> Options:
         parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="run these parts alone")
         parser.add_argument("--update", action="store_true", help="keep the figures of the other parts in FILE")
         parser.add_argument("--requests", type=int, help="at most so many requests in each part")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="every part at mini size; times mean nothing")
     given = parser.parse_args()
     chosen = Options(
         given.quick,
@@ -54,6 +57,7 @@ def options(name: str, question: str, parts: Sequence[str] = ()) -> Options:
         tuple(getattr(given, "only", ())),
         getattr(given, "requests", None),
         getattr(given, "update", False),
+        getattr(given, "dry_run", False),
     )
     if (kept := _kept(chosen)) and (kept["seed"], kept["quick"]) != (chosen.seed, chosen.quick):
         parser.error(f"{chosen.out} was made with other settings; leave out --update")

@@ -23,13 +23,17 @@ def score(decoder: Decoder, prompt: Prompt, hidden: torch.Tensor, rows: IntArray
 
 def _label(decoder: Decoder, prompt: Prompt, hidden: torch.Tensor, rows: IntArray) -> Scores:
     """Log-probability of each candidate's label among the labels, by the chain rule along the trie of their tokens."""
+    counts = [len(read.token_ids) for read in prompt.reads]
+    columns = torch.tensor([token for read in prompt.reads for token in read.token_ids], device=decoder.device)
+    among = [
+        torch.log_softmax(decoder.logits(hidden[row : row + 1], some)[0].double(), dim=-1)
+        for row, some in zip(rows, columns.split(counts), strict=True)
+    ]
+    values = iter(torch.cat(among).tolist())  # the host waits for the device once
     log_probs: dict[tuple[int, ...], float] = {}
-    for choice, read, row in zip(choices(prompt.label_ids), prompt.reads, rows, strict=True):
-        columns = torch.tensor(read.token_ids, device=decoder.device)
-        among = torch.log_softmax(decoder.logits(hidden[row : row + 1], columns)[0].double(), dim=-1).tolist()
+    for choice, read in zip(choices(prompt.label_ids), prompt.reads, strict=True):
         before = log_probs.get(choice.prefix, 0.0)
-        for token, value in zip(read.token_ids, among, strict=True):
-            log_probs[(*choice.prefix, token)] = before + value
+        log_probs |= {(*choice.prefix, token): before + next(values) for token in read.token_ids}
     return np.array([log_probs[label] for label in prompt.label_ids])
 
 

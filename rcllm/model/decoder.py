@@ -23,6 +23,7 @@ from rcllm.model.ops import Linear, Matrix, NativeOps, Ops, TorchOps, TritonOps
 from rcllm.model.quantised import quantise
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
+from rcllm.model.static_passes import StaticPasses, captured
 from rcllm.model.weights import LayerWeights, Weights
 
 Observe = Callable[[int, torch.Tensor], None]  # told of each layer's number and qkv [rows, (H + 2·KV)·D], turned
@@ -152,6 +153,9 @@ class Decoder:
         self.embed, self.final_norm = self._table(weights.embed), weights.final_norm
         self.lm_head = self.embed if weights.lm_head is weights.embed else self._table(weights.lm_head)
         self._layers = [self._layer(w) for w in weights.layers]
+        self.static: StaticPasses | None = None
+        if on_triton and self.device.type == "cuda":
+            self.static = StaticPasses(self, captured)
 
     @property
     def emulates(self) -> bool:
@@ -193,11 +197,33 @@ class Decoder:
         """Runs the layers over the rows of `work`. After the last layer's attention only the wanted rows go on.
 
         `carried`: where these rows stand, in place of the embedding of their tokens; at least one layer is left to run,
-        and the residual stream is changed in place. `between`: may run whole passes of its own, which change nothing.
+        and the residual stream is changed in place. `between`: may run whole passes of its own, which change nothing;
+        short passes on a GPU do not call it.
         """
         layers = range(carried.num_layers if carried else 0, self.spec.num_layers)
         assert layers, "nothing is left to run"
-        attend, kept = self._attend(work), self._kept(work, layers)
+        if self.static is not None and carried is None and observe is None:
+            passed = self.static.forward(work)
+            if passed is not None:
+                return passed
+        attend, kept = self._attend(work), self.keeping(work, layers)
+        hidden = self.through(work, attend, kept, carried, observe, between)
+        blocks = kept.blocks() if kept else []
+        if carried:
+            blocks = [torch.cat(parts) for parts in zip(carried.kept, blocks, strict=True)]
+        return Passed(hidden, blocks, attend.name, attend.bytes_copied, len(work.token_ids))
+
+    def through(
+        self,
+        work: Pass,
+        attend: Attend,
+        kept: Kept | None,
+        carried: Carried | None = None,
+        observe: Observe | None = None,
+        between: Between | None = None,
+    ) -> torch.Tensor:
+        """The hidden states of the wanted rows, [wanted, d]; KV of rows to keep goes to `kept`."""
+        layers = range(carried.num_layers if carried else 0, self.spec.num_layers)
         residual, delta = self._embedded(work) if carried is None else carried.residual, None
         if carried:
             delta = self._feed(layers.start - 1, residual, carried.attended)
@@ -208,17 +234,13 @@ class Decoder:
             if i == layers[-1]:
                 attended, residual = attended[work.wanted], residual[work.wanted]
             delta = self._feed(i, residual, attended)
-        hidden = self._ops.add_norm(residual, delta, self.final_norm)
-        blocks = kept.blocks() if kept else []
-        if carried:
-            blocks = [torch.cat(parts) for parts in zip(carried.kept, blocks, strict=True)]
-        return Passed(hidden, blocks, attend.name, attend.bytes_copied, len(work.token_ids))
+        return self._ops.add_norm(residual, delta, self.final_norm)
 
     @torch.inference_mode()
     def advance(self, work: Pass, num_layers: int, observe: Observe | None = None) -> Carried:
         """Runs the first `num_layers` layers, the last of them up to its attention, over every row of `work`."""
         assert 0 < num_layers < self.spec.num_layers
-        attend, kept = self._attend(work), self._kept(work, range(num_layers))
+        attend, kept = self._attend(work), self.keeping(work, range(num_layers))
         residual = self._embedded(work)
         attended = self._mix(0, residual, None, work, attend, kept, observe)
         for i in range(1, num_layers):
@@ -233,7 +255,7 @@ class Decoder:
         delta: torch.Tensor | None,
         work: Pass,
         attend: Attend,
-        kept: _Kept | None,
+        kept: Kept | None,
         observe: Observe | None,
     ) -> torch.Tensor:
         """The first half of a layer: residual += delta, and what attention over it gives; [rows, H·D]."""
@@ -265,10 +287,11 @@ class Decoder:
             assert int(work.positions.max()) < self.max_positions, "planning refuses prompts beyond the context"
         ends = accumulate(group.num_rows for group in work.groups)
         merged = [any(aside.start < end <= aside.stop for aside in work.asides) for end in ends]
-        return prepare(self.backend, self.spec, self.rope, work.groups, self.kernels, merged, self.products)
+        return prepare(self.backend, self.spec, self.rope, work.groups, self.kernels, merged, self.products, self.dtype)
 
-    def _kept(self, work: Pass, layers: range) -> _Kept | None:
-        return _Kept(self, work.keep, layers) if work.keep else None
+    def keeping(self, work: Pass, layers: range | None = None) -> Kept | None:
+        """Where KV of the rows to keep goes; None: of none. layers: of the pass; by default, all."""
+        return Kept(self, work.keep, layers or range(self.spec.num_layers)) if work.keep else None
 
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         """[n, d] -> fp32 [n, vocab], or the columns of `token_ids` alone."""
@@ -289,7 +312,7 @@ class Decoder:
         return self.logits(self.forward(Pass(tokens, rows, (Group.causal(n),), wanted=rows)).hidden)
 
 
-class _Kept:
+class Kept:
     """Collects K and V of the rows to keep, layer by layer, K shifted back to block-local positions."""
 
     def __init__(self, decoder: Decoder, keep: Sequence[Keep], layers: range) -> None:

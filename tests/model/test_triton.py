@@ -23,10 +23,14 @@ from rcllm.errors import ConfigError
 from rcllm.model.attend.choose import resolved
 from rcllm.model.attend.on_triton import TritonAttend
 from rcllm.model.attend.segments import Group, Segment
-from rcllm.model.attend.triton_tables import Tables, Tiling
+from rcllm.model.attend.triton_tables import HostTables, Tiling
+from rcllm.model.decoder import Aside, Decoder, Keep, Pass
 from rcllm.model.rope import Rope
+from rcllm.model.static_passes import StaticPasses
+from rcllm.model.weights import load_model
 from tests.model.test_attention import DTYPES, SPEC, random_group, random_rows
 from tests.reference import attend as reference
+from tests.tiny_models import tiny_model
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'rcllm[gpu]'")
 ROPE = Rope.of(SPEC, SPEC.max_positions)
@@ -35,7 +39,10 @@ DIVIDED = Tiling(queries=16, keys=16, num_programs=1000)
 
 
 def close_to_reference(groups: list[Group], qkv: torch.Tensor, tiling: Tiling | None = None) -> None:
-    got, expected = TritonAttend(SPEC, ROPE, groups, tiling)(1, qkv), reference.attend(SPEC, groups, 1, qkv)
+    got, expected = (
+        TritonAttend.of(SPEC, ROPE, groups, torch.float32, tiling)(1, qkv),
+        reference.attend(SPEC, groups, 1, qkv),
+    )
     torch.testing.assert_close(got.output.double(), expected.output, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(got.lse.double(), expected.lse, atol=2e-5, rtol=1e-5)
 
@@ -49,10 +56,10 @@ def test_however_a_pass_is_cut(tiling: Tiling, seed: int) -> None:
 
 def test_few_rows_over_many_keys_are_divided_and_merged() -> None:
     groups = [random_group(seed, dtype=torch.float16) for seed in (24, 28)]
-    divided, whole = (Tables(SPEC, groups, tiling, ROPE.cos) for tiling in (DIVIDED, SMALL))
-    assert divided.num_merges > 0
-    assert divided.num_tasks > whole.num_tasks
-    assert whole.num_merges == 0
+    divided, whole = (HostTables(SPEC, groups, tiling).layout for tiling in (DIVIDED, SMALL))
+    assert divided.merges > 0
+    assert divided.tasks > whole.tasks
+    assert whole.merges == whole.slots == 0
 
 
 @pytest.mark.parametrize("kept", DTYPES)
@@ -61,7 +68,7 @@ def test_rows_in_16_bits_round_the_operands_of_products_alone(dtype: torch.dtype
     """Close: turned queries, keys and weights are rounded once each, to 2^-11 or 2^-8 of themselves."""
     groups = [random_group(5, dtype=kept), random_group(6, dtype=kept, rows=20)]
     qkv = random_rows(groups).to(dtype)
-    got, expected = TritonAttend(SPEC, ROPE, groups)(1, qkv), reference.attend(SPEC, groups, 1, qkv)
+    got, expected = TritonAttend.of(SPEC, ROPE, groups, dtype)(1, qkv), reference.attend(SPEC, groups, 1, qkv)
     error, off = (got.output.double() - expected.output).abs(), (got.lse.double() - expected.lse).abs()
     print(f"output: max {error.max():.1e}, mean {error.mean():.1e}; lse: max {off.max():.1e}")
     step = 2**-8 if dtype == torch.bfloat16 else 2**-11
@@ -140,3 +147,44 @@ def test_the_kernels_compile_for_a_gpu() -> None:
 def test_every_dtype_compiles_for_every_kind_of_gpu(arch: str, dtype: str) -> None:
     limit = {"80": 163, "90": 227, "100": 227}[arch] * 1024
     assert all(each["shared_bytes"] <= limit for each in compiled(arch, dtype).values())
+
+
+def test_short_passes_in_fixed_shapes_give_what_passes_give(tmp_path: Path) -> None:
+    """Padded rows, tables and tasks change nothing, nor does a pass of the same shape in between; KV is a copy."""
+    spec, weights = load_model(tiny_model("qwen3", tmp_path))
+    decoder = Decoder(spec, weights, "triton")
+    static = StaticPasses(decoder, lambda run: run)
+    passes = [static_example(seed, decoder) for seed in (3, 4, 3)]
+    expected = [decoder.forward(work) for work in passes]
+    assert [static.forward(work) for work in passes[:2]] == [None, None], "the first of a shape runs as it is"
+    found = [static.forward(work) for work in passes]
+    for got, wanted in zip(found, expected, strict=True):
+        assert got is not None
+        torch.testing.assert_close(got.hidden, wanted.hidden, atol=1e-5, rtol=1e-5)
+        for some, others in zip(got.kept, wanted.kept, strict=True):
+            torch.testing.assert_close(some, others, atol=1e-5, rtol=1e-5)
+        assert (got.backend, got.num_rows) == (wanted.backend, wanted.num_rows)
+
+
+def static_example(seed: int, decoder: Decoder) -> Pass:
+    """Two groups over cached blocks; the KV of rows of each is kept, at a base of its own."""
+    groups = [within(random_group(each, decoder.spec, rows=2), 100) for each in (seed, seed + 20)]
+    count = sum(group.num_rows for group in groups)
+    generator = torch.Generator().manual_seed(seed)
+    tokens, positions = (torch.randint(0, 200, (count,), generator=generator) for _ in range(2))
+    return Pass(tokens, positions, groups, torch.tensor([count - 1, 0]), (Keep(0, 2, 0), Keep(count - 2, count, 7)))
+
+
+def within(group: Group, positions: int) -> Group:
+    """The same with bases that a small model knows."""
+    segments = [dataclasses.replace(segment, base=segment.base % positions) for segment in group.segments]
+    return dataclasses.replace(group, segments=tuple(segments))
+
+
+def test_long_passes_and_those_with_keys_aside_run_as_they_are(tmp_path: Path) -> None:
+    decoder = Decoder(*load_model(tiny_model("qwen3", tmp_path)), "triton")
+    static = StaticPasses(decoder, lambda run: run)
+    short = static_example(3, decoder)
+    long = dataclasses.replace(short, token_ids=torch.zeros(513, dtype=torch.int64))
+    aside = dataclasses.replace(short, asides=(Aside(0, 1, lambda layer, qkv: None),))  # type: ignore[arg-type,return-value]
+    assert [static.forward(work) for work in (long, long, aside, aside)] == [None] * 4

@@ -202,8 +202,8 @@ class Generator:
         self, live: Sequence[Live], trees: Sequence[DraftTree], hidden: torch.Tensor
     ) -> list[Accepted | ModelError]:
         """What the rows of a pass decide; hidden [rows, d], of each sequence its root and its tree."""
-        own_rows = hidden.split([len(tree) + 1 for tree in trees])
-        sound = [bool(torch.isfinite(rows).all()) for rows in own_rows]
+        rows = torch.isfinite(hidden).all(dim=-1).cpu().split([len(tree) + 1 for tree in trees])
+        sound = [bool(own.all()) for own in rows]
         if not all(sound):
             hidden = hidden.nan_to_num(0.0, 0.0, 0.0)  # what comes of it is dropped
         with torch.inference_mode():

@@ -54,10 +54,11 @@ def prepare(
     kernels: Kernels | None,
     merged: Sequence[bool] = (),
     products: str = "fp32",
+    dtype: torch.dtype = torch.float32,
 ) -> Attend:
     """The attention of one pass. `name`: one of BACKENDS, `resolved`; `kernels`: None where they do not fit or exist.
 
-    `products`: what the kernels multiply in, fp32 or bf16; torch multiplies in the dtype of the rows.
+    `products`: what the kernels multiply in, fp32 or bf16; torch multiplies in the dtype of the rows, `dtype`.
 
     `merged`: per group, whether its output is merged with more keys, for which a backend that knows its logsumexp is
     needed; empty: none is. Each group is read as it would be alone, so that what else is in the pass changes no bit.
@@ -67,7 +68,7 @@ def prepare(
     `triton` serves all groups.
     """
     if name == "triton":
-        return TritonAttend(spec, rope, groups)
+        return TritonAttend.of(spec, rope, groups, dtype)
     ways = [
         "segmented" if needs_lse else _way(name, group, kernels)
         for group, needs_lse in zip(groups, merged or [False] * len(groups), strict=True)

@@ -16,7 +16,7 @@ import torch
 from rcllm.late import Late
 from rcllm.model.attend.contract import Attended
 from rcllm.model.attend.segments import Group
-from rcllm.model.attend.triton_tables import Tables, Tiling, interpreting, padded
+from rcllm.model.attend.triton_tables import HostTables, Tables, Tiling, interpreting, padded
 from rcllm.model.rope import Rope
 from rcllm.model.spec import INT8_GROUP, ModelSpec, kv_row_bytes
 
@@ -36,32 +36,51 @@ class TritonAttend:
     name = "triton"
     bytes_copied = 0
 
-    def __init__(self, spec: ModelSpec, rope: Rope, groups: Sequence[Group], tiling: Tiling | None = None) -> None:
-        """tiling: None for what suits the groups and the device."""
-        self._spec, self._rope, self._tiling = spec, rope, tiling
-        self._groups = groups  # keeps the memory behind the addresses alive
-        self._tables: Tables | None = None
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rope: Rope,
+        tables: Tables,
+        kinds: int,
+        groups: Sequence[Group] = (),
+        output: torch.Tensor | None = None,
+    ) -> None:
+        """kinds: bits of the dtypes that cached KV may have; groups: keeps alive the memory that the tables tell of.
+
+        output: [rows, H·D], what every layer writes to, in rows of which the tables tell; None: each makes its own.
+        """
+        self._spec, self._rope, self._tables, self._kinds, self._groups = spec, rope, tables, kinds, groups
+        self._output = output
+
+    @classmethod
+    def of(
+        cls, spec: ModelSpec, rope: Rope, groups: Sequence[Group], dtype: torch.dtype, tiling: Tiling | None = None
+    ) -> TritonAttend:
+        """Sends the tables of a pass whose rows are in `dtype`. tiling: None for what suits groups and device."""
+        device = rope.cos.device
+        tiling = tiling or Tiling.of(spec, groups, device, dtype)
+        host = HostTables(spec, groups, tiling)
+        tables = Tables(spec, host.layout, tiling, device)
+        tables.send(host, anchor=rope.cos)
+        return cls(spec, rope, tables, host.kinds, groups)
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
         spec, rope = self._spec, self._rope
-        if self._tables is None:
-            tiling = self._tiling or Tiling.of(spec, self._groups, qkv.device, qkv.dtype)
-            self._tables = Tables(spec, self._groups, tiling, anchor=rope.cos)
         tables, tiling = self._tables, self._tables.tiling
-        output = qkv.new_empty(qkv.shape[0], spec.q_size)
+        output = qkv.new_empty(qkv.shape[0], spec.q_size) if self._output is None else self._output
         lse = torch.empty(qkv.shape[0], spec.num_heads, device=qkv.device)
         parts = (tables.part_output, tables.part_lse)
         pass_tables = (tables.tiles, tables.tasks, tables.visits, tables.rows, tables.bits)
         scale = math.log2(math.e) / math.sqrt(spec.head_dim)  # the kernel's exponential is base 2
         numbers = (layer, scale, qkv.stride(0))
-        _KERNELS.attend_kernel[tables.num_tasks, spec.num_kv_heads](
+        _KERNELS.attend_kernel[len(tables.tasks), spec.num_kv_heads](
             *(qkv, output, lse, *parts, rope.cos, *pass_tables, rope.cos, rope.sin, *numbers),
-            **self.constants(spec, tiling, tables.kinds, qkv.dtype),
+            **self.constants(spec, tiling, self._kinds, qkv.dtype),
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
         )
-        if tables.num_merges:
-            _KERNELS.merge_kernel[tables.num_merges, tables.tile_rows, spec.num_heads](
+        if len(tables.merges):
+            _KERNELS.merge_kernel[len(tables.merges), tables.tile_rows, spec.num_heads](
                 *(*parts, output, lse, tables.merges),
                 **self.merge_constants(spec, tables.tile_rows),
                 num_warps=1,

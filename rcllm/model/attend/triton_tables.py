@@ -8,10 +8,12 @@ Knows nothing of Triton. Invariant: every key that a row sees is in exactly one 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -65,39 +67,103 @@ def _num_cores(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-class Tables:
-    """On the device, for all layers of one pass."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How long each table is, and how many parts are merged."""
 
-    def __init__(self, spec: ModelSpec, groups: Sequence[Group], tiling: Tiling, anchor: torch.Tensor) -> None:
-        """anchor: on the device; where cached KV lies is told in bytes from it."""
-        self.tiling, device = tiling, anchor.device
-        share = padded(spec.num_heads // spec.num_kv_heads)
-        self.tile_rows = tiling.queries // share
-        host = _HostTables(spec.num_kv_heads, groups, tiling, self.tile_rows)
-        self.kinds, self.num_tasks, self.num_merges = host.kinds, len(host.tasks), len(host.merges)
-        assert anchor.data_ptr() % _UNIT == 0
-        host.tiles[:, 0] -= anchor.data_ptr()
-        arrays = (
-            host.tiles,
-            *(table.astype(np.int32) for table in (host.tasks, host.visits, host.rows, host.merges)),
-            host.bits,
+    tiles: int
+    tasks: int
+    visits: int
+    rows: int
+    merges: int
+    bits: int
+    slots: int
+
+    def rounded(self, rows: int) -> Layout:
+        """For all passes of about this size, of at most `rows` rows. Longer tables cost little, more tasks some."""
+        tasks, merges = max(32, padded(self.tasks)), max(4, padded(self.merges))
+        tiles, visits, bits = (
+            max(512, padded(self.tiles)),
+            max(2048, padded(self.visits)),
+            max(1 << 16, padded(self.bits)),
         )
-        self.tiles, self.tasks, self.visits, self.rows, self.merges, self.bits = _sent(arrays, device)
-        shape = (max(1, host.num_slots), self.tile_rows, spec.num_heads)
+        return Layout(tiles, tasks, visits, rows, merges, bits, slots=tasks)
+
+    @property
+    def shapes(self) -> tuple[tuple[np.dtype[np.generic], tuple[int, ...]], ...]:
+        """Of the tables in the order in which they are sent."""
+        ints = ((self.tasks, 16), (self.visits,), (self.rows, 4), (self.merges, 4))
+        return (
+            (np.dtype(np.int64), (self.tiles, 5)),
+            *((np.dtype(np.int32), shape) for shape in ints),
+            (np.dtype(np.uint8), (self.bits,)),
+        )
+
+
+class Tables:
+    """On the device, for all layers of one pass; may be sent anew for another pass of the same layout and tiling."""
+
+    def __init__(self, spec: ModelSpec, layout: Layout, tiling: Tiling, device: torch.device) -> None:
+        self.layout, self.tiling = layout, tiling
+        self.tile_rows = tiling.queries // padded(spec.num_heads // spec.num_kv_heads)
+        self._starts = _starts(layout)
+        self._there = torch.empty(self._starts[-1], dtype=torch.uint8, device=device)
+        self.tiles, self.tasks, self.visits, self.rows, self.merges, self.bits = self._views()
+        shape = (max(1, layout.slots), self.tile_rows, spec.num_heads)
         self.part_output = torch.empty(*shape, spec.head_dim, device=device)
         self.part_lse = torch.empty(shape, device=device)
 
+    def _views(self) -> Iterator[torch.Tensor]:
+        for start, (dtype, shape) in zip(self._starts, self.layout.shapes, strict=False):
+            flat = self._there[start : start + dtype.itemsize * math.prod(shape)]
+            yield flat.view(torch.from_numpy(np.zeros(0, dtype)).dtype).view(shape)
 
-class _HostTables:
-    """The same in numpy."""
+    def send(self, host: HostTables, anchor: torch.Tensor) -> None:
+        """By one copy that nothing waits for. anchor: what the distances of cached KV are counted from.
 
-    def __init__(self, num_kv_heads: int, groups: Sequence[Group], tiling: Tiling, tile_rows: int) -> None:
+        What a table has beyond those of `host` is zeros: tasks and merges of no rows.
+        """
+        assert anchor.data_ptr() % _UNIT == 0
+        on_gpu = self._there.device.type == "cuda"
+        packed = torch.zeros(len(self._there), dtype=torch.uint8, pin_memory=on_gpu)
+        room = packed.numpy()
+        tiles = host.tiles - np.array([anchor.data_ptr(), 0, 0, 0, 0])
+        tables = (tiles, host.tasks, host.visits, host.rows, host.merges, host.bits)
+        for table, start, (dtype, _) in zip(tables, self._starts, self.layout.shapes, strict=False):
+            flat = np.ascontiguousarray(table, dtype).reshape(-1).view(np.uint8)
+            room[start : start + len(flat)] = flat
+        self._there.copy_(packed, non_blocking=True)
+
+
+def _starts(layout: Layout) -> list[int]:
+    """Where each table begins, in bytes, and where all end."""
+    sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in layout.shapes]
+    return list(accumulate((-(-size // _UNIT) * _UNIT for size in sizes), initial=0))
+
+
+class HostTables:
+    """The tables of a pass in numpy."""
+
+    def __init__(self, spec: ModelSpec, groups: Sequence[Group], tiling: Tiling) -> None:
+        tile_rows = tiling.queries // padded(spec.num_heads // spec.num_kv_heads)
         self.kinds = 0  # bits of those dtypes that there are
         self._num_tiles = self._num_visits = self._num_bits = self._num_rows = 0
         parts = [self._add(group, tiling, tile_rows) for group in groups]
         self.tiles, self.visits, self.rows = (np.concatenate([part[i] for part in parts]) for i in range(3))
         self.bits = np.concatenate([part[3] for part in parts])
-        self._divide(np.concatenate([part[4] for part in parts]), num_kv_heads, tiling)
+        self._divide(np.concatenate([part[4] for part in parts]), spec.num_kv_heads, tiling)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(
+            tiles=len(self.tiles),
+            tasks=len(self.tasks),
+            visits=len(self.visits),
+            rows=len(self.rows),
+            merges=len(self.merges),
+            bits=len(self.bits),
+            slots=self.num_slots,
+        )
 
     def _add(
         self, group: Group, tiling: Tiling, tile_rows: int
@@ -205,17 +271,3 @@ def _rows_table(group: Group) -> IntTable:
     else:  # blocks stand in another order than the prompt's
         reach = np.tile(np.array([0, num_rows, 0], np.int32), (num_rows, 1))
     return np.column_stack([group.block, group.offset, reach]).astype(np.int64)
-
-
-def _sent(arrays: Sequence[npt.NDArray[np.generic]], device: torch.device) -> Iterator[torch.Tensor]:
-    """All arrays on the device, by one copy that nothing waits for."""
-    sizes = [array.nbytes for array in arrays]
-    starts = np.cumsum([0, *(-(-size // _UNIT) * _UNIT for size in sizes)]).tolist()
-    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    room = host.numpy()
-    for array, start, size in zip(arrays, starts, sizes, strict=False):
-        room[start : start + size] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    there = host.to(device, non_blocking=True)
-    for array, start, size in zip(arrays, starts, sizes, strict=False):
-        flat = there[start : start + size]
-        yield flat.view(torch.from_numpy(np.zeros(0, array.dtype)).dtype)

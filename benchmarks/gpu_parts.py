@@ -1,0 +1,449 @@
+"""The measuring parts of `benchmarks.gpu`: times, and the share of the ceiling that each reaches.
+
+Each part takes the scale, the ceilings and the options, and returns flat metrics. TTFT is the wall's, with all work of
+the host in it; what is named `pass` or `step_device` is the device's own time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.gpu_checks import Known, answers
+from benchmarks.gpu_setup import (
+    SHAPES,
+    Scale,
+    Size,
+    Timer,
+    beam_tasks,
+    engine_of,
+    random_weights,
+    rankings,
+    spread,
+    unmeasured,
+)
+from benchmarks.harness import Options, show
+from rcllm.core.ranking import Level
+from rcllm.decode.beam import BeamSearch
+from rcllm.drafts.draft import EMPTY, DraftTree
+from rcllm.engine.engine import Engine
+from rcllm.engine.jobs.sequences import next_pass
+from rcllm.model.attend.on_triton import TritonAttend
+from rcllm.model.attend.segments import Group, Segment
+from rcllm.model.attend.triton_tables import Tiling
+from rcllm.model.decoder import Decoder, Pass
+from rcllm.model.kv_int8 import kept
+from rcllm.model.rope import Rope
+from rcllm.model.spec import ModelSpec
+from rcllm.reuse.assemble import assemble
+from rcllm.reuse.plan import Planned, plan
+
+LEVELS = ("full", "exact", "blocks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What this device reaches at most, measured now."""
+
+    bytes_per_s: float  # read
+    flops_per_s: float  # of products in the dtype of the rows
+
+    def metrics(self) -> dict[str, float]:
+        return {"read_gb_per_s": self.bytes_per_s / 1e9, "product_tflops": self.flops_per_s / 1e12}
+
+    def seconds(self, num_bytes: float, flops: float) -> float:
+        return max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
+
+    def of_pass(self, spec: ModelSpec, work: Pass, item_bytes: int) -> float:
+        """Weights and KV read once; the products of all rows, and of all pairs that see each other."""
+        pairs = sum(int(group.row_mask().sum()) for group in work.groups if group.num_rows < 5000)
+        pairs += sum(group.num_rows**2 // 2 for group in work.groups if group.num_rows >= 5000)  # nearly causal
+        num_bytes = float((spec.num_weights - spec.vocab_size * spec.hidden_size) * item_bytes)
+        for group in work.groups:
+            lengths = np.array([len(segment) for segment in group.segments], np.int64)
+            pairs += int((group.segment_mask() @ lengths).sum())
+            num_bytes += sum(segment.num_bytes for segment in group.segments)
+        flops = len(work.token_ids) * spec.linear_flops_per_token + spec.attention_flops(pairs)
+        return self.seconds(num_bytes, flops)
+
+
+@torch.inference_mode()
+def ceilings_of(scale: Scale) -> Ceilings:
+    timer, on_gpu = Timer(scale.device), scale.device.type == "cuda"
+    values = torch.ones((4 << 30 if on_gpu else 64 << 20) // 4, device=scale.device)
+    read = values.nbytes / timer.device_seconds(values.sum, 5)
+    size = 8192 if on_gpu else 256
+    a, b = (torch.randn(size, size, device=scale.device).to(scale.dtype) for _ in range(2))
+    product = 2 * size**3 / timer.device_seconds(lambda: a @ b, 10)
+    return Ceilings(read, product)
+
+
+# ---- attention alone -------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def attention(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
+    """One layer's attention: few rows over cached segments in bf16 and int8, and a causal prefill; SDPA beside.
+
+    Rows are timed over different layers in turn, so that no KV is found in a cache of the device.
+    """
+    found, rows = dict[str, float](), []
+    keys, length = (2400, 80) if scale.device.type == "cuda" else (40, 20)
+    for shape in scale.shapes:
+        spec = dataclasses.replace(SHAPES[shape], num_layers=8 if scale.device.type == "cuda" else 2)
+        for name, dtype in (("", scale.dtype), ("_int8", torch.int8)):
+            for fresh, batch in ((1, 1), (1, 16), (100, 1), (100, 16)) if not chosen.dry_run else ((3, 2),):
+                case = f"attention_{shape}{name}_r{fresh}_b{batch}"
+                groups = [_few_rows(spec, fresh, keys, length, dtype, scale) for _ in range(batch)]
+                metrics = _attention_case(case, spec, groups, scale, ceilings, few=True)
+                if not name:
+                    metrics |= _sdpa_case(case, spec, fresh, keys, batch, scale)
+                found |= metrics
+                rows.append([case, *(f"{metrics.get(f'{case}_{key}', float('nan')):.3g}" for key in _SHOWN)])
+        count = 2500 if scale.device.type == "cuda" else 24
+        case = f"attention_{shape}_causal_{count}"
+        metrics = _attention_case(case, spec, [Group.causal(count)], scale, ceilings, few=False)
+        metrics |= _sdpa_causal(case, spec, count, scale)
+        found |= metrics
+        rows.append([case, *(f"{metrics.get(f'{case}_{key}', float('nan')):.3g}" for key in _SHOWN)])
+    show("Attention of one layer", ["case", *_SHOWN], rows)
+    return found
+
+
+_SHOWN = ("us", "floor_share", "best_us", "sdpa_us")
+
+
+def _few_rows(spec: ModelSpec, fresh: int, keys: int, length: int, dtype: torch.dtype, scale: Scale) -> Group:
+    """`fresh` rows of one block that see `keys` cached tokens in segments of `length`."""
+    count = keys // length
+    shape = (spec.num_layers, 2, spec.num_kv_heads, length, spec.head_dim)
+    blocks = [kept(torch.randn(shape, device=scale.device).to(scale.dtype), dtype, scale.device) for _ in range(count)]
+    segments = tuple(Segment(kv, i * length, 0, length, i) for i, kv in enumerate(blocks))
+    block = np.full(fresh, count, np.int32)
+    return Group(segments, block, np.arange(fresh, dtype=np.int32), np.tri(count + 1, k=-1, dtype=bool))
+
+
+def _attention_case(
+    case: str, spec: ModelSpec, groups: Sequence[Group], scale: Scale, ceilings: Ceilings, *, few: bool
+) -> dict[str, float]:
+    """As the pass is cut by default, and the best of other ways to cut it, which are named by their number."""
+    timer, rope = Timer(scale.device), Rope.of(spec, 4096, scale.device)
+    num_rows = sum(group.num_rows for group in groups)
+    qkv = torch.randn(num_rows, spec.q_size + 2 * spec.kv_size, device=scale.device).to(scale.dtype)
+    usual = Tiling.of(spec, groups, scale.device, scale.dtype)
+    num_bytes = qkv.nbytes + num_rows * spec.q_size * qkv.itemsize
+    num_bytes += sum(segment.num_bytes for group in groups for segment in group.segments) // spec.num_layers
+    pairs = sum(int(g.row_mask().sum()) + g.num_rows * sum(map(len, g.segments)) for g in groups)
+    floor = ceilings.seconds(num_bytes, spec.attention_flops(pairs) / spec.num_layers)
+    times = []
+    for tiling in [usual] if scale.device.type != "cuda" else [usual, *_other_tilings(usual, few)]:
+        attend = TritonAttend.of(spec, rope, groups, scale.dtype, tiling)
+        layers = iter(list(range(spec.num_layers)) * 100)
+        times.append(timer.device_seconds(lambda a=attend, i=layers: a(next(i), qkv), 20))  # type: ignore[misc]
+    best = int(np.argmin(times))
+    found = {f"{case}_us": times[0] * 1e6, f"{case}_floor_share": floor / times[0]}
+    return found | {f"{case}_best_us": times[best] * 1e6, f"{case}_best_tiling": best}
+
+
+def _other_tilings(usual: Tiling, few: bool) -> Iterator[Tiling]:
+    """1: two stages; 2: four warps, or eight; 3: tiles of 128 keys, or half the queries; 4: twice the programs."""
+    yield dataclasses.replace(usual, num_stages=2)
+    yield dataclasses.replace(usual, num_warps=12 - usual.num_warps)
+    yield (
+        dataclasses.replace(usual, keys=128, num_stages=2)
+        if few
+        else dataclasses.replace(usual, queries=usual.queries // 2, num_warps=4)
+    )
+    yield dataclasses.replace(usual, num_programs=usual.num_programs * 2)
+
+
+def _sdpa_case(case: str, spec: ModelSpec, fresh: int, keys: int, batch: int, scale: Scale) -> dict[str, float]:
+    """torch's own attention, over keys that lie together already."""
+    q, k, v = (
+        torch.randn(batch, heads, count, spec.head_dim, device=scale.device).to(scale.dtype)
+        for heads, count in ((spec.num_heads, fresh), (spec.num_kv_heads, keys), (spec.num_kv_heads, keys))
+    )
+    seconds = Timer(scale.device).device_seconds(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), 20)
+    return {f"{case}_sdpa_us": seconds * 1e6}
+
+
+def _sdpa_causal(case: str, spec: ModelSpec, count: int, scale: Scale) -> dict[str, float]:
+    q, k, v = (
+        torch.randn(1, heads, count, spec.head_dim, device=scale.device).to(scale.dtype)
+        for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+    )
+    run = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+    return {f"{case}_sdpa_us": Timer(scale.device).device_seconds(run, 20) * 1e6}
+
+
+# ---- rankings --------------------------------------------------------------------------------------------------------
+
+
+def ttft(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
+    """One ranking at a time, by size: items warm, every user new."""
+    found, rows = dict[str, float](), []
+    for shape in scale.shapes:
+        decoder = _decoder(shape, scale)
+        for size in scale.sizes:
+            engine, timer = _warm_engine(decoder, size, scale), Timer(scale.device)
+            name = f"ttft_{shape}_{size}"
+            for level in LEVELS:
+                asked = rankings(size, scale.warming + scale.repeats, level, chosen.seed)
+                times = [timer.wall(partial(engine.rank, request)) for request in asked][scale.warming :]
+                found |= spread(f"{name}_{level}", times)
+            tokens, passed, launched, floor = _pass_of_blocks(engine, size, scale, ceilings)
+            p50 = {level: found[f"{name}_{level}_p50_ms"] for level in LEVELS}
+            found |= {
+                f"{name}_prompt_tokens": tokens,
+                f"{name}_blocks_pass_ms": passed * 1e3,
+                f"{name}_blocks_pass_floor_share": floor / passed,
+                f"{name}_blocks_launched_pass_ms": launched * 1e3,
+                f"{name}_blocks_vs_exact": p50["exact"] / p50["blocks"],
+                f"{name}_blocks_vs_full": p50["full"] / p50["blocks"],
+            }
+            rows.append([shape, str(size), *(f"{value:.2f}" for value in p50.values())])
+            rows[-1] += [f"{p50['exact'] / p50['blocks']:.2f}×", f"{passed * 1e3:.2f}", f"{launched * 1e3:.2f}"]
+            rows[-1] += [f"{floor / passed:.2f}"]
+            _clean(engine)
+    show("TTFT, P50 ms", ["shape", "size", *LEVELS, "over prefix cache", "pass ms", "launched", "floor share"], rows)
+    return found
+
+
+def _pass_of_blocks(engine: Engine, size: Size, scale: Scale, ceilings: Ceilings) -> tuple[int, float, float, float]:
+    """Tokens of a prompt, and of its pass at level `blocks` the seconds, replayed and launched, and the floor."""
+    decoder, timer = engine.decoder, Timer(scale.device)
+    prompt = engine.prompter.build(rankings(size, 1, "blocks")[0])
+    planned = Planned(prompt, plan(prompt, Level("blocks"), ()))
+    with engine.pool.hold() as held:
+        missing = held.fetch(piece.key for piece in planned.plan.pieces if piece.key is not None)
+        assert not missing, "items and events are warm"
+        work = assemble([planned], held.blocks, scale.device).work
+        decoder.forward(work)  # a shape is captured when it comes again
+        replayed = timer.device_seconds(partial(decoder.forward, work), scale.repeats)
+        static, decoder.static = decoder.static, None
+        launched = timer.device_seconds(partial(decoder.forward, work), scale.repeats)
+        decoder.static = static
+    return prompt.num_tokens, replayed, launched, ceilings.of_pass(decoder.spec, work, scale.dtype.itemsize)
+
+
+def batch(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
+    """Rankings that are asked together; requests/s, and TTFT of each."""
+    found, rows = dict[str, float](), []
+    for shape in scale.shapes:
+        engine, timer = _warm_engine(_decoder(shape, scale), scale.main, scale), Timer(scale.device)
+        for count in scale.batches:
+            for level in LEVELS[1:]:
+                repeats = max(2, scale.repeats // (4 if level == "exact" else 2))
+                asked = rankings(scale.main, count * (repeats + 1), level, chosen.seed + count)
+                groups = [asked[i : i + count] for i in range(0, len(asked), count)]
+                times = [timer.wall(partial(engine.rank_batch, group)) for group in groups][1:]
+                name = f"batch_{shape}_b{count}_{level}"
+                found |= spread(name, times) | {f"{name}_per_s": count / statistics.median(times)}
+            gain = found[f"batch_{shape}_b{count}_blocks_per_s"] / found[f"batch_{shape}_b{count}_exact_per_s"]
+            found[f"batch_{shape}_b{count}_blocks_vs_exact"] = gain
+            rates = [f"{found[f'batch_{shape}_b{count}_{level}_per_s']:.1f}" for level in LEVELS[1:]]
+            rows.append([shape, str(count), *rates, f"{gain:.2f}×"])
+        _clean(engine)
+    show(f"Rankings/s of {scale.main} by batch", ["shape", "batch", *LEVELS[1:], "blocks / exact"], rows)
+    return found
+
+
+def saturation(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
+    """All rankings at once: the loop chooses its batches."""
+    found, rows = dict[str, float](), []
+    for shape in scale.shapes:
+        engine, timer = _warm_engine(_decoder(shape, scale), scale.main, scale), Timer(scale.device)
+        for level in LEVELS[1:]:
+            count = scale.saturation if level == "blocks" else max(2, scale.saturation // 4)
+            engine.rank_batch(rankings(scale.main, 2, level, 100))
+            seconds = timer.wall(partial(engine.rank_batch, rankings(scale.main, count, level, 101)))
+            found[f"saturation_{shape}_{level}_per_s"] = count / seconds
+        gain = found[f"saturation_{shape}_blocks_per_s"] / found[f"saturation_{shape}_exact_per_s"]
+        found[f"saturation_{shape}_blocks_vs_exact"] = gain
+        rows.append([shape, *(f"{found[f'saturation_{shape}_{level}_per_s']:.1f}" for level in LEVELS[1:])])
+        _clean(engine)
+    show(f"Rankings/s of {scale.main}, all at once", ["shape", *LEVELS[1:]], rows)
+    return found
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def beam(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
+    """Steps of wide searches: the wall's time of a step, and the device's of its pass, over the floor."""
+    found, rows = dict[str, float](), []
+    for shape in scale.shapes:
+        decoder, timer = _decoder(shape, scale), Timer(scale.device)
+        for tokens in scale.beam_prompts:
+            for width in scale.beams:
+                tasks, codes = beam_tasks(decoder, width, 1, tokens, scale.codes, chosen.seed)
+                search, steps, passes, floors = BeamSearch(decoder, codes, width), list[float](), list[float](), [0.0]
+                for _ in range(max(2, scale.repeats // 4)):
+                    search.begin(tasks, unmeasured)
+                    while not search.ended:
+                        begun = timer.wall(lambda: None)
+                        work = search.next_pass()
+                        if len(work.token_ids) == width:
+                            passes.append(timer.device_seconds(partial(decoder.forward, work), 2))
+                            floors[0] = ceilings.of_pass(decoder.spec, work, scale.dtype.itemsize)
+                        took = timer.wall(partial(_take, search, decoder, work))
+                        steps += [took + begun] if len(work.token_ids) == width else []
+                name = f"beam_{shape}_t{tokens}_w{width}"
+                step, passed = statistics.median(steps), statistics.median(passes)
+                found |= {f"{name}_step_ms": step * 1e3, f"{name}_step_device_ms": passed * 1e3}
+                found |= {f"{name}_step_over_floor": step / floors[0], f"{name}_floor_share": floors[0] / passed}
+                rows.append([name, f"{step * 1e3:.2f}", f"{passed * 1e3:.2f}", f"{floors[0] * 1e3:.2f}"])
+        _clean(decoder)
+    show("A step of a search, ms", ["search", "wall", "pass", "floor"], rows)
+    return found
+
+
+def _take(search: BeamSearch, decoder: Decoder, work: Pass) -> None:
+    search.take(decoder.forward(work), unmeasured)
+
+
+@torch.inference_mode()
+def speculation(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
+    """Tokens/s of plain decoding, and with drafts that are right but for one branch: the most that drafts can gain.
+
+    Beside it what a pass over a tree takes, over that of one row, which says how many accepted tokens pay for it.
+    """
+    found, rows = dict[str, float](), []
+    for shape in scale.shapes:
+        decoder, timer = _decoder(shape, scale), Timer(scale.device)
+        spec, count = decoder.spec, scale.new_tokens
+        plain = answers(decoder, scale.main, count, [None], chosen)
+        known = partial(answers, decoder, scale.main, count)
+        known([Known(plain[0], spec.vocab_size)], chosen)
+        seconds = [timer.wall(partial(known, [each], chosen)) for each in (None, Known(plain[0], spec.vocab_size))]
+        found |= {f"speculation_{shape}_plain_per_s": count / seconds[0]}
+        found |= {f"speculation_{shape}_known_per_s": count / seconds[1]}
+        tokens = scale.beam_prompts[0]
+        kv = torch.randn(spec.num_layers, 2, spec.num_kv_heads, tokens, spec.head_dim).to(scale.device, scale.dtype)
+        times = {}
+        for nodes in (0, *scale.trees):
+            tree = EMPTY if not nodes else _chain(nodes)
+            work = next_pass([Segment(kv, 0, 0, tokens, 0)], [1], [tokens], [tree])
+            times[nodes] = timer.device_seconds(partial(decoder.forward, work), scale.repeats)
+            found[f"speculation_{shape}_tree{nodes}_pass_ms"] = times[nodes] * 1e3
+        rows.append([shape, *(f"{count / each:.1f}" for each in seconds)])
+        rows[-1] += [f"{times[nodes] / times[0]:.2f}" for nodes in scale.trees]
+        _clean(decoder)
+    columns = ["shape", "plain tokens/s", "known tokens/s", *(f"pass of {n + 1} rows / 1" for n in scale.trees)]
+    show("Decoding one answer", columns, rows)
+    return found
+
+
+def _chain(nodes: int) -> DraftTree:
+    return DraftTree(
+        np.arange(nodes, dtype=np.int32), np.arange(nodes, dtype=np.int32), np.linspace(1, 0.5, nodes, dtype=np.float32)
+    )
+
+
+# ---- host memory, and others -----------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def prefetch(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
+    """Blocks that lie in pinned host memory: copied before the pass, and on a stream beside it, layer by layer."""
+    found, rows = dict[str, float](), []
+    for shape in scale.shapes:
+        decoder, timer, on_gpu = _decoder(shape, scale), Timer(scale.device), scale.device.type == "cuda"
+        spec, keys, fresh = decoder.spec, (2000 if on_gpu else 20), (100 if on_gpu else 3)
+        layers = (spec.num_layers, 2, spec.num_kv_heads, keys, spec.head_dim)
+        host = torch.randn(layers).to(scale.dtype)
+        host = host.pin_memory() if on_gpu else host
+        there = torch.empty_like(host, device=scale.device)
+        group = Group((Segment(there, 0, 0, keys, 0),), *_after(fresh))
+        tokens = torch.zeros(fresh, dtype=torch.int64, device=scale.device)
+        work = Pass(tokens, torch.arange(keys, keys + fresh, device=scale.device), [group], tokens[:1])
+        copy = timer.device_seconds(lambda h=host, t=there: t.copy_(h, non_blocking=True), 5)  # type: ignore[misc]
+        alone = timer.device_seconds(partial(decoder.forward, work), 5)
+        both = timer.device_seconds(partial(_beside, decoder, work, host, there), 5)
+        name = f"prefetch_{shape}"
+        found |= {f"{name}_gb_per_s": host.nbytes / copy / 1e9, f"{name}_copy_ms": copy * 1e3}
+        found |= {f"{name}_pass_ms": alone * 1e3, f"{name}_overlapped_ms": both * 1e3}
+        found[f"{name}_hidden_share"] = (copy + alone - both) / min(copy, alone)
+        rows.append([shape, *(f"{value * 1e3:.2f}" for value in (copy, alone, both))])
+        _clean(decoder)
+    show("Blocks from host memory, ms", ["shape", "copy", "pass", "both, overlapped"], rows)
+    return found
+
+
+def _after(fresh: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.ones(fresh, np.int32), np.arange(fresh, dtype=np.int32), np.tri(2, k=-1, dtype=bool)
+
+
+def _beside(decoder: Decoder, work: Pass, host: torch.Tensor, there: torch.Tensor) -> None:
+    """A layer of the pass waits for its own KV alone."""
+    if host.device == there.device:
+        there.copy_(host)
+        decoder.forward(work)
+        return
+    stream, arrived = torch.cuda.Stream(), [torch.cuda.Event() for _ in range(len(host))]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for layer, event in enumerate(arrived):
+            there[layer].copy_(host[layer], non_blocking=True)
+            event.record(stream)
+    waiting = iter(arrived)
+    decoder.forward(work, between=lambda rows: torch.cuda.current_stream().wait_event(next(waiting)))
+
+
+@torch.inference_mode()
+def peers(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
+    """The same lengths through transformers with torch's attention, same shape, random weights, nothing cached."""
+    from transformers import AutoModelForCausalLM, Qwen3Config  # noqa: PLC0415 (peers, not dependencies)
+
+    found, rows = dict[str, float](), []
+    for shape in scale.shapes:
+        spec, timer = SHAPES[shape], Timer(scale.device)
+        config = Qwen3Config(
+            vocab_size=spec.vocab_size,
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.ffn_size,
+            num_hidden_layers=spec.num_layers,
+            num_attention_heads=spec.num_heads,
+            num_key_value_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            max_position_embeddings=spec.max_positions,
+            tie_word_embeddings=spec.tied_embeddings,
+        )
+        with scale.device:
+            model = AutoModelForCausalLM.from_config(config, dtype=scale.dtype, attn_implementation="sdpa").eval()
+        for tokens in sorted({size.tokens for size in scale.sizes}):
+            ids = torch.randint(0, spec.vocab_size, (1, tokens), device=scale.device)
+            run = partial(model, ids, logits_to_keep=1, use_cache=True)
+            run()
+            times = [timer.wall(run) for _ in range(max(2, scale.repeats // 4))]
+            found |= spread(f"peers_{shape}_transformers_t{tokens}", times)
+            rows.append([shape, str(tokens), f"{statistics.median(times) * 1e3:.2f}"])
+        _clean(model)
+    show("transformers, prefill", ["shape", "tokens", "P50 ms"], rows)
+    return found
+
+
+def _decoder(shape: str, scale: Scale) -> Decoder:
+    weights = random_weights(SHAPES[shape], scale.dtype, scale.device)
+    return Decoder(SHAPES[shape], weights, "triton" if scale.device.type == "cuda" else "auto")
+
+
+def _warm_engine(decoder: Decoder, size: Size, scale: Scale) -> Engine:
+    engine = engine_of(decoder, size, scale.kv_dtype, scale.pool_bytes)
+    engine.warm(list(engine.catalogue))
+    return engine
+
+
+def _clean(*_: object) -> None:
+    """Called last with what was large: torch gives back what nobody holds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

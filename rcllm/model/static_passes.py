@@ -1,0 +1,127 @@
+"""Short passes in a few fixed shapes, which a GPU replays as one graph: launching each step takes longer than the step.
+
+A pass is padded to the next number of rows and to tables of the next sizes, and copied into the buffers of its shape.
+Knows nothing of what rows mean. Invariant: rows of a pass get what they would get without padding, to rounding, for a
+row depends on its own keys alone; what is given out is copied from the buffers, which the next pass overwrites.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rcllm.late import Late
+from rcllm.model.attend.on_triton import TritonAttend
+from rcllm.model.attend.triton_tables import HostTables, Layout, Tables, Tiling
+from rcllm.model.rope import Rope
+
+if TYPE_CHECKING:
+    from rcllm.model.decoder import Decoder, Keep, Pass, Passed
+
+_DECODER = Late("rcllm.model.decoder")  # which makes these passes, and whose nouns they speak
+_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+_SHAPES = 32  # that are kept; each holds its activations
+Run = Callable[[], torch.Tensor]  # the whole pass over its buffers: hidden states of all rows, [rows, d]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    rows: int
+    layout: Layout
+    tiling: Tiling
+    kinds: int
+    keeps: bool
+
+
+class StaticPasses:
+    """Of one decoder, on Triton's kernels. Not thread-safe, as the decoder is."""
+
+    def __init__(self, decoder: Decoder, replayed: Callable[[Run], Run]) -> None:
+        """replayed: makes of a pass over fixed buffers what does the same at once; `captured`, on a GPU."""
+        self._decoder, self._replayed = decoder, replayed
+        self._made = OrderedDict[_Shape, _StaticPass]()
+        self._seen = Counter[_Shape]()
+
+    def forward(self, work: Pass) -> Passed | None:
+        """None: not for this pass, which is long, has keys aside, or is the first of its shape."""
+        if work.asides or len(work.token_ids) > _ROWS[-1]:
+            return None
+        decoder = self._decoder
+        tiling = Tiling.of(decoder.spec, work.groups, decoder.device, decoder.dtype)
+        host = HostTables(decoder.spec, work.groups, tiling)
+        rows = next(count for count in _ROWS if count >= len(work.token_ids))
+        shape = _Shape(rows, host.layout.rounded(rows), tiling, host.kinds, bool(work.keep))
+        self._seen[shape] += 1
+        if self._seen[shape] == 1:  # to capture a pass takes longer than to run it
+            return None
+        if shape not in self._made:
+            self._made[shape] = _StaticPass(decoder, shape, self._replayed)
+            if len(self._made) > _SHAPES:
+                self._made.popitem(last=False)
+        self._made.move_to_end(shape)
+        return self._made[shape].forward(work, host)
+
+
+class _StaticPass:
+    """The buffers of one shape, and its replay, which is made with the first pass."""
+
+    def __init__(self, decoder: Decoder, shape: _Shape, replayed: Callable[[Run], Run]) -> None:
+        device, rows = decoder.device, shape.rows
+        self._decoder, self._replayed = decoder, replayed
+        self._tables = Tables(decoder.spec, shape.layout, shape.tiling, device)
+        output = torch.zeros(rows, decoder.spec.q_size, dtype=decoder.dtype, device=device)  # also of padded rows
+        self._attend = TritonAttend(decoder.spec, decoder.rope, self._tables, shape.kinds, output=output)
+        keep = (_DECODER.Keep(0, rows, 0),) if shape.keeps else ()
+        numbers, zeros = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+        self._work: Pass = _DECODER.Pass(zeros, zeros.clone(), (), numbers, keep)
+        self._kept = decoder.keeping(self._work)
+        self._run: Run | None = None
+
+    def forward(self, work: Pass, host: HostTables) -> Passed:
+        count = len(work.token_ids)
+        self._work.token_ids[:count].copy_(work.token_ids, non_blocking=True)
+        self._work.positions[:count].copy_(work.positions, non_blocking=True)
+        self._tables.send(host, anchor=self._decoder.rope.cos)
+        if self._run is None:
+            self._run = self._replayed(self._through)
+        hidden = self._run()[work.wanted]
+        [kv] = self._kept.blocks() if self._kept is not None else [None]
+        kept = [] if kv is None else [_block(kv, keep, self._decoder.rope) for keep in work.keep]
+        passed: Passed = _DECODER.Passed(hidden, kept, TritonAttend.name, 0, count)
+        return passed
+
+    def _through(self) -> torch.Tensor:
+        return self._decoder.through(self._work, self._attend, self._kept)
+
+
+def _block(kv: torch.Tensor, keep: Keep, rope: Rope) -> torch.Tensor:
+    """A copy of some rows of kv [layers, 2, KV, rows, D], keys shifted back to block-local positions."""
+    block = kv[:, :, :, keep.start : keep.stop].clone()
+    if keep.base:
+        keys = block[:, 0].flatten(0, 1).transpose(0, 1)  # [len, layers · KV, D]
+        back = torch.full((len(keys),), -keep.base, device=kv.device)
+        block[:, 0] = rope.shift(keys, back).transpose(0, 1).unflatten(0, (len(kv), -1))
+    return block
+
+
+def captured(run: Run) -> Run:
+    """`run` as a CUDA graph. It is run before, so that what is compiled or allocated at first is."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay
