@@ -23,6 +23,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from benchmarks.harness import percentile
 from rcllm.cache.pool import Pool
+from rcllm.cache.room import PAGE_BYTES
 from rcllm.codes.index import CodeIndex, CodeTokens
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig, resolve
 from rcllm.core.ranking import Event, Item, ItemId, Level, RankOptions, RankRequest, UserId
@@ -49,7 +50,7 @@ history_head = "\\nBought:"
 event = ["\\n- {title}"]
 event_text = "\\n- {text}"
 items_head = "\\nOffers:"
-item = ["{title}", "{description}"]
+item = ["{description}"]
 volatile = []
 label_before = ["\\n(", ") "]
 label_after = [" (", ")\\n"]
@@ -212,10 +213,11 @@ def engine_of(decoder: Decoder, size: Size, kv_dtype: str, pool_bytes: int) -> E
         CacheConfig(kv_dtype=kv_dtype, pool_mb=max(1, pool_bytes >> 20), pass_tokens=8192),  # type: ignore[arg-type]
     )
     config = declared_mask(resolve(config, this_machine()))
+    pool = Pool(pool_bytes, DTYPES[kv_dtype], decoder.device, page_bytes=PAGE_BYTES)
     prompter = make_prompter(
         config, folder(), b"random", decoder, fit(catalogue(size, 3 * size.candidates), config), ()
     )
-    return Engine(config, decoder, prompter, Pool(pool_bytes, DTYPES[kv_dtype], decoder.device), "random")
+    return Engine(config, decoder, prompter, pool, "random")
 
 
 def rankings(size: Size, count: int, level: str, seed: int = 0) -> list[RankRequest]:

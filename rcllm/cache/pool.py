@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,10 +22,11 @@ from rcllm.cache.below import Below, Block
 from rcllm.cache.heap import hand_back
 from rcllm.cache.lookup import Located, Lookup
 from rcllm.cache.rates import Rates
+from rcllm.cache.room import Loose, Paged, Room
 from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
 from rcllm.metrics import Clock
-from rcllm.model.kv_int8 import kept, kept_bytes
+from rcllm.model.kv_int8 import kept
 from rcllm.store.codec import encode
 from rcllm.store.contract import Store, Stored, TierStats
 from rcllm.store.disk.store import Erased
@@ -59,14 +60,21 @@ class Pool:
         store: Store | None = None,
         *,
         space: str = "",
+        page_bytes: int = 0,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """`space`: names what the blocks are made by, so that a store can tell which ones nobody reads any more."""
+        """`space`: names what the blocks are made by, so that a store can tell which ones nobody reads any more.
+
+        `page_bytes`: of the pages of one tensor, of the budget's size, in which all blocks lie, as a GPU wants it; 0:
+        each has memory of its own.
+        """
         self.dtype, self.device = dtype, device
         self.rates = Rates()
         self._below = Below(store if store is not None else NullStore(), space, self.rates, clock)
         self._index = Index(budget)
+        self._room: Room = Paged(budget, dtype, device, page_bytes) if page_bytes else Loose(dtype, device)
         self._blocks: dict[ContentKey, Block] = {}
+        self._unlisted: list[tuple[ContentKey, torch.Tensor]] = []  # erased, and still held by somebody
         self._unwritten: dict[ContentKey, Block] = {}  # published, and not handed down yet
         self._lock = threading.Lock()
         self._erasures = Erasures()
@@ -141,8 +149,7 @@ class Pool:
         self._erasures.add(owner)
         owned = self._index.owned_by(owner)
         for key in owned:
-            self._index.remove(key)
-            del self._blocks[key]
+            self._unlist(key)
         self._unwritten = {key: block for key, block in self._unwritten.items() if block.owner != owner}
         return owned
 
@@ -175,8 +182,7 @@ class Pool:
         """Drops every block from the pool (not from the store). A running request that holds one finishes with it."""
         with self._lock:
             for key in list(self._index):
-                self._index.remove(key)
-            self._blocks.clear()
+                self._unlist(key)
 
     def write_through(self) -> None:
         """Hands down what was published since the last time; takes back what was erased meanwhile.
@@ -185,9 +191,15 @@ class Pool:
         """
         with self._lock:
             blocks, self._unwritten, now = self._unwritten, {}, self._erasures.now
-        if not blocks:
-            return
-        self._below.write_many(blocks)
+            listed = [key for key in blocks if key in self._index and self._room.reuses]
+            for key in listed:  # its memory must stay while it is written
+                self._index.pin(key)
+        try:
+            if not blocks:
+                return
+            self._below.write_many(blocks)
+        finally:
+            self._release(listed)
         with self._lock:
             erased = {block.owner for block in blocks.values() if self._erasures.hit(block.owner, now)}
         for owner in erased:
@@ -216,7 +228,8 @@ class Pool:
             self._index.check()
             assert set(self._index) == set(self._blocks)
             for key, block in self._blocks.items():
-                assert block.num_bytes == self._index[key].num_bytes
+                assert self._room.num_bytes(block.kv) == self._index[key].num_bytes
+            self._room.check([block.kv for block in self._blocks.values()] + [kv for _, kv in self._unlisted])
 
     # ---- for Held ----
 
@@ -263,16 +276,43 @@ class Pool:
             if since is not None and self._erasures.hit(block.owner, since):
                 return None
             if key not in self._index:
-                num_bytes = kept_bytes(block.kv, self.dtype)
+                num_bytes = self._room.num_bytes(block.kv)
                 for victim in self._index.make_room(num_bytes):
-                    del self._blocks[victim]
-                kv = kept(block.kv, self.dtype, self.device)
+                    self._let_go(victim)
+                kv = self._placed(block.kv)
                 self._blocks[key] = Block(kv, block.cost, block.owner)
                 self._index.add(key, Entry(num_bytes, block.cost, block.owner))
                 if not written and not self._below.keeps_nothing:
                     self._unwritten[key] = self._blocks[key]
             self._index.pin(key)
             return self._blocks[key].kv
+
+    def _placed(self, kv: torch.Tensor) -> torch.Tensor:
+        """A copy in the pool's memory, where there is room by now. The lock is held."""
+        placed = self._room.put(kv)
+        if placed is None:
+            movable = {key: block.kv for key, block in self._blocks.items() if not self._index.is_pinned(key)}
+            for key, moved in self._room.compacted(movable).items():
+                self._blocks[key] = replace(self._blocks[key], kv=moved)
+                if key in self._unwritten:
+                    self._unwritten[key] = self._blocks[key]
+            placed = self._room.put(kv)
+        return placed if placed is not None else kept(kv, self.dtype, self.device)  # held blocks lie in the way
+
+    def _let_go(self, key: ContentKey) -> None:
+        """Of a block that nobody holds and that is listed no more. The lock is held."""
+        block = self._blocks.pop(key)
+        if key in self._unwritten and self._room.reuses:  # still to be handed down
+            self._unwritten[key] = replace(block, kv=block.kv.to("cpu", copy=True))
+        self._room.free(block.kv)
+
+    def _unlist(self, key: ContentKey) -> None:
+        """Takes a block out; its memory stays until those who hold it release it. The lock is held."""
+        self._index.remove(key)
+        if self._index.is_pinned(key):
+            self._unlisted.append((key, self._blocks.pop(key).kv))
+        else:
+            self._let_go(key)
 
     def _pin_again(self, keys: Iterable[ContentKey]) -> list[ContentKey]:
         """Pins those of `keys`, all of them pinned, that are still listed: what was erased is nobody's to keep."""
@@ -286,6 +326,11 @@ class Pool:
         with self._lock:
             for key in keys:
                 self._index.unpin(key)
+            still = [(key, kv) for key, kv in self._unlisted if self._index.is_pinned(key)]
+            for key, kv in self._unlisted:
+                if not self._index.is_pinned(key):
+                    self._room.free(kv)
+            self._unlisted = still
 
 
 class Erasures:

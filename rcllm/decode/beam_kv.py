@@ -44,6 +44,10 @@ class StepBuffer:
         self.num_rows, self.num_steps = 0, 0
 
     @property
+    def state(self) -> tuple[int, int, int]:
+        return self._kv.data_ptr(), self.num_rows, self.num_steps
+
+    @property
     def num_bytes_per_row(self) -> int:
         """Of the steps in use, which a pass reads once."""
         return self._kv[:, :, :1, : self.num_steps].numel() * self._kv.element_size()

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from rcllm.cache.pool import Pool
+from rcllm.cache.room import PAGE_BYTES
 from rcllm.config import MIB, CacheConfig, Config, Hardware, PromptConfig
 from rcllm.core.ranking import RankRequest
 from rcllm.data.live import LiveCatalogue
@@ -28,6 +29,7 @@ from rcllm.model.adapter_config import base_difference, load_config
 from rcllm.model.ceilings import measure_bf16
 from rcllm.model.decoder import Decoder
 from rcllm.model.spec import ModelSpec
+from rcllm.model.static_passes import STATIC_ROWS
 from rcllm.model.weights import load_spec, streamed_model
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.template import chat_format
@@ -162,13 +164,15 @@ def make_pool(config: Config, decoder: Decoder, store: Store | None = None, spac
     resident = psutil.Process().memory_info().rss
     least = spec.kv_bytes_per_token(4) * _SMALLEST_POOL_TOKENS
     if decoder.device.type == "cuda":
+        workspace += STATIC_ROWS * (activations + spec.kv_bytes_per_token(decoder.dtype.itemsize))
         free = torch.cuda.mem_get_info(decoder.device)[0] - workspace
     else:
         free = cache.memory_mb * MIB - resident - workspace
     budget = cache.pool_mb * MIB or int(free)
     if budget < least:
         raise ConfigError(_too_little(cache, resident, workspace, least, decoder.device.type))
-    return Pool(budget, DTYPES[cache.kv_dtype], decoder.device, store, space=space)
+    page_bytes = PAGE_BYTES if decoder.device.type == "cuda" else 0
+    return Pool(budget, DTYPES[cache.kv_dtype], decoder.device, store, space=space, page_bytes=page_bytes)
 
 
 def _too_little(cache: CacheConfig, resident: int, workspace: int, least: int, device: str) -> str:

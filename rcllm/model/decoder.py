@@ -23,7 +23,7 @@ from rcllm.model.ops import Linear, Matrix, NativeOps, Ops, TorchOps, TritonOps
 from rcllm.model.quantised import quantise
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
-from rcllm.model.static_passes import StaticPasses, captured
+from rcllm.model.static_passes import Graphs, StaticPasses
 from rcllm.model.weights import LayerWeights, Weights
 
 Observe = Callable[[int, torch.Tensor], None]  # told of each layer's number and qkv [rows, (H + 2·KV)·D], turned
@@ -155,7 +155,7 @@ class Decoder:
         self._layers = [self._layer(w) for w in weights.layers]
         self.static: StaticPasses | None = None
         if on_triton and self.device.type == "cuda":
-            self.static = StaticPasses(self, captured)
+            self.static = StaticPasses(self, Graphs())
 
     @property
     def emulates(self) -> bool:

@@ -7,8 +7,8 @@ row depends on its own keys alone; what is given out is copied from the buffers,
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,13 @@ from rcllm.model.attend.triton_tables import HostTables, Layout, Tables, Tiling
 from rcllm.model.rope import Rope
 
 if TYPE_CHECKING:
-    from rcllm.model.decoder import Decoder, Keep, Pass, Passed
+    from rcllm.model.decoder import Aside, Decoder, Keep, Pass, Passed
 
 _DECODER = Late("rcllm.model.decoder")  # which makes these passes, and whose nouns they speak
 _ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
-_SHAPES = 32  # that are kept; each holds its activations
+_SHAPES = 16  # that are kept; each holds its KV
+STATIC_ROWS = _SHAPES * _ROWS[-1]  # at most, whose KV and activations are held
+_SEEN = 1024  # shapes that are remembered
 Run = Callable[[], torch.Tensor]  # the whole pass over its buffers: hidden states of all rows, [rows, d]
 
 
@@ -35,31 +37,35 @@ class _Shape:
     tiling: Tiling
     kinds: int
     keeps: bool
+    asides: tuple[tuple[int, int, Hashable], ...]  # rows, and the state of their keys
 
 
 class StaticPasses:
     """Of one decoder, on Triton's kernels. Not thread-safe, as the decoder is."""
 
     def __init__(self, decoder: Decoder, replayed: Callable[[Run], Run]) -> None:
-        """replayed: makes of a pass over fixed buffers what does the same at once; `captured`, on a GPU."""
+        """replayed: makes of a pass over fixed buffers what does the same at once; `Graphs`, on a GPU."""
         self._decoder, self._replayed = decoder, replayed
         self._made = OrderedDict[_Shape, _StaticPass]()
-        self._seen = Counter[_Shape]()
+        self._seen = OrderedDict[_Shape, None]()
 
     def forward(self, work: Pass) -> Passed | None:
-        """None: not for this pass, which is long, has keys aside, or is the first of its shape."""
-        if work.asides or len(work.token_ids) > _ROWS[-1]:
+        """None: not for this pass, which is long, or the first of its shape."""
+        if len(work.token_ids) > _ROWS[-1]:
             return None
         decoder = self._decoder
         tiling = Tiling.of(decoder.spec, work.groups, decoder.device, decoder.dtype)
         host = HostTables(decoder.spec, work.groups, tiling)
         rows = next(count for count in _ROWS if count >= len(work.token_ids))
-        shape = _Shape(rows, host.layout.rounded(rows), tiling, host.kinds, bool(work.keep))
-        self._seen[shape] += 1
-        if self._seen[shape] == 1:  # to capture a pass takes longer than to run it
+        asides = tuple((aside.start, aside.stop, aside.keys.state) for aside in work.asides)
+        shape = _Shape(rows, host.layout.rounded(rows), tiling, host.kinds, bool(work.keep), asides)
+        if shape not in self._made and shape not in self._seen:  # to capture a pass takes longer than to run it
+            self._seen[shape] = None
+            if len(self._seen) > _SEEN:
+                self._seen.popitem(last=False)
             return None
         if shape not in self._made:
-            self._made[shape] = _StaticPass(decoder, shape, self._replayed)
+            self._made[shape] = _StaticPass(decoder, shape, work.asides, self._replayed)
             if len(self._made) > _SHAPES:
                 self._made.popitem(last=False)
         self._made.move_to_end(shape)
@@ -69,7 +75,10 @@ class StaticPasses:
 class _StaticPass:
     """The buffers of one shape, and its replay, which is made with the first pass."""
 
-    def __init__(self, decoder: Decoder, shape: _Shape, replayed: Callable[[Run], Run]) -> None:
+    def __init__(
+        self, decoder: Decoder, shape: _Shape, asides: Sequence[Aside], replayed: Callable[[Run], Run]
+    ) -> None:
+        """asides: whose keys stay where they are, and alive."""
         device, rows = decoder.device, shape.rows
         self._decoder, self._replayed = decoder, replayed
         self._tables = Tables(decoder.spec, shape.layout, shape.tiling, device)
@@ -77,7 +86,7 @@ class _StaticPass:
         self._attend = TritonAttend(decoder.spec, decoder.rope, self._tables, shape.kinds, output=output)
         keep = (_DECODER.Keep(0, rows, 0),) if shape.keeps else ()
         numbers, zeros = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
-        self._work: Pass = _DECODER.Pass(zeros, zeros.clone(), (), numbers, keep)
+        self._work: Pass = _DECODER.Pass(zeros, zeros.clone(), (), numbers, keep, tuple(asides))
         self._kept = decoder.keeping(self._work)
         self._run: Run | None = None
 
@@ -108,20 +117,27 @@ def _block(kv: torch.Tensor, keep: Keep, rope: Rope) -> torch.Tensor:
     return block
 
 
-def captured(run: Run) -> Run:
-    """`run` as a CUDA graph. It is run before, so that what is compiled or allocated at first is."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+class Graphs:
+    """Makes CUDA graphs of passes. They share the memory of their activations, for only one of them runs at a time."""
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return result
+    def __init__(self) -> None:
+        self._memory: object = None
 
-    return replay
+    def __call__(self, run: Run) -> Run:
+        """`run` as a graph. It is run before, so that what is compiled or allocated at first is."""
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        self._memory = self._memory or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._memory):
+            result = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay

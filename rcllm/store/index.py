@@ -74,6 +74,10 @@ class Index:
                 self._pinned -= self._entries[key].num_bytes
                 self._order.release(key)
 
+    def is_pinned(self, key: ContentKey) -> bool:
+        """Also of an entry that was removed, as long as somebody holds it."""
+        return key in self._pins
+
     def make_room(self, num_bytes: int) -> list[ContentKey]:
         """Evicts until `num_bytes` fit, and returns who went.
 

@@ -39,11 +39,12 @@ def owner(number: int) -> str:
 class PoolMachine(RuleBasedStateMachine):
     """What must hold: contents are right, held blocks stay, erased ones go, and the budget is kept."""
 
-    @initialize(tier=st.sampled_from(["none", "memory", "broken"]))
-    def make(self, tier: str) -> None:
+    @initialize(tier=st.sampled_from(["none", "memory", "broken"]), page_tokens=st.sampled_from([0, 1, 2]))
+    def make(self, tier: str, page_tokens: int) -> None:
         stores = {"none": None, "memory": MemoryStore(4 * len(encode(kv(0, 3)))), "broken": BrokenStore()}
         self.store = stores[tier]
-        self.pool = Pool(BUDGET_TOKENS * TOKEN_BYTES, torch.float32, CPU, self.store)
+        page_bytes = page_tokens * TOKEN_BYTES  # of one tensor for all blocks; 0: each has its own
+        self.pool = Pool(BUDGET_TOKENS * TOKEN_BYTES, torch.float32, CPU, self.store, page_bytes=page_bytes)
         self.held: list[tuple[Held, set[int]]] = []
         self.published: set[int] = set()  # ever, and not erased since: what may be found
 

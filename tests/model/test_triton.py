@@ -10,12 +10,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from rcllm.codes.index import CodeIndex, CodeTokens
+from rcllm.core.ranking import ItemId
+from rcllm.decode.beam import BeamPrompt, BeamSearch, BeamTask
 from rcllm.decode.beam_kv import beam_group
 from rcllm.drafts.draft import DraftTree
 from rcllm.engine.jobs.sequences import tree_group
@@ -24,7 +29,7 @@ from rcllm.model.attend.choose import resolved
 from rcllm.model.attend.on_triton import TritonAttend
 from rcllm.model.attend.segments import Group, Segment
 from rcllm.model.attend.triton_tables import HostTables, Tiling
-from rcllm.model.decoder import Aside, Decoder, Keep, Pass
+from rcllm.model.decoder import Decoder, Keep, Pass
 from rcllm.model.rope import Rope
 from rcllm.model.static_passes import StaticPasses
 from rcllm.model.weights import load_model
@@ -181,10 +186,36 @@ def within(group: Group, positions: int) -> Group:
     return dataclasses.replace(group, segments=tuple(segments))
 
 
-def test_long_passes_and_those_with_keys_aside_run_as_they_are(tmp_path: Path) -> None:
+def test_long_passes_run_as_they_are(tmp_path: Path) -> None:
     decoder = Decoder(*load_model(tiny_model("qwen3", tmp_path)), "triton")
     static = StaticPasses(decoder, lambda run: run)
-    short = static_example(3, decoder)
-    long = dataclasses.replace(short, token_ids=torch.zeros(513, dtype=torch.int64))
-    aside = dataclasses.replace(short, asides=(Aside(0, 1, lambda layer, qkv: None),))  # type: ignore[arg-type,return-value]
-    assert [static.forward(work) for work in (long, long, aside, aside)] == [None] * 4
+    long = dataclasses.replace(static_example(3, decoder), token_ids=torch.zeros(513, dtype=torch.int64))
+    assert [static.forward(long) for _ in range(2)] == [None, None]
+
+
+def test_beams_in_fixed_shapes_find_what_beams_find(tmp_path: Path) -> None:
+    """The same search again and again, in one buffer: from the second on its passes are replayed."""
+    decoder = Decoder(*load_model(tiny_model("qwen3", tmp_path)), "triton")
+    codes = np.random.default_rng(0).integers(0, 6, (200, 4)).astype(np.int32)
+    code_index = CodeIndex.build(codes, [ItemId(f"i{i}") for i in range(len(codes))], (6,) * 4)
+    tokens = CodeTokens(tuple(np.arange(level * 6, level * 6 + 6, dtype=np.int32) for level in range(4)))
+    segments = tuple(within(random_group(4, decoder.spec), 100).segments[:1])
+    search = BeamSearch(decoder, tokens, 5)
+    found = []
+    for number in range(4):
+        decoder.static = StaticPasses(decoder, lambda run: run) if number == 1 else decoder.static
+        hidden = torch.randn(decoder.spec.hidden_size, generator=torch.Generator().manual_seed(number % 2))
+        search.begin([BeamTask(BeamPrompt(segments, 50, hidden), code_index, None, 5, "mask")], unmeasured)
+        while not search.ended:
+            search.take(decoder.forward(search.next_pass()), unmeasured)
+        found += search.found()
+    assert decoder.static is not None
+    assert len(decoder.static._made) == 3, "one shape for each level that is fed to the model"
+    for first, again in ((found[0], found[2]), (found[1], found[3])):
+        assert np.array_equal(first.leaves, again.leaves)
+        np.testing.assert_allclose(first.scores, again.scores, atol=1e-5)
+
+
+@contextmanager
+def unmeasured(stage: str) -> Iterator[None]:
+    yield

@@ -9,7 +9,7 @@ Knows nothing of blocks' meaning, content keys or eviction. Invariant: all backe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,6 +34,10 @@ class Attend(Protocol):
 
 class Beside(Protocol):
     """More keys that rows of a pass attend to, each row its own: what beams keep of their steps, for example."""
+
+    @property
+    def state(self) -> Hashable:
+        """As long as it is equal, a call does the same to the same memory; so a pass with it may be replayed."""
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
         """Attention over those keys alone; `qkv` [rows, (H + 2·KV)·D] is already turned. Rows without any: lse -inf."""
