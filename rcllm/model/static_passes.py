@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -121,7 +121,7 @@ class Graphs:
     """Makes CUDA graphs of passes. They share the memory of their activations, for only one of them runs at a time."""
 
     def __init__(self) -> None:
-        self._memory: object = None
+        self._memory: Any = None  # made with the first graph
 
     def __call__(self, run: Run) -> Run:
         """`run` as a graph. It is run before, so that what is compiled or allocated at first is."""
