@@ -15,7 +15,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from benchmarks.harness import SHARED, console
-from rcllm.config import CacheConfig, Config, PromptConfig
+from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core.decoding import Speculation
 from rcllm.core.ranking import Event, ItemId, UserId
 from rcllm.data import Dataset, histories
@@ -48,8 +48,9 @@ class Scenario:
 class Workbench:
     """An engine for one kind of profile, and the answers that it gave before."""
 
-    def __init__(self, kind: Kind, max_tokens: int, data: Dataset) -> None:
-        config = Config(prompt=PromptConfig(f"describe_{kind}"), cache=CacheConfig(pool_mb=1500))
+    def __init__(self, kind: Kind, max_tokens: int, data: Dataset, model: ModelConfig | None = None) -> None:
+        prompt, cache = PromptConfig(f"describe_{kind}"), CacheConfig(pool_mb=1500)
+        config = Config(model or ModelConfig(), prompt=prompt, cache=cache)
         self.kind, self.data = kind, data
         self.engine = Engine.build(data.catalogue, config)
         self.max_tokens = max_tokens

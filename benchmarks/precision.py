@@ -5,7 +5,7 @@ in one run; speed-ups are medians of the ratios of neighbours. `int8_weights`: w
 `int8`: products in bf16 as well. `blocks`: rankings of paper-shaped prompts at level `blocks`, all but the end of the
 prompt warm; `prefill`: a cold prefill of 2,000 tokens; `decode`: one row over a prompt of 500, with the logits of the
 vocabulary; `beam`: 128 rows over one of 250; `tau`: the untuned model's labels at `full`; `ndcg`: the block-mask ranker
-at `blocks` on held-out users, paired with fp32.
+at `blocks` on held-out users, paired with fp32; `strict`: texts with and without drafts, token by token.
 
 Ceiling: FLOPs over the rate that this variant's products reach here (`measure_gemm`, torch's or ours, whichever is
 faster), plus bytes of KV over the bandwidth; printed beside. Where bf16 is imitated the speed-ups are below 1.
@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.describe import exact
+from benchmarks.describe_setup import Workbench, user_scenarios
 from benchmarks.fidelity_setup import SETS, TEMPLATES, engine_of, held_out, paper_shaped, scored
-from benchmarks.harness import Options, dataset, options, run_parts, show, timed
+from benchmarks.harness import Options, console, dataset, options, run_parts, show, timed
 from benchmarks.kv_dtype import warm
 from benchmarks.ttft import floor_seconds
 from rcllm.config import CacheConfig, Config, ModelConfig
@@ -57,6 +59,7 @@ PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8_weights": torch
 SET = "scientific"
 PREFILL_TOKENS, DECODE_TOKENS, BEAM_TOKENS, BEAMS = 2000, 500, 250, 128
 POOL_MB = 2000
+TEXT_TOKENS, EARLIER = 32, 40  # of an answer; answers that drafts are taken from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +72,10 @@ class Sizes:
     agreement: int
     quality: int
     other_quality: int  # of all but the block-mask ranker in fp32 and bf16
+    texts: int
 
 
-FULL, QUICK = Sizes(12, 5, 60, 6, 1000, 300), Sizes(2, 2, 10, 2, 6, 6)
+FULL, QUICK = Sizes(12, 5, 60, 6, 1000, 300, 200), Sizes(2, 2, 10, 2, 6, 6, 8)
 
 
 def main() -> None:
@@ -166,6 +170,17 @@ def tau(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     return metrics
 
 
+def strict(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+    """Answers that are drafted and verified against those that are not, within a precision; equal token ids."""
+    data, metrics = dataset("movielens_100k"), dict[str, float]()
+    scenario = user_scenarios(data, sizes.texts, EARLIER)["new_users"]
+    for name in others():
+        console.print(name)
+        found = exact(Workbench("user", TEXT_TOKENS, data, ModelConfig(**VARIANTS[name])), scenario)
+        metrics |= {f"{metric}_{name}": value for metric, value in found.items()}
+    return metrics
+
+
 def ndcg(variant: str, level: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     """Quality of a tuned ranker: paired differences to fp32, with 95 % intervals."""
     data = dataset(SETS[SET])
@@ -217,7 +232,7 @@ def cached(decoder: Decoder, num_tokens: int) -> Segment:
     """KV of a prompt in the dtype that sequences keep it in; times depend on no value."""
     spec = decoder.spec
     shape = (spec.num_layers, 2, spec.num_kv_heads, num_tokens, spec.head_dim)
-    return Segment(torch.randn(shape).to(decoder.dtype), 0, 0, num_tokens, 0)
+    return Segment(torch.randn(shape).to(decoder.sequence_dtype), 0, 0, num_tokens, 0)
 
 
 def by_turns(works: Mapping[str, Callable[[], object]], rounds: int, times: dict[str, list[float]]) -> None:
@@ -266,6 +281,7 @@ PARTS: dict[str, Callable[[Sizes, Options, RecordFile], dict[str, float]]] = {
     "decode": decode,
     "beam": beam,
     "tau": tau,
+    "strict": strict,
     "ndcg": partial(ndcg, "blocks", "blocks"),
     "ndcg_causal": partial(ndcg, "causal", "full"),
 }

@@ -19,7 +19,8 @@ import psutil
 import torch
 
 from rcllm.model.attend.native import Kernels, kernels
-from rcllm.model.ops import Linear, torch_linear
+from rcllm.model.layers import Linear
+from rcllm.model.ops import torch_linear
 from rcllm.model.packed import PACKINGS
 from rcllm.model.spec import ModelSpec
 

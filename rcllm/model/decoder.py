@@ -16,10 +16,12 @@ from itertools import accumulate, islice
 import torch
 
 from rcllm.model.attend.choose import native_fits, prepare, resolved
+from rcllm.model.attend.compiled import NativeSegmented
 from rcllm.model.attend.contract import Attend, Attended, Beside, merge
 from rcllm.model.attend.native import kernels
 from rcllm.model.attend.segments import Group
-from rcllm.model.ops import Linear, Matrix, NativeOps, Ops, TorchOps, TritonOps
+from rcllm.model.layers import CompiledLayer, Copied, Layer, LayerParts, Linear
+from rcllm.model.ops import Matrix, NativeOps, Ops, TorchOps, TritonOps
 from rcllm.model.quantised import quantise
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
@@ -109,18 +111,6 @@ def parted(passed: Passed, passes: Sequence[Pass]) -> list[Passed]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    input_norm: torch.Tensor
-    post_norm: torch.Tensor
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    qkv: Linear
-    o: Linear
-    gate_up: Linear
-    down: Linear
-
-
 class Decoder:
     """The model on one device. Not thread-safe: one pass at a time, or one between the layers of another."""
 
@@ -162,6 +152,11 @@ class Decoder:
         """Whether products in bf16 are asked for that this processor, or torch alone, only imitates."""
         return self.products == "bf16" and not (self.kernels is not None and self.kernels.has_bf16)
 
+    @property
+    def sequence_dtype(self) -> torch.dtype:
+        """Of KV that is read again and again: that which attention would round it to anyway, as it reads it."""
+        return torch.bfloat16 if self.products == "bf16" and self.kernels else self.dtype
+
     def _table(self, weight: torch.Tensor) -> Matrix:
         """Of a row for each token."""
         rounded = weight.bfloat16() if self.products == "bf16" and self.kept == "full" else weight
@@ -177,14 +172,14 @@ class Decoder:
         self.num_rounded += not matrix.is_exact
         return matrix
 
-    def _layer(self, w: LayerWeights) -> _Layer:
+    def _layer(self, w: LayerWeights) -> Layer:
         item_bytes = 2 if self.products == "bf16" and self.kernels else w.qkv.itemsize
 
         def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
             return self._ops.linear(self._as_kept(weight, item_bytes), bias)
 
         matrices = linear(w.qkv, w.qkv_bias), linear(w.o, w.o_bias), linear(w.gate_up, None), linear(w.down, None)
-        return _Layer(w.input_norm, w.post_norm, w.q_norm, w.k_norm, *matrices)
+        return self._ops.layer(LayerParts(w.input_norm, w.post_norm, w.q_norm, w.k_norm, *matrices))
 
     @torch.inference_mode()
     def forward(
@@ -226,14 +221,15 @@ class Decoder:
         layers = range(carried.num_layers if carried else 0, self.spec.num_layers)
         residual, delta = self._embedded(work) if carried is None else carried.residual, None
         if carried:
-            delta = self._feed(layers.start - 1, residual, carried.attended)
+            delta = self._layers[layers.start - 1].feed(residual, carried.attended)
         for i in layers:
             if between is not None:
                 between(len(work.token_ids))
-            attended = self._mix(i, residual, delta, work, attend, kept, observe)
-            if i == layers[-1]:
-                attended, residual = attended[work.wanted], residual[work.wanted]
-            delta = self._feed(i, residual, attended)
+            if i != layers[-1]:
+                delta = self._run(i, residual, delta, work, attend, kept, observe)
+        attended = self._mix(layers[-1], residual, delta, work, attend, kept, observe)
+        residual = residual[work.wanted]
+        delta = self._layers[-1].feed(residual, attended[work.wanted])
         return self._ops.add_norm(residual, delta, self.final_norm)
 
     @torch.inference_mode()
@@ -244,9 +240,30 @@ class Decoder:
         residual = self._embedded(work)
         attended = self._mix(0, residual, None, work, attend, kept, observe)
         for i in range(1, num_layers):
-            delta = self._feed(i - 1, residual, attended)
+            delta = self._layers[i - 1].feed(residual, attended)
             attended = self._mix(i, residual, delta, work, attend, kept, observe)
         return Carried(residual, attended, kept.blocks() if kept else [], num_layers)
+
+    def _run(
+        self,
+        number: int,
+        residual: torch.Tensor,
+        delta: torch.Tensor | None,
+        work: Pass,
+        attend: Attend,
+        kept: Kept | None,
+        observe: Observe | None,
+    ) -> torch.Tensor:
+        """A layer: residual += delta, and += the projection of its attention; the delta of the MLP [rows, d].
+
+        In one call where the kernels have all of it, else in steps, to the same bits.
+        """
+        layer = self._layers[number]
+        is_plain = observe is None and not work.asides and (kept is None or kept.back is None)
+        if is_plain and isinstance(layer, CompiledLayer) and type(attend) is NativeSegmented:
+            copied = None if kept is None else kept.of_layer(number)
+            return layer.run(residual, delta, work.positions, number, attend.reads, copied)
+        return layer.feed(residual, self._mix(number, residual, delta, work, attend, kept, observe))
 
     def _mix(
         self,
@@ -259,9 +276,7 @@ class Decoder:
         observe: Observe | None,
     ) -> torch.Tensor:
         """The first half of a layer: residual += delta, and what attention over it gives; [rows, H·D]."""
-        layer = self._layers[number]
-        qkv = layer.qkv(self._ops.add_norm(residual, delta, layer.input_norm))
-        self._ops.rotate(qkv, work.positions, layer.q_norm, layer.k_norm)
+        qkv = self._layers[number].project(residual, delta, work.positions)
         if kept is not None:
             kept.take(number, qkv)
         if observe is not None:
@@ -272,12 +287,6 @@ class Decoder:
             here = Attended(attended.output[rows], attended.lse[rows])
             attended.output[rows] = merge([here, aside.keys(number, qkv[rows])]).output
         return attended.output
-
-    def _feed(self, number: int, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The second half: residual += the projection of `attended`, and the delta of the MLP over it; [rows, d]."""
-        layer = self._layers[number]
-        normed = self._ops.add_norm(residual, layer.o(attended), layer.post_norm)
-        return layer.down(self._ops.swiglu(layer.gate_up(normed)))
 
     def _embedded(self, work: Pass) -> torch.Tensor:
         return self.embed[work.token_ids].to(self.dtype)  # a copy, which the layers change in place
@@ -313,13 +322,15 @@ class Decoder:
 
 
 class Kept:
-    """Collects K and V of the rows to keep, layer by layer, K shifted back to block-local positions."""
+    """Collects K and V of the rows to keep, layer by layer, K shifted back to block-local positions.
+
+    `back`: None where they stand there already.
+    """
 
     def __init__(self, decoder: Decoder, keep: Sequence[Keep], layers: range) -> None:
         spec, device = decoder.spec, decoder.device
         self.spec, self.rope, self.keep, self.layers = spec, decoder.rope, keep, layers
         self.rows = torch.cat([torch.arange(k.start, k.stop, device=device) for k in keep])
-        # keys of blocks at position 0 stand at their block-local positions already
         back = torch.cat([torch.full((k.stop - k.start,), -k.base, device=device) for k in keep])
         self.back = back if any(k.base for k in keep) else None
         shape = (len(layers), 2, spec.num_kv_heads, len(self.rows), spec.head_dim)
@@ -328,9 +339,12 @@ class Kept:
     def take(self, layer: int, qkv: torch.Tensor) -> None:
         kv = qkv[self.rows, self.spec.q_size :].unflatten(1, (2, self.spec.num_kv_heads, self.spec.head_dim))
         k = kv[:, 0] if self.back is None else self.rope.shift(kv[:, 0], self.back)
-        at = layer - self.layers.start
-        self.kv[at, 0] = k.transpose(0, 1)
-        self.kv[at, 1] = kv[:, 1].transpose(0, 1)
+        to = self.of_layer(layer).to
+        to[0] = k.transpose(0, 1)
+        to[1] = kv[:, 1].transpose(0, 1)
+
+    def of_layer(self, layer: int) -> Copied:
+        return Copied(self.rows, self.kv[layer - self.layers.start])
 
     def blocks(self) -> list[torch.Tensor]:
         """Views into the buffer; whoever publishes one copies it."""

@@ -6,7 +6,6 @@ reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -15,14 +14,13 @@ import torch.nn.functional as F
 from rcllm.late import Late
 from rcllm.model.attend.native import Kernels
 from rcllm.model.attend.triton_tables import padded
-from rcllm.model.packed import PACKINGS, QuantisedMatrix
+from rcllm.model.layers import CompiledLayer, Layer, LayerParts, Linear, Norm
+from rcllm.model.packed import PACKINGS, Packed, QuantisedMatrix
 from rcllm.model.quantised import Quantised
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
-Linear = Callable[[torch.Tensor], torch.Tensor]  # [rows, in] -> [rows, out]
 Matrix = torch.Tensor | Quantised  # [out, in]
-Norm = torch.Tensor | None  # weight of a norm over each head, [head_dim]
 _ON_GPU = Late("rcllm.model.layer_kernels")  # imports triton, which is optional
 _COLUMNS = 1024  # of one program of SwiGLU
 
@@ -40,6 +38,9 @@ class Ops(Protocol):
 
     def linear(self, weight: Matrix, bias: torch.Tensor | None) -> Linear: ...
 
+    def layer(self, parts: LayerParts) -> Layer:
+        """Of matrices that `linear` made."""
+
     def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         """residual += delta; returns RMSNorm(residual) · weight. All [rows, hidden]."""
 
@@ -48,6 +49,24 @@ class Ops(Protocol):
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[rows, 2·ffn] -> [rows, ffn]."""
+
+
+class SteppedLayer:
+    """A layer one step after the other."""
+
+    def __init__(self, ops: Ops, parts: LayerParts) -> None:
+        self._ops, self._parts = ops, parts
+
+    def project(self, residual: torch.Tensor, delta: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+        parts = self._parts
+        qkv = parts.qkv(self._ops.add_norm(residual, delta, parts.input_norm))
+        self._ops.rotate(qkv, positions, parts.q_norm, parts.k_norm)
+        return qkv
+
+    def feed(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        parts = self._parts
+        normed = self._ops.add_norm(residual, parts.o(attended), parts.post_norm)
+        return parts.down(self._ops.swiglu(parts.gate_up(normed)))
 
 
 class TorchOps:
@@ -60,6 +79,9 @@ class TorchOps:
     def linear(self, weight: Matrix, bias: torch.Tensor | None) -> Linear:
         """Levels are widened once: on torch alone they are the same numbers, and save nothing."""
         return torch_linear(weight.widen() if isinstance(weight, Quantised) else weight, bias, self._packing)
+
+    def layer(self, parts: LayerParts) -> Layer:
+        return SteppedLayer(self, parts)
 
     def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         if delta is not None:
@@ -132,6 +154,10 @@ class NativeOps:
             return QuantisedMatrix(self.kernels, weight, bias, self._packing)
         return PACKINGS[self._packing](self.kernels, weight, bias)
 
+    def layer(self, parts: LayerParts) -> Layer:
+        matrices = [m for m in (parts.qkv, parts.o, parts.gate_up, parts.down) if isinstance(m, Packed)]
+        return CompiledLayer(self.spec, self.rope, self.kernels, parts, matrices)
+
     def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(residual)
         rows, size = residual.shape
@@ -140,12 +166,10 @@ class NativeOps:
         return out
 
     def rotate(self, qkv: torch.Tensor, positions: torch.Tensor, q_norm: Norm, k_norm: Norm) -> None:
-        spec, rope, threads = self.spec, self.rope, torch.get_num_threads()
-        parts = ((0, spec.num_heads, q_norm), (spec.q_size, spec.num_kv_heads, k_norm))
-        rows, stride = qkv.shape
-        for start, heads, norm in parts:
-            tables = (positions, rope.scaled_cos, rope.scaled_sin, norm, spec.rms_eps)
-            self.kernels.call("rotate", qkv[:, start:], stride, rows, heads, spec.head_dim, *tables, threads)
+        spec, rope = self.spec, self.rope
+        heads = torch.tensor([spec.num_heads, spec.num_kv_heads, spec.head_dim])
+        tables = (heads, positions, rope.scaled_cos, rope.scaled_sin, q_norm, k_norm, spec.rms_eps)
+        self.kernels.call("rotate", qkv, qkv.stride(0), len(qkv), *tables, torch.get_num_threads())
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, double = gate_up.shape

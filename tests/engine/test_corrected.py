@@ -205,12 +205,16 @@ def test_only_fresh_tokens_run_after_the_check_layer(engine: Engine, monkeypatch
     asked = tiny.request(7, level="corrected(.3,.3)", selection=Selection(check_layer=1))
     engine.rank(asked)
     rows: list[int] = []
-    plain = engine.decoder._ops.swiglu
-    monkeypatch.setattr(engine.decoder._ops, "swiglu", lambda x: rows.append(len(x)) or plain(x))
-    receipt = engine.rank(asked).receipt
+
+    def counting(feed: Any) -> Any:
+        return lambda residual, attended: rows.append(len(residual)) or feed(residual, attended)
+
+    with monkeypatch.context() as patched:
+        for layer in engine.decoder._layers:
+            patched.setattr(layer, "feed", counting(layer.feed))
+        receipt = engine.rank(asked).receipt
     assert receipt.num_computed == 0
     assert rows == [receipt.num_tokens, receipt.num_fresh, 1], "after the last attention one row is read"
-    monkeypatch.setattr(engine.decoder._ops, "swiglu", plain)
     attended: list[int] = []
     attend = engine.decoder._attend
 

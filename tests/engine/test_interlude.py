@@ -27,15 +27,15 @@ class Arrivals:
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.call: Callable[[], object] | None = None
-        mix = engine.decoder._mix
+        run = engine.decoder._run
 
-        def mixing(number: int, *more: Any) -> torch.Tensor:
+        def running(number: int, *more: Any) -> torch.Tensor:
             if number == 0 and self.call is not None:
                 call, self.call = self.call, None
                 call()
-            return mix(number, *more)
+            return run(number, *more)
 
-        monkeypatch.setattr(engine.decoder, "_mix", mixing)
+        monkeypatch.setattr(engine.decoder, "_run", running)
 
 
 def others(engine: Engine, first: str) -> tuple[Job[Any, Any], Any]:
@@ -165,18 +165,14 @@ def test_a_thread_that_waits_for_its_ranking_leaves_while_the_pass_goes_on(monke
         asked.set()
 
     arrivals.call = come
-    read = engine.decoder._layers[-1].down
+    feed = engine.decoder._layers[-1].feed
 
-    def last_layer(x: torch.Tensor) -> torch.Tensor:
-        if asked.is_set() and len(x) == 1:  # the text's own, whose last token alone goes on
+    def last_layer(residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        if asked.is_set() and len(residual) == 1:  # the text's own, whose last token alone goes on
             thread.join(10)
-        return read(x)
+        return feed(residual, attended)
 
-    layers = [*engine.decoder._layers]
-    layers[-1] = type(layers[-1])(
-        **{name: getattr(layers[-1], name) for name in layers[-1].__slots__} | {"down": last_layer}
-    )
-    monkeypatch.setattr(engine.decoder, "_layers", layers)
+    monkeypatch.setattr(engine.decoder._layers[-1], "feed", last_layer)
     assert engine.turn()
     assert len(answers) == 1
     thread.join()

@@ -16,8 +16,10 @@ import torch
 
 from rcllm.model.attend import native
 from rcllm.model.attend.choose import prepare
+from rcllm.model.attend.compiled import NativeSegmented
 from rcllm.model.attend.native import Kernels, kernels
 from rcllm.model.attend.segments import Group
+from rcllm.model.layers import CompiledLayer, Copied, LayerParts
 from rcllm.model.ops import NativeOps, Ops, TorchOps, TritonOps
 from rcllm.model.packed import PACKINGS
 from rcllm.model.rope import Rope
@@ -79,6 +81,92 @@ def test_rotate_turns_queries_and_keys_and_leaves_values(fused: Callable[[ModelS
     TorchOps(spec, rope).rotate(other, positions, *weights)
     torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
     assert torch.equal(mine[:, spec.q_size + spec.kv_size :], qkv[:, spec.q_size + spec.kv_size :])
+
+
+def parts_of(ops: NativeOps | TorchOps, spec: ModelSpec, seed: int) -> LayerParts:
+    """Random weights of a layer, with norms per head where the spec has them."""
+    made = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=made) / shape[-1] ** 0.5
+
+    fused = spec.q_size + 2 * spec.kv_size
+    shapes = (
+        (fused, spec.hidden_size),
+        (spec.hidden_size, spec.q_size),
+        (2 * spec.ffn_size, spec.hidden_size),
+        (spec.hidden_size, spec.ffn_size),
+    )
+    matrices = [ops.linear(random(*shape), random(shape[0]) if spec.qk_norm else None) for shape in shapes]
+    heads = [random(spec.head_dim) if spec.qk_norm else None for _ in range(2)]
+    return LayerParts(random(spec.hidden_size), random(spec.hidden_size), *heads, *matrices)
+
+
+def layer_spec(**fields: object) -> ModelSpec:
+    return dataclasses.replace(SPEC, num_heads=6, num_kv_heads=2, hidden_size=80, ffn_size=100, **fields)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_a_layer_before_and_after_its_attention(compiled: Kernels, packing: str, norm: bool, with_delta: bool) -> None:
+    """In bf16 an input near a tie may fall either way, so that its error is half a step."""
+    spec = layer_spec(qk_norm=norm)
+    rope, positions = Rope.of(spec, 64), torch.randint(0, 64, (11,))
+    layers = [
+        ops.layer(parts_of(ops, spec, 3))
+        for ops in (NativeOps(spec, rope, compiled, packing), TorchOps(spec, rope, packing))
+    ]
+    assert isinstance(layers[0], CompiledLayer)
+    close = {"atol": 1e-5, "rtol": 1e-5} if packing == "fp32" else {"atol": 2e-2, "rtol": 1e-2}
+    first, delta, attended = torch.randn(11, 80) * 3, torch.randn(11, 80), torch.randn(11, spec.q_size)
+    residuals = [first.clone(), first.clone()]
+    rows = [
+        layer.project(x, delta if with_delta else None, positions) for layer, x in zip(layers, residuals, strict=True)
+    ]
+    torch.testing.assert_close(*rows, **close)
+    torch.testing.assert_close(*residuals, atol=0, rtol=0)
+    fed = [layer.feed(x, attended) for layer, x in zip(layers, residuals, strict=True)]
+    torch.testing.assert_close(*fed, **close)
+    torch.testing.assert_close(*residuals, **close)
+
+
+def test_gates_may_be_extreme(compiled: Kernels) -> None:
+    """Up to thousands, where the exponential of a gate is no number of fp32."""
+    spec, rope = layer_spec(), Rope.of(SPEC, 16)
+    residual, nothing = torch.randn(9, 80), torch.zeros(9, spec.q_size)
+    ops = both(spec, rope, compiled)
+    parts = [dataclasses.replace(parts_of(each, spec, 4), post_norm=torch.full((80,), 1e3)) for each in ops]
+    fed = [each.layer(own).feed(residual.clone(), nothing) for each, own in zip(ops, parts, strict=True)]
+    assert torch.isfinite(fed[1]).all()
+    torch.testing.assert_close(*fed, atol=1e-6 * float(fed[1].abs().max()), rtol=1e-5)
+
+
+def both(spec: ModelSpec, rope: Rope, compiled: Kernels) -> tuple[NativeOps, TorchOps]:
+    return NativeOps(spec, rope, compiled), TorchOps(spec, rope)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_layer_in_one_call_equals_its_steps(compiled: Kernels, packing: str, rows: int) -> None:
+    """exact: bit for bit, with what is kept of it"""
+    spec, rope = layer_spec(), Rope.of(SPEC, 64)
+    layer = NativeOps(spec, rope, compiled, packing).layer(parts_of(NativeOps(spec, rope, compiled, packing), spec, 5))
+    assert isinstance(layer, CompiledLayer)
+    attend = prepare("segmented", spec, rope, [Group.causal(rows)], compiled, products=packing)
+    assert isinstance(attend, NativeSegmented)
+    first, delta, positions = torch.randn(rows, 80), torch.randn(rows, 80), torch.arange(rows)
+    chosen = torch.arange(0, rows, 3)
+    for before in (None, delta):
+        stepwise, whole = first.clone(), first.clone()
+        qkv = layer.project(stepwise, before, positions)
+        expected = layer.feed(stepwise, attend(0, qkv).output)
+        copied = Copied(chosen, torch.empty(2, spec.num_kv_heads, len(chosen), spec.head_dim))
+        got = layer.run(whole, None if before is None else before.clone(), positions, 0, attend.reads, copied)
+        assert torch.equal(got, expected)
+        assert torch.equal(whole, stepwise)
+        kv = qkv[chosen, spec.q_size :].unflatten(1, (2, spec.num_kv_heads, spec.head_dim))
+        assert torch.equal(copied.to, kv.permute(1, 2, 0, 3))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 128, 513])

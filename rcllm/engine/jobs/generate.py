@@ -110,7 +110,8 @@ class Generator:
         check(request.options)
         prompt = prompt_of(self.engine.prompter, request)
         num_tokens = prompt.num_tokens + self._max_tokens(request.options, prompt.num_tokens) - 1
-        return Opening(prompt, 1, num_tokens * self._decoder.spec.kv_bytes_per_token(self._decoder.dtype.itemsize))
+        item_bytes = self._decoder.sequence_dtype.itemsize
+        return Opening(prompt, 1, num_tokens * self._decoder.spec.kv_bytes_per_token(item_bytes))
 
     def _max_tokens(self, options: GenerateOptions, num_prompt: int) -> int:
         """Of an answer, which ends with the model's context at the latest; the prompt itself gives its first token."""

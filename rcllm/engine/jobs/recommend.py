@@ -110,7 +110,7 @@ class Recommender:
 
     def _prompt(self, entered: Entered) -> BeamPrompt:
         decoder = self.engine.decoder
-        return BeamPrompt(joined(entered.segments, decoder.rope, decoder.dtype), entered.end, entered.last)
+        return BeamPrompt(joined(entered.segments, decoder.rope, decoder.sequence_dtype), entered.end, entered.last)
 
     def _ended(self, stage: Stage) -> Iterator[Answer]:
         for searched in [each for each in self._searching if each.search.ended]:

@@ -29,13 +29,13 @@ _SEES = np.array([[False, False], [True, False]])
 
 
 class SequenceKV:
-    """The KV of one sequence, contiguous, in the compute dtype; keys are turned to their positions."""
+    """The KV of one sequence, contiguous, in the decoder's `sequence_dtype`; keys are turned to their positions."""
 
     def __init__(self, decoder: Decoder, capacity: int) -> None:
         """`capacity`: tokens of prompt and answer."""
         spec = decoder.spec
         shape = (spec.num_layers, 2, spec.num_kv_heads, capacity, spec.head_dim)
-        self.kv = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
+        self.kv = torch.empty(shape, dtype=decoder.sequence_dtype, device=decoder.device)
         self.length = 0
 
     def fill(self, segments: Sequence[Segment], rope: Rope) -> None:

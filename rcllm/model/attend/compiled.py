@@ -6,9 +6,10 @@ else is in the pass.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ from rcllm.model.attend.segments import Group, Keys
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
+_ITEMS = 8  # for each thread; with more of them, unequal ones are shared out well enough
+_MIN_TOKENS = 12  # a tile with fewer spends its time on reading keys
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
 
@@ -46,12 +49,13 @@ class NativeSegmented:
     ) -> None:
         """`groups` with the segments that are read in place; `keys`: what lies in one buffer."""
         self._spec, self._rope, self._kernels = spec, rope, kernels
-        self._num_groups = len(groups)
         self._groups = torch.from_numpy(_group_table(groups, keys))
         self._sees_segment = _flat_bytes([group.segment_mask() for group in groups])
         self._sees = _flat_bytes([group.sees for group in groups])
         rows = [np.column_stack([g.block, g.offset, g.reach(k)]) for g, k in zip(groups, keys, strict=True)]
         self._rows = torch.from_numpy(np.concatenate(rows).astype(np.int32))
+        share = spec.num_heads // spec.num_kv_heads
+        self._items = _items(groups, rows, kernels.row_tile // share, spec.num_kv_heads, torch.get_num_threads())
         places = [np.column_stack([k.block, k.offset]) for k in keys]
         self._keys = torch.from_numpy(np.concatenate(places).astype(np.int32))
 
@@ -67,24 +71,21 @@ class NativeSegmented:
 
     def _attend(self, layer: int, qkv: torch.Tensor, kv: torch.Tensor) -> Attended:
         """kv [keys, 2·KV·D]"""
-        spec, rope = self._spec, self._rope
+        spec = self._spec
         output = qkv.new_empty(qkv.shape[0], spec.q_size)
         lse = qkv.new_empty(qkv.shape[0], spec.num_heads)
-        scale = math.log2(math.e) / math.sqrt(spec.head_dim)  # the kernel's exponential is base 2
         inputs = (qkv, qkv.stride(0), kv, kv[:, spec.kv_size :], kv.stride(0))
-        shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        tables = (
-            self._groups,
-            self._num_groups,
-            self._segments,
-            self._sees_segment,
-            self._sees,
-            self._rows,
-            self._keys,
-        )
-        last = (rope.cos, rope.sin, int(self._bf16), torch.get_num_threads())
-        self._kernels.call("attend", *inputs, output, lse, *shape, layer, scale, *tables, *last)
+        self._kernels.call("attend", self.reads, layer, *inputs, output, lse, torch.get_num_threads())
         return Attended(output, lse)
+
+    @cached_property
+    def reads(self) -> torch.Tensor:
+        """What all layers attend to, as the kernels read it; it points into the tables here."""
+        masks = (self._sees_segment, self._sees)
+        tables = (self._groups, self._segments, *masks, self._rows, self._keys, self._rope.cos, self._rope.sin)
+        shape = (self._spec.num_heads, self._spec.num_kv_heads, self._spec.head_dim)
+        pointers = [table.data_ptr() for table in tables]
+        return torch.tensor([self._items.data_ptr(), len(self._items), *pointers, *shape, self._bf16])
 
 
 class NativeGather(NativeSegmented):
@@ -128,6 +129,59 @@ def _group_table(groups: Sequence[Group], keys: Sequence[Keys]) -> npt.NDArray[n
     pairs = np.stack([starts[:, :3], sizes[:, :3]], axis=2).reshape(len(groups), 6)
     blocks = np.array([len(group.sees) for group in groups], dtype=np.int64)
     return np.ascontiguousarray(np.column_stack([pairs, starts[:, 3:], blocks]))
+
+
+def _items(
+    groups: Sequence[Group],
+    rows: Sequence[npt.NDArray[np.int64]],
+    most: int,
+    kv_heads: int,
+    num_threads: int,
+) -> torch.Tensor:
+    """[items, 3]: group, first row, number of rows, at most `most`; those that take longest first.
+
+    Where there are few, they are made smaller until every thread has its equal share, and of equal work. `rows`: the
+    table of each group's rows.
+    """
+    found: list[tuple[int, int, int]] = []
+    works: list[float] = []
+    for number, (group, table) in enumerate(zip(groups, rows, strict=True)):
+        num_rows = group.num_rows
+        tiles = -(-num_rows // most)
+
+        def few(tiles: int) -> bool:
+            return len(groups) * tiles * kv_heads < _ITEMS * num_threads
+
+        while few(tiles) and tiles * kv_heads % num_threads and num_rows // (tiles + 1) >= _MIN_TOKENS:
+            tiles += 1
+        seen = np.cumsum(_keys_seen(group, table))
+        if tiles > 1 and few(tiles):
+            cuts = np.searchsorted(seen, seen[-1] * np.arange(1, tiles) / tiles)
+        else:
+            cuts = num_rows * np.arange(1, tiles) // tiles
+        for first, last in pairwise(_within(cuts, num_rows, most)):
+            found.append((number, first, last - first))
+            works.append(seen[last - 1] - (seen[first - 1] if first else 0))
+    order = np.argsort(-np.array(works), kind="stable")
+    return torch.from_numpy(np.array(found, dtype=np.int64)[order])
+
+
+def _keys_seen(group: Group, table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[rows], about how many keys each row is shown."""
+    lengths = np.array([len(segment) for segment in group.segments], dtype=np.int64)
+    fresh: npt.NDArray[np.int64] = table[:, 3] - table[:, 2]
+    return fresh + group.segment_mask() @ lengths
+
+
+def _within(cuts: npt.NDArray[np.int64], num_rows: int, most: int) -> list[int]:
+    """0, the cuts and the end, with a cut more wherever a tile would have more than `most` rows."""
+    ends = [0]
+    for end in (*cuts.tolist(), num_rows):
+        while end - ends[-1] > most:
+            ends.append(ends[-1] + most)
+        if end > ends[-1]:
+            ends.append(end)
+    return ends
 
 
 def _flat_bytes(masks: Sequence[BoolArray]) -> torch.Tensor:

@@ -24,7 +24,15 @@ from rcllm.fetch import cache_dir
 from rcllm.model.spec import INT8_GROUP, WEIGHT_GROUP
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-HEADERS = ("cached.h", "products.h", "quantised.h", "vectors.h")  # that it includes, beside it
+HEADERS = (
+    "attention.h",
+    "cached.h",
+    "layers.h",
+    "products.h",
+    "quantised.h",
+    "tiles.h",
+    "vectors.h",
+)  # that it includes, beside it
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi")
 
 
@@ -35,15 +43,17 @@ class Kernels:
         self._library = library
         self.panel: int = library.rcllm_panel()  # outputs of a packed matrix that are stored together
         self.has_bf16: bool = library.rcllm_has_bf16() == 1  # else products in bf16 are emulated, to the same bits
+        self.row_tile: int = library.rcllm_row_tile()  # rows, times heads per KV head, that attention computes together
         self.int8_group: int = library.rcllm_int8_group()
         assert self.int8_group == INT8_GROUP, "blocks have one layout"
         assert library.rcllm_weight_group() == WEIGHT_GROUP, "quantised matrices have one layout"
 
-    def quantised_bytes(self, size: int, inner: int, bits: int) -> int:
-        """Bytes of a packed matrix [size, inner] in levels of so many bits."""
-        num_bytes = self._library.rcllm_quantised_bytes
-        num_bytes.restype, num_bytes.argtypes = ctypes.c_int64, [ctypes.c_int64] * 3
-        return int(num_bytes(size, inner, bits))
+        for count in (library.rcllm_quantised_bytes, library.rcllm_room, library.rcllm_product_room):
+            count.restype = ctypes.c_int64
+
+    def count(self, name: str, *arguments: torch.Tensor | int) -> int:
+        """What `rcllm_<name>` returns."""
+        return int(getattr(self._library, f"rcllm_{name}")(*(_argument(value) for value in arguments)))
 
     def call(self, name: str, *arguments: torch.Tensor | int | float | None) -> None:
         """Calls `rcllm_<name>`; tensors go as pointers (None as null), ints as int64, floats as float."""

@@ -152,20 +152,25 @@ void linear(const typename P::Cell* x, int64_t rows, int64_t cells, const typena
   });
 }
 
-// Cell k of a row of `inner` values, rounded; what is missing of the last is zero.
+// Cell k of a row of `inner` values, rounded; what is missing is zero.
 inline int32_t cell_of(const float* row, int64_t k, int64_t inner) {
-  return pair(round_bf16(row[2 * k]), 2 * k + 1 < inner ? round_bf16(row[2 * k + 1]) : 0u);
+  return pair(2 * k < inner ? round_bf16(row[2 * k]) : 0u, 2 * k + 1 < inner ? round_bf16(row[2 * k + 1]) : 0u);
 }
 
-// x [rows, inner] as cells [rows, (inner + 1) / 2]; called by every thread of a team.
-inline void round_rows(const float* x, int64_t rows, int64_t inner, int32_t* rounded) {
-  const int64_t cells = (inner + 1) / 2;
+// x [rows, inner] as cells [rows, cells]; called by every thread of a team.
+inline void round_rows(const float* x, int64_t rows, int64_t inner, int32_t* rounded, int64_t cells) {
 #pragma omp for
   for (int64_t r = 0; r < rows; r++) {
     int64_t k = 0;
     for (; 2 * k + VL <= inner; k += VL / 2) store_bf16(rounded + r * cells + k, load(x + r * inner + 2 * k));
     for (; k < cells; k++) rounded[r * cells + k] = cell_of(x + r * inner, k, inner);
   }
+}
+
+// x [rows, inner] with zeros behind each row, [rows, size]; called by every thread of a team.
+inline void fill_up(const float* x, int64_t rows, int64_t inner, float* filled, int64_t size) {
+#pragma omp for
+  for (int64_t r = 0; r < rows; r++) std::fill(std::copy_n(x + r * inner, inner, filled + r * size), filled + (r + 1) * size, 0.f);
 }
 
 }  // namespace
@@ -190,24 +195,6 @@ void rcllm_pack(const float* weight, int64_t size, int64_t inner, float* packed,
     for (int64_t k = 0; k < inner; k++)
       for (int64_t n = 0; n < PANEL; n++)
         packed[n0 * inner + k * PANEL + n] = n0 + n < size ? weight[(n0 + n) * inner + k] : 0.f;
-}
-
-// out[r] = W x[r] + bias. x: [rows, inner], packed: of `rcllm_pack`.
-void rcllm_linear(const float* x, int64_t rows, int64_t inner, const float* packed, const float* bias, int64_t size,
-                  float* out, int64_t num_threads) {
-#pragma omp parallel num_threads(num_threads)
-  linear<Fp32>(x, rows, inner, packed, bias, size, out, num_threads);
-}
-
-// The same with a matrix in bf16, packed as cells; rounded: room for x in bf16, [rows, (inner + 1) / 2] cells.
-void rcllm_linear_bf16(const float* x, int64_t rows, int64_t inner, const int32_t* packed, const float* bias, int64_t size,
-                       float* out, int32_t* rounded, int64_t num_threads) {
-  const int64_t cells = (inner + 1) / 2;
-#pragma omp parallel num_threads(num_threads)
-  {
-    round_rows(x, rows, inner, rounded);
-    linear<Bf16>(rounded, rows, cells, packed, bias, size, out, num_threads);
-  }
 }
 
 }  // extern "C"

@@ -160,17 +160,4 @@ void rcllm_pack_quantised(const uint8_t* levels, const uint16_t* scales, const u
     }
 }
 
-// out[r] = W x[r] + bias, W of `rcllm_pack_quantised`; rounded: room for x in bf16, [rows, inner / 2] cells, where products
-// are in bf16, else null.
-void rcllm_linear_quantised(const float* x, int64_t rows, int64_t inner, const char* packed, int64_t bits, const float* bias,
-                            int64_t size, float* out, int32_t* rounded, int64_t num_threads) {
-#pragma omp parallel num_threads(num_threads)
-  if (rounded) {
-    round_rows(x, rows, inner, rounded);
-    linear_quantised<Bf16>(rounded, rows, inner / 2, packed, bits, bias, size, out, num_threads);
-  } else {
-    linear_quantised<Fp32>(x, rows, inner, packed, bits, bias, size, out, num_threads);
-  }
-}
-
 }  // extern "C"

@@ -104,11 +104,14 @@ class Keys:
 
 @torch.inference_mode()
 def copy_segments(segments: Sequence[Segment], rope: Rope, out: torch.Tensor) -> None:
-    """Copies segments one after the other into out [layers, 2, kv_heads, tokens, D], keys turned to their positions."""
-    lengths = [len(segment) for segment in segments]
-    for segment, to in zip(segments, out.split(lengths, dim=3), strict=True):
-        to.copy_(widen(segment.kv[:, :, :, segment.start : segment.stop]))
+    """Copies segments one after the other into out [layers, 2, kv_heads, tokens, D], keys turned to their positions.
+
+    Keys are turned in fp32 and rounded once, as they are where `attend` reads the segments themselves.
+    """
     bases = torch.tensor([segment.base for segment in segments], device=out.device)
-    by = bases.repeat_interleave(torch.tensor(lengths, device=out.device))
-    for keys in out[:, 0]:  # one layer at a time, which stays in the caches
-        keys.copy_(rope.shift(keys.transpose(0, 1), by).transpose(0, 1))
+    by = bases.repeat_interleave(torch.tensor([len(segment) for segment in segments], device=out.device))
+    for number, layer in enumerate(out):  # one at a time, which stays in the caches
+        parts = [widen(segment.kv[number, :, :, segment.start : segment.stop]).float() for segment in segments]
+        keys, values = torch.cat(parts, dim=2)
+        layer[0] = rope.shift(keys.transpose(0, 1), by).transpose(0, 1)
+        layer[1] = values

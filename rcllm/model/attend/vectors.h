@@ -41,6 +41,36 @@ inline void store(float* p, vec x) { *reinterpret_cast<vec_u*>(p) = x; }
 inline void store(int32_t* p, ivec x) { *reinterpret_cast<ivec_u*>(p) = x; }
 inline vec vmax(vec a, vec b) { return a > b ? a : b; }
 
+inline float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline bool any(ivec mask) {
+  int32_t found = 0;
+  for (int i = 0; i < VL; i++) found |= mask[i];
+  return found;
+}
+
+inline ivec lanes() {
+  alignas(64) static constexpr int32_t NUMBERS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(NUMBERS);
+}
+
+// Lane j of vector i and lane i of vector j change places.
+inline void transpose(vec (&x)[VL]) {
+  for (int step = 1; step < VL; step *= 2) {
+    const ivec own = lanes(), other = own + VL - step;
+    const ivec low = own & step ? other : own, high = own & step ? own + VL : own + step;
+    for (int i = 0; i < VL; i++) {
+      if (i & step) continue;
+      const vec a = x[i], b = x[i + step];
+      x[i] = __builtin_shuffle(a, b, low), x[i + step] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
 // ---- VL narrow values, widened; written out because GCC 12 makes __builtin_convertvector of them one value at a time ----
 
 inline vec to_floats(ivec x) { return __builtin_convertvector(x, vec); }
@@ -102,7 +132,7 @@ inline uint32_t round_bf16(float x) {
 inline ivec pair(ivec first, ivec second) { return (ivec)((uvec)first >> 16) | (second & HIGH); }
 inline int32_t pair(uint32_t first, uint32_t second) { return first >> 16 | (second & HIGH); }
 
-// The same of values that are not NaN, rounded here.
+// The same of values that are rounded here.
 inline ivec pair(vec first, vec second) {
 #if defined(__AVX512BF16__)
   alignas(64) static constexpr uint16_t ZIP[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -116,7 +146,11 @@ inline ivec pair(vec first, vec second) {
 
 // VL values in order, as VL / 2 cells.
 inline void store_bf16(int32_t* cells, vec x) {
+#if defined(__AVX512BF16__)
+  *reinterpret_cast<hvec_u*>(cells) = (hvec)_mm512_cvtneps_pbh((__m512)x);
+#else
   *reinterpret_cast<hvec_u*>(cells) = __builtin_convertvector((uvec)round_bf16(x) >> 16, hvec);
+#endif
 }
 
 }  // namespace
