@@ -1,10 +1,10 @@
 """What does reuse beyond the prefix gain on a GPU, and how near is each part to what the GPU can do?
 
-One prepared call, `python -m benchmarks.gpu`, for at most 8 minutes on one GPU of 80 GB. It first checks that the GPU
-computes what the CPU does (`logits`, `levels`, `beams`, `drafts`). Then it measures, in the shapes of Qwen3-0.6B and
-Qwen3-8B with random weights in bf16: `attention` alone, `ttft` by size of the prompt, `batch`, `saturation`, `beam`
-steps, `speculation`, `prefetch` from host memory, and the same prompts on `peers`. Parts run in order, each is written
-as it ends, and none begins after `MINUTES`.
+One prepared call, `python -m benchmarks.gpu`, for at most 8 minutes on one GPU of 80 GB. Parts check that the GPU
+computes what the CPU does: `logits`, `levels`, `beams`, `drafts`. The others measure, in the shapes of Qwen3-0.6B and
+Qwen3-8B with random weights in bf16: `ttft` by size of the prompt, `batch`, `attention` alone, `beam` steps,
+`saturation`, `prefetch` from host memory, `speculation`, and the same prompts on `peers`. They run in the order of
+PARTS, each is written as it ends, and none begins after `MINUTES`.
 
 Ceiling: bytes that must be read over the bandwidth, or FLOPs over the rate of a large product, whichever takes longer;
 both are measured in the same call. `floor_share` is that over the time, so 1 is the ceiling.
@@ -24,12 +24,15 @@ from benchmarks.harness import Options, console, options, run_parts
 
 QUESTION = "TTFT, throughput, beams, drafts and attention on a GPU, each beside its ceiling, and that results are right"
 CHECKS = ("logits", "levels", "beams", "drafts")
-MEASURES = ("attention", "ttft", "batch", "saturation", "beam", "speculation", "prefetch", "peers")
+PARTS = (  # in this order: what decides most comes first
+    *("ceilings", "logits", "levels", "ttft", "batch", "attention", "beam", "beams", "drafts", "saturation"),
+    *("prefetch", "speculation", "peers"),
+)
 MINUTES = 7.0
 
 
 def main() -> None:
-    run(options("gpu", QUESTION, ("ceilings", *CHECKS, *MEASURES), dry_run=True))
+    run(options("gpu", QUESTION, PARTS, dry_run=True))
 
 
 def run(chosen: Options) -> None:
@@ -53,8 +56,10 @@ def run(chosen: Options) -> None:
 
     ceilings = gpu_parts.ceilings_of(scale)
     parts: dict[str, Callable[[], Mapping[str, float]]] = {"ceilings": ceilings.metrics}
-    parts |= {name: partial(getattr(gpu_checks, name), scale, chosen) for name in CHECKS}
-    parts |= {name: partial(getattr(gpu_parts, name), scale, ceilings, chosen) for name in MEASURES}
+    for name in PARTS[1:]:
+        checks = name in CHECKS
+        module, arguments = (gpu_checks, (scale, chosen)) if checks else (gpu_parts, (scale, ceilings, chosen))
+        parts[name] = partial(getattr(module, name), *arguments)
     run_parts("gpu", QUESTION, chosen, {name: partial(in_time, name, part) for name, part in parts.items()})
 
 

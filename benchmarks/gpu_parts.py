@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -46,6 +46,17 @@ from rcllm.reuse.assemble import assemble
 from rcllm.reuse.plan import Planned, plan
 
 LEVELS = ("full", "exact", "blocks")
+Other = Callable[[Tiling], dict[str, int]]  # fields of a tiling that are changed
+_FOR_FEW: tuple[Other, ...] = (
+    lambda usual: {"num_stages": 2},
+    lambda usual: {"keys": 2 * usual.keys, "num_stages": 2},
+    lambda usual: {"num_programs": 2 * usual.num_programs},
+)
+_FOR_MANY: tuple[Other, ...] = (
+    lambda usual: {"num_stages": 2},
+    lambda usual: {"queries": usual.queries // 2, "num_warps": 4},
+)
+_SHOWN = ("us", "floor_share", "best_us", "sdpa_us")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,22 +113,21 @@ def attention(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, fl
             for fresh, batch in ((1, 1), (1, 16), (100, 1), (100, 16)) if not chosen.dry_run else ((3, 2),):
                 case = f"attention_{shape}{name}_r{fresh}_b{batch}"
                 groups = [_few_rows(spec, fresh, keys, length, dtype, scale) for _ in range(batch)]
-                metrics = _attention_case(case, spec, groups, scale, ceilings, few=True)
+                tries = shape == scale.shapes[-1] and not name and batch > 1
+                metrics = _attention_case(case, spec, groups, scale, ceilings, _FOR_FEW if tries else ())
                 if not name:
                     metrics |= _sdpa_case(case, spec, fresh, keys, batch, scale)
                 found |= metrics
                 rows.append([case, *(f"{metrics.get(f'{case}_{key}', float('nan')):.3g}" for key in _SHOWN)])
         count = 2500 if scale.device.type == "cuda" else 24
         case = f"attention_{shape}_causal_{count}"
-        metrics = _attention_case(case, spec, [Group.causal(count)], scale, ceilings, few=False)
+        tried = _FOR_MANY if shape == scale.shapes[-1] else ()
+        metrics = _attention_case(case, spec, [Group.causal(count)], scale, ceilings, tried)
         metrics |= _sdpa_causal(case, spec, count, scale)
         found |= metrics
         rows.append([case, *(f"{metrics.get(f'{case}_{key}', float('nan')):.3g}" for key in _SHOWN)])
     show("Attention of one layer", ["case", *_SHOWN], rows)
     return found
-
-
-_SHOWN = ("us", "floor_share", "best_us", "sdpa_us")
 
 
 def _few_rows(spec: ModelSpec, fresh: int, keys: int, length: int, dtype: torch.dtype, scale: Scale) -> Group:
@@ -131,9 +141,9 @@ def _few_rows(spec: ModelSpec, fresh: int, keys: int, length: int, dtype: torch.
 
 
 def _attention_case(
-    case: str, spec: ModelSpec, groups: Sequence[Group], scale: Scale, ceilings: Ceilings, *, few: bool
+    case: str, spec: ModelSpec, groups: Sequence[Group], scale: Scale, ceilings: Ceilings, others: Sequence[Other]
 ) -> dict[str, float]:
-    """As the pass is cut by default, and the best of other ways to cut it, which are named by their number."""
+    """As the pass is cut by default, and the best of it and `others`, which are numbered from 1. Each is compiled."""
     timer, rope = Timer(scale.device), Rope.of(spec, 4096, scale.device)
     num_rows = sum(group.num_rows for group in groups)
     qkv = torch.randn(num_rows, spec.q_size + 2 * spec.kv_size, device=scale.device).to(scale.dtype)
@@ -143,25 +153,13 @@ def _attention_case(
     pairs = sum(int(g.row_mask().sum()) + g.num_rows * sum(map(len, g.segments)) for g in groups)
     floor = ceilings.seconds(num_bytes, spec.attention_flops(pairs) / spec.num_layers)
     times = []
-    for tiling in [usual] if scale.device.type != "cuda" else [usual, *_other_tilings(usual, few)]:
+    for tiling in [usual, *(dataclasses.replace(usual, **other(usual)) for other in others)]:
         attend = TritonAttend.of(spec, rope, groups, scale.dtype, tiling)
         layers = iter(list(range(spec.num_layers)) * 100)
         times.append(timer.device_seconds(lambda a=attend, i=layers: a(next(i), qkv), 20))  # type: ignore[misc]
     best = int(np.argmin(times))
     found = {f"{case}_us": times[0] * 1e6, f"{case}_floor_share": floor / times[0]}
     return found | {f"{case}_best_us": times[best] * 1e6, f"{case}_best_tiling": best}
-
-
-def _other_tilings(usual: Tiling, few: bool) -> Iterator[Tiling]:
-    """1: two stages; 2: four warps, or eight; 3: tiles of 128 keys, or half the queries; 4: twice the programs."""
-    yield dataclasses.replace(usual, num_stages=2)
-    yield dataclasses.replace(usual, num_warps=12 - usual.num_warps)
-    yield (
-        dataclasses.replace(usual, keys=128, num_stages=2)
-        if few
-        else dataclasses.replace(usual, queries=usual.queries // 2, num_warps=4)
-    )
-    yield dataclasses.replace(usual, num_programs=usual.num_programs * 2)
 
 
 def _sdpa_case(case: str, spec: ModelSpec, fresh: int, keys: int, batch: int, scale: Scale) -> dict[str, float]:
@@ -365,6 +363,7 @@ def prefetch(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, flo
         group = Group((Segment(there, 0, 0, keys, 0),), *_after(fresh))
         tokens = torch.zeros(fresh, dtype=torch.int64, device=scale.device)
         work = Pass(tokens, torch.arange(keys, keys + fresh, device=scale.device), [group], tokens[:1])
+        decoder.static = None  # a replayed pass waits for nothing between its layers
         copy = timer.device_seconds(lambda h=host, t=there: t.copy_(h, non_blocking=True), 5)  # type: ignore[misc]
         alone = timer.device_seconds(partial(decoder.forward, work), 5)
         both = timer.device_seconds(partial(_beside, decoder, work, host, there), 5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import statistics
 import subprocess
 import time
@@ -129,13 +130,14 @@ def report(name: str, question: str, chosen: Options, metrics: Metrics) -> None:
 
 
 def _write(name: str, question: str, chosen: Options, metrics: Metrics) -> str:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    commit = ""
+    if git := shutil.which("git"):
+        ran = subprocess.run([git, "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        commit = ran.stdout.strip()
     result = {
         "name": name,
         "question": question,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "hardware": dataclasses.asdict(describe_hardware()),
         "seed": chosen.seed,
         "quick": chosen.quick,

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from rcllm.model.kv_int8 import kept, kept_bytes
+from rcllm.model.kv_int8 import kept, kept_bytes, quantise
 
 K = TypeVar("K", bound=Hashable)
 PAGE_BYTES = 256 << 10
@@ -95,10 +95,13 @@ class Paged:
         if length > count:
             self._free[first + count] = length - count
         self._used[first] = count
-        source = kept(kv, self._dtype, self._device)
-        return self._view(first, source).copy_(source)
+        source = quantise(kv) if self._dtype == torch.int8 and kv.dtype != torch.int8 else kv.to(self._dtype)
+        if source.device.type == "cpu" and self._device.type == "cuda":
+            source = source.pin_memory()  # so that nothing waits: the next block is pinned while this one is copied
+        return self._view(first, source).copy_(source, non_blocking=True)
 
     def _view(self, first: int, like: torch.Tensor) -> torch.Tensor:
+        """The pages from `first` on as a block of the shape and dtype of another."""
         if self._memory is None:
             self._memory = torch.empty(self.num_pages * self._page_bytes, dtype=torch.uint8, device=self._device)
         start = first * self._page_bytes

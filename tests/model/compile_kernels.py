@@ -23,7 +23,6 @@ from triton.compiler import ASTSource
 from rcllm.model import layer_kernels
 from rcllm.model.attend import triton_kernels
 from rcllm.model.attend.on_triton import TritonAttend
-from rcllm.model.attend.segments import Group
 from rcllm.model.attend.triton_tables import KINDS, Tiling
 from rcllm.model.ops import TritonOps
 from rcllm.model.rope import Rope
@@ -75,13 +74,12 @@ def main(arch: int, kept: str) -> dict[str, dict[str, float]]:
     rows = torch.bfloat16 if kept in ("int8", "all") else NAMES[kept]
     kinds = 15 if kept == "all" else 1 << KINDS.index(NAMES[kept])
     found = {}
-    for num_rows in (1, 500):
-        tiling = Tiling.of(spec, [Group.causal(num_rows)], torch.device("cpu"), rows)
+    for num_rows, read in ((1, kinds), (500, kinds), (500, 0)):
+        tiling = Tiling.on_gpu(spec, num_rows, rows, num_cores=132)
         options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-        constants = TritonAttend.constants(spec, tiling, kinds, rows)
-        found[f"attend {tiling.queries}"] = facts(
-            compile_for(triton_kernels.attend_kernel, rows, constants, arch, **options)
-        )
+        constants = TritonAttend.constants(spec, tiling, read, rows)
+        name = f"attend {tiling.queries}" if read else "attend nothing cached"
+        found[name] = facts(compile_for(triton_kernels.attend_kernel, rows, constants, arch, **options))
     merging = TritonAttend.merge_constants(spec, 4)
     found["merge"] = facts(compile_for(triton_kernels.merge_kernel, rows, merging, arch, num_warps=1))
     ops = TritonOps(spec, Rope.of(spec, 16))

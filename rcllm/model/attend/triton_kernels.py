@@ -23,38 +23,70 @@ def _product(a, b, total, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def _read_levels(
+    levels,
+    scales,
+    rows,
+    keep,
+    FIRST: tl.constexpr,
+    PITCH: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Half of the columns of int8 rows, widened to fp32. Whole groups are read as such, so that levels are vectors."""
+    if HALF % GROUP == 0:
+        groups, members = tl.arange(0, HALF_PADDED // GROUP), tl.arange(0, GROUP)
+        columns = groups[:, None] * GROUP + members[None, :]
+        here = keep[:, None, None] & (columns < HALF)[None, :, :]
+        values = tl.load(levels + rows[:, None, None] * PITCH + (FIRST + columns)[None, :, :], mask=here, other=0)
+        at = rows[:, None] * (PITCH // 2) + (FIRST // GROUP + groups)[None, :]
+        factors = tl.load(scales + at, mask=keep[:, None] & (groups * GROUP < HALF)[None, :], other=0.0)
+        wide = values.to(tl.float32) * factors.to(tl.float32)[:, :, None]
+        found = tl.reshape(wide, [rows.shape[0], HALF_PADDED])
+    else:
+        columns = FIRST + tl.arange(0, HALF_PADDED)
+        here = keep[:, None] & (columns < FIRST + HALF)[None, :]
+        found = tl.load(levels + rows[:, None] * PITCH + columns[None, :], mask=here, other=0).to(tl.float32)
+        at = rows[:, None] * (PITCH // 2) + columns[None, :] // GROUP
+        found *= tl.load(scales + at, mask=here, other=0.0).to(tl.float32)
+    return found
+
+
+@triton.jit
 def _read(
     anchor,
     at,
     rows,
-    columns,
     keep,
+    FIRST: tl.constexpr,
     KIND: tl.constexpr,
     PITCH: tl.constexpr,
-    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """[keys, columns] of a cached block, `at` bytes from the anchor, in its dtype; int8 widened to fp32.
+    """[keys, half of the columns, from FIRST on] of a cached block, `at` bytes from the anchor, in its dtype.
 
     An offset that is a known multiple is read in whole vectors; a pointer out of a table would not be.
     """
-    within = rows[:, None] * PITCH + columns[None, :]
+    columns = tl.arange(0, HALF_PADDED)
+    here = keep[:, None] & (columns < HALF)[None, :]
+    within = rows[:, None] * PITCH + FIRST + columns[None, :]
     if KIND == 3:
-        levels = anchor.to(tl.pointer_type(tl.int8), bitcast=True) + tl.multiple_of(at, ALIGNED)
-        scales = anchor.to(tl.pointer_type(tl.bfloat16), bitcast=True) + (at + WIDTH) // 2
-        group = rows[:, None] * (PITCH // 2) + columns[None, :] // GROUP
-        found = tl.load(levels + within, mask=keep, other=0).to(tl.float32)
-        found *= tl.load(scales + group, mask=keep, other=0.0).to(tl.float32)
+        levels = anchor.to(tl.pointer_type(tl.int8), bitcast=True) + at // ALIGNED * ALIGNED
+        scales = anchor.to(tl.pointer_type(tl.bfloat16), bitcast=True) + (at + 2 * HALF) // 2
+        found = _read_levels(levels, scales, rows, keep, FIRST, PITCH, HALF, HALF_PADDED, GROUP)
     elif KIND == 0:
         wide = anchor.to(tl.pointer_type(tl.float32), bitcast=True) + tl.multiple_of(at // 4, 4)
-        found = tl.load(wide + within, mask=keep, other=0.0)
+        found = tl.load(wide + within, mask=here, other=0.0)
     elif KIND == 1:
         half = anchor.to(tl.pointer_type(tl.float16), bitcast=True) + tl.multiple_of(at // 2, 8)
-        found = tl.load(half + within, mask=keep, other=0.0)
+        found = tl.load(half + within, mask=here, other=0.0)
     else:
         brain = anchor.to(tl.pointer_type(tl.bfloat16), bitcast=True) + tl.multiple_of(at // 2, 8)
-        found = tl.load(brain + within, mask=keep, other=0.0)
+        found = tl.load(brain + within, mask=here, other=0.0)
     return found
 
 
@@ -132,16 +164,16 @@ def _over_cached(
         head_bytes = block_len * (PITCH * BYTES)
         k_at = begin + (layer * (2 * KV) + kv_head) * head_bytes
         v_at = k_at + KV * head_bytes
-        keep = (keys < num_keys)[:, None] & in_half[None, :]
-        k_low = _read(anchor, k_at, keys, columns, keep, KIND, PITCH, WIDTH, GROUP, ALIGNED)
-        k_high = _read(anchor, k_at, keys, columns + HALF, keep, KIND, PITCH, WIDTH, GROUP, ALIGNED)
-        v_low = _read(anchor, v_at, keys, columns, keep, KIND, PITCH, WIDTH, GROUP, ALIGNED)
-        v_high = _read(anchor, v_at, keys, columns + HALF, keep, KIND, PITCH, WIDTH, GROUP, ALIGNED)
+        keep = keys < num_keys
+        k_low = _read(anchor, k_at, keys, keep, 0, KIND, PITCH, HALF, HALF_PADDED, GROUP, ALIGNED)
+        k_high = _read(anchor, k_at, keys, keep, HALF, KIND, PITCH, HALF, HALF_PADDED, GROUP, ALIGNED)
+        v_low = _read(anchor, v_at, keys, keep, 0, KIND, PITCH, HALF, HALF_PADDED, GROUP, ALIGNED)
+        v_high = _read(anchor, v_at, keys, keep, HALF, KIND, PITCH, HALF, HALF_PADDED, GROUP, ALIGNED)
         c = tl.load(cos + base * HALF + columns, mask=in_half, other=0.0)[None, :]
         s = tl.load(sin + base * HALF + columns, mask=in_half, other=0.0)[None, :]
         from_low, from_high = q_low.to(tl.float32), q_high.to(tl.float32)
         back_low, back_high = from_low * c + from_high * s, from_high * c - from_low * s
-        seen = (tl.load(sees_segment + segment, mask=live, other=0) != 0)[:, None] & (keys < num_keys)[None, :]
+        seen = (tl.load(sees_segment + segment, mask=live, other=0) != 0)[:, None] & keep[None, :]
         top, total, low, high = _absorb(
             *(back_low, back_high, k_low, k_high, v_low, v_high, seen, scale), *(top, total, low, high), DTYPE, EMULATE
         )

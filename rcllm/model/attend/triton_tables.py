@@ -26,7 +26,7 @@ IntTable = npt.NDArray[np.int64]
 KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # of cached KV, as the kernel numbers them
 _PROGRAMS_PER_CORE = 2  # that a pass is divided into, at least, where it has the keys
 _LEAST_TILES = 4  # of keys, in one task: below, merging costs more than it gains
-_INTERPRETED_CORES = 4
+_INTERPRETED_PROGRAMS = 4
 _UNIT = 16  # bytes at which every table begins
 
 
@@ -53,17 +53,27 @@ class Tiling:
     @classmethod
     def of(cls, spec: ModelSpec, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Tiling:
         """By the largest group: tiles as large as it fills, up to what fits the registers."""
-        wide = dtype == torch.float32
-        share = padded(spec.num_heads // spec.num_kv_heads)
-        needed = padded(max(group.num_rows for group in groups)) * share
-        queries = max(16, share, min(needed, 32 if wide else 128))
-        return cls(queries, 32 if wide else 64, _PROGRAMS_PER_CORE * _num_cores(device), 8 if queries >= 128 else 4)
+        num_rows = max(group.num_rows for group in groups)
+        if device.type == "cuda":
+            return cls.on_gpu(spec, num_rows, dtype, _num_cores(device))
+        # the interpreter takes its time for each program, however much that computes
+        return cls(_queries(spec, num_rows, 256), 64, _INTERPRETED_PROGRAMS)
+
+    @classmethod
+    def on_gpu(cls, spec: ModelSpec, num_rows: int, dtype: torch.dtype, num_cores: int) -> Tiling:
+        """For groups of at most `num_rows` rows in `dtype`."""
+        most, keys = (32, 32) if dtype == torch.float32 else (128, 64)
+        queries = _queries(spec, num_rows, most)
+        return cls(queries, keys, _PROGRAMS_PER_CORE * num_cores, 8 if queries >= 128 else 4)
+
+
+def _queries(spec: ModelSpec, num_rows: int, most: int) -> int:
+    share = padded(spec.num_heads // spec.num_kv_heads)
+    return max(16, share, min(padded(num_rows) * share, most))
 
 
 @cache
 def _num_cores(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETED_CORES
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -81,7 +91,7 @@ class Layout:
 
     def rounded(self, rows: int) -> Layout:
         """For all passes of about this size, of at most `rows` rows. Longer tables cost little, more tasks some."""
-        tasks, merges = max(32, padded(self.tasks)), max(4, padded(self.merges))
+        tasks, merges = max(32, padded(self.tasks)), padded(max(1, self.merges))
         tiles, visits, bits = (
             max(512, padded(self.tiles)),
             max(2048, padded(self.visits)),
