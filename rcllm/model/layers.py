@@ -5,7 +5,7 @@ Knows nothing of caches. Invariant: one call gives a row the same bits as the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,13 +52,29 @@ class Copied:
     to: torch.Tensor  # [2, kv_heads, n, D]
 
 
+class Workspace:
+    """Memory for what is handed on within a layer, kept for the next: pages that are new each time are slow to write to.
+
+    It is as large as the largest pass needed; nothing in it is alive between two layers.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def of(self, num_floats: int) -> torch.Tensor:
+        if len(self._memory) < num_floats:
+            self._memory = torch.empty(num_floats)
+        return self._memory
+
+
 class CompiledLayer:
     """In fp32 between products, with matrices that are packed."""
 
-    def __init__(
-        self, spec: ModelSpec, rope: Rope, kernels: Kernels, parts: LayerParts, matrices: Sequence[Packed]
-    ) -> None:
-        """matrices: those of the parts, in their order."""
+    def __init__(self, spec: ModelSpec, rope: Rope, kernels: Kernels, parts: LayerParts, workspace: Workspace) -> None:
+        """parts: with packed matrices; workspace: of all layers."""
+        matrices = [m for m in (parts.qkv, parts.o, parts.gate_up, parts.down) if isinstance(m, Packed)]
+        assert len(matrices) == 4, "the kernels multiply with packed matrices"
+        self._workspace = workspace
         self._spec, self._rope, self._kernels = spec, rope, kernels
         self._parts = parts  # the table points into them
         norms = parts.input_norm, parts.post_norm, parts.q_norm, parts.k_norm
@@ -99,4 +115,4 @@ class CompiledLayer:
         return self._table, self._heads, self._spec.rms_eps, rope.scaled_cos, rope.scaled_sin, positions
 
     def _room(self, rows: int) -> torch.Tensor:
-        return torch.empty(self._kernels.count("room", self._table, rows))
+        return self._workspace.of(self._kernels.count("room", self._table, rows))

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from rcllm.late import Late
 from rcllm.model.attend.native import Kernels
 from rcllm.model.attend.triton_tables import padded
-from rcllm.model.layers import CompiledLayer, Layer, LayerParts, Linear, Norm
-from rcllm.model.packed import PACKINGS, Packed, QuantisedMatrix
+from rcllm.model.layers import CompiledLayer, Layer, LayerParts, Linear, Norm, Workspace
+from rcllm.model.packed import PACKINGS, QuantisedMatrix
 from rcllm.model.quantised import Quantised
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
@@ -147,7 +147,7 @@ class NativeOps:
     def __init__(self, spec: ModelSpec, rope: Rope, kernels: Kernels, packing: str = "fp32") -> None:
         """packing: how matrices are kept and multiplied, a name of PACKINGS."""
         self.spec, self.rope, self.kernels = spec, rope, kernels
-        self._packing = packing
+        self._packing, self._workspace = packing, Workspace()
 
     def linear(self, weight: Matrix, bias: torch.Tensor | None) -> Linear:
         if isinstance(weight, Quantised):
@@ -155,8 +155,7 @@ class NativeOps:
         return PACKINGS[self._packing](self.kernels, weight, bias)
 
     def layer(self, parts: LayerParts) -> Layer:
-        matrices = [m for m in (parts.qkv, parts.o, parts.gate_up, parts.down) if isinstance(m, Packed)]
-        return CompiledLayer(self.spec, self.rope, self.kernels, parts, matrices)
+        return CompiledLayer(self.spec, self.rope, self.kernels, parts, self._workspace)
 
     def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(residual)
