@@ -53,7 +53,7 @@ class Copied:
 
 
 class Workspace:
-    """Memory for what is handed on within a layer, kept for the next: pages that are new each time are slow to write to.
+    """Memory for what is handed on within a layer, kept for the next: new pages are slow to write to.
 
     It is as large as the largest pass needed; nothing in it is alive between two layers.
     """
