@@ -135,9 +135,9 @@ class TritonOps(TorchOps):
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, double = gate_up.shape
-        output = gate_up.new_empty(rows, double // 2)
-        grid = (rows, -(-double // 2 // _COLUMNS))
-        _ON_GPU.swiglu_kernel[grid](gate_up, output, double // 2, COLUMNS=_COLUMNS)
+        size = double // 2
+        output, columns = gate_up.new_empty(rows, size), min(_COLUMNS, padded(size))
+        _ON_GPU.swiglu_kernel[rows, -(-size // columns)](gate_up, output, size, COLUMNS=columns)
         return output
 
 
