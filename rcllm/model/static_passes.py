@@ -1,4 +1,4 @@
-"""Short passes in a few fixed shapes, which a GPU replays as one graph: launching their steps may take longer than they.
+"""Short passes in a few fixed shapes, which a GPU replays as graphs: launching their steps may take longer than they.
 
 A pass is padded to the next number of rows and to tables of the next sizes, and copied into the buffers of its shape.
 Knows nothing of what rows mean. Invariant: rows of a pass get what they would get without padding, to rounding, for a
