@@ -18,7 +18,17 @@ from rcllm.cluster.estimate import count_held, ready_s
 from rcllm.cluster.place import make_place
 from rcllm.cluster.placement import BoolArray, PlacedHoldings, Placement, Room
 from rcllm.cluster.statistics import collect, ragged
-from rcllm.cluster.view import NOWHERE, ClusterView, Decision, Held, NodeState, Route, RoutedRequest, Stratum
+from rcllm.cluster.view import (
+    NOWHERE,
+    ClusterView,
+    Decision,
+    FloatArray,
+    Held,
+    NodeState,
+    Route,
+    RoutedRequest,
+    Stratum,
+)
 from rcllm.core.ranking import ItemId
 
 _USERS = 100_000  # whose node is remembered
@@ -62,6 +72,7 @@ class ReportedHoldings:
             [placement.held_by(n) for n in range(placement.room.num_nodes)], axis=1
         )  # [items, nodes]
         self._users: OrderedDict[Hashable, int] = OrderedDict()
+        self.asked = np.zeros(len(self.numbers))  # [items] how often each was read
 
     @property
     def num_nodes(self) -> int:
@@ -93,6 +104,16 @@ class ReportedHoldings:
         if more > 0:
             self._holds = np.pad(self._holds, ((0, 0), (0, more)))
 
+    @property
+    def placement(self) -> Placement:
+        """Where items belong."""
+        return self._placed.placement
+
+    def place(self, placement: Placement) -> None:
+        """Items belong elsewhere from now on; where they are, reports say."""
+        assert placement.item_ids == self.placement.item_ids, "items have other numbers"
+        self._placed = PlacedHoldings.of(placement)
+
     def report(self, node: int, holds: bytes) -> None:
         self._holds[:, node] = unpacked(holds, self.num_items)
 
@@ -102,6 +123,7 @@ class ReportedHoldings:
             number = self.numbers.get(key)
             if number is not None:
                 self._holds[number, node] = True
+                self.asked[number] += 1.0
             else:
                 self._users[key] = node
                 self._users.move_to_end(key)
@@ -152,6 +174,21 @@ class LiveCluster:
         """The nodes that live."""
         with self._lock:
             return tuple(number for number, node in enumerate(self._nodes) if node.up)
+
+    @property
+    def placement(self) -> Placement:
+        """Where items belong."""
+        return self.holdings.placement
+
+    def place(self, placement: Placement) -> None:
+        """Items belong elsewhere from now on."""
+        with self._lock:
+            self.holdings.place(placement)
+
+    def heat(self) -> FloatArray:
+        """[items] how often each was read, and a little more, so that all differ from nothing."""
+        with self._lock:
+            return self.holdings.asked + 1.0
 
     @property
     def last_decision(self) -> Decision | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rcllm.cluster.live import LiveCluster
+from rcllm.cluster.moves import matched, plan_moves
 from rcllm.cluster.view import RoutedRequest
 from rcllm.config import ClusterConfig
 from rcllm.core.ranking import Item, ItemId
@@ -33,6 +34,7 @@ from rcllm.server.backend import (
     Change,
     Changed,
     EraseUser,
+    PlaceItems,
     PutItems,
     RemoveItems,
     Response,
@@ -229,7 +231,7 @@ class ClusterBackend:
         if isinstance(change, WarmItems):
             return _sum(await self._all(Warm(change.item_ids)))
         async with self._changing:
-            return await self._change(change)
+            return await (self._place(change) if isinstance(change, PlaceItems) else self._change(change))
 
     async def _change(self, change: Change) -> Changed:
         """First on one replica, which may refuse it; then into the ledger, and on all of them."""
@@ -242,6 +244,20 @@ class ClusterBackend:
         acknowledged = await self._all(CatchUp())
         num_blocks = made.num_blocks + sum(each.num_blocks for each in acknowledged.values())
         return replace(made, num_blocks=num_blocks, acknowledged=tuple(f"node {node}" for node in sorted(acknowledged)))
+
+    async def _place(self, wish: PlaceItems) -> Changed:
+        """As many of the moves to a placement as are allowed. The hottest items are those that were asked for most."""
+        now, new = self._cluster.placement, wish.placement
+        if now.room.num_nodes == new.room.num_nodes and now.num_items == new.num_items:
+            now = replace(now, num_bytes=new.num_bytes, room=new.room)  # those that are dealt have no sizes
+        heat = self._cluster.heat()
+        plan = await asyncio.to_thread(lambda: plan_moves(now, matched(now, new), heat, wish.max_moves))
+        placed = PlaceItems(plan.after)
+        await self._keep(self._ledger.add(placed))
+        self._note(placed)
+        acknowledged = await self._all(CatchUp())
+        names = tuple(f"node {node}" for node in sorted(acknowledged))
+        return replace(_sum(acknowledged), num_items=len(plan.moves), num_left=plan.num_left, acknowledged=names)
 
     async def _keep(self, version: int) -> None:
         """Where replicas read it. Raises ClosingError where that cannot be."""
@@ -259,6 +275,8 @@ class ClusterBackend:
                 self._outdate(change.item_ids)
             case EraseUser():
                 self._cluster.outdate([user_key(change.user_id, change.tenant)])
+            case PlaceItems():
+                self._cluster.place(change.placement)
 
     def _outdate(self, item_ids: Sequence[ItemId]) -> None:
         self._sizes.forget(item_ids)

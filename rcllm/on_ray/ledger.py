@@ -1,7 +1,8 @@
-"""What has changed since a cluster began: the items that were put and removed, the users who were erased.
+"""What has changed since a cluster began: items put, removed and placed elsewhere, users who were erased.
 
 Never imports ray or torch. Replicas read it up to a version, those that come back as well, before they answer.
-Invariant: whoever has read up to a version knows every change of it; of an item only the last change is kept.
+Invariant: whoever has read up to a version knows every change of it; of an item, and of placements, only the last
+change is kept.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rcllm.core.ranking import Item, ItemId, UserId
-from rcllm.server.backend import Change, EraseUser, PutItems, RemoveItems
+from rcllm.server.backend import Change, EraseUser, PlaceItems, PutItems, RemoveItems
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Ledger:
         self.version = 0
         self._items: dict[ItemId, _Put] = {}
         self._erased: dict[tuple[UserId, str], int] = {}
+        self._placed: tuple[int, PlaceItems] | None = None  # with its version
 
     def add(self, change: Change) -> int:
         """Returns the version that the change makes."""
@@ -48,6 +50,8 @@ class Ledger:
                 self._items |= {item_id: _Put(self.version, None) for item_id in change.item_ids}
             case EraseUser():
                 self._erased[change.user_id, change.tenant] = self.version
+            case PlaceItems():
+                self._placed = self.version, change
             case _:
                 raise AssertionError(f"{change} leaves nothing that a replica has to know later")
         return self.version
@@ -71,8 +75,11 @@ class Ledger:
         for (user_id, tenant), erased in self._erased.items():
             if erased > version:
                 yield EraseUser(user_id, tenant)
+        if self._placed is not None and self._placed[0] > version:
+            yield self._placed[1]
 
     def adopt(self, other: Ledger) -> None:
         """Takes over all that another one has, where this one has less: it was lost, and began anew."""
         if self.version < other.version:
             self.version, self._items, self._erased = other.version, dict(other._items), dict(other._erased)
+            self._placed = other._placed

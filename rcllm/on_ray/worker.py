@@ -38,12 +38,13 @@ from rcllm.on_ray.peers import PeerStore
 from rcllm.on_ray.recipe import Built
 from rcllm.reuse.missing import item_owner
 from rcllm.schedule.cost import Demand
-from rcllm.server.backend import Asked, Change, Changed, PutItems, RemoveItems, WarmItems
+from rcllm.server.backend import Asked, Change, Changed, PlaceItems, PutItems, RemoveItems, WarmItems
 from rcllm.store.owners import one_name
 
 _REMEMBERED = 256  # answers, for envelopes that come again
 _TOKENS, _CONTEXT, _BYTES = 100, 1000, 1 << 20  # for which rates are told: rows after a context, bytes of KV
 _PATIENCE_S = 30.0  # for a ledger that knows less than an envelope
+_NEVER = 1.0  # bytes a second: a router that is told so counts on no fetch
 
 
 class Changes(Protocol):
@@ -221,10 +222,22 @@ class Worker:
         return page
 
     async def _make(self, change: Change) -> Changed:
+        if isinstance(change, PlaceItems):
+            return await self._place(change.placement)
         changed = await self._backend.change(change)
         if isinstance(change, PutItems) and (again := self._placed_here(change)):
             await self._backend.change(WarmItems(again))
         return changed
+
+    async def _place(self, placement: Placement) -> Changed:
+        """Gives up what is no longer placed here, and begins to load what is, in the background."""
+        before = self.shard()
+        self._placement = placement
+        here = set(self.shard())
+        gone = [item_id for item_id in before if item_id not in here]
+        num_blocks = await asyncio.to_thread(lambda: sum(map(self._engine.retire_item, gone)))
+        self._loading = asyncio.ensure_future(self._load_shard(warm=True))
+        return Changed(num_blocks=num_blocks)
 
     def _known(self, change: Change) -> Change:
         """Of items that a ledger removes, those that are there: a replica that comes back may never have had them."""
@@ -276,6 +289,8 @@ class Worker:
     def _rated(self) -> NodeReport:
         """Its queue and its rates, by the cost model that also takes requests in."""
         costs, fetch = self._engine.costs, self._engine.pool.rates.bytes_of["peer"].per_s
+        if self._peers is None:
+            fetch = _NEVER
         rows = Demand(missing=_TOKENS, pairs=_TOKENS * _CONTEXT)
         return NodeReport(
             self.node,
@@ -284,7 +299,7 @@ class Worker:
             round(self._engine.queue().ahead_ms / 1e3, 3),
             round(_TOKENS / max(costs.ms(rows), 1e-6) * 1e3, 1),
             round(_BYTES / max(costs.ms(Demand(kv_bytes=_BYTES)), 1e-6) * 1e3, -6),
-            round(fetch, -6),
+            round(fetch, -6) or _NEVER,
         )
 
 

@@ -35,7 +35,7 @@ from rcllm.server.served import Ask, Served
 from rcllm.server.spans import NoSpans, Spans
 from rcllm.server.viewers import Viewer
 from rcllm.version import __version__
-from rcllm.wire.items import DetokenizeBody, IdsBody, ItemBody, ItemsBody, TokenizeBody, WarmBody
+from rcllm.wire.items import DetokenizeBody, IdsBody, ItemBody, ItemsBody, PlacementBody, TokenizeBody, WarmBody
 from rcllm.wire.openai import ChatBody, CompletionBody
 from rcllm.wire.rank import RankExtras, RecommendExtras
 from rcllm.wire.rerank import RerankBody
@@ -102,6 +102,7 @@ ENDPOINTS = (
     Endpoint("POST", "/v1/users/{user_id:path}/events", changes.append_event, Event, is_admin=True),
     Endpoint("DELETE", "/v1/users/{user_id:path}", changes.erase_user, is_admin=True),
     Endpoint("POST", "/v1/cache/warm", changes.warm, WarmBody, is_admin=True),
+    Endpoint("PUT", "/v1/placement", changes.place, PlacementBody, is_admin=True),
 )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from rcllm.cluster.placement import Placement
 from rcllm.core.decoding import Generated, RecommendRequest, RecommendResponse
 from rcllm.core.ranking import Item, ItemId, RankOptions, RankRequest, RankResponse, Readout, TokenIds, UserId
 from rcllm.core.texts import ScoreRequest, ScoreResponse, TextRequest
@@ -106,14 +107,26 @@ class WarmItems:
     item_ids: tuple[ItemId, ...] | None = None
 
 
-Change = PutItems | RemoveItems | EraseUser | WarmItems
+@dataclass(frozen=True, slots=True)
+class PlaceItems:
+    """Brings a cluster nearer to a placement: `num_items` copies are made, and `num_left` are left for the next time.
+
+    Replicas answer meanwhile. What is on its way between two of them is computed where it is asked for.
+    """
+
+    placement: Placement
+    max_moves: int | None = None  # copies, at most; None: all
+
+
+Change = PutItems | RemoveItems | EraseUser | WarmItems | PlaceItems
 
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    num_items: int = 0  # added, replaced or removed
+    num_items: int = 0  # added, replaced, removed, or moved
     num_new: int = 0
     num_blocks: int = 0  # of cached KV that were removed
+    num_left: int = 0  # items that a bound left where they are
     acknowledged: tuple[str, ...] = ()  # replicas on which it holds; empty where one process serves
 
 

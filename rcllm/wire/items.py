@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from rcllm.annotated import MinLen
+from rcllm.annotated import Ge, MinLen
 from rcllm.core.ranking import Event, Item, ItemId, TokenIds
 from rcllm.errors import RequestError
 from rcllm.wire.bodies import Object, named, read
@@ -39,6 +39,14 @@ class IdsBody:
 @dataclass(frozen=True, slots=True)
 class WarmBody:
     item_ids: tuple[ItemId, ...] | None = None  # None: the whole catalogue
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementBody:
+    """A new placement, for a cluster."""
+
+    file: str  # that the server can read, by `rcllm place build`
+    max_moves: Annotated[int, Ge(1)] | None = None  # copies, at most; None: all
 
 
 @dataclass(frozen=True, slots=True)

@@ -230,3 +230,24 @@ def test_stats_add_up() -> None:
             assert stats.num_items == 60
 
     run(body)
+
+
+def test_a_replica_without_peers_tells_the_router_to_count_on_no_fetch() -> None:
+    """Else what is missing seems as good as there, and `ttft` sends requests anywhere."""
+
+    async def body() -> None:
+        async with local_cluster(route="ttft") as (backend, fleet, live):
+            await backend.change(WarmItems())
+            while backend.stats().warmth.running or backend.stats().num_blocks < 60:
+                await asyncio.sleep(0.05)
+                await backend._look()
+            for worker in fleet.workers.values():
+                live.heard(worker.report())
+            assert live.view().fetch_bytes_per_s.tolist() == [1.0, 1.0]
+            for node, worker in fleet.workers.items():
+                shard = worker.shard()
+                places = tuple(tiny.IDS.index(item_id) for item_id in shard[:5])
+                await backend.answer(Asked(tiny.request(places, name=f"of {node}")))
+                assert fleet.asked[-1][0] == node, "where its items are"
+
+    run(body)

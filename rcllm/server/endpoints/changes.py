@@ -5,40 +5,48 @@ Knows nothing of how a change is made. Invariant: when the reply is sent, the ch
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
+from pathlib import Path
 
+from rcllm.cluster.files import read_placement
 from rcllm.core.ranking import ItemId, UserId, whose
 from rcllm.data.text import well_formed
 from rcllm.errors import UnknownItemError
-from rcllm.server.backend import EraseUser, PutItems, RemoveItems, WarmItems
+from rcllm.server.backend import EraseUser, PlaceItems, PutItems, RemoveItems, WarmItems
 from rcllm.server.reply import JsonReply
 from rcllm.server.served import Ask
 from rcllm.wire.bodies import read
-from rcllm.wire.items import IdsBody, ItemBody, WarmBody, item_of, parse_event, parse_items
+from rcllm.wire.items import IdsBody, ItemBody, PlacementBody, WarmBody, item_of, parse_event, parse_items
 
 
 async def put_item(ask: Ask) -> JsonReply:
     body = read(ItemBody, ask.value)
     item = item_of(body, well_formed(ask.path("item_id")))
-    changed = await ask.served.backend.change(PutItems((item,), {item.item_id: body.codes} if body.codes else {}))
-    return JsonReply(asdict(changed))
+    return await _changed(ask, PutItems((item,), {item.item_id: body.codes} if body.codes else {}))
 
 
 async def put_items(ask: Ask) -> JsonReply:
     items, codes = parse_items(ask.value)
     ask.check_items(len(items), "items")
-    return JsonReply(asdict(await ask.served.backend.change(PutItems(tuple(items), codes))))
+    return await _changed(ask, PutItems(tuple(items), codes))
 
 
 async def delete_item(ask: Ask) -> JsonReply:
     item_id = ItemId(well_formed(ask.path("item_id")))
-    return JsonReply(asdict(await ask.served.backend.change(RemoveItems((item_id,)))))
+    return await _changed(ask, RemoveItems((item_id,)))
 
 
 async def delete_items(ask: Ask) -> JsonReply:
     body = read(IdsBody, ask.value)
     ask.check_items(len(body.item_ids), "item_ids")
-    return JsonReply(asdict(await ask.served.backend.change(RemoveItems(body.item_ids))))
+    return await _changed(ask, RemoveItems(body.item_ids))
+
+
+async def _changed(ask: Ask, change: PutItems | RemoveItems) -> JsonReply:
+    told = asdict(await ask.served.backend.change(change))
+    del told["num_left"]  # of placements
+    return JsonReply(told)
 
 
 def _whose(user_id: UserId, ask: Ask) -> UserId:
@@ -59,6 +67,15 @@ async def erase_user(ask: Ask) -> JsonReply:
     changed = await ask.served.backend.change(EraseUser(user_id, ask.tenant))
     answers = ask.served.answers.erase(_whose(user_id, ask))  # last, so that none that was on its way stays
     return JsonReply({"num_blocks": changed.num_blocks, "num_events": events, "num_receipts": answers})
+
+
+async def place(ask: Ask) -> JsonReply:
+    """A cluster moves items between its replicas, while it answers; again, until `num_left` is 0."""
+    body = read(PlacementBody, ask.value)
+    placement = await asyncio.to_thread(read_placement, Path(body.file).expanduser())
+    changed = await ask.served.backend.change(PlaceItems(placement, body.max_moves))
+    moved = {"num_moved": changed.num_items, "num_left": changed.num_left}
+    return JsonReply({**moved, "acknowledged": changed.acknowledged})
 
 
 async def warm(ask: Ask) -> JsonReply:
