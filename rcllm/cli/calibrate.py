@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from rcllm.cache.heap import share_arenas
 from rcllm.cli.calibrated import FILE
+from rcllm.cli.clustered import check_extra, cluster_of, configured_by
 from rcllm.cli.inputs import (
     Inputs,
     Shape,
@@ -30,15 +32,22 @@ from rcllm.cli.options import EngineOptions, ItemOptions
 from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import GOES_ON, console, interruptible, progress, say
 from rcllm.cli.tables import NOTHING
-from rcllm.config import PromptConfig, context_samples, nearest, rounds
-from rcllm.core.ranking import LabelPlace, Layout, Level, Policy, RankOptions, Readout, Selection
+from rcllm.config import ClusterConfig, Config, PromptConfig, context_samples, nearest, rounds
+from rcllm.core.ranking import LabelPlace, Layout, Level, Policy, RankOptions, RankRequest, Readout, Selection
 from rcllm.errors import ConfigError, DataError
 from rcllm.fidelity.calibrate import CalibrateProgress, Space, Trial, calibrate, with_precision
 from rcllm.fidelity.calibration import Calibration, Rung, is_calibration
 from rcllm.fidelity.records import Configuration, RecordFile
 from rcllm.fidelity.report import write_report
+from rcllm.fidelity.spread import Ahead, Evaluating, Over
 from rcllm.fidelity.target import CONTEXTS, Target
+from rcllm.late import Late
 from rcllm.schedule.admission import Identity
+
+if TYPE_CHECKING:
+    from rcllm.on_ray import jobs, recipe
+else:
+    jobs, recipe = Late("rcllm.on_ray.jobs"), Late("rcllm.on_ray.recipe")
 
 _SHOWN_NOTES = 5
 _WORD = re.compile(r"[^\s(]+(?:\([^)]*\))?")  # `corrected(0.3, 0.3)` is one word
@@ -61,8 +70,12 @@ def calibrate_command(
     contexts: str | None,
     policies: str,
     out: Path,
+    cluster: str | None,
 ) -> None:
     """Searches, saves and reports."""
+    if cluster is not None:
+        check_extra()
+        engine_options = configured_by(engine_options, cluster)
     config = make_config(engine_options)
     check_ranks(config.prompt)
     records = out.with_name(f"{out.name}.records.jsonl")
@@ -84,8 +97,9 @@ def calibrate_command(
     dataset = inputs.dataset.name if inputs.dataset is not None and requests is None else str(requests)
     trial = Trial(asked, samples, dataset, seed, timed)
     engine = make_engine(config, inputs, asked, asked=[setting.options for setting in space.settings()])
-    with interruptible(GOES_ON), RecordFile(records) as kept, _bars() as show:
-        found = calibrate(engine, trial, space, target, kept, show)
+    several = _several(cluster, config, item_options, samples)
+    with interruptible(GOES_ON), RecordFile(records) as kept, several as over, _bars() as show:
+        found = calibrate(engine, trial, space, target, kept, show, None if over is None else Ahead(over, kept))
         if rounds(engine.config.model):
             full = replace(config.model, dtype="fp32", weights="full")
             wide = make_engine(replace(config, model=full), inputs, asked, asked=[])
@@ -94,6 +108,32 @@ def calibrate_command(
     _report(found, out)
     console().print(_table(found))
     _conclude(found, out)
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One of several that measure: what it needs to make its own engine, at another place. It is pickled."""
+
+    config: Config
+    items: ItemOptions
+    samples: Sequence[RankRequest]
+    cluster: ClusterConfig
+
+    def __call__(self, number: int) -> Evaluating:
+        share_arenas()
+        config = recipe.for_node(self.config, self.cluster, number)
+        return Evaluating(make_engine(config, load_inputs(self.items), self.samples, asked=[]), self.samples)
+
+
+def _several(
+    cluster: str | None, config: Config, items: ItemOptions, samples: Sequence[RankRequest]
+) -> AbstractContextManager[Over | None]:
+    """Processes that work on parts, while the block runs; None: this one does everything."""
+    if cluster is None:
+        return nullcontext()
+    section = cluster_of(cluster, config)
+    process: Any = Process(config, items, samples, section)
+    return jobs.processes(process, section)
 
 
 def _check_out(out: Path, records: Path, *reads: object) -> None:

@@ -22,6 +22,7 @@ from rcllm.fidelity.evaluate import evaluate, evaluate_timed, with_context
 from rcllm.fidelity.measures import ndcg, order
 from rcllm.fidelity.pareto import fronts
 from rcllm.fidelity.records import Configuration, Record, RecordFile
+from rcllm.fidelity.spread import Ahead
 from rcllm.fidelity.summary import Summary, compare, summarise, timing
 from rcllm.fidelity.target import CONTEXTS, LEVELS, Target
 from rcllm.model.ceilings import describe_hardware
@@ -113,6 +114,7 @@ def calibrate(
     target: Target,
     kept: RecordFile,
     on_progress: Callable[[CalibrateProgress], None] = lambda now: None,
+    ahead: Ahead | None = None,
 ) -> Calibration:
     """Searches `space` in three rounds, each on more requests and fewer configurations than the one before.
 
@@ -121,12 +123,13 @@ def calibrate(
     2. A quarter: those at all levels; the Pareto front of FLOPs and τ goes on, then the front behind it, up to six.
     3. All requests; and times, one request at a time.
     After each round, a combination of read-out, layout and label place whose full recompute ranks clearly worse
-    (NDCG@10, paired interval) than the best one's is left out. Raises DataError where no request can be asked.
+    (NDCG@10, paired interval) than the best one's is left out. `ahead`: has what is not timed measured by several
+    processes. Raises DataError where no request can be asked.
     """
     space.check()
     if engine.config.model.mask == "blocks":  # every level is `blocks` and exact, in the context of its tuning
         space = replace(space, levels=(Level("blocks"),), contexts=(engine.prompter.context_name,))
-    return _Search(engine, trial, space, target, kept, on_progress).run()
+    return _Search(engine, trial, space, target, kept, on_progress, ahead).run()
 
 
 def with_precision(
@@ -174,7 +177,9 @@ class _Search:
         target: Target,
         kept: RecordFile,
         on_progress: Callable[[CalibrateProgress], None],
+        ahead: Ahead | None,
     ) -> None:
+        self._ahead = ahead
         self.engine, self.trial, self.space, self.target, self.kept = engine, trial, space, target, kept
         self.engines = {context: with_context(engine, context, trial.samples) for context in space.contexts}
         self.requests: list[RankRequest] = []
@@ -226,14 +231,11 @@ class _Search:
         for context, some in _grouped(wanted, lambda c: c.context).items():
             engine = self.engines.get(context, self.engine)
             options = {configuration: configuration.options for configuration in some}
-            found = evaluate(
-                engine,
-                self.requests[:count],
-                list(options.values()),
-                self.kept,
-                batch=self.trial.batch,
-                on_records=advance,
-            )
+            asked, chosen = self.requests[:count], list(options.values())
+            if self._ahead is not None:
+                self._ahead.run(engine, asked, chosen, advance)
+            told = advance if self._ahead is None else _nothing
+            found = evaluate(engine, asked, chosen, self.kept, batch=self.trial.batch, on_records=told)
             records |= {configuration: found[chosen] for configuration, chosen in options.items()}
         return records
 
@@ -330,6 +332,10 @@ class _Search:
 
         advance(0)
         return advance
+
+
+def _nothing(more: int) -> None:
+    """Records that were told of when they came."""
 
 
 def _text_notes(engine: Engine, requests: Sequence[RankRequest], space: Space) -> list[str]:

@@ -59,6 +59,12 @@ def evaluate(
     return found
 
 
+def kept_already(engine: Engine, requests: Sequence[RankRequest], options: RankOptions, kept: RecordFile) -> bool:
+    """Whether `evaluate` would compute nothing of these."""
+    some = (_anonymous(engine, request) for request in requests)
+    return all(record_key(engine, request, name, options) in kept for name, request in some)
+
+
 def evaluate_timed(
     engine: Engine,
     requests: Sequence[RankRequest],

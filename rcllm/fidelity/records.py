@@ -152,6 +152,10 @@ class RecordFile:
     def __getitem__(self, key: str) -> Record:
         return self._records[key]
 
+    def all(self) -> Mapping[str, Record]:
+        """Every record, by key."""
+        return dict(self._records)
+
     def add(self, key: str, record: Record) -> None:
         line = _line(key, record)
         self._records[key] = record

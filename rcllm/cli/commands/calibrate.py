@@ -55,6 +55,14 @@ def calibrate(
     out: Annotated[Path, Opt("The calibration; the report goes beside it (.html, .png).", metavar="FILE.json")] = Path(
         "fidelity.json"
     ),
+    cluster: Annotated[
+        str | None,
+        Opt(
+            "Measure with several processes on Ray: local:N on this machine, or a file that is the whole "
+            "configuration, with a section [cluster]. What is timed is timed by one.",
+            metavar="local:N|FILE",
+        ),
+    ] = None,
 ) -> None:
     """Measure how far KV reuse may go before answers change.
 
