@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from rcllm.sim.cost import PassShape
 from rcllm.sim.demand import Demand, There, demand
 from rcllm.sim.holdings import LiveHoldings, user_key
 from rcllm.sim.loop import EventKind, Loop
+from rcllm.sim.machine import Machine
 from rcllm.sim.node import BUILD, RANK, Node, Passing, PassRecord, SimJob
 from rcllm.sim.outcome import Answered, Outcome
 from rcllm.sim.spec import ClusterSpec, Failure, first_view, routed
@@ -56,6 +58,8 @@ class Simulation:
         self.outcome = Outcome()
         self._free_s = np.zeros(spec.num_nodes)  # when a node's pass ends
         self._waiting_s = np.zeros(spec.num_nodes)  # estimated for what waits there
+        num_machines = -(-spec.num_nodes // spec.per_machine)
+        self._machines = [Machine(self.loop, spec.crowding, self._free_s) for _ in range(num_machines)]
         self._slow = dict(spec.slow)
         self._view = first_view(spec, self.holdings)
         self._requests: Iterator[SimRequest] = iter(())
@@ -103,7 +107,7 @@ class Simulation:
         self._num_jobs += 1
         job = SimJob(self._num_jobs, request)
         if self.spec.ingress_s:
-            self.loop.at(self.loop.now + self.spec.ingress_s, EventKind.ARRIVAL, self._send, job)
+            self._machines[0].begin(self.spec.ingress_s, EventKind.ARRIVAL, partial(self._send, job))
         else:
             self._send(job)
 
@@ -193,7 +197,7 @@ class Simulation:
         self._start_soon(node)
 
     def _start_soon(self, node: Node) -> None:
-        if not node.computing and not node.start_is_due:
+        if node.passing is None and not node.start_is_due:
             node.start_is_due = True
             self.loop.at(self.loop.now, EventKind.PASS_START, self._start, (node, node.epoch))
 
@@ -209,26 +213,14 @@ class Simulation:
         shape = self._pass_shape(node, jobs)
         now = self.loop.now
         seconds = self.spec.costs.pass_s(shape) * self._slow.get(node.number, 1.0)
-        node.computing = True
-        node.passing = Passing(jobs, shape, now, seconds, since_s=now, number=node.passing.number)
+        task = self._machine(node).begin(seconds, EventKind.PASS_END, partial(self._end, node), node.number)
+        node.passing = Passing(jobs, shape, now, task)
         for job in jobs:
             job.started_s = now
             self._waiting_s[node.number] -= job.estimate_s
-        self._set_pace(node)
 
-    def _set_pace(self, changed: Node) -> None:
-        """A node has begun or ended a pass: those that compute on its machine go on at another pace."""
-        first = changed.number - changed.number % self.spec.per_machine
-        busy = [node for node in self.nodes[first : first + self.spec.per_machine] if node.computing]
-        pace, now = 1.0 + self.spec.crowding * (len(busy) - 1), self.loop.now
-        for node in busy:
-            passing = node.passing
-            passing.left_s -= (now - passing.since_s) / passing.pace
-            passing.pace, passing.since_s = pace, now
-            passing.number += 1
-            ends_s = now + max(0.0, passing.left_s) * pace
-            self._free_s[node.number] = ends_s
-            self.loop.at(ends_s, EventKind.PASS_END, self._end, (node, node.epoch, passing.number))
+    def _machine(self, node: Node) -> Machine:
+        return self._machines[node.number // self.spec.per_machine]
 
     def _pass_shape(self, node: Node, jobs: list[SimJob]) -> PassShape:
         """Of all that enters. What came into the cache since the look-up is read, and no block is built twice."""
@@ -255,17 +247,13 @@ class Simulation:
         there = There(sum(tokens.items) - sum(sizes), sizes, job.history_there)
         return demand(tokens, there, self.spec.reuse, self.spec.model, self.spec.kv_bytes_per_token)
 
-    def _end(self, what: tuple[Node, int, int]) -> None:
-        node, epoch, number = what
-        if epoch != node.epoch or number != node.passing.number:
-            return
+    def _end(self, node: Node) -> None:
         passing, now = node.passing, self.loop.now
-        node.computing = False
+        assert passing is not None
+        node.passing = None
         node.busy_s += now - passing.started_s
         if self._on_pass is not None:
             self._on_pass(PassRecord(node.number, passing.started_s, now, len(passing.jobs), passing.shape))
-        if self.spec.per_machine > 1:
-            self._set_pace(node)
         for job in passing.jobs:
             node.scheduler.end(job.number)
             node.unpin(job)
@@ -274,11 +262,18 @@ class Simulation:
                 self.holdings.renew(job.build.item)
             else:
                 self._publish(node, job, job.request)
-                answered = _answer(job, job.request, self.loop.now)
-                self.outcome.answers.append(answered)
-                if self._is_enough is not None and self._is_enough(answered):
-                    self.loop.end()
+                if self.spec.egress_s:
+                    told = partial(self._tell, job, job.request)
+                    self._machine(node).begin(self.spec.egress_s, EventKind.PASS_END, told)
+                else:
+                    self._tell(job, job.request)
         self._start_soon(node)
+
+    def _tell(self, job: SimJob, request: SimRequest) -> None:
+        answered = _answer(job, request, self.loop.now)
+        self.outcome.answers.append(answered)
+        if self._is_enough is not None and self._is_enough(answered):
+            self.loop.end()
 
     def _publish(self, node: Node, job: SimJob, request: SimRequest) -> None:
         """Blocks that came or were built stay in the node's cache, as far as it has room."""
@@ -309,12 +304,11 @@ class Simulation:
         for key in node.cache:
             self.holdings.drop_copy(number, int.from_bytes(key, "big", signed=True))
         node.up = False
-        if node.computing:
+        if node.passing is not None:
             node.busy_s += self.loop.now - node.passing.started_s
+            self._machine(node).drop(node.passing.task)
         node.epoch += 1
         node.reset()
-        if self.spec.per_machine > 1:
-            self._set_pace(node)
         self._free_s[number] = self._waiting_s[number] = 0.0
         self.holdings.lose(number)
         self._set_up(number, up=False)

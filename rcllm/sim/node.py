@@ -14,6 +14,7 @@ from rcllm.errors import CapacityError
 from rcllm.schedule.scheduler import Scheduler
 from rcllm.schedule.work import KindLimits, PassLimits
 from rcllm.sim.cost import PassShape
+from rcllm.sim.machine import Task
 from rcllm.sim.workload import ItemUpdate, SimRequest
 from rcllm.store.index import Entry, Index
 
@@ -56,13 +57,10 @@ class SimJob:
 class Passing:
     """The pass that a node computes."""
 
-    jobs: Sequence[SimJob] = ()
-    shape: PassShape = field(default_factory=PassShape)
-    started_s: float = 0.0
-    left_s: float = 0.0  # of it, at the pace of a node that has its machine for itself
-    pace: float = 1.0  # how many times longer it takes at present
-    since_s: float = 0.0  # when that began
-    number: int = 0  # how often its end was foretold: earlier words are void
+    jobs: Sequence[SimJob]
+    shape: PassShape
+    started_s: float
+    task: Task
 
 
 class Node:
@@ -72,11 +70,10 @@ class Node:
         self.number = number
         self.epoch = 0  # how often it has failed: events of an earlier life are void
         self.up = True
-        self.computing = False
         self.start_is_due = False
         self.link_free_s = 0.0
         self.busy_s = 0.0  # in all
-        self.passing = Passing()
+        self.passing: Passing | None = None
         self.jobs: dict[int, SimJob] = {}  # everything that is here and not answered
         self._limits, self._cache_bytes = limits, cache_bytes
         self.reset()
@@ -88,7 +85,8 @@ class Node:
         self.scheduler.open(BUILD, KindLimits(share=BUILD_SHARE))
         self.cache = Index(self._cache_bytes)
         self.jobs = {}
-        self.computing = self.start_is_due = False
+        self.passing = None
+        self.start_is_due = False
         self.link_free_s = 0.0
 
     def pin(self, job: SimJob, key: int) -> bool:

@@ -44,9 +44,10 @@ class ClusterSpec:
     fetch_bytes_per_s: float = 12.5e9
     reload_bytes_per_s: float = 2e9  # at which a node that comes back reads what is placed on it
     slow: tuple[tuple[int, float], ...] = ()  # nodes and how many times longer their passes take
-    ingress_s: float = 0.0  # of each request outside of its node: HTTP, routing, the way there and back
-    per_machine: int = 1  # nodes that share one machine: its memory, and the cores that serve the ingress
-    crowding: float = 0.0  # by how much each other node that computes on its machine slows a node down
+    ingress_s: float = 0.0  # on the first machine, before a request is routed: HTTP, tokenising, the way
+    egress_s: float = 0.0  # on the node's machine, until its answer is told
+    per_machine: int = 1  # nodes that share a machine
+    crowding: float = 0.0  # by how much each pass slows down what else runs on its machine
 
 
 def first_view(spec: ClusterSpec, holdings: Holdings) -> ClusterView:

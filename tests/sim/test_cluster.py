@@ -73,6 +73,19 @@ def test_nodes_of_one_machine_slow_each_other_down_while_both_compute() -> None:
     assert ttft(apart) == {0: PASS_S, 1: PASS_S}
 
 
+def test_what_comes_in_is_slowed_down_by_a_pass_as_well() -> None:
+    """Of its 0.3 s, the second does 0.2 / 1.5 beside the pass of the first, which ends at 1.4 s, and then the rest."""
+    crowded = spec(2, ingress_s=0.3, crowding=0.5, per_machine=2)
+    outcome = Simulation(crowded, placed([0], [0]), prefer(0)).run([request(0, 0.0), request(1, 1.2)])
+    assert ttft(outcome) == {0: 0.3 + PASS_S, 1: 0.2 + (0.3 - 0.2 / 1.5) + PASS_S}
+
+
+def test_an_answer_takes_its_time_to_be_told() -> None:
+    asked = [request(0, 0.0), request(1, 0.0)]
+    outcome = Simulation(spec(egress_s=0.4), placed([0]), prefer(0)).run(asked)
+    assert ttft(outcome) == {0: PASS_S + 0.4, 1: 2 * PASS_S + 0.4}
+
+
 def test_the_way_in_takes_its_time_and_nobodys_turn() -> None:
     """The second waits less for the first, for it is on its way meanwhile."""
     outcome = Simulation(spec(ingress_s=0.3), placed([0]), prefer(0)).run([request(0, 0.0), request(1, 0.5)])

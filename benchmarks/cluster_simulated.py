@@ -1,0 +1,220 @@
+"""The part `simulated` of `benchmarks.cluster`: the same requests, arrivals, placement and policy, run and simulated.
+
+The cost of a pass is fitted to requests that are asked one at a time at the beginning of the same run, and what a
+request spends outside of passes is the rest of their time. Then two are asked at a time: by how much their passes are
+slower, one node slows down the other. Nothing is fitted to the loads themselves.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks.cluster_setup import (
+    KV_DTYPE_BYTES,
+    Items,
+    Reply,
+    arrivals,
+    ask,
+    ask_at_rate,
+    ask_steadily,
+    pool_bytes,
+    served,
+)
+from benchmarks.harness import Options, console, percentile, show
+from rcllm.cluster.route import make_route
+from rcllm.cluster.view import FixedHoldings
+from rcllm.core.requests import Level
+from rcllm.sim.cluster import Simulation
+from rcllm.sim.cost import Fitted, Point, fit
+from rcllm.sim.demand import Reuse, There, Tokens, demand
+from rcllm.sim.hardware import find_model
+from rcllm.sim.outcome import Answered
+from rcllm.sim.spec import ClusterSpec
+from rcllm.sim.workload import SimRequest
+
+USE = (0.15, 0.3, 0.45)  # of both nodes, by their passes alone and at their pace when alone: the three loads
+ROUTES = ("round_robin", "ttft")
+COPIES = 1.33
+_MODEL = find_model("smollm2-135m")
+_PER_TOKEN = _MODEL.kv_bytes_per_token(KV_DTYPE_BYTES)
+_REUSE = Reuse(Level("blocks"))
+_PASS_STAGES = ("plan", "materialise", "select", "assemble", "forward", "publish", "read", "reply")
+_SIZES = (1, 2, 4, 8, 12, 16)  # candidates of the requests that costs are fitted to
+_FIRST = 20  # requests of a load that do not count
+_PASS_ROWS = 2048
+_APART_S = 10.0  # in the simulation, between requests of which no two were under way
+
+
+@dataclass(frozen=True)
+class Costed:
+    """What was measured before the loads."""
+
+    fitted: Fitted
+    outside_s: float  # of a request, beside its pass
+    crowding: float  # by how much a node that computes slows the other one down
+
+
+def simulated(chosen: Options) -> dict[str, float]:
+    """Two replicas of one core each at three loads: times that were measured beside those that were simulated."""
+    figures: dict[str, float] = {}
+    for route in ROUTES[:1] if chosen.quick else ROUTES:
+        figures |= {f"simulated_{route}_{name}": each for name, each in _by(route, chosen).items()}
+    return figures
+
+
+def _by(route: str, chosen: Options) -> dict[str, float]:
+    num_requests = chosen.requests or (60 if chosen.quick else 300)
+    items = Items(60 if chosen.quick else 120, chosen.seed)
+    bodies = items.bodies(num_requests, 1)
+    with served(items, 2, COPIES, route=route, peers=False) as client:
+        costed, before = _costs(client, items, 60 if chosen.quick else 100)
+        mean_s = costed.fitted.pass_s(_shape_of(ask(client, bodies[0], 0)))
+        rates = [use * 2 / mean_s for use in USE]
+        measured = [ask_at_rate(client, bodies, rate, chosen.seed) for rate in rates]
+    asked = [(reply, _APART_S * place) for place, reply in enumerate(before, 1)]  # what caches hold is of these, too
+    for rate, replies in zip(rates, measured, strict=True):
+        begins_s = asked[-1][1] + _APART_S
+        asked += zip(replies, begins_s + arrivals(num_requests, rate, chosen.seed), strict=True)
+    answers = _simulate(costed, items, route, asked)[len(before) :]
+    figures, rows = _told(costed), []
+    for place, (use, rate, replies) in enumerate(zip(USE, rates, measured, strict=True)):
+        found = answers[place * num_requests : (place + 1) * num_requests]
+        figures |= (compared := _compared(f"{use:.0%}".rstrip("%"), rate, replies, found))
+        rows.append([f"{use:.0%}", *(f"{each:,.2f}" for each in compared.values())])
+    columns = [name.split("_", 1)[1] for name in list(figures)[-len(rows[0]) + 1 :]]
+    show(f"{num_requests} rankings, two replicas of one core, route {route}", ["in use", *columns], rows)
+    return figures
+
+
+# ---- what a pass costs ----------------------------------------------------------------------------------------------
+
+
+def _costs(client: httpx.Client, items: Items, count: int) -> tuple[Costed, list[Reply]]:
+    """From requests of many sizes, one at a time and then two at a time; each is asked twice, the second time warm.
+
+    And the replies that it is from.
+    """
+    random = np.random.default_rng([7, items.num_items])
+    bodies = []
+    for number in range(count):
+        drawn = random.choice(items.num_items, size=_SIZES[number % len(_SIZES)] + 3, replace=False)
+        ids = [items.item_ids[item] for item in drawn]
+        bodies += 2 * [{"candidates": ids[:-3], "history": ids[-3:], "explain": True}]
+    alone = [ask(client, body, number) for number, body in enumerate(bodies)]
+    fitted = fit([Point(_shape_of(reply), _pass_s(reply)) for reply in alone])
+    outside_s = statistics.median(reply.ms / 1e3 - _pass_s(reply) for reply in alone)
+    both = ask_steadily(client, bodies, 2)
+    single = [reply for reply in both if reply.receipt["batch_size"] == 1]
+    slower = statistics.median(_pass_s(reply) / fitted.pass_s(_shape_of(reply)) for reply in single)
+    beside = statistics.median(_pass_s(reply) / (reply.ms / 1e3) for reply in single)  # share of time in a pass
+    console.print(
+        f"{len(alone)} alone: {fitted.overhead_s * 1e3:.1f} ms + {fitted.row_s * 1e6:.0f} µs a row + "
+        f"{fitted.pair_s * 1e9:.1f} ns a pair + {fitted.byte_s * 1e12:.0f} ps a byte, residual {fitted.residual:.1%}; "
+        f"outside {outside_s * 1e3:.1f} ms. Two at a time: {slower:.2f} times, in a pass {beside:.0%} of the time"
+    )
+    return Costed(fitted, outside_s, max(0.0, slower - 1.0) / beside), [*alone, *both]
+
+
+def _pass_s(reply: Reply) -> float:
+    """Seconds of the pass that answered."""
+    stages: Mapping[str, float] = reply.receipt["stage_ms"]
+    return sum(stages.get(name, 0.0) for name in _PASS_STAGES) / 1e3
+
+
+def _shape_of(reply: Reply) -> Any:
+    tokens, built = _tokens(reply), _built(reply)
+    there = There(sum(tokens.items) - sum(built), built, history=True)
+    return demand(tokens, there, _REUSE, _MODEL, _PER_TOKEN).shape
+
+
+def _blocks(reply: Reply, *kinds: str) -> list[Mapping[str, Any]]:
+    return [block for block in reply.receipt["blocks"] if block["kind"] in kinds]
+
+
+def _length(block: Mapping[str, Any]) -> int:
+    return int(block["num_fresh"] + block["num_reused"])
+
+
+def _built(reply: Reply) -> list[int]:
+    return [_length(each) for each in _blocks(reply, "item", "history") if each["source"] == "computed"]
+
+
+def _tokens(reply: Reply) -> Tokens:
+    """Events that name an item are read as items are, and count as such."""
+    sizes = tuple(_length(each) for each in _blocks(reply, "item", "history"))
+    instruction = sum(map(_length, _blocks(reply, "instruction")))
+    return Tokens(instruction, 0, sizes, reply.receipt["num_tokens"] - instruction - sum(sizes))
+
+
+# ---- the same, simulated --------------------------------------------------------------------------------------------
+
+
+def _simulate(costed: Costed, items: Items, route: str, asked: Sequence[tuple[Reply, float]]) -> list[Answered]:
+    """The simulator's answers to what was asked, and when, in that order.
+
+    An event of an item is a block of its own, with a number after those of items.
+    """
+    spec = ClusterSpec(
+        num_nodes=2,
+        costs=costed.fitted,
+        model=_MODEL,
+        kv_bytes_per_token=_PER_TOKEN,
+        reuse=_REUSE,
+        cache_bytes=pool_bytes(items, 2, COPIES),
+        pass_rows=_PASS_ROWS,
+        fetches=False,
+        ingress_s=costed.outside_s / 2,
+        egress_s=costed.outside_s / 2,
+        per_machine=2,
+        crowding=costed.crowding,
+    )
+    requests = [_request(items, number, reply, float(due_s)) for number, (reply, due_s) in enumerate(asked)]
+    simulation = Simulation(spec, FixedHoldings(), make_route(route))
+    lengths = {key: size for each in requests for key, size in zip(each.items, each.tokens.items, strict=True)}
+    usual, placement = round(statistics.mean(lengths.values())), items.placed(2, COPIES)
+    for node in range(2):
+        for item in np.flatnonzero(placement.held_by(node)).tolist():
+            for key in (item, item + items.num_items):
+                simulation.warm(node, key, lengths.get(key, usual))
+    return sorted(simulation.run(requests).answers, key=lambda each: each.number)
+
+
+def _request(items: Items, number: int, reply: Reply, due_s: float) -> SimRequest:
+    numbers = {item_id: number for number, item_id in enumerate(items.item_ids)}
+    keys = [
+        numbers[block["owner"]] + items.num_items * (block["kind"] == "history")
+        for block in _blocks(reply, "item", "history")
+    ]
+    return SimRequest(number, due_s, number, tuple(keys), _tokens(reply))
+
+
+def _compared(name: str, rate: float, replies: Sequence[Reply], found: Sequence[Answered]) -> dict[str, float]:
+    ms = [reply.ms for reply in replies[_FIRST:]]
+    sim_ms = [each.ttft_s * 1e3 for each in found[_FIRST:]]
+    missed = sum(len(_built(reply)) for reply in replies[_FIRST:]) / sum(each.num_items for each in found[_FIRST:])
+    sim_missed = 1 - sum(each.num_hits for each in found[_FIRST:]) / sum(each.num_items for each in found[_FIRST:])
+    figures = {"rate_per_s": rate, "missed": missed, "missed_sim": sim_missed}
+    for share in (0.5, 0.99):
+        at = f"p{share * 100:.0f}"
+        real, made = percentile(ms, share), percentile(sim_ms, share)
+        figures |= {f"{at}_ms": real, f"{at}_sim_ms": made, f"{at}_sim_over_measured": made / real}
+    return {f"{name}_{key}": value for key, value in figures.items()}
+
+
+def _told(costed: Costed) -> dict[str, float]:
+    fitted = costed.fitted
+    return {
+        "overhead_ms": fitted.overhead_s * 1e3,
+        "us_per_row": fitted.row_s * 1e6,
+        "ns_per_pair": fitted.pair_s * 1e9,
+        "ps_per_byte": fitted.byte_s * 1e12,
+        "fit_residual": fitted.residual,
+        "outside_ms": costed.outside_s * 1e3,
+        "crowding": costed.crowding,
+    }
