@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,10 @@ from rcllm.engine.engine import Engine
 from rcllm.on_ray.recipe import Built, Front, for_node, front_of
 from rcllm.server.on_engine import EngineBackend
 from rcllm.store.contract import Store
+from rcllm.store.faulty import Faults, FaultyStore
 from tests.engine import tiny
+
+DAMAGE = "RCLLM_TEST_DAMAGED_PEERS"  # set in the environment of replicas: what comes from others has a wrong bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class TinyRecipe:
 
     def build(self, node: int, peers: Store | None) -> Built:
         config = for_node(self.config, self.cluster, node)
+        if peers is not None and os.environ.get(DAMAGE):
+            peers = FaultyStore(peers, Faults(flipped=1.0), random.Random(node))
         engine = Engine.build(self._catalogue(), config, peers=peers, node=f"node {node}")
         return Built(engine, EngineBackend(engine, "tiny"), engine.close)
 
