@@ -24,12 +24,15 @@ class ByPolicy:
     request: RoutedRequest
     number: int  # of this attempt, by which the cluster counts what is under way
     tried: set[int] = field(default_factory=set)  # nodes that have been asked the same; this attempt adds its own
-    node: int = -1  # where it was sent
+    wished: int = -1  # where it is to go, but for a node that is full
+    node: int = -1  # where it was sent: that node has taken it
 
     def choose(self, living: Mapping[int, Mapping[str, Any]]) -> Sequence[int]:
         hear(self.cluster, living)
         order = self.cluster.choose(living, self.request)
-        return [node for node in order if node not in self.tried] or order
+        order = [node for node in order if node not in self.tried] or order
+        self.wished = order[0]
+        return order
 
     def routed(self, node: int) -> None:
         if self.node < 0:

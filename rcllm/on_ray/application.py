@@ -168,6 +168,7 @@ def application(plan: Plan) -> serve.Application:
         ray_actor_options={"num_cpus": cluster.cpus, "num_gpus": cluster.gpus},
         graceful_shutdown_timeout_s=server.drain_s + 5.0,
         health_check_period_s=1.0,
+        health_check_timeout_s=5.0,  # a host that is cut answers nothing; three times, and it is given up
         request_router_config=RequestRouterConfig(
             request_router_class=PolicyRouter, request_routing_stats_period_s=cluster.report_ms / 1e3
         ),

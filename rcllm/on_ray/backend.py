@@ -153,6 +153,8 @@ class ClusterBackend:
 
     async def _hedged(self, first: asyncio.Future[Response], sending: _Sending) -> Response:
         """The answer of whichever of two replicas is sooner; an error counts where both have one."""
+        if sending.aim is not None:
+            sending.tried.add(sending.aim.wished)  # a host that is cut never says that it has taken a request
         second = asyncio.ensure_future(self._sent(replace(sending, name=f"{sending.name} again")))
         try:
             waiting = {first, second}
@@ -198,7 +200,7 @@ class ClusterBackend:
     async def _trying(self, sending: _Sending, ask: Callable[[Envelope], Awaitable[Outcome]]) -> Response:
         """Asks one replica after another until one lives long enough to answer."""
         for _ in range(self._config.attempts):
-            aim = ByPolicy(self._cluster, sending.routed, next(self._attempts), sending.tried)
+            aim = sending.aim = ByPolicy(self._cluster, sending.routed, next(self._attempts), sending.tried)
             hints = self._cluster.holders(sending.routed)
             asked = replace(sending.asked, on_tokens=None)
             answered = None
@@ -339,6 +341,7 @@ class _Sending:
     asked: Asked
     routed: RoutedRequest
     tried: set[int] = field(default_factory=set)  # nodes that it was sent to; a hedge knows them as well
+    aim: ByPolicy | None = None  # of the attempt that is under way
 
 
 def _streams(asked: Asked) -> bool:

@@ -47,6 +47,7 @@ class LocalFleet:
     def __init__(self, ledger: LocalLedger) -> None:
         self.workers: dict[int, Worker] = {}
         self.engines: dict[int, Engine] = {}
+        self.cut: set[int] = set()  # nodes that take no request and refuse none: their connections stay open
         self.asked: list[tuple[int, str]] = []  # node and name of each request that a replica was sent
         self.before: Callable[[int, Envelope], Any] = lambda node, envelope: None
         self._ledger = ledger
@@ -72,6 +73,8 @@ class LocalFleet:
     async def ask(self, envelope: Envelope) -> Outcome:
         node, sent = self._route(envelope)
         worker = self.workers[node]
+        if node in self.cut:
+            await asyncio.Event().wait()
         await self._happening(node, envelope)
         outcome = await worker.handle(sent)
         if self.workers.get(node) is not worker:
@@ -98,7 +101,7 @@ class LocalFleet:
             node: {REPORT: asdict(worker.report())} for node, worker in self.workers.items()
         }
         node = next(iter(living)) if envelope.aim is None else envelope.aim.choose(living)[0]
-        if envelope.aim is not None:
+        if envelope.aim is not None and node not in self.cut:
             envelope.aim.routed(node)
         if isinstance(envelope.ask, Asked):
             self.asked.append((node, envelope.name))

@@ -180,6 +180,18 @@ def test_a_slow_replica_is_hedged_and_its_work_withdrawn() -> None:
     run(body)
 
 
+def test_a_hedge_goes_elsewhere_where_the_first_host_never_says_that_it_took_the_request() -> None:
+    async def body() -> None:
+        async with local_cluster(hedge_ms=20.0, route="round_robin") as (backend, fleet, _):
+            fleet.cut.add(0)
+            for request in requests(4):
+                response = await backend.answer(Asked(request))
+                assert response.request_id == request.request_id
+            assert backend.tally.hedged == backend.tally.hedges_won > 0
+
+    run(body)
+
+
 def test_a_text_goes_on_at_another_replica_where_it_stopped() -> None:
     async def body() -> None:
         async with local_cluster() as (backend, fleet, _):
