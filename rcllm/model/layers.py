@@ -5,6 +5,7 @@ Knows nothing of caches. Invariant: one call gives a row the same bits as the st
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,10 +53,11 @@ class Copied:
     to: torch.Tensor  # [2, kv_heads, n, D]
 
 
-class Workspace:
+class Workspace(threading.local):
     """Memory for what is handed on within a layer, kept for the next: new pages are slow to write to.
 
-    It is as large as the largest pass needed; nothing in it is alive between two layers.
+    It is as large as the largest pass needed; nothing in it is alive between two layers. Each thread has its own, since
+    engines of several threads may share a decoder.
     """
 
     def __init__(self) -> None:

@@ -37,6 +37,7 @@ from rcllm.server.backend import (
     Change,
     Changed,
     EraseUser,
+    PlaceItems,
     PutItems,
     RemoveItems,
     Request,
@@ -133,6 +134,8 @@ class FakeBackend:
                 for item_id in self.catalogue if change.item_ids is None else change.item_ids:
                     self._reused(item_id, self._text(item_id, {}))
                 self._warmth = Warmth(done_blocks=len(self._seen), total_blocks=len(self._seen))
+            case PlaceItems():
+                raise RequestError("one process serves here: only a cluster has shards")
         return Changed()
 
     def stats(self) -> Stats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -67,3 +68,16 @@ def test_an_observer_is_told_of_every_layer_once(decoder: Decoder) -> None:
     decoder.forward(work, carried, observe)
     assert seen == list(range(decoder.spec.num_layers))
     assert shapes == {(30, decoder.spec.q_size + 2 * decoder.spec.kv_size)}
+
+
+def test_threads_that_share_a_decoder_get_what_each_gets_alone(decoder: Decoder) -> None:
+    works = [replace(sequence(num_tokens), keep=(), wanted=torch.tensor([num_tokens - 1])) for num_tokens in (30, 45)]
+    alone = [decoder.forward(work).hidden for work in works]
+
+    def run(number: int) -> bool:
+        with torch.no_grad():
+            torch.set_num_threads(1)
+            return all(torch.equal(decoder.forward(works[number]).hidden, alone[number]) for _ in range(60))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(run, [0, 1])) == [True, True]

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -475,3 +476,11 @@ def test_addresses_that_are_none(client: TestClient) -> None:
     empty = client.post("/v1/rerank", json={"query": "", "documents": ["a"]}).json()["error"]["message"]
     assert empty == "query must be a text of at least 1 characters, got a text of 0 characters"
     assert client.get("/docs").status_code == 404, "its page would fetch scripts from elsewhere"
+
+
+def test_a_placement_that_cannot_be_read_is_the_fault_of_the_file(client: TestClient, tmp_path: Path) -> None:
+    (tmp_path / "junk.json").write_text("{]")
+    for name in ("junk.json", "missing.json", "", "\0"):
+        reply = client.put("/v1/placement", json={"file": str(tmp_path / name) if name else "/"})
+        assert reply.status_code == 400, reply.text
+        assert reply.json()["error"]["code"] == "invalid_file"
