@@ -4,8 +4,9 @@ Regime: SmolLM2-135M on the CPU, one request at a time, our own fp32 and every o
 in one run; speed-ups are medians of the ratios of neighbours. `int8_weights`: weights in int8, products in fp32;
 `int8`: products in bf16 as well. `blocks`: rankings of paper-shaped prompts at level `blocks`, all but the end of the
 prompt warm; `prefill`: a cold prefill of 2,000 tokens; `decode`: one row over a prompt of 500, with the logits of the
-vocabulary; `beam`: 128 rows over one of 250; `tau`: the untuned model's labels at `full`; `ndcg`: the block-mask ranker
-at `blocks` on held-out users, paired with fp32; `strict`: texts with and without drafts, token by token.
+vocabulary; `beam`: 128 rows over one of 250; `peers`: plain decoding of whole texts beside OpenVINO; `tau`: the untuned
+model's labels at `full`; `ndcg`: the block-mask ranker at `blocks` on held-out users, paired with fp32; `strict`: texts
+with and without drafts, token by token.
 
 Ceiling: FLOPs over the rate that this variant's products reach here (`measure_gemm`, torch's or ours, whichever is
 faster), plus bytes of KV over the bandwidth; printed beside. Where bf16 is imitated the speed-ups are below 1.
@@ -28,14 +29,19 @@ from benchmarks.describe_setup import Workbench, user_scenarios
 from benchmarks.fidelity_setup import SETS, TEMPLATES, engine_of, held_out, paper_shaped, scored
 from benchmarks.harness import Options, console, dataset, options, run_parts, show, timed
 from benchmarks.kv_dtype import warm
+from benchmarks.openvino_peer import openvino
 from benchmarks.ttft import floor_seconds
 from rcllm.config import CacheConfig, Config, ModelConfig
+from rcllm.core.decoding import GenerateOptions
 from rcllm.core.ranking import Level, RankOptions
+from rcllm.core.texts import TextRequest
 from rcllm.data import Dataset
 from rcllm.decode.beam_kv import beam_group
 from rcllm.drafts.draft import EMPTY
 from rcllm.engine.engine import Engine
+from rcllm.engine.jobs.generate import Generator
 from rcllm.engine.jobs.sequences import next_pass
+from rcllm.errors import answered
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
 from rcllm.fidelity.measures import agreement
@@ -58,6 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # fields of ModelConfig
 PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8_weights": torch.float32, "int8": torch.bfloat16}
 SET = "scientific"
 PREFILL_TOKENS, DECODE_TOKENS, BEAM_TOKENS, BEAMS = 2000, 500, 250, 128
+PEER_TOKENS = 65  # of an answer
 POOL_MB = 2000
 TEXT_TOKENS, EARLIER = 32, 40  # of an answer; answers that drafts are taken from
 
@@ -131,6 +138,42 @@ def decode(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     by_turns(steps, sizes.steps, times)
     metrics = summed("decode", times, {}, chosen.seed)
     return metrics | {f"decode_tokens_per_s_{name}": 1e3 / metrics[f"decode_ms_{name}"] for name in decoders}
+
+
+def peers(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+    """Plain decoding through the whole engine, and OpenVINO GenAI on the same file, by turns; tokens a second."""
+    engines = engines_of(dataset(SETS[SET]))
+    words = " ".join(f"film {number}, about space travel and old friends;" for number in range(DECODE_TOKENS // 11))
+    prompt = tuple(engines["fp32"].prompter.tokenizer.encode(words))
+
+    def token(engine: Engine) -> float:
+        """Seconds: of an answer without its first token, by the tokens that it has more."""
+        took = []
+        for most in (1, PEER_TOKENS):
+            request = TextRequest("", parts=(prompt,), options=GenerateOptions(max_tokens=most))
+            seconds, [answer] = timed(partial(engine.run, Generator(engine)), [request])
+            took.append((seconds, len(answered([answer])[0].token_ids)))
+        (first_s, _), (all_s, count) = took
+        return (all_s - first_s) / (count - 1)
+
+    with openvino(words, PEER_TOKENS) as peer:
+        if peer is None:
+            console.print("[yellow]OpenVINO GenAI is not here (see benchmarks/openvino_peer.py): left out")
+        works: dict[str, Callable[[], float]] = {name: partial(token, engine) for name, engine in engines.items()}
+        if peer is not None:
+            works["openvino"] = peer
+        times = defaultdict[str, list[float]](list)
+        turn = list(works)
+        for number in range(sizes.rounds + 1):
+            for name in turn:
+                seconds = works[name]()
+                if number:
+                    times[name].append(seconds)
+            turn = [*turn[1:], turn[0]]
+    metrics = {f"peers_tokens_per_s_{name}": 1 / statistics.median(seconds) for name, seconds in times.items()}
+    rows = [[name, f"{metrics[f'peers_tokens_per_s_{name}']:.0f}"] for name in works]
+    show(f"Plain decoding after a prompt of {len(prompt)} tokens", ["", "tokens a second"], rows)
+    return metrics
 
 
 def beam(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
@@ -279,6 +322,7 @@ PARTS: dict[str, Callable[[Sizes, Options, RecordFile], dict[str, float]]] = {
     "blocks": blocks,
     "prefill": prefill,
     "decode": decode,
+    "peers": peers,
     "beam": beam,
     "tau": tau,
     "strict": strict,
