@@ -9,7 +9,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,6 +92,14 @@ def median_seconds(run: Callable[[A], object], argument: A, repeats: int) -> flo
     """Median wall time of `run(argument)` over `repeats` calls, after one that does not count."""
     run(argument)
     return statistics.median(timed(run, argument)[0] for _ in range(repeats))
+
+
+def turns(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """The names in order, without end; each time another one begins, so that none always follows the same."""
+    turn = tuple(names)
+    while True:
+        yield turn
+        turn = (*turn[1:], turn[0])
 
 
 def percentile(values: list[float], share: float) -> float:

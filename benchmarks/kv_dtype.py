@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.fidelity_setup import SETS, TEMPLATES, engine_of, held_out, paper_shaped, scored
-from benchmarks.harness import Options, dataset, options, run_parts, show, timed
+from benchmarks.harness import Options, dataset, options, run_parts, show, timed, turns
 from rcllm.cache.pool import Pool
 from rcllm.config import MIB, CacheConfig, Config
 from rcllm.core.ranking import Level, RankOptions, RankRequest
@@ -130,13 +130,11 @@ def ttft(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     asked = [dataclasses.replace(r, user_id=None, options=RankOptions(level=Level("blocks"))) for r in requests]
     warm(engines, asked)
     times: dict[str, list[float]] = {name: [] for name in DTYPES}
-    turn = list(DTYPES)
-    for request in asked * ROUNDS:
+    for request, turn in zip(asked * ROUNDS, turns(DTYPES), strict=False):
         for name in turn:
             took, answer = timed(engines[name].rank, request)
             assert not answer.receipt.num_computed, "everything is warm"
             times[name].append(took)
-        turn = [*turn[1:], turn[0]]
     return times_and_bytes(engines, times, len(requests), chosen.seed)
 
 

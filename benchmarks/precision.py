@@ -27,7 +27,7 @@ import torch
 from benchmarks.describe import exact
 from benchmarks.describe_setup import Workbench, user_scenarios
 from benchmarks.fidelity_setup import SETS, TEMPLATES, engine_of, held_out, paper_shaped, scored
-from benchmarks.harness import Options, console, dataset, options, run_parts, show, timed
+from benchmarks.harness import Options, console, dataset, options, run_parts, show, timed, turns
 from benchmarks.kv_dtype import warm
 from benchmarks.openvino_peer import openvino
 from benchmarks.ttft import floor_seconds
@@ -163,13 +163,7 @@ def peers(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
         if peer is not None:
             works["openvino"] = peer
         times = defaultdict[str, list[float]](list)
-        turn = list(works)
-        for number in range(sizes.rounds + 1):
-            for name in turn:
-                seconds = works[name]()
-                if number:
-                    times[name].append(seconds)
-            turn = [*turn[1:], turn[0]]
+        told_by_turns(works, sizes.rounds, times)
     metrics = {f"peers_tokens_per_s_{name}": 1 / statistics.median(seconds) for name, seconds in times.items()}
     rows = [[name, f"{metrics[f'peers_tokens_per_s_{name}']:.0f}"] for name in works]
     show(f"Plain decoding after a prompt of {len(prompt)} tokens", ["", "tokens a second"], rows)
@@ -279,14 +273,21 @@ def cached(decoder: Decoder, num_tokens: int) -> Segment:
 
 
 def by_turns(works: Mapping[str, Callable[[], object]], rounds: int, times: dict[str, list[float]]) -> None:
-    """Adds the seconds of each to `times`; who begins rotates, and one round before does not count."""
-    turn = list(works)
-    for number in range(rounds + 1):
+    """Adds the seconds that each takes to `times`; see `told_by_turns`."""
+
+    def seconds(work: Callable[[], object]) -> float:
+        return timed(lambda work: work(), work)[0]
+
+    told_by_turns({name: partial(seconds, work) for name, work in works.items()}, rounds, times)
+
+
+def told_by_turns(works: Mapping[str, Callable[[], float]], rounds: int, times: dict[str, list[float]]) -> None:
+    """Adds the seconds that each tells to `times`; who begins rotates, and one round before does not count."""
+    for number, turn in zip(range(rounds + 1), turns(works), strict=False):
         for name in turn:
-            took, _ = timed(lambda work: work(), works[name])
+            seconds = works[name]()
             if number:
-                times[name].append(took)
-        turn = [*turn[1:], turn[0]]
+                times[name].append(seconds)
 
 
 def floor_ratio(name: str, decoder: Decoder, work: Pass, sizes: Sizes) -> float:

@@ -18,14 +18,30 @@ from rcllm.config import ServerConfig
 from rcllm.server.app import make_app
 from rcllm.server.fake import FakeBackend
 
-_PATIENCE_S = 300
+PATIENCE_S = 300  # for an answer: the machine may be busy
+
+
+def schema() -> Any:
+    """Of the server's document, for valid and invalid requests to a server that answers by rule."""
+    app = make_app(FakeBackend({"a": "red lamp", "b": "blue lamp"}), ServerConfig(warm=False))
+    config = schemathesis.config.SchemathesisConfig.from_dict({"generation": {"mode": "all"}})
+    return schemathesis.openapi.from_asgi("/openapi.json", app, config=config)
+
+
+def making(examples: int) -> settings:
+    """At most so many requests, the same in every run."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate],
+    )
 
 
 def document(chosen: Options) -> dict[str, float]:
-    app = make_app(FakeBackend({"a": "red lamp", "b": "blue lamp"}), ServerConfig(warm=False))
-    config = schemathesis.config.SchemathesisConfig.from_dict({"generation": {"mode": "all"}})
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=config)
-    operations: list[Any] = [found.ok() for found in schema.get_all_operations()]  # type: ignore[union-attr]
+    operations = [found.ok() for found in schema().get_all_operations()]
     statuses = Counter[int]()
     for operation in operations:
         _ask(operation, chosen.requests or (10 if chosen.quick else 300), statuses)
@@ -44,16 +60,9 @@ def document(chosen: Options) -> dict[str, float]:
 def _ask(operation: Any, examples: int, statuses: Counter[int]) -> None:
     """Asks as many requests as are made, and counts how they were answered."""
 
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],
-    )
+    @making(examples)
     @given(case=operation.as_strategy())
     def ask(case: Any) -> None:
-        statuses[case.call(timeout=_PATIENCE_S).status_code] += 1
+        statuses[case.call(timeout=PATIENCE_S).status_code] += 1
 
     ask()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness import Metrics, percentile, show, timed
+from benchmarks.harness import Metrics, percentile, show, timed, turns
 from benchmarks.store_setup import Bench, forget_pages, over_disk, read_bytes, sources, without_store
 from rcllm.cache.rates import Rates
 from rcllm.core.ranking import RankRequest, RankResponse
@@ -49,11 +49,10 @@ def measure(bench: Bench) -> Metrics:
         "computed": lambda request: _timed(without_store(bench, _POOL_MB), request),
     }
     took: dict[str, list[Timed]] = defaultdict(list)
-    turn = list(TIERS)
-    for request in (bench.requests[0], *bench.requests):  # the first one does not count
+    asked = (bench.requests[0], *bench.requests)  # the first one does not count
+    for request, turn in zip(asked, turns(TIERS), strict=False):
         for name in turn:
             took[name].append(ask[name](request))
-        turn = [*turn[1:], turn[0]]
     took = {name: some[1:] for name, some in took.items()}
     _check_sources(took)
     return {**_times(took, bench), **_rates(took, bench)}

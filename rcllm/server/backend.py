@@ -107,6 +107,9 @@ class WarmItems:
     item_ids: tuple[ItemId, ...] | None = None
 
 
+NO_SHARDS = "one process serves here, and holds what it has room for: only a cluster has shards"
+
+
 @dataclass(frozen=True, slots=True)
 class PlaceItems:
     """Brings a cluster nearer to a placement: `num_items` copies are made, and `num_left` are left for the next time.

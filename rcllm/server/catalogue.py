@@ -14,7 +14,7 @@ from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.recommend import Recommender
 from rcllm.errors import RequestError
 from rcllm.fidelity.online import OnlineGuard
-from rcllm.server.backend import Change, Changed, EraseUser, PlaceItems, PutItems, RemoveItems
+from rcllm.server.backend import NO_SHARDS, Change, Changed, EraseUser, PlaceItems, PutItems, RemoveItems
 from rcllm.server.pools import DraftPoolsByName
 from rcllm.sid.vocabulary import with_sid
 
@@ -37,7 +37,7 @@ class Keeper:
             case EraseUser():
                 return self._erase(change)
             case PlaceItems():
-                raise RequestError("one process serves here, and holds what it has room for: only a cluster has shards")
+                raise RequestError(NO_SHARDS)
         raise AssertionError(change)
 
     def _put(self, change: PutItems) -> Changed:

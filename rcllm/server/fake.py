@@ -32,6 +32,7 @@ from rcllm.errors import (
 from rcllm.prompt.chat import ChatPrompt, Message
 from rcllm.server.backend import (
     KINDS,
+    NO_SHARDS,
     About,
     Asked,
     Change,
@@ -135,7 +136,7 @@ class FakeBackend:
                     self._reused(item_id, self._text(item_id, {}))
                 self._warmth = Warmth(done_blocks=len(self._seen), total_blocks=len(self._seen))
             case PlaceItems():
-                raise RequestError("one process serves here: only a cluster has shards")
+                raise RequestError(NO_SHARDS)
         return Changed()
 
     def stats(self) -> Stats:
