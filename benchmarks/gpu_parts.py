@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -35,7 +35,7 @@ from rcllm.decode.beam import BeamSearch
 from rcllm.drafts.draft import EMPTY, DraftTree
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.sequences import next_pass
-from rcllm.model.attend.on_triton import TritonAttend
+from rcllm.model.attend.on_triton import HostTables, Tilings, TritonAttend
 from rcllm.model.attend.segments import Group, Segment
 from rcllm.model.attend.triton_tables import Tiling
 from rcllm.model.decoder import Decoder, Pass
@@ -46,15 +46,18 @@ from rcllm.reuse.assemble import assemble
 from rcllm.reuse.plan import Planned, plan
 
 LEVELS = ("full", "exact", "blocks")
-Other = Callable[[Tiling], dict[str, int]]  # fields of a tiling that are changed
+Other = dict[str, int]  # fields of a tiling that are changed
 _FOR_FEW: tuple[Other, ...] = (
-    lambda usual: {"num_stages": 2},
-    lambda usual: {"keys": 2 * usual.keys, "num_stages": 2},
-    lambda usual: {"num_programs": 2 * usual.num_programs},
+    {"num_stages": 3},
+    {"num_warps": 8},
+    {"num_programs": 264},
+    {"num_programs": 1056},
+    {"keys": 64, "num_stages": 3},
 )
 _FOR_MANY: tuple[Other, ...] = (
-    lambda usual: {"num_stages": 2},
-    lambda usual: {"queries": usual.queries // 2, "num_warps": 4},
+    {"num_stages": 2},
+    {"queries": 64, "num_warps": 4},
+    {"num_programs": 132},
 )
 _SHOWN = ("us", "floor_share", "best_us", "sdpa_us")
 
@@ -103,7 +106,7 @@ def ceilings_of(scale: Scale) -> Ceilings:
 def attention(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
     """One layer's attention: few rows over cached segments in bf16 and int8, and a causal prefill; SDPA beside.
 
-    Rows are timed over different layers in turn, so that no KV is found in a cache of the device.
+    Layers are timed one after another, so that no KV is found in a cache of the device.
     """
     found, rows = dict[str, float](), []
     keys, length = (2400, 80) if scale.device.type == "cuda" else (40, 20)
@@ -113,15 +116,16 @@ def attention(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, fl
             for fresh, batch in ((1, 1), (1, 16), (100, 1), (100, 16)) if not chosen.dry_run else ((3, 2),):
                 case = f"attention_{shape}{name}_r{fresh}_b{batch}"
                 groups = [_few_rows(spec, fresh, keys, length, dtype, scale) for _ in range(batch)]
-                tries = shape == scale.shapes[-1] and not name and batch > 1
-                metrics = _attention_case(case, spec, groups, scale, ceilings, _FOR_FEW if tries else ())
+                tried = _FOR_FEW if fresh == 1 else _FOR_MANY
+                tries = shape == scale.shapes[-1] and not name and not chosen.dry_run
+                metrics = _attention_case(case, spec, groups, scale, ceilings, tried if tries else ())
                 if not name:
                     metrics |= _sdpa_case(case, spec, fresh, keys, batch, scale)
                 found |= metrics
                 rows.append([case, *(f"{metrics.get(f'{case}_{key}', float('nan')):.3g}" for key in _SHOWN)])
         count = 2500 if scale.device.type == "cuda" else 24
         case = f"attention_{shape}_causal_{count}"
-        tried = _FOR_MANY if shape == scale.shapes[-1] else ()
+        tried = _FOR_MANY if shape == scale.shapes[-1] and not chosen.dry_run else ()
         metrics = _attention_case(case, spec, [Group.causal(count)], scale, ceilings, tried)
         metrics |= _sdpa_causal(case, spec, count, scale)
         found |= metrics
@@ -147,19 +151,28 @@ def _attention_case(
     timer, rope = Timer(scale.device), Rope.of(spec, 4096, scale.device)
     num_rows = sum(group.num_rows for group in groups)
     qkv = torch.randn(num_rows, spec.q_size + 2 * spec.kv_size, device=scale.device).to(scale.dtype)
-    usual = Tiling.of(spec, groups, scale.device, scale.dtype)
+    usual = Tilings.of(spec, groups, scale.dtype, scale.device)
+    is_laid = HostTables(spec, groups, scale.dtype, scale.device).laid is not None
+    way = "laid" if is_laid else "in_place"
     num_bytes = qkv.nbytes + num_rows * spec.q_size * qkv.itemsize
     num_bytes += sum(segment.num_bytes for group in groups for segment in group.segments) // spec.num_layers
     pairs = sum(int(g.row_mask().sum()) + g.num_rows * sum(map(len, g.segments)) for g in groups)
     floor = ceilings.seconds(num_bytes, spec.attention_flops(pairs) / spec.num_layers)
     times = []
-    for tiling in [usual, *(dataclasses.replace(usual, **other(usual)) for other in others)]:
-        attend = TritonAttend.of(spec, rope, groups, scale.dtype, tiling)
-        layers = iter(list(range(spec.num_layers)) * 100)
-        times.append(timer.device_seconds(lambda a=attend, i=layers: a(next(i), qkv), 20))  # type: ignore[misc]
+    for other in [{}, *others]:
+        changed: Tiling = dataclasses.replace(getattr(usual, way), **other)
+        attend = TritonAttend.of(spec, rope, groups, scale.dtype, dataclasses.replace(usual, **{way: changed}))
+        run = partial(_all_layers, attend, spec.num_layers, qkv)
+        times.append(timer.replayed_seconds(run, 10) / spec.num_layers)
     best = int(np.argmin(times))
     found = {f"{case}_us": times[0] * 1e6, f"{case}_floor_share": floor / times[0]}
     return found | {f"{case}_best_us": times[best] * 1e6, f"{case}_best_tiling": best}
+
+
+def _all_layers(attend: TritonAttend, num_layers: int, qkv: torch.Tensor) -> torch.Tensor:
+    for layer in range(num_layers):
+        found = attend(layer, qkv)
+    return found.output
 
 
 def _sdpa_case(case: str, spec: ModelSpec, fresh: int, keys: int, batch: int, scale: Scale) -> dict[str, float]:
@@ -168,8 +181,8 @@ def _sdpa_case(case: str, spec: ModelSpec, fresh: int, keys: int, batch: int, sc
         torch.randn(batch, heads, count, spec.head_dim, device=scale.device).to(scale.dtype)
         for heads, count in ((spec.num_heads, fresh), (spec.num_kv_heads, keys), (spec.num_kv_heads, keys))
     )
-    seconds = Timer(scale.device).device_seconds(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), 20)
-    return {f"{case}_sdpa_us": seconds * 1e6}
+    run = partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+    return {f"{case}_sdpa_us": Timer(scale.device).replayed_seconds(run, 20) * 1e6}
 
 
 def _sdpa_causal(case: str, spec: ModelSpec, count: int, scale: Scale) -> dict[str, float]:
@@ -178,7 +191,7 @@ def _sdpa_causal(case: str, spec: ModelSpec, count: int, scale: Scale) -> dict[s
         for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
     )
     run = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
-    return {f"{case}_sdpa_us": Timer(scale.device).device_seconds(run, 20) * 1e6}
+    return {f"{case}_sdpa_us": Timer(scale.device).replayed_seconds(run, 20) * 1e6}
 
 
 # ---- rankings --------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from rcllm.engine.space import declared_mask
 from rcllm.model.attend.segments import Segment
 from rcllm.model.decoder import Decoder
 from rcllm.model.spec import ModelSpec, RopeSpec
+from rcllm.model.static_passes import Graphs
 from rcllm.model.weights import LayerWeights, Weights
 from rcllm.store.codec import DTYPES
 
@@ -255,6 +256,12 @@ class Timer:
         run()
         self.wait()
         return time.perf_counter() - start
+
+    def replayed_seconds(self, run: Callable[[], torch.Tensor], repeats: int) -> float:
+        """As a graph that is replayed, on a device that has them: what launching takes is not in it."""
+        if self.device.type != "cuda":
+            return self.device_seconds(run, repeats)
+        return self.device_seconds(Graphs()(run), repeats)
 
     def device_seconds(self, run: Callable[[], object], repeats: int) -> float:
         """Median of `repeats` runs after one that does not count, by the device's events where it has them."""

@@ -26,6 +26,7 @@ from rcllm.engine.space import chosen_chat, namespace_of
 from rcllm.errors import ConfigError, ModelError, ModelWarning
 from rcllm.model.adapter import load_adapter, merge_layer
 from rcllm.model.adapter_config import base_difference, load_config
+from rcllm.model.attend.on_triton import LAID_BYTES
 from rcllm.model.ceilings import measure_bf16
 from rcllm.model.decoder import Decoder
 from rcllm.model.spec import ModelSpec
@@ -164,7 +165,7 @@ def make_pool(config: Config, decoder: Decoder, store: Store | None = None, spac
     resident = psutil.Process().memory_info().rss
     least = spec.kv_bytes_per_token(4) * _SMALLEST_POOL_TOKENS
     if decoder.device.type == "cuda":
-        workspace += STATIC_ROWS * (activations + spec.kv_bytes_per_token(decoder.dtype.itemsize))
+        workspace += LAID_BYTES + STATIC_ROWS * (activations + spec.kv_bytes_per_token(decoder.dtype.itemsize))
         free = torch.cuda.mem_get_info(decoder.device)[0] - workspace
     else:
         free = cache.memory_mb * MIB - resident - workspace

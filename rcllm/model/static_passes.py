@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rcllm.late import Late
-from rcllm.model.attend.on_triton import TritonAttend
-from rcllm.model.attend.triton_tables import HostTables, Layout, Tables, Tiling
+from rcllm.model.attend.on_triton import HostTables, PassShape, TritonAttend
 from rcllm.model.rope import Rope
 
 if TYPE_CHECKING:
@@ -33,9 +32,7 @@ Run = Callable[[], torch.Tensor]  # the whole pass over its buffers: hidden stat
 @dataclass(frozen=True, slots=True)
 class _Shape:
     rows: int
-    layout: Layout
-    tiling: Tiling
-    kinds: int
+    attention: PassShape
     keeps: bool
     asides: tuple[tuple[int, int, Hashable], ...]  # rows, and the state of their keys
 
@@ -54,11 +51,10 @@ class StaticPasses:
         if len(work.token_ids) > _ROWS[-1]:
             return None
         decoder = self._decoder
-        tiling = Tiling.of(decoder.spec, work.groups, decoder.device, decoder.dtype)
-        host = HostTables(decoder.spec, work.groups, tiling)
+        host = HostTables(decoder.spec, work.groups, decoder.dtype, decoder.device)
         rows = next(count for count in _ROWS if count >= len(work.token_ids))
         asides = tuple((aside.start, aside.stop, aside.keys.state) for aside in work.asides)
-        shape = _Shape(rows, host.layout.rounded(rows), tiling, host.kinds, bool(work.keep), asides)
+        shape = _Shape(rows, host.shape.rounded(rows), bool(work.keep), asides)
         if shape not in self._made and shape not in self._seen:  # to capture a pass takes longer than to run it
             self._seen[shape] = None
             if len(self._seen) > _SEEN:
@@ -81,9 +77,8 @@ class _StaticPass:
         """asides: whose keys stay where they are, and alive."""
         device, rows = decoder.device, shape.rows
         self._decoder, self._replayed = decoder, replayed
-        self._tables = Tables(decoder.spec, shape.layout, shape.tiling, device)
         output = torch.zeros(rows, decoder.spec.q_size, dtype=decoder.dtype, device=device)  # also of padded rows
-        self._attend = TritonAttend(decoder.spec, decoder.rope, self._tables, shape.kinds, output=output)
+        self._attend = TritonAttend(decoder.spec, decoder.rope, shape.attention, output)
         keep = (_DECODER.Keep(0, rows, 0),) if shape.keeps else ()
         numbers, zeros = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
         self._work: Pass = _DECODER.Pass(zeros, zeros.clone(), (), numbers, keep, tuple(asides))
@@ -94,7 +89,7 @@ class _StaticPass:
         count = len(work.token_ids)
         self._work.token_ids[:count].copy_(work.token_ids, non_blocking=True)
         self._work.positions[:count].copy_(work.positions, non_blocking=True)
-        self._tables.send(host, anchor=self._decoder.rope.cos)
+        self._attend.send(host)
         if self._run is None:
             self._run = self._replayed(self._through)
         hidden = self._run()[work.wanted]

@@ -21,8 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rcllm.model import layer_kernels
-from rcllm.model.attend import triton_kernels
-from rcllm.model.attend.on_triton import TritonAttend
+from rcllm.model.attend import triton_in_place, triton_kernels, triton_laid, triton_laid_kernels
 from rcllm.model.attend.triton_tables import KINDS, Tiling
 from rcllm.model.ops import TritonOps
 from rcllm.model.rope import Rope
@@ -31,8 +30,9 @@ from tests.model.test_attention import SPEC
 QWEN3_8B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096, "qk_norm": True}
 NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-INTS = {"layer": "i32", "qkv_pitch": "i32", "pitch": "i32", "size": "i32", "scale": "fp32", "eps": "fp32"}
-TABLES = {"tiles": "*i64", "tasks": "*i32", "visits": "*i32", "rows_table": "*i32", "merges": "*i32", "bits": "*u8"}
+INTS = dict.fromkeys(("layer", "num_keys", "qkv_pitch", "pitch", "size"), "i32") | {"scale": "fp32", "eps": "fp32"}
+TABLES = dict.fromkeys(("tasks", "visits", "rows_table", "keys_table", "merges"), "*i32")
+TABLES |= {"tiles": "*i64", "bits": "*u8"}
 FP32 = ("anchor", "cos", "sin", "lse", "part_output", "part_lse")
 
 
@@ -41,7 +41,7 @@ def compile_for(kernel: Any, rows: torch.dtype, constants: dict[str, object], ar
     signature, aligned = {}, {}
     for number, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else types.get(name, POINTERS[rows])
-        if signature[name].startswith("*") or name in ("qkv_pitch", "pitch", "size"):
+        if signature[name].startswith("*") or name in ("num_keys", "qkv_pitch", "pitch", "size"):
             aligned[number,] = [["tt.divisibility", 16]]
     return triton.compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", arch, 32), options)
 
@@ -74,14 +74,20 @@ def main(arch: int, kept: str) -> dict[str, dict[str, float]]:
     rows = torch.bfloat16 if kept in ("int8", "all") else NAMES[kept]
     kinds = 15 if kept == "all" else 1 << KINDS.index(NAMES[kept])
     found = {}
-    for num_rows, read in ((1, kinds), (500, kinds), (500, 0)):
-        tiling = Tiling.on_gpu(spec, num_rows, rows, num_cores=132)
-        options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-        constants = TritonAttend.constants(spec, tiling, read, rows)
+    for num_rows, read in ((1, kinds), (30, kinds), (30, 0)):
+        tiling = triton_in_place.tiling_of(spec, num_rows, rows, cores=132)
+        constants = triton_in_place.constants(spec, tiling, read, rows)
         name = f"attend {tiling.queries}" if read else "attend nothing cached"
-        found[name] = facts(compile_for(triton_kernels.attend_kernel, rows, constants, arch, **options))
-    merging = TritonAttend.merge_constants(spec, 4)
+        found[name] = facts(compile_for(triton_kernels.attend_kernel, rows, constants, arch, **_options(tiling)))
+    merging = triton_in_place.merge_constants(spec, 4)
     found["merge"] = facts(compile_for(triton_kernels.merge_kernel, rows, merging, arch, num_warps=1))
+    laying = triton_laid.lay_constants(spec, kinds)
+    found["lay"] = facts(compile_for(triton_laid_kernels.lay_kernel, rows, laying, arch))
+    tiling = triton_laid.tiling_of(rows, cores=132)
+    for told in (False, True):
+        constants = triton_laid.laid_constants(spec, tiling, rows, told=told)
+        name = "laid, by blocks" if told else "laid"
+        found[name] = facts(compile_for(triton_laid_kernels.laid_kernel, rows, constants, arch, **_options(tiling)))
     ops = TritonOps(spec, Rope.of(spec, 16))
     for name, kernel, constants in (
         ("add_norm", layer_kernels.add_norm_kernel, {"ADDS": True, "SIZE_PADDED": 4096}),
@@ -90,6 +96,10 @@ def main(arch: int, kept: str) -> dict[str, dict[str, float]]:
     ):
         found[name] = facts(compile_for(kernel, rows, constants, arch))
     return found
+
+
+def _options(tiling: Tiling) -> dict[str, int]:
+    return {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from rcllm.model.attend import on_triton
 from rcllm.model.attend.choose import prepare
 from rcllm.model.attend.contract import Attend, merge
 from rcllm.model.attend.native import kernels
@@ -21,7 +22,7 @@ from rcllm.model.spec import ModelSpec, RopeSpec
 from tests.reference import attend as reference
 from tests.reference import bf16
 
-BACKENDS = ("native", "native gather", "segmented", "gather", "triton")  # the last one in its interpreter
+BACKENDS = ("native", "native gather", "segmented", "gather", "triton in place", "triton laid")  # in its interpreter
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # of cached KV
 SPEC = ModelSpec(
     family="llama",
@@ -52,8 +53,12 @@ def make(name: str, spec: ModelSpec, groups: list[Group], products: str = "fp32"
             pytest.skip("no C++ compiler on this machine")
         backend = name.removeprefix("native ") if " " in name else "segmented"
         return prepare(backend, spec, rope, groups, compiled, products=products)
-    if name == "triton" and find_spec("triton") is None:
-        pytest.skip("triton is not installed: pip install 'rcllm[gpu]'")
+    if name.startswith("triton"):
+        if find_spec("triton") is None:
+            pytest.skip("triton is not installed: pip install 'rcllm[gpu]'")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(on_triton, "FEW_QUERIES", 0 if name == "triton laid" else 1 << 30)
+            return prepare("triton", spec, rope, groups, None)
     return prepare(name, spec, rope, groups, None)
 
 

@@ -1,27 +1,30 @@
-"""Attention over segments on a GPU: one launch for each layer of a pass, whatever rows and segments are in it.
+"""Attention over segments on a GPU: a launch or two for each layer of a pass, whatever rows and segments are in it.
 
-Cached blocks are read in place, in any dtype and anywhere in memory. Where few rows read many keys, keys are divided
-among programs, and a second, small launch merges them by their logsumexp. Knows nothing of when it is used.
-Invariant: nothing in a layer waits for the device.
+Groups of few rows read cached blocks where they lie; the keys of groups of many rows are laid side by side first, once
+for each layer. Where tasks are too few for the GPU, keys are divided among them, and merged by their logsumexp. Knows
+nothing of when it is used. Invariant: nothing in a layer waits for the device.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import accumulate
 
 import torch
 
-from rcllm.late import Late
+from rcllm.model.attend import triton_in_place, triton_laid
 from rcllm.model.attend.contract import Attended
 from rcllm.model.attend.segments import Group
-from rcllm.model.attend.triton_tables import HostTables, Tables, Tiling, interpreting, padded
+from rcllm.model.attend.triton_in_place import InPlaceShape, InPlaceTables
+from rcllm.model.attend.triton_laid import LaidShape, LaidTables
+from rcllm.model.attend.triton_tables import Tiling, interpreting, num_cores, share_of
 from rcllm.model.rope import Rope
-from rcllm.model.spec import INT8_GROUP, ModelSpec, kv_row_bytes
+from rcllm.model.spec import ModelSpec
 
-_KERNELS, _LANGUAGE = Late("rcllm.model.attend.triton_kernels"), Late("triton.language")  # triton is optional
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}  # of rows
+FEW_QUERIES = 128  # of a KV head in a group, up to which its keys are read in place: one tile
+LAID_BYTES = 1 << 30  # of keys and values that lie side by side for a layer, at most
 
 
 def triton_fits(spec: ModelSpec, device: torch.device) -> bool:
@@ -30,83 +33,106 @@ def triton_fits(spec: ModelSpec, device: torch.device) -> bool:
     return runs and spec.head_dim % 16 == 0
 
 
-class TritonAttend:
-    """One pass's attention, on a GPU or in Triton's interpreter."""
+@dataclass(frozen=True, slots=True)
+class Tilings:
+    """How both ways cut a pass."""
 
-    name = "triton"
-    bytes_copied = 0
+    in_place: Tiling
+    laid: Tiling
+
+    @classmethod
+    def of(cls, spec: ModelSpec, groups: Sequence[Group], dtype: torch.dtype, device: torch.device) -> Tilings:
+        cores, num_rows = num_cores(device), max((group.num_rows for group in groups), default=1)
+        return cls(triton_in_place.tiling_of(spec, num_rows, dtype, cores), triton_laid.tiling_of(dtype, cores))
+
+
+@dataclass(frozen=True, slots=True)
+class PassShape:
+    """What passes have in common that can use the same tables on the device."""
+
+    in_place: InPlaceShape | None  # None: no group is read so
+    laid: LaidShape | None
+
+    def rounded(self, rows: int) -> PassShape:
+        """For all passes of about this size, of at most `rows` rows."""
+        return PassShape(
+            None if self.in_place is None else self.in_place.rounded(rows),
+            None if self.laid is None else self.laid.rounded(rows),
+        )
+
+
+class HostTables:
+    """A pass as it is told to the kernels, on the host."""
 
     def __init__(
         self,
         spec: ModelSpec,
-        rope: Rope,
-        tables: Tables,
-        kinds: int,
-        groups: Sequence[Group] = (),
-        output: torch.Tensor | None = None,
+        groups: Sequence[Group],
+        dtype: torch.dtype,
+        device: torch.device,
+        tilings: Tilings | None = None,
     ) -> None:
-        """kinds: bits of the dtypes that cached KV may have; groups: keeps alive the memory that the tables tell of.
+        """dtype: of the rows; tilings: None for what suits groups and device."""
+        starts = list(accumulate((group.num_rows for group in groups), initial=0))
+        is_laid = _laid(spec, groups, dtype)
+        few, many = ([i for i, laid in enumerate(is_laid) if laid == which] for which in (False, True))
+        tilings = tilings or Tilings.of(spec, [groups[i] for i in few], dtype, device)
+        self.in_place: InPlaceTables | None = None
+        self.laid: LaidTables | None = None
+        if few:
+            self.in_place = InPlaceTables(spec, [groups[i] for i in few], [starts[i] for i in few], tilings.in_place)
+        if many:
+            self.laid = LaidTables(spec, [groups[i] for i in many], [starts[i] for i in many], tilings.laid)
+        self.shape = PassShape(
+            None if self.in_place is None else self.in_place.shape, None if self.laid is None else self.laid.shape
+        )
 
-        output: [rows, H·D], what every layer writes to, in rows of which the tables tell; None: each makes its own.
-        """
-        self._spec, self._rope, self._tables, self._kinds, self._groups = spec, rope, tables, kinds, groups
-        self._output = output
+
+def _laid(spec: ModelSpec, groups: Sequence[Group], dtype: torch.dtype) -> list[bool]:
+    """Which groups' keys are laid side by side: those of many rows, as long as there is room."""
+    share, room, found = share_of(spec), LAID_BYTES // (2 * spec.kv_size * dtype.itemsize), list[bool]()
+    for group in groups:
+        num_keys = group.num_rows + sum(map(len, group.segments))
+        found.append(group.num_rows * share > FEW_QUERIES and num_keys <= room)
+        room -= num_keys if found[-1] else 0
+    return found
+
+
+class TritonAttend:
+    """Attention of passes of one shape, on a GPU or in Triton's interpreter."""
+
+    name = "triton"
+    bytes_copied = 0
+
+    def __init__(self, spec: ModelSpec, rope: Rope, shape: PassShape, output: torch.Tensor | None = None) -> None:
+        """output: [rows, H·D], what every layer writes to, where the tables tell of rows; None: each makes its own."""
+        self._spec, self._output = spec, output
+        self._in_place = None if shape.in_place is None else shape.in_place.on(spec, rope)
+        self._laid = None if shape.laid is None else shape.laid.on(spec, rope)
+        self._groups: Sequence[Group] = ()
 
     @classmethod
     def of(
-        cls, spec: ModelSpec, rope: Rope, groups: Sequence[Group], dtype: torch.dtype, tiling: Tiling | None = None
+        cls, spec: ModelSpec, rope: Rope, groups: Sequence[Group], dtype: torch.dtype, tilings: Tilings | None = None
     ) -> TritonAttend:
-        """Sends the tables of a pass whose rows are in `dtype`. tiling: None for what suits groups and device."""
-        device = rope.cos.device
-        tiling = tiling or Tiling.of(spec, groups, device, dtype)
-        host = HostTables(spec, groups, tiling)
-        tables = Tables(spec, host.layout, tiling, device)
-        tables.send(host, anchor=rope.cos)
-        return cls(spec, rope, tables, host.kinds, groups)
+        """Of one pass, whose rows are in `dtype`."""
+        host = HostTables(spec, groups, dtype, rope.cos.device, tilings)
+        attend = cls(spec, rope, host.shape)
+        attend.send(host)
+        attend._groups = groups  # keeps alive the memory that the tables tell of
+        return attend
+
+    def send(self, host: HostTables) -> None:
+        """Tells of another pass of this shape."""
+        if self._in_place and host.in_place:
+            self._in_place.send(host.in_place)
+        if self._laid and host.laid:
+            self._laid.send(host.laid)
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
-        spec, rope = self._spec, self._rope
-        tables, tiling = self._tables, self._tables.tiling
-        output = qkv.new_empty(qkv.shape[0], spec.q_size) if self._output is None else self._output
-        lse = torch.empty(qkv.shape[0], spec.num_heads, device=qkv.device)
-        parts = (tables.part_output, tables.part_lse)
-        pass_tables = (tables.tiles, tables.tasks, tables.visits, tables.rows, tables.bits)
-        scale = math.log2(math.e) / math.sqrt(spec.head_dim)  # the kernel's exponential is base 2
-        numbers = (layer, scale, qkv.stride(0))
-        _KERNELS.attend_kernel[len(tables.tasks), spec.num_kv_heads](
-            *(qkv, output, lse, *parts, rope.cos, *pass_tables, rope.cos, rope.sin, *numbers),
-            **self.constants(spec, tiling, self._kinds, qkv.dtype),
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
-        )
-        if len(tables.merges):
-            _KERNELS.merge_kernel[len(tables.merges), tables.tile_rows, spec.num_heads](
-                *(*parts, output, lse, tables.merges),
-                **self.merge_constants(spec, tables.tile_rows),
-                num_warps=1,
-            )
+        output = qkv.new_empty(qkv.shape[0], self._spec.q_size) if self._output is None else self._output
+        lse = torch.empty(qkv.shape[0], self._spec.num_heads, device=qkv.device)
+        for part in (self._in_place, self._laid):
+            if part:
+                part(layer, qkv, output, lse)
         return Attended(output, lse)
-
-    @staticmethod
-    def constants(spec: ModelSpec, tiling: Tiling, kinds: int, dtype: torch.dtype) -> dict[str, object]:
-        """What `attend_kernel` is compiled for."""
-        return {
-            "H": spec.num_heads,
-            "KV": spec.num_kv_heads,
-            "HALF": spec.head_dim // 2,
-            "HALF_PADDED": max(16, padded(spec.head_dim // 2)),
-            "SHARE_PADDED": padded(spec.num_heads // spec.num_kv_heads),
-            "ROWS": tiling.queries,
-            "KEYS": tiling.keys,
-            "KINDS": kinds,
-            "GROUP": INT8_GROUP,
-            "ALIGNED": math.gcd(16, kv_row_bytes(spec.head_dim, 1)),
-            "DTYPE": getattr(_LANGUAGE, _DTYPES[dtype]),
-            "EMULATE": interpreting(),
-        }
-
-    @staticmethod
-    def merge_constants(spec: ModelSpec, tile_rows: int) -> dict[str, object]:
-        """What `merge_kernel` is compiled for."""
-        width = spec.head_dim
-        return {"H": spec.num_heads, "WIDTH": width, "WIDTH_PADDED": padded(width), "TILE_ROWS": tile_rows}

@@ -1,4 +1,4 @@
-"""The GPU kernels of attention over segments, in Triton: what `on_triton.py` launches.
+"""The GPU kernels of attention that reads segments where they lie, in Triton: what `triton_in_place.py` launches.
 
     grid: (task, KV head)        a task: the queries of a few rows of one group, over some of the keys that they see
 
@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _product(a, b, total, EMULATE: tl.constexpr):
+def product(a, b, total, EMULATE: tl.constexpr):
     """total + a · b, in fp32 inside. EMULATE: where the interpreter knows no products in 16 bits."""
     if EMULATE:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
@@ -54,7 +54,7 @@ def _read_levels(
 
 
 @triton.jit
-def _read(
+def read(
     anchor,
     at,
     rows,
@@ -108,16 +108,16 @@ def _absorb(
     EMULATE: tl.constexpr,
 ):
     """One step of online softmax over a tile of keys; scores are in base 2."""
-    scores = _product(q_low.to(DTYPE), tl.trans(k_low.to(DTYPE)), tl.zeros(seen.shape, tl.float32), EMULATE)
-    scores = _product(q_high.to(DTYPE), tl.trans(k_high.to(DTYPE)), scores, EMULATE) * scale
+    scores = product(q_low.to(DTYPE), tl.trans(k_low.to(DTYPE)), tl.zeros(seen.shape, tl.float32), EMULATE)
+    scores = product(q_high.to(DTYPE), tl.trans(k_high.to(DTYPE)), scores, EMULATE) * scale
     scores = tl.where(seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     from_zero = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - from_zero[:, None])
     shrunk = tl.exp2(top - from_zero)
     total = total * shrunk + tl.sum(weights, 1)
-    low = _product(weights.to(DTYPE), v_low.to(DTYPE), low * shrunk[:, None], EMULATE)
-    high = _product(weights.to(DTYPE), v_high.to(DTYPE), high * shrunk[:, None], EMULATE)
+    low = product(weights.to(DTYPE), v_low.to(DTYPE), low * shrunk[:, None], EMULATE)
+    high = product(weights.to(DTYPE), v_high.to(DTYPE), high * shrunk[:, None], EMULATE)
     return new_top, total, low, high
 
 
@@ -131,7 +131,6 @@ def _over_cached(
     high,
     anchor,
     tiles,
-    visits,
     first,
     last,
     sees_segment,  # [queries], where the bits of each query's row begin
@@ -158,17 +157,17 @@ def _over_cached(
     columns, keys = tl.arange(0, HALF_PADDED), tl.arange(0, KEYS)
     in_half = columns < HALF
     for visit in range(first, last):
-        tile = tiles + tl.load(visits + visit).to(tl.int64) * 5
+        tile = tiles + visit * 5
         begin, block_len, num_keys = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
         base, segment = tl.load(tile + 3), tl.load(tile + 4)
         head_bytes = block_len * (PITCH * BYTES)
         k_at = begin + (layer * (2 * KV) + kv_head) * head_bytes
         v_at = k_at + KV * head_bytes
         keep = keys < num_keys
-        k_low = _read(anchor, k_at, keys, keep, 0, KIND, PITCH, HALF, HALF_PADDED, GROUP, ALIGNED)
-        k_high = _read(anchor, k_at, keys, keep, HALF, KIND, PITCH, HALF, HALF_PADDED, GROUP, ALIGNED)
-        v_low = _read(anchor, v_at, keys, keep, 0, KIND, PITCH, HALF, HALF_PADDED, GROUP, ALIGNED)
-        v_high = _read(anchor, v_at, keys, keep, HALF, KIND, PITCH, HALF, HALF_PADDED, GROUP, ALIGNED)
+        k_low = read(anchor, k_at, keys, keep, 0, KIND, PITCH, HALF, HALF_PADDED, GROUP, ALIGNED)
+        k_high = read(anchor, k_at, keys, keep, HALF, KIND, PITCH, HALF, HALF_PADDED, GROUP, ALIGNED)
+        v_low = read(anchor, v_at, keys, keep, 0, KIND, PITCH, HALF, HALF_PADDED, GROUP, ALIGNED)
+        v_high = read(anchor, v_at, keys, keep, HALF, KIND, PITCH, HALF, HALF_PADDED, GROUP, ALIGNED)
         c = tl.load(cos + base * HALF + columns, mask=in_half, other=0.0)[None, :]
         s = tl.load(sin + base * HALF + columns, mask=in_half, other=0.0)[None, :]
         from_low, from_high = q_low.to(tl.float32), q_high.to(tl.float32)
@@ -189,8 +188,7 @@ def attend_kernel(
     part_lse,  # [slots, rows of a tile, H] fp32, base 2
     anchor,  # any memory: what tiles count their bytes from
     tiles,  # int64 [tiles, 5]: bytes to layer 0 and head 0 at the first key, tokens of the block, keys, base, segment
-    tasks,  # int32 [tasks, 16]
-    visits,  # int32: the tiles that each task reads, by dtype
+    tasks,  # int32 [tasks, 16]; the tiles that each reads are consecutive, by dtype
     rows_table,  # int32 [rows, 4]: block, offset, first and last of the rows that it sees
     bits,  # uint8: per group who sees which segment, and which block sees which
     cos,
@@ -242,7 +240,7 @@ def attend_kernel(
         if (KINDS >> kind) & 1:
             top, total, low, high = _over_cached(
                 *(q_low, q_high, top, total, low, high),
-                *(anchor, tiles, visits, tl.load(task + 2 + kind), tl.load(task + 3 + kind)),
+                *(anchor, tiles, tl.load(task + 2 + kind), tl.load(task + 3 + kind)),
                 *(bits + segments_at + (row - group_row) * num_segments, live, cos, sin, layer, kv_head, scale),
                 *(kind, KV, HALF, HALF_PADDED, KEYS, GROUP, ALIGNED, DTYPE, EMULATE),
             )
