@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _DECODER = Late("rcllm.model.decoder")  # which makes these passes, and whose nouns they speak
 _ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
-_SHAPES = 16  # that are kept; each holds its KV
+_LONGER = tuple(range(640, 2049, 128))  # where no KV is kept; closer, for the device would compute what is padded
+_SHAPES = 32  # that are kept; each holds its KV
 STATIC_ROWS = _SHAPES * _ROWS[-1]  # at most, whose KV and activations are held
 _SEEN = 1024  # shapes that are remembered
 Run = Callable[[], torch.Tensor]  # the whole pass over its buffers: hidden states of all rows, [rows, d]
@@ -48,11 +49,12 @@ class StaticPasses:
 
     def forward(self, work: Pass) -> Passed | None:
         """None: not for this pass, which is long, or the first of its shape."""
-        if len(work.token_ids) > _ROWS[-1]:
+        lengths = _ROWS if work.keep else _ROWS + _LONGER
+        if len(work.token_ids) > lengths[-1]:
             return None
         decoder = self._decoder
         host = HostTables(decoder.spec, work.groups, decoder.dtype, decoder.device)
-        rows = next(count for count in _ROWS if count >= len(work.token_ids))
+        rows = next(length for length in lengths if length >= len(work.token_ids))
         asides = tuple((aside.start, aside.stop, aside.keys.state) for aside in work.asides)
         shape = _Shape(rows, host.shape.rounded(rows), bool(work.keep), asides)
         if shape not in self._made and shape not in self._seen:  # to capture a pass takes longer than to run it

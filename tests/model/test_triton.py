@@ -240,8 +240,10 @@ def within(group: Group, positions: int) -> Group:
 def test_long_passes_run_as_they_are(tmp_path: Path) -> None:
     decoder = Decoder(*load_model(tiny_model("qwen3", tmp_path)), "triton")
     static = StaticPasses(decoder, lambda run: run)
-    long = dataclasses.replace(static_example(3, decoder), token_ids=torch.zeros(513, dtype=torch.int64))
-    assert [static.forward(long) for _ in range(2)] == [None, None]
+    short = static_example(3, decoder)
+    for rows, keep in ((513, short.keep), (2049, ())):
+        long = dataclasses.replace(short, token_ids=torch.zeros(rows, dtype=torch.int64), keep=keep)
+        assert [static.forward(long) for _ in range(2)] == [None, None]
 
 
 @pytest.mark.parametrize("way", [1 << 30], ids=["in place"], indirect=True)

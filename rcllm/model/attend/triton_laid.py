@@ -100,26 +100,35 @@ class Order(NamedTuple):
     rows: IntTable  # [rows], each row's own
     blocks: IntTable  # [blocks], the first key of each
     counts: IntTable  # [blocks], keys of each
-    firsts: IntTable  # [runs], rows that begin a run of rows whose keys follow each other
-    keys: IntTable  # [keys, 2]: block and offset
+    firsts: IntTable  # [runs of rows], rows whose keys do not follow the row before
+    lengths: IntTable  # [runs of rows]
+    runs: IntTable  # [runs, 3], of all keys that follow each other, in order: block, first offset, keys
 
     @classmethod
     def of(cls, group: Group) -> Order:
-        cached = np.array([(s.block, s.start, len(s)) for s in group.segments], np.int64).reshape(-1, 3)
+        cached = np.array([(s.block, s.start, s.stop - s.start) for s in group.segments], np.int64).reshape(-1, 3)
         block, offset = group.block.astype(np.int64), group.offset.astype(np.int64)
-        firsts = np.flatnonzero(np.diff(block, prepend=-1) | (np.diff(offset, prepend=-1) != 1))
-        lengths = np.diff(firsts, append=len(block))
-        runs = np.concatenate([cached, np.column_stack([block[firsts], offset[firsts], lengths])])
+        starts_run = np.ones(len(block), np.bool_)
+        starts_run[1:] = (block[1:] != block[:-1]) | (offset[1:] != offset[:-1] + 1)
+        firsts = np.flatnonzero(starts_run)
+        lengths = np.append(firsts[1:], len(block)) - firsts
+        runs = np.concatenate([cached, np.stack([block[firsts], offset[firsts], lengths], axis=1)])
         order = np.lexsort((runs[:, 1], runs[:, 0]))
         ordered = runs[order]
-        starts = np.cumsum(ordered[:, 2]) - ordered[:, 2]
         place = np.empty(len(runs), np.int64)
-        place[order] = starts
-        of_run, within = _within(ordered[:, 2])
+        place[order] = np.cumsum(ordered[:, 2]) - ordered[:, 2]
         counts = np.bincount(runs[:, 0], weights=runs[:, 2], minlength=len(group.sees)).astype(np.int64)
-        rows = np.repeat(place[len(cached) :], lengths) + _within(lengths)[1]
-        keys = np.column_stack([ordered[of_run, 0], ordered[of_run, 1] + within])
-        return cls(place[: len(cached)], rows, np.cumsum(counts) - counts, counts, firsts, keys)
+        rows = np.repeat(place[len(cached) :] - firsts, lengths) + np.arange(len(block))
+        return cls(place[: len(cached)], rows, np.cumsum(counts) - counts, counts, firsts, lengths, ordered)
+
+    @property
+    def num_keys(self) -> int:
+        return int(self.runs[:, 2].sum())
+
+    def keys(self) -> IntTable:
+        """[keys, 2]: block and offset of each."""
+        of, within = _within(self.runs[:, 2])
+        return np.stack([self.runs[of, 0], self.runs[of, 1] + within], axis=1)
 
 
 def _within(lengths: IntTable) -> tuple[IntTable, IntTable]:
@@ -134,17 +143,20 @@ class LaidTables:
     def __init__(self, spec: ModelSpec, groups: Sequence[Group], starts: Sequence[int], tiling: Tiling) -> None:
         """starts: the first row of each group in the pass."""
         self._kinds = self._num_keys = self._num_visits = self._num_bits = 0
-        self._is_dense = True  # whether every row sees all keys before its own
+        self._is_dense, self._orders = True, list[Order]()  # dense: every row sees all keys before its own
         end = starts[-1] + groups[-1].num_rows
         self._rows = np.zeros((end, 4), np.int64)
         parts = [
             self._add(group, start, tiling, tiling.rows(spec)) for group, start in zip(groups, starts, strict=True)
         ]
-        self._tiles, self._visits, self._bits, self._keys, row_tiles = (
-            np.concatenate([part[i] for part in parts]) for i in range(5)
+        self._tiles, self._visits, self._bits, row_tiles = (
+            np.concatenate([part[i] for part in parts]) for i in range(4)
         )
+        self._keys = np.zeros((0, 2), np.int64)
         if self._is_dense:
-            self._keys, self._bits = self._keys[:0], self._bits[:0]
+            self._bits = self._bits[:0]
+        else:
+            self._keys = np.concatenate([order.keys() for order in self._orders])
         self._divide(row_tiles, spec.num_kv_heads, tiling)
         lengths = (len(self._tiles), len(self._tasks), len(self._visits), end, self._num_keys, len(self._keys))
         self.shape = LaidShape(tiling, self._kinds, *lengths, len(self._merges), len(self._bits), slots=self._num_slots)
@@ -157,8 +169,8 @@ class LaidTables:
 
     def _add(
         self, group: Group, start: int, tiling: Tiling, tile_rows: int
-    ) -> tuple[IntTable, IntTable, npt.NDArray[np.uint8], IntTable, IntTable]:
-        """tiles to lay [tiles, 6], visits, bits, keys [keys, 2], and row tiles [row tiles, 16] as tasks.
+    ) -> tuple[IntTable, IntTable, npt.NDArray[np.uint8], IntTable]:
+        """tiles to lay [tiles, 6], visits, bits, and row tiles [row tiles, 16] as tasks.
 
         In place of a slot a row tile has its number of visits.
         """
@@ -186,17 +198,18 @@ class LaidTables:
 
         bits = np.ravel(group.sees).view(np.uint8)
         self._is_dense &= is_dense
-        self._num_keys += len(order.keys)
+        self._orders.append(order)
+        self._num_keys += order.num_keys
         self._num_visits += len(visits)
         self._num_bits += len(bits)
-        return self._laid(group, start, order, key_start), visits, bits, order.keys, row_tiles
+        return self._laid(group, start, order, key_start), visits, bits, row_tiles
 
     def _laid(self, group: Group, start: int, order: Order, key_start: int) -> IntTable:
         """[tiles, 6]: what is laid where."""
         cached, kinds, place = key_tiles(group, _TOKENS)
         self._kinds |= int(np.bitwise_or.reduce(1 << kinds, initial=0))
         to = order.segments[cached[:, 4]] + place + key_start
-        lengths = np.diff(order.firsts, append=group.num_rows)
+        lengths = order.lengths
         of, number = _within(-(-lengths // _TOKENS))
         rows, fresh = order.firsts[of] + number * _TOKENS, np.zeros((len(of), 6), np.int64)
         fresh[:, 0], fresh[:, 2] = rows + start, np.minimum(lengths[of] - number * _TOKENS, _TOKENS)
@@ -222,7 +235,7 @@ def _seen_whole(group: Group, order: Order) -> IntTable:
     """[rows]: one past the last key of those, from the first on, all of which a row sees."""
     unseen = ~group.sees & (order.counts > 0)
     np.fill_diagonal(unseen, val=False)
-    end = len(order.keys)
+    end = order.num_keys
     first_unseen = np.where(unseen, order.blocks, end).min(axis=1, initial=end)
     return np.asarray(np.minimum(first_unseen[group.block], order.rows + 1))
 
@@ -231,7 +244,7 @@ def _visited(
     group: Group, order: Order, firsts: IntTable, whole: IntTable, last: IntTable, keys: int, is_dense: bool
 ) -> npt.NDArray[np.bool_]:
     """[row tiles, tiles of keys]: those beyond the whole ones that hold a key which some row of the tile may see."""
-    tile = np.arange(-(-len(order.keys) // keys))
+    tile = np.arange(-(-order.num_keys // keys))
     visited = (tile >= whole[:, None]) & (tile * keys < last[:, None])
     if is_dense:
         return visited
