@@ -169,8 +169,11 @@ class Engine:
 
     def run(self, job: Job[Request, Response], requests: Sequence[Request]) -> list[Response | RcllmError]:
         """Per request its response, or its error, in their order."""
-        tickets = [self.submit(job, request) for request in requests]
+        tickets = list[Ticket | Refused]()
         try:
+            for request in requests:
+                tickets.append(self.submit(job, request))
+                self.loop.hasten()
             self.loop.run(until=lambda: all(ticket.done for ticket in tickets))
         finally:
             self.cancel(tickets)  # where an interrupt left some

@@ -153,7 +153,11 @@ class Job(Protocol[Request, Response]):
         """Checks a request. Called by any thread; computes and changes nothing. Raises RcllmError."""
 
     def enter(self, entered: Sequence[Entered], stage: Stage) -> Iterable[Answer]:
-        """Takes over requests whose prompts were computed; their rows and segments are there during the call."""
+        """Takes over requests whose prompts were computed; their rows and segments are there until the answers are.
+
+        What it asks of the device is launched in the call, and the answers wait for it: other passes may be launched
+        in between, where all in this one end with it.
+        """
 
     def passes(self, stage: Stage) -> Sequence[Pass]:
         """The next pass of everything that runs, in parts that need not know of each other."""

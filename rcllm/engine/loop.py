@@ -5,21 +5,22 @@
 Knows jobs by their contract alone, and neither catalogue files nor tiers. Invariant: a request that was taken in gets
 one outcome; an answer does not depend on what else is in its pass, beyond the tolerance of the kernels. Any thread may
 submit; passes run one at a time, in the thread of whoever waits, and rankings between the layers of a pass that others
-are in, by the scheduler's rule.
+are in, by the scheduler's rule. On a GPU a pass of rankings is launched before the answers of the one before are read.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from rcllm.cache.pool import Pool
 from rcllm.config import Config
 from rcllm.data.live import LiveCatalogue
+from rcllm.engine.flight import Flight
 from rcllm.engine.intake import Intake
 from rcllm.engine.job import Answer, Job, Listener, Refused, Ticket
 from rcllm.engine.passes import Prompts, Steps, demand, enter, forward
@@ -33,6 +34,8 @@ from rcllm.reuse.missing import user_owner
 from rcllm.schedule.cost import CostModel, Demand, Rates
 from rcllm.schedule.scheduler import Scheduler
 from rcllm.schedule.work import NO_LIMIT, PassLimits, Queue, Terms, Turn, Work
+
+_WORTH_ROWS = 384  # that wait: a pass over fewer takes hardly less time, for the weights are read anyway
 
 
 class RequestLoop:
@@ -69,6 +72,9 @@ class RequestLoop:
         self._yields = False  # whether rankings may come between its layers
         self._in_pass = frozenset[int]()  # whose rows are in it
         self._given_rows = 0.0  # of it that are done, since it began or made way; a layer counts as its part of a row
+        self._flies = decoder.device.type != "cpu"  # whether a pass may be launched before the one before it has ended
+        self._flight: Flight | None = None  # it, once it was launched
+        self._landed_s = 0.0  # when the last pass had ended
 
     def submit(
         self,
@@ -158,62 +164,125 @@ class RequestLoop:
         with self._lock:
             return list(self.tickets.values())
 
-    def alone(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
         """Nothing is computed inside, for changes of what jobs keep between passes."""
-        return self._turns.alone()
+        with self._turns.alone():
+            self._land_all()
+            yield
 
     def turn(self) -> bool:
         """`step` in this thread's turn, beside others that compute; for whoever runs the loop for everybody."""
         with self._turns.alone():
             return self.step()
 
-    def step(self) -> bool:
-        """One pass over the rows of whoever's turn it is; False where nobody waits. One thread at a time."""
-        self._drop_withdrawn()
+    def hasten(self) -> None:
+        """Launches a pass of what waits while more is being asked, where the device would do nothing meanwhile."""
+        if not self._flies:
+            return
         with self._lock:
-            turn = self.scheduler.turn(self._clock())  # schedule
+            is_worth_it = self.scheduler.waiting_rows >= _WORTH_ROWS
+        if not is_worth_it or not self._turns.acquire_now():
+            return
+        try:
+            if self._flight is None or self._flight.has_ended:
+                self.step(more=True)
+        finally:
+            self._turns.release()
+
+    def step(self, *, more: bool = False) -> bool:
+        """One pass over the rows of whoever's turn it is; False where nobody waits. One thread at a time.
+
+        On a device that computes beside the host, a pass that all in it end with is read after the next one is
+        launched, where somebody waits for that; `more`: somebody will.
+        """
+        self._drop_withdrawn()
+        beside = self._flight.kv_bytes if self._flight else 0
+        with self._lock:
+            turn = self.scheduler.turn(self._clock(), beside)  # schedule
             self._yields, self._given_rows = turn.yields and self.scheduler.limits.other_rows < NO_LIMIT, 0.0
         entering, running = self._take_turn(turn)
         if not entering and not running:
-            return False
-        self._in_pass = frozenset(ticket.number for ticket in (*entering, *running))
+            return self._land_all()
+        numbers = frozenset(ticket.number for ticket in (*entering, *running))
+        self._in_pass |= numbers
         try:
-            self._pass(entering, running, self._make_way if self._yields else None)
+            flight = self._launch(entering, running, self._make_way if self._yields else None)
+        except BaseException:
+            self._in_pass -= numbers
+            raise
         finally:
-            self._in_pass, self._yields = frozenset(), False
-            self.scheduler.pass_ended()
-        self._pool.write_through()  # what was published, for whoever comes after this process
-        self._pool.tidy()
+            self._yields = False
+        flight.kv_bytes = turn.kv_bytes
+        before, self._flight = self._flight, flight
+        self._land(before)
+        if not (self._flies and flight.may_wait and (more or self.scheduler.num_waiting)):
+            self._land_all()
         return True
 
-    def _pass(self, entering: Sequence[Ticket], running: Sequence[Ticket], between: Between | None) -> None:
+    def _land_all(self) -> bool:
+        """Nothing is under way after it; False where nothing was."""
+        flight, self._flight = self._flight, None
+        self._land(flight)
+        return flight is not None
+
+    def _land(self, flight: Flight | None) -> None:
+        """Waits for a pass that was launched, and answers."""
+        if flight is None:
+            return
+        try:
+            self._end(flight)
+        finally:
+            self._in_pass -= {ticket.number for ticket in flight.tickets}
+            self.scheduler.pass_ended(self._flight.kv_bytes if self._flight else 0)
+        self._pool.write_through()  # what was published, for whoever comes after this process
+        self._pool.tidy()
+
+    def _launch(self, entering: Sequence[Ticket], running: Sequence[Ticket], between: Between | None) -> Flight:
         """`between`: called between its layers."""
         clock = self._pass_clock
         watch = Stopwatch(clock, self._trace, self._num_passes)
         self._num_passes += 1
-        answers: list[Answer] = []
-        start, away_s = clock(), clock.away_s
+        flight = Flight(entering, running, watch, clock(), clock.away_s)
         self._pass_ends_s = self._clock() + sum(map(self.intake.needs_ms, entering)) / 1e3
         try:
-            with self._prefill.pool_of([ticket.planned for ticket in entering]).hold() as held:
-                # plan, materialise, select, assemble
-                prompts = Prompts.of(entering, self._prefill, held, watch.stage, between)
-                steps = Steps.of(running, watch.stage)  # assemble
-                asked = demand(prompts, steps)
-                self._pass_ends_s = self._clock() + (self.costs.ms(asked) / 1e3 - (clock() - start))
-                first, passed = forward(self._decoder, prompts, steps, watch.stage, between)  # forward
-                answers += steps.take(passed, watch.stage)  # read
-                answers += enter(prompts, first, self._prefill, held, self._names, watch.stage)  # publish, read
-            if asked.rows:
-                self.costs.observe(asked, (clock() - start) * 1e3 - watch.stages.get("measure", 0.0))
+            held = flight.holding.enter_context(self._prefill.pool_of([ticket.planned for ticket in entering]).hold())
+            # plan, materialise, select, assemble
+            prompts = Prompts.of(entering, self._prefill, held, watch.stage, between)
+            steps = Steps.of(running, watch.stage)  # assemble
+            flight.asked = demand(prompts, steps)
+            self._pass_ends_s = self._clock() + (self.costs.ms(flight.asked) / 1e3 - (clock() - flight.start_s))
+            first, passed = forward(self._decoder, prompts, steps, watch.stage, between)  # forward
+            stepped = list(steps.take(passed, watch.stage))  # read
+            entered = enter(prompts, first, self._prefill, held, self._names, watch.stage)  # publish, read
+            flight.launched(itertools.chain(stepped, entered), self._decoder.device)
         except BaseException as error:  # a pass that broke is told to everybody in it, and an interrupt to its thread
-            answers = [Answer(ticket.number, error) for ticket in (*entering, *running)]
+            flight.failed(error)
+            if not isinstance(error, Exception):
+                self._end(flight)
+                raise
+        return flight
+
+    def _end(self, flight: Flight) -> None:
+        """Waits for the answers of a pass, and gives them."""
+        clock, answers = self._pass_clock, list[Answer]()
+        try:
+            answers += flight.answers
+            if flight.asked.rows:
+                took_s = clock() - max(flight.start_s, self._landed_s)
+                self.costs.observe(flight.asked, took_s * 1e3 - flight.watch.stages.get("measure", 0.0))
+        except BaseException as error:
+            flight.failed(error)
+            answers = list(flight.answers)
             if not isinstance(error, Exception):
                 raise
         finally:
-            self._pass_ends_s = 0.0
-            away = {"yield": (clock.away_s - away_s) * 1e3} if clock.away_s > away_s else {}
-            self._reply(answers, (*entering, *running), watch.stages | away)  # reply
+            flight.holding.close()
+            self._landed_s, beside = clock(), self._flight
+            self._pass_ends_s = self._clock() + self.costs.ms(beside.asked) / 1e3 if beside else 0.0
+            away_s = clock.away_s - flight.away_s
+            away = {"yield": away_s * 1e3} if away_s > 0.0 else {}
+            self._reply(answers, flight.tickets, flight.watch.stages | away)  # reply
 
     def makes_way_for(self, other: RequestLoop) -> None:
         """Rankings of another model on this device enter between the layers of passes here as well."""
@@ -250,14 +319,15 @@ class RequestLoop:
             turn = self.scheduler.interlude(given_rows, self._clock())
         entering, _ = self._take_turn(turn)
         if entering:
-            self._pass(entering, (), None)
+            self._end(self._launch(entering, (), None))
             self._turns.look()
         return bool(entering)
 
     def _take_turn(self, turn: Turn) -> tuple[list[Ticket], list[Ticket]]:
         """Who enters with the next pass, and who goes on; ends those whose time is over."""
         with self._lock:
-            entering, running = ([self.tickets[n] for n in some] for some in (turn.enter, turn.step))
+            stepping = [n for n in turn.step if n not in self._in_pass]  # what is under way has no next step
+            entering, running = ([self.tickets[n] for n in some] for some in (turn.enter, stepping))
             expired = [self.tickets.pop(number) for number in turn.expired]
         for ticket in expired:
             self.intake.count_expired()
@@ -297,8 +367,8 @@ class RequestLoop:
     def cancel(self, tickets: Iterable[Ticket | Refused]) -> None:
         """Ends requests that are not done; waits for the pass that runs."""
         if undone := [ticket for ticket in tickets if isinstance(ticket, Ticket) and not ticket.done]:
-            with self._turns.alone():
-                self._drop(undone)
+            with self.alone():
+                self._drop(ticket for ticket in undone if not ticket.done)
 
     def withdraw(self, ticket: Ticket) -> None:
         """Ends a request before the next pass; returns at once."""

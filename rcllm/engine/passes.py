@@ -109,15 +109,19 @@ def forward(
 def enter(
     prompts: Prompts, passed: Passed | None, prefill: Prefill, held: Held, names: Mapping[str, str], stage: Stage
 ) -> Iterator[Answer]:
-    """Publishes what was computed exactly, and hands prompts to their jobs. `names`: node and model, for receipts."""
+    """Publishes what was computed exactly, and hands prompts to their jobs. `names`: node and model, for receipts.
+
+    All that jobs ask of the device is launched when this returns; the answers may wait for it.
+    """
     if prompts.error is not None:
-        yield from (Answer(ticket.number, prompts.error) for ticket in prompts.tickets)
+        return iter([Answer(ticket.number, prompts.error) for ticket in prompts.tickets])
     if prompts.assembled is None or passed is None:
-        return
+        return iter(())
     with stage("publish"):
         entered = _entered(prompts, prompts.assembled, passed, prefill, held, names)
-    for job in dict.fromkeys(each.ticket.job for each in entered):
-        yield from job.enter([each for each in entered if each.ticket.job is job], stage)
+    jobs = dict.fromkeys(each.ticket.job for each in entered)
+    parts = [job.enter([each for each in entered if each.ticket.job is job], stage) for job in jobs]
+    return itertools.chain.from_iterable(parts)
 
 
 def _entered(

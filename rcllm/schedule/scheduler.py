@@ -179,8 +179,16 @@ class Scheduler:
         kind.step_rows -= work.step_rows
         kind.own_bytes -= work.own_bytes
 
-    def turn(self, now_s: float = 0.0) -> Turn:
-        """Who computes in the next pass. Whoever enters runs until `end`; who has expired is gone."""
+    @property
+    def waiting_rows(self) -> int:
+        """Of all prompts that wait."""
+        return sum(kind.waiting_rows for kind in self._kinds.values())
+
+    def turn(self, now_s: float = 0.0, beside_bytes: int = 0) -> Turn:
+        """Who computes in the next pass. Whoever enters runs until `end`; who has expired is gone.
+
+        `beside_bytes`: of KV that a pass which is under way reads meanwhile.
+        """
         expired = tuple(self._expiring(now_s))
         waiting, running = self._waiting(), list(self._running)
         heads = [work for kind in waiting.values() if (work := self._head(kind)) is not None]
@@ -190,16 +198,16 @@ class Scheduler:
         self._owed = False
         room = _Room(self.limits.other_rows if any(not work.goes_on for work in heads) else 1 << 60)
         stepping = {id(kind) for kind in self._kinds.values() if kind.running and room.take(kind.step_rows)}
-        taken = _Taken(self.limits, now_s)
+        taken = _Taken(self.limits, now_s, beside_bytes)
         enter = tuple(self._entering(waiting, taken, room) if waiting or running else self._fill_idle_time(taken))
         self._owed, self._pass_bytes = room.was_short, taken.kv_bytes
         step = tuple(number for number in running if id(self._running[number]) in stepping)
         yields = not any(_is_hurried(self._works[number], self._running[number]) for number in enter)
-        return Turn(enter, step, expired, yields)
+        return Turn(enter, step, expired, yields, taken.kv_bytes - beside_bytes)
 
-    def pass_ended(self) -> None:
-        """What the prompts of the latest turn read is free again."""
-        self._pass_bytes = 0
+    def pass_ended(self, beside_bytes: int = 0) -> None:
+        """What the prompts of the latest turn read is free again, but for what is read by passes under way."""
+        self._pass_bytes = beside_bytes
 
     def interlude(self, rows: float, now_s: float = 0.0) -> Turn:
         """Hurried work that enters between the layers of a pass without any: the latest turn's, or another model's.

@@ -73,6 +73,7 @@ class Turn:
     step: tuple[int, ...] = ()  # who takes a step besides
     expired: tuple[int, ...] = ()  # who left the queue unanswered, for its deadline can no longer be kept
     yields: bool = False  # whether work of a single pass may enter between the layers of this pass
+    kv_bytes: int = 0  # of KV that its prompts read
 
     def __bool__(self) -> bool:
         return bool(self.enter or self.step)
