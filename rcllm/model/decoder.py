@@ -329,19 +329,15 @@ class Kept:
 
     def __init__(self, decoder: Decoder, keep: Sequence[Keep], layers: range) -> None:
         spec, device = decoder.spec, decoder.device
-        self.spec, self.rope, self.keep, self.layers = spec, decoder.rope, keep, layers
+        self._ops, self.keep, self.layers = decoder._ops, keep, layers
         self.rows = torch.cat([torch.arange(k.start, k.stop, device=device) for k in keep])
-        back = torch.cat([torch.full((k.stop - k.start,), -k.base, device=device) for k in keep])
+        back = torch.cat([torch.full((k.stop - k.start,), k.base, device=device) for k in keep])
         self.back = back if any(k.base for k in keep) else None
         shape = (len(layers), 2, spec.num_kv_heads, len(self.rows), spec.head_dim)
         self.kv = torch.empty(shape, dtype=decoder.dtype, device=device)
 
     def take(self, layer: int, qkv: torch.Tensor) -> None:
-        kv = qkv[self.rows, self.spec.q_size :].unflatten(1, (2, self.spec.num_kv_heads, self.spec.head_dim))
-        k = kv[:, 0] if self.back is None else self.rope.shift(kv[:, 0], self.back)
-        to = self.of_layer(layer).to
-        to[0] = k.transpose(0, 1)
-        to[1] = kv[:, 1].transpose(0, 1)
+        self._ops.keep(qkv, self.rows, self.back, self.of_layer(layer).to)
 
     def of_layer(self, layer: int) -> Copied:
         return Copied(self.rows, self.kv[layer - self.layers.start])

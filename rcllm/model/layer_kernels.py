@@ -71,6 +71,43 @@ def rotate_kernel(
 
 
 @triton.jit
+def keep_kernel(
+    qkv,
+    rows,
+    back,
+    cos,
+    sin,
+    to,
+    pitch,
+    num_kept,
+    H: tl.constexpr,
+    KV: tl.constexpr,
+    KV_PADDED: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    SHIFTS: tl.constexpr,
+):
+    """Keys of some rows, turned back by `back` positions, and their values, to [2, KV, kept, D]. Grid: (kept,)."""
+    number = tl.program_id(0)
+    heads, columns = tl.arange(0, KV_PADDED)[:, None], tl.arange(0, HALF_PADDED)[None, :]
+    here = (heads < KV) & (columns < HALF)
+    at = qkv + tl.load(rows + number) * pitch + (H + heads) * (2 * HALF) + columns
+    out = to + (heads.to(tl.int64) * num_kept + number) * (2 * HALF) + columns
+    low, high = tl.load(at, mask=here, other=0.0), tl.load(at + HALF, mask=here, other=0.0)
+    if SHIFTS:
+        angle = tl.load(back + number) * HALF + columns
+        c, s = tl.load(cos + angle, mask=columns < HALF), tl.load(sin + angle, mask=columns < HALF)
+        wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
+        low = (wide_low * c + wide_high * s).to(to.dtype.element_ty)
+        high = (wide_high * c - wide_low * s).to(to.dtype.element_ty)
+    tl.store(out, low, mask=here)
+    tl.store(out + HALF, high, mask=here)
+    values, beside = at + KV * (2 * HALF), out + KV * num_kept.to(tl.int64) * (2 * HALF)
+    tl.store(beside, tl.load(values, mask=here, other=0.0), mask=here)
+    tl.store(beside + HALF, tl.load(values + HALF, mask=here, other=0.0), mask=here)
+
+
+@triton.jit
 def swiglu_kernel(gate_up, output, size, COLUMNS: tl.constexpr):
     """silu(gate) · up; grid: (rows, columns / COLUMNS)."""
     row = tl.program_id(0).to(tl.int64)

@@ -47,6 +47,9 @@ class Ops(Protocol):
     def rotate(self, qkv: torch.Tensor, positions: torch.Tensor, q_norm: Norm, k_norm: Norm) -> None:
         """Norms (Qwen3) and turns the heads of q and k in the fused rows [rows, (H + 2·KV)·D]."""
 
+    def keep(self, qkv: torch.Tensor, rows: torch.Tensor, back: torch.Tensor | None, to: torch.Tensor) -> None:
+        """K and V of some `rows` of qkv [rows, (H + 2·KV)·D] to [2, KV, len, D], K turned back by `back` positions."""
+
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[rows, 2·ffn] -> [rows, ffn]."""
 
@@ -67,6 +70,15 @@ class SteppedLayer:
         parts = self._parts
         normed = self._ops.add_norm(residual, parts.o(attended), parts.post_norm)
         return parts.down(self._ops.swiglu(parts.gate_up(normed)))
+
+
+def keep_rows(
+    spec: ModelSpec, rope: Rope, qkv: torch.Tensor, rows: torch.Tensor, back: torch.Tensor | None, to: torch.Tensor
+) -> None:
+    """See `Ops.keep`."""
+    k, v = qkv[rows, spec.q_size :].unflatten(1, (2, spec.num_kv_heads, spec.head_dim)).unbind(1)
+    to[0] = (k if back is None else rope.shift(k, -back)).transpose(0, 1)
+    to[1] = v.transpose(0, 1)
 
 
 class TorchOps:
@@ -96,6 +108,9 @@ class TorchOps:
             q.copy_(self._norm(q, q_norm))
             k.copy_(self._norm(k, k_norm))
         heads.copy_(self.rope.rotate(heads, positions))
+
+    def keep(self, qkv: torch.Tensor, rows: torch.Tensor, back: torch.Tensor | None, to: torch.Tensor) -> None:
+        keep_rows(self.spec, self.rope, qkv, rows, back, to)
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -133,6 +148,20 @@ class TritonOps(TorchOps):
         sizes = {"HEADS": heads, "HEADS_PADDED": padded(heads), "HALF": half, "HALF_PADDED": padded(half)}
         return {"NORMS": norms, "H": spec.num_heads, **sizes}
 
+    def keep(self, qkv: torch.Tensor, rows: torch.Tensor, back: torch.Tensor | None, to: torch.Tensor) -> None:
+        rope, shifts = self.rope, back is not None
+        tables = (rows, rows if back is None else back, rope.cos, rope.sin)
+        _ON_GPU.keep_kernel[len(rows),](
+            *(qkv, *tables, to, qkv.stride(0), len(rows)), **self.keep_constants(shifts=shifts)
+        )
+
+    def keep_constants(self, *, shifts: bool) -> dict[str, object]:
+        """What `keep_kernel` is compiled for."""
+        spec = self.spec
+        heads, half = spec.num_kv_heads, spec.head_dim // 2
+        sizes = {"KV": heads, "KV_PADDED": padded(heads), "HALF": half, "HALF_PADDED": padded(half)}
+        return {"H": spec.num_heads, **sizes, "SHIFTS": shifts}
+
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, double = gate_up.shape
         size = double // 2
@@ -169,6 +198,9 @@ class NativeOps:
         heads = torch.tensor([spec.num_heads, spec.num_kv_heads, spec.head_dim])
         tables = (heads, positions, rope.scaled_cos, rope.scaled_sin, q_norm, k_norm, spec.rms_eps)
         self.kernels.call("rotate", qkv, qkv.stride(0), len(qkv), *tables, torch.get_num_threads())
+
+    def keep(self, qkv: torch.Tensor, rows: torch.Tensor, back: torch.Tensor | None, to: torch.Tensor) -> None:
+        keep_rows(self.spec, self.rope, qkv, rows, back, to)
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, double = gate_up.shape

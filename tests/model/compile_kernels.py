@@ -30,14 +30,17 @@ from tests.model.test_attention import SPEC
 QWEN3_8B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096, "qk_norm": True}
 NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-INTS = dict.fromkeys(("layer", "num_keys", "qkv_pitch", "pitch", "size"), "i32") | {"scale": "fp32", "eps": "fp32"}
+INTS = dict.fromkeys(("layer", "num_keys", "num_kept", "qkv_pitch", "pitch", "size"), "i32") | {
+    "scale": "fp32",
+    "eps": "fp32",
+}
 TABLES = dict.fromkeys(("tasks", "visits", "rows_table", "keys_table", "merges"), "*i32")
 TABLES |= {"tiles": "*i64", "bits": "*u8"}
 FP32 = ("anchor", "cos", "sin", "lse", "part_output", "part_lse")
 
 
 def compile_for(kernel: Any, rows: torch.dtype, constants: dict[str, object], arch: int, **options: int) -> Any:
-    types = {**INTS, **TABLES, **dict.fromkeys(FP32, "*fp32"), "positions": "*i64"}
+    types = {**INTS, **TABLES, **dict.fromkeys(FP32, "*fp32"), **dict.fromkeys(("positions", "rows", "back"), "*i64")}
     signature, aligned = {}, {}
     for number, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else types.get(name, POINTERS[rows])
@@ -92,6 +95,7 @@ def main(arch: int, kept: str) -> dict[str, dict[str, float]]:
     for name, kernel, constants in (
         ("add_norm", layer_kernels.add_norm_kernel, {"ADDS": True, "SIZE_PADDED": 4096}),
         ("rotate", layer_kernels.rotate_kernel, ops.rotate_constants(norms=True)),
+        ("keep", layer_kernels.keep_kernel, ops.keep_constants(shifts=True)),
         ("swiglu", layer_kernels.swiglu_kernel, {"COLUMNS": 1024}),
     ):
         found[name] = facts(compile_for(kernel, rows, constants, arch))

@@ -47,6 +47,24 @@ def fused(request: pytest.FixtureRequest) -> Callable[[ModelSpec, Rope], Ops]:
     return TritonOps
 
 
+@pytest.mark.parametrize("shifts", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 32), (3, 3, 96)])
+def test_rows_to_keep(
+    fused: Callable[[ModelSpec, Rope], Ops], heads: int, kv_heads: int, head_dim: int, *, shifts: bool
+) -> None:
+    """Exact but for the order of a product and a sum; what is not to be kept is not touched."""
+    spec = dataclasses.replace(SPEC, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    rope, qkv = Rope.of(spec, 64), torch.randn(20, spec.q_size + 2 * spec.kv_size)
+    rows, back = torch.tensor([3, 4, 5, 11, 19]), torch.tensor([0, 0, 7, 40, 63]) if shifts else None
+    found, expected = (torch.full((3, 2, kv_heads, 5, head_dim), 9.0) for _ in range(2))
+    fused(spec, rope).keep(qkv, rows, back, found[1])
+    TorchOps(spec, rope).keep(qkv, rows, back, expected[1])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    k = qkv[:, spec.q_size : spec.q_size + spec.kv_size].unflatten(1, (kv_heads, head_dim))[rows]
+    own = k if back is None else rope.shift(k, -back)
+    torch.testing.assert_close(expected[1, 0], own.transpose(0, 1), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("size", [7, 576, 1000])
 @pytest.mark.parametrize("with_delta", [True, False])
 def test_add_norm(fused: Callable[[ModelSpec, Rope], Ops], size: int, with_delta: bool) -> None:

@@ -188,7 +188,7 @@ def test_the_kernels_compile_for_a_gpu() -> None:
     """To its machine code, which needs none: bf16 rows and KV in Qwen3-8B's shape, few rows and many."""
     found = compiled("90", "bf16")
     attending = {"attend 16", "attend 128", "attend nothing cached", "merge", "lay", "laid", "laid, by blocks"}
-    assert set(found) == attending | {"add_norm", "rotate", "swiglu"}
+    assert set(found) == attending | {"add_norm", "rotate", "keep", "swiglu"}
     for name in ("attend 16", "attend 128", "laid"):
         assert found[name]["bytes_per_load"] == 16, "K and V are read in whole vectors"
         assert found[name]["spilled_bytes"] <= 32
