@@ -36,7 +36,7 @@ from rcllm.core.receipts import BlockKind
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
 from rcllm.prompt.draft import Draft, listed
 from rcllm.prompt.keys import Context, content_key
-from rcllm.prompt.labels import check_told_apart, choices, label_names
+from rcllm.prompt.labels import choices
 from rcllm.prompt.learnt import Learnt
 from rcllm.prompt.template import ChatFormat, Template
 from rcllm.prompt.texts import EMPTY_TEXT, TextCounts, Texts, Written
@@ -162,7 +162,7 @@ class Prompter:
             "pointwise": t.pointwise_question,
             "likelihood": t.likelihood_head,
         }
-        return self.tokenizer.encode_control(text[readout])
+        return self.texts.own(text[readout])
 
     def build(self, request: RankRequest) -> Prompt:
         """Raises RequestError (bad request, unknown item, too long)."""
@@ -191,7 +191,7 @@ class Prompter:
         draft = Draft(self.namespace, _closed(request), options)
         draft.add(BlockKind.INSTRUCTION, self.instructions["history_first"])
         self._add_history(draft)
-        ids = self.tokenizer.encode_control(self.template.question + self.chat.assistant + self.template.answer)
+        ids = self.texts.own(self.template.question + self.chat.assistant + self.template.answer)
         if not ids:
             raise ConfigError(
                 f"template {self.template.name!r}: question must not be empty; decoding begins at its end"
@@ -253,38 +253,33 @@ class Prompter:
             )
 
     def _list_candidates(self, draft: Draft, items: Sequence[Item], options: RankOptions) -> None:
-        t, encode = self.template, self.tokenizer.encode_control
-        if options.layout == "history_first":
-            before_item = options.label_place == "before"  # such labels bring their own line break
-            draft.add(BlockKind.LABEL, encode(t.items_head if before_item else _on_a_line(t.items_head)))
-        names = [encode(name) for name in label_names(len(items))]
-        check_told_apart(label_names(len(items)), names, self.tokenizer.unknown_id)
-        before, after = (
-            encode(part) for part in (t.label_before if options.label_place == "before" else t.label_after)
-        )
+        t, own = self.template, self.texts.own
+        before_item = options.label_place == "before"
+        if options.layout == "history_first":  # labels before their items bring their own line break
+            draft.add(BlockKind.LABEL, own(t.items_head if before_item else _on_a_line(t.items_head)))
+        labels = self.texts.labels(len(items), options.label_place)
         if options.parallel:
             draft.isolate_slots()
-        for slot, (item, name) in enumerate(zip(items, names, strict=True)):
+        for slot, (item, label) in enumerate(zip(items, labels.written, strict=True)):
             draft.open_slot(slot)
-            if options.label_place == "before":
-                draft.add(BlockKind.LABEL, before + name + after)
-                self._add_item(draft, item)
-            else:
-                self._add_item(draft, item)
-                draft.add(BlockKind.LABEL, before + name + after)
+            if before_item:
+                draft.add(BlockKind.LABEL, label)
+            self._add_item(draft, item)
+            if not before_item:
+                draft.add(BlockKind.LABEL, label)
         draft.close_slots()
         if options.layout == "items_first":
-            draft.add(BlockKind.LABEL, encode(t.history_head))
+            draft.add(BlockKind.LABEL, own(t.history_head))
             self._add_history(draft)
         question = draft.add(BlockKind.QUESTION, self.question_ids("label"))
         nodes: dict[TokenIds, int] = {(): question}
-        for choice in choices(names):  # labels of several tokens: their inner nodes are branches after the question
+        for choice in choices(labels.names):  # labels of several tokens: their inner nodes are branches after the question
             if choice.prefix:
                 parent = nodes[choice.prefix[:-1]]
                 nodes[choice.prefix] = draft.add_branch(choice.prefix[-1:], parent)
             node = nodes[choice.prefix]
             draft.reads.append(Read(node, len(draft.blocks[node]) - 1, choice.token_ids))
-        draft.label_ids = tuple(names)
+        draft.label_ids = labels.names
 
     def _add_item(self, draft: Draft, item: Item) -> None:
         """A candidate's cached text, and what is fresh of it."""
@@ -311,8 +306,7 @@ class Prompter:
             draft.add(BlockKind.HISTORY, written.ids, owner, key=key, private=private)
 
     def _ask_each(self, draft: Draft, items: Sequence[Item]) -> None:
-        t, encode = self.template, self.tokenizer.encode_control
-        draft.add(BlockKind.LABEL, encode(t.items_head + "\n"))
+        draft.add(BlockKind.LABEL, self.texts.own(self.template.items_head + "\n"))
         answers = self._answer_tokens()
         question = self.question_ids("pointwise")
         draft.isolate_slots()
@@ -326,7 +320,7 @@ class Prompter:
     def _answer_tokens(self) -> TokenIds:
         """The first token of each of pointwise_answers. Raises ConfigError where no score could tell them apart."""
         t = self.template
-        begun = [self.tokenizer.encode_control(answer)[:1] for answer in t.pointwise_answers]
+        begun = [self.texts.own(answer)[:1] for answer in t.pointwise_answers]
         if not all(begun) or begun[0] in begun[1:] or begun[0] == (self.tokenizer.unknown_id,):
             raise ConfigError(
                 f"template {t.name!r}: with this tokenizer the first of pointwise_answers {t.pointwise_answers} begins "

@@ -71,12 +71,9 @@ class Draft:
         private: bool = False,
     ) -> int:
         """Appends a block after the last one, and returns its index."""
-        chain_key = None
-        if self._chained and kind in (BlockKind.INSTRUCTION, BlockKind.HISTORY):
-            chain_key = self._chain_key(kind, ids)
-            key = chain_key if kind is BlockKind.INSTRUCTION else key
+        chain_key = self._chain_key(kind, ids) if self._chained else None
         self._chained = chain_key is not None
-        self._context.update(token_bytes(ids))
+        key = chain_key if kind is BlockKind.INSTRUCTION else key
         self.blocks.append(Block(kind, ids, self._base, owner, key, chain_key, self._slot, private))
         self._base += len(ids)
         self.end = max(self.end, self._base)
@@ -118,11 +115,16 @@ class Draft:
         )
 
     def _chain_key(self, kind: BlockKind, ids: TokenIds) -> ContentKey | None:
-        """Names the KV of a block after exactly what precedes it; a user's history belongs to that user alone."""
-        owner = None if kind is BlockKind.INSTRUCTION else self.user
-        if owner is None and kind is not BlockKind.INSTRUCTION:
+        """Names the KV of a block after exactly what precedes it; a user's history belongs to that user alone.
+
+        None: the chain ends before it.
+        """
+        is_shared = kind is BlockKind.INSTRUCTION
+        if not is_shared and (kind is not BlockKind.HISTORY or self.user is None):
             return None
-        return content_key(self.namespace, self._context.digest(), ids, owner)
+        key = content_key(self.namespace, self._context.digest(), ids, None if is_shared else self.user)
+        self._context.update(token_bytes(ids))
+        return key
 
     def _sees(self) -> BoolArray:
         count = len(self.blocks)

@@ -7,9 +7,9 @@ else: model, adapter, tokenizer, template and dtypes (the namespace), the tokens
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 
-import numpy as np
 from blake3 import blake3
 
 from rcllm.core.ranking import ContentKey, TokenIds
@@ -40,4 +40,4 @@ def content_key(namespace: bytes, context: bytes, token_ids: TokenIds, owner: st
 
 def token_bytes(token_ids: TokenIds) -> bytes:
     """How token ids are hashed: little-endian 32-bit."""
-    return np.asarray(token_ids, dtype="<i4").tobytes()
+    return struct.pack(f"<{len(token_ids)}i", *token_ids)

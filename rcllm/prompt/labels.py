@@ -9,6 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from rcllm.core.ranking import TokenIds
 from rcllm.errors import ConfigError
@@ -52,7 +53,8 @@ class Choice:
     token_ids: TokenIds  # distinct, in order of first label
 
 
-def choices(labels: Sequence[TokenIds]) -> tuple[Choice, ...]:
+@lru_cache(maxsize=64)  # lists of one length have the same labels
+def choices(labels: tuple[TokenIds, ...]) -> tuple[Choice, ...]:
     """The inner nodes of the labels' trie, the root first, parents before children."""
     children: dict[TokenIds, dict[int, None]] = {}
     for label in labels:

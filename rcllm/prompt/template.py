@@ -10,6 +10,7 @@ import string
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -179,13 +180,14 @@ def _chat_formats() -> dict[str, dict[str, Any]]:
 
 def render(parts: Parts, values: Mapping[str, str]) -> str:
     """Joins the parts all of whose placeholders have a value that is not empty."""
-    return "".join(part.format_map(values) for part in parts if all(values.get(name) for name in placeholders(part)))
+    return "".join(part.format_map(values) for part in parts if all(map(values.get, placeholders(part))))
 
 
 def _names(parts: Parts) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for part in parts for name in placeholders(part)))
 
 
+@lru_cache(maxsize=1024)  # templates have few parts, and each is rendered for every item
 def placeholders(part: str) -> tuple[str, ...]:
     return tuple(name for _, name, _, _ in string.Formatter().parse(part) if name)
 

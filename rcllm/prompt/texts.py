@@ -1,4 +1,4 @@
-"""Items and events as token ids: rendered by the template, tokenised, cut to the limits.
+"""Items, events and the template's own texts as token ids: rendered by the template, tokenised, cut to the limits.
 
 Knows nothing of prompts. Invariant: a text has at least one token and at most its limit, and what was cut or had
 nothing to show is said beside it; the time that a text takes is bounded, however long it is.
@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
-from rcllm.core.ranking import Item, TokenIds
+from rcllm.core.ranking import Item, LabelPlace, TokenIds
+from rcllm.prompt.labels import check_told_apart, label_names
 from rcllm.prompt.template import Parts, Template, render
 from rcllm.prompt.tokenizer import Tokenizer
 
 EMPTY_TEXT = "(no text)"  # an item none of whose template fields is known still needs a block
+_OWN_TEXTS = 64  # of a template and its chat format, that are remembered: headings, questions
+_LABELLED = 32  # lengths of lists whose labels are remembered
 _WHOLE_CHARS = 1 << 14  # what is longer is tokenised from its start, only as far as its limit reaches
 
 
@@ -24,6 +28,14 @@ class Written:
     ids: TokenIds
     cut: bool = False  # there was more
     empty: bool = False  # there was nothing: it reads EMPTY_TEXT
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Of the candidates of a list, in their order."""
+
+    names: tuple[TokenIds, ...]  # what is scored
+    written: tuple[TokenIds, ...]  # with what stands around the name in the list
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,17 @@ class Texts:
 
     def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
         self.template, self.tokenizer = template, tokenizer
+        self.own = lru_cache(_OWN_TEXTS)(tokenizer.encode_control)  # ids of a text that the template or its chat brings
+        self.labels = lru_cache(_LABELLED)(self._labels)
+
+    def _labels(self, count: int, place: LabelPlace) -> Labels:
+        """Of so many candidates. Raises ConfigError where no score could tell them apart."""
+        t, encode = self.template, self.tokenizer.encode_control
+        texts = label_names(count)
+        names = tuple(map(encode, texts))
+        check_told_apart(texts, names, self.tokenizer.unknown_id)
+        before, after = map(encode, t.label_before if place == "before" else t.label_after)
+        return Labels(names, tuple(before + name + after for name in names))
 
     def item(self, item: Item) -> Written:
         """The cached text of a candidate."""

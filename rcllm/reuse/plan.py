@@ -31,6 +31,14 @@ class _Use:
     there: BoolArray | None = None  # [tokens], which of the block's tokens the KV block has; None: all
 
 
+_NOTHING_REUSED = _Use(None, "level full reuses nothing")
+_ALWAYS_FRESH = _Use(None, "always fresh")
+_OWN = _Use(None, "this user's own")
+_NO_PREFIX = _Use(None, "not a cached prefix, and level exact reuses nothing else")
+_CORRECTED, _NOT_THERE = "corrected by the level's budget", "not in the semantic pool"
+_UNSPENT = range(0)
+
+
 def plan(
     prompt: Prompt,
     level: Level,
@@ -43,23 +51,23 @@ def plan(
     prefix. A user's own chain is not read there, cached or not, so that the cache cannot change an answer.
     """
     uses = _uses(prompt, level, found, borrowed if level.name not in ("full", "exact") else NOTHING_BORROWED)
-    spent = _spend(prompt, uses, level)
-    pieces = tuple(piece for i, use in enumerate(uses) for piece in _cut(i, len(prompt.blocks[i]), use, spent[i]))
-    return Plan(pieces, _publishable(prompt, uses) if level.name != "full" else ())
+    spent, pieces = _spend(prompt, uses, level), list[Piece]()
+    for i, (block, use) in enumerate(zip(prompt.blocks, uses, strict=True)):
+        pieces += _cut(i, len(block.token_ids), use, spent.get(i, _UNSPENT))
+    return Plan(tuple(pieces), _publishable(prompt, uses) if level.name != "full" else ())
 
 
 def _uses(prompt: Prompt, level: Level, found: Container[ContentKey], borrowed: Mapping[int, Borrowed]) -> list[_Use]:
+    if level.name == "full":
+        return [_NOTHING_REUSED] * len(prompt.blocks)
     uses: list[_Use] = []
-    in_prefix = True  # so far, every block is cached under its chain key
+    in_prefix, is_exact = True, level.name == "exact"  # so far, every block is cached under its chain key
     for index, block in enumerate(prompt.blocks):
-        if level.name == "full":
-            uses.append(_Use(None, "level full reuses nothing"))
-            continue
         if block.kind is BlockKind.INSTRUCTION:
             uses.append(_Use(block.key, "the same for all requests"))
             continue
         # a block with a canonical KV is read from that, whatever is cached, so that the cache cannot change an answer
-        by_chain = level.name == "exact" or (block.key is None and index not in borrowed)
+        by_chain = is_exact or (block.key is None and index not in borrowed)
         in_prefix = in_prefix and by_chain and block.chain_key is not None and block.chain_key in found
         if in_prefix:
             uses.append(_Use(block.chain_key, "cached prefix of this user"))
@@ -67,25 +75,27 @@ def _uses(prompt: Prompt, level: Level, found: Container[ContentKey], borrowed: 
             reused = borrowed[index].matches.reused
             uses.append(_Use(borrowed[index].key, "from the semantic pool", exact=False, there=reused))
         elif block.key is None:
-            uses.append(_Use(None, "this user's own" if block.kind is BlockKind.HISTORY else "always fresh"))
-        elif level.name == "exact":
-            uses.append(_Use(None, "not a cached prefix, and level exact reuses nothing else"))
+            uses.append(_OWN if block.kind is BlockKind.HISTORY else _ALWAYS_FRESH)
+        elif is_exact:
+            uses.append(_NO_PREFIX)
         else:
             uses.append(_Use(block.key, "position-free block", exact=False))
     return uses
 
 
-def _spend(prompt: Prompt, uses: list[_Use], level: Level) -> list[slice]:
-    """Per block, which tokens of an inexact reuse the level's budget makes fresh."""
+def _spend(prompt: Prompt, uses: list[_Use], level: Level) -> dict[int, range]:
+    """By block, which tokens of an inexact reuse the level's budget makes fresh."""
+    if level.name not in ("linked", "tail"):
+        return {}
     sizes = [0 if use.key is None or use.exact else len(block) for use, block in zip(uses, prompt.blocks, strict=True)]
     if level.name == "linked":
-        return [slice(0, min(int(level.budget), size)) for size in sizes]
-    spent = [slice(size, size) for size in sizes]
-    for run in _runs(prompt) if level.name == "tail" else ():
+        return {i: range(min(int(level.budget), size)) for i, size in enumerate(sizes)}
+    spent: dict[int, range] = {}
+    for run in _runs(prompt):
         left = math.ceil(level.budget * sum(sizes[i] for i in run))
         for i in reversed(run):
             take = min(left, sizes[i])
-            spent[i] = slice(sizes[i] - take, sizes[i])
+            spent[i] = range(sizes[i] - take, sizes[i])
             left -= take
     return spent
 
@@ -95,25 +105,35 @@ def _runs(prompt: Prompt) -> list[list[int]]:
 
     One run over isolated candidates would compute some of them afresh and not the others, whose scores are compared.
     """
+    if not prompt.isolated:
+        return [list(range(len(prompt.blocks)))]
     runs: dict[int | None, list[int]] = {}
     for i, block in enumerate(prompt.blocks):
-        runs.setdefault(block.slot if prompt.isolated else None, []).append(i)
+        runs.setdefault(block.slot, []).append(i)
     return list(runs.values())
 
 
-def _cut(index: int, size: int, use: _Use, fresh: slice) -> list[Piece]:
-    if use.key is None:
-        return [Piece(index, 0, size, None, use.why)] if size else []
-    reasons = (None, "corrected by the level's budget", "not in the semantic pool")
-    which = np.zeros(size, dtype=np.int8)
+def _cut(index: int, size: int, use: _Use, fresh: range) -> list[Piece]:
+    """The pieces of a block, of whose reused tokens `fresh` are spent."""
     if use.there is not None:
-        which[~use.there] = 2
-    which[fresh] = 1
+        return _cut_where_it_is_there(index, use, use.there, fresh)
+    parts = (
+        (0, fresh.start, use.key, use.why),
+        (fresh.start, fresh.stop, None, _CORRECTED),
+        (fresh.stop, size, use.key, use.why),
+    )
+    return [Piece(index, *part) for part in parts if part[0] < part[1]]
+
+
+def _cut_where_it_is_there(index: int, use: _Use, there: BoolArray, fresh: range) -> list[Piece]:
+    reasons = (None, _CORRECTED, _NOT_THERE)
+    which = np.zeros(len(there), dtype=np.int8)
+    which[~there] = 2
+    which[fresh.start : fresh.stop] = 1
     cuts = (np.flatnonzero(np.diff(which)) + 1).tolist()
     return [
         Piece(index, start, stop, None if (why := reasons[which[start]]) else use.key, why or use.why)
-        for start, stop in pairwise([0, *cuts, size])
-        if stop > start
+        for start, stop in pairwise([0, *cuts, len(there)])
     ]
 
 

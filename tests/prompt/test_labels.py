@@ -27,7 +27,7 @@ def test_letters_then_numbers() -> None:
 
 
 def test_choices_are_the_inner_nodes_parents_first() -> None:
-    nodes = choices([(1, 2), (1, 3), (4,), (5, 6, 7)])
+    nodes = choices(((1, 2), (1, 3), (4,), (5, 6, 7)))
     assert [(node.prefix, node.token_ids) for node in nodes] == [
         ((), (1, 4, 5)),
         ((1,), (2, 3)),
@@ -38,7 +38,7 @@ def test_choices_are_the_inner_nodes_parents_first() -> None:
 
 @given(st.sets(st.tuples(*[st.integers(0, 3)] * 3), min_size=1))
 def test_every_label_is_one_path(labels: set[tuple[int, ...]]) -> None:
-    nodes = {node.prefix: node.token_ids for node in choices(sorted(labels))}
+    nodes = {node.prefix: node.token_ids for node in choices(tuple(sorted(labels)))}
     for label in labels:
         assert all(label[i] in nodes[label[:i]] for i in range(3))
     assert sum(len(after) for prefix, after in nodes.items() if len(prefix) == 2) == len(labels)
