@@ -96,7 +96,7 @@ class Prompt:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(block) for block in self.blocks)
+        return sum(len(block.token_ids) for block in self.blocks)
 
     @property
     def token_ids(self) -> TokenIds:
@@ -156,11 +156,11 @@ class Plan:
 
     @property
     def num_fresh(self) -> int:
-        return sum(len(piece) for piece in self.pieces if piece.key is None)
+        return sum(piece.stop - piece.start for piece in self.pieces if piece.key is None)
 
     @property
     def num_reused(self) -> int:
-        return sum(len(piece) for piece in self.pieces if piece.key is not None)
+        return sum(piece.stop - piece.start for piece in self.pieces if piece.key is not None)
 
 
 # ---- the answer -----------------------------------------------------------------------------------------------------

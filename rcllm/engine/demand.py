@@ -26,11 +26,8 @@ class Demands:
     """What one request asks for."""
 
     parts: FloatArray  # [1 + candidates, rates]: the prompt beside its candidates, then each of them
+    whole: Demand
     fetch_ms: float  # until what lower tiers have is on the device, by their own estimate
-
-    @property
-    def whole(self) -> Demand:
-        return Demand(*self.parts.sum(axis=0).tolist())
 
 
 def demands_of(
@@ -43,11 +40,11 @@ def demands_of(
     borrowed = {each.key for each in planned.borrowed.values()}
     fetch_ms, counted = 0.0, set[ContentKey]()
     for piece in planned.plan.pieces:
-        block, size = prompt.blocks[piece.block], len(piece)
+        block, size = prompt.blocks[piece.block], piece.stop - piece.start
         part = parts[0 if block.slot is None else 1 + block.slot]
-        rows = size * share(piece)
-        part[_ROWS] += rows
-        part[_PAIRS] += rows * (block.base + piece.start + size / 2)  # a row attends to about what precedes it
+        if rows := size * share(piece):
+            part[_ROWS] += rows
+            part[_PAIRS] += rows * (block.base + piece.start + size / 2)  # a row attends to about what precedes it
         if piece.key is None:
             continue
         part[_KV_BYTES] += size * kv_bytes_per_token
@@ -58,7 +55,8 @@ def demands_of(
             fetch_ms += there.ms
         else:
             part[_MISSING] += len(block)
-    return Demands(np.array(parts), fetch_ms)
+    array = np.array(parts)
+    return Demands(array, Demand(*array.sum(axis=0).tolist()), fetch_ms)
 
 
 def _fresh_share(planned: Planned, num_layers: int) -> Callable[[Piece], float]:

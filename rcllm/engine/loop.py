@@ -109,17 +109,21 @@ class RequestLoop:
 
         Raises OverloadedError, DeadlineError.
         """
+        work = self._make.work(ticket, self.intake)
         with self._lock:
             self.scheduler.open(ticket.job.kind, ticket.job.limits)
-            queue = self.scheduler.queue(self._make.work(ticket, self.intake))
+            queue = self.scheduler.queue(work)
             left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue, ticket.opening.goes_on))
-            if self.intake.in_time(ticket, left_ms):
-                return self._enqueue(ticket)
+            if self.intake.in_time(work.ms, left_ms):
+                return self._enqueue(ticket, work)
         version = ticket.catalogue_version
         ticket = self.intake.degraded(ticket, left_ms, lambda: not self.tickets)
         ticket.catalogue_version = version
+        if ticket.done:
+            return ticket
+        work = self._make.work(ticket, self.intake)
         with self._lock:
-            return ticket if ticket.done else self._enqueue(ticket)
+            return self._enqueue(ticket, work)
 
     def _running_ms(self, queue: Queue, goes_on: bool) -> float:
         """What the pass that runs still takes, and what goes on beside and between the passes that come first.
@@ -134,10 +138,10 @@ class RequestLoop:
             running_ms = min(running_ms, self.costs.ms(Demand(rows=limits.other_rows)))
         return running_ms + others_ms
 
-    def _enqueue(self, ticket: Ticket) -> Ticket | None:
+    def _enqueue(self, ticket: Ticket, work: Work) -> Ticket | None:
         if ticket.catalogue_version != self._catalogue.version:
             return None
-        self.scheduler.add(self._make.work(ticket, self.intake))
+        self.scheduler.add(work)
         self.tickets[ticket.number] = ticket
         if not ticket.job.limits.idle:
             self.intake.count_accepted(ticket.opening.degraded)

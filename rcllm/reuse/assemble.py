@@ -6,7 +6,7 @@ what else is in the batch cannot change what a row sees.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from rcllm.core.ranking import ContentKey, IntArray, TokenIds
 from rcllm.model.attend.segments import Group, Segment
 from rcllm.model.decoder import Keep, Pass
+from rcllm.model.upload import upload
 from rcllm.reuse.plan import Planned
 
 
@@ -38,68 +39,88 @@ def assemble(
 
     `going_on`: per prompt, whether decoding continues it, so that the KV of its fresh rows is kept too; empty: none.
     """
-    tokens: list[int] = []
-    positions: list[IntArray] = []
-    groups: list[Group] = []
+    rows = _Rows()
+    firsts = [rows.add(planned) for planned in batch]
+    starts, stops = rows.starts, [*rows.starts[1:], len(rows.tokens)]
     wanted: list[int] = []
-    keep: list[Keep] = []
     read_rows: list[IntArray] = []
-    for planned in batch:
-        group = _group(planned, kv)
-        start = len(tokens)
-        blocks = planned.prompt.blocks
-        tokens.extend(blocks[b].token_ids[o] for b, o in zip(group.block.tolist(), group.offset.tolist(), strict=True))
-        bases = np.array([block.base for block in blocks], dtype=np.int32)
-        positions.append(bases[group.block] + group.offset)
-        row_of = {
-            place: start + row
-            for row, place in enumerate(zip(group.block.tolist(), group.offset.tolist(), strict=True))
-        }
-        rows = [row_of[read.block, read.offset] for read in planned.prompt.reads]
-        distinct = {row: len(wanted) + i for i, row in enumerate(dict.fromkeys(rows))}
-        wanted.extend(distinct)
-        read_rows.append(np.array([distinct[row] for row in rows], dtype=np.int32))
-        for index in planned.plan.publish:
-            first = row_of[index, 0]
-            keep.append(Keep(first, first + len(blocks[index]), blocks[index].base))
-        groups.append(group)
-    fresh = [
-        runs if goes_on else ()
-        for runs, goes_on in zip(_fresh_runs(batch), going_on or [False] * len(batch), strict=True)
+    keep: list[Keep] = []
+    fresh: list[tuple[Keep, ...]] = []
+    for planned, first, start, goes_on in zip(batch, firsts, starts, going_on or [False] * len(batch), strict=True):
+        asked = [first[read.block] + read.offset for read in planned.prompt.reads]
+        distinct = {row: len(wanted) + i for i, row in enumerate(dict.fromkeys(asked))}
+        wanted += distinct
+        read_rows.append(np.array([distinct[row] for row in asked], dtype=np.int32))
+        blocks = [(first[index], planned.prompt.blocks[index]) for index in planned.plan.publish]
+        keep += [Keep(row, row + len(block), block.base) for row, block in blocks]
+        fresh.append(tuple(_fresh_runs(planned, start)) if goes_on else ())
+    block, offset, positions = rows.columns()
+    numbers = np.concatenate([np.array(each, dtype=np.int64) for each in (rows.tokens, positions, wanted)])
+    token_ids, on_device, wanted_rows = upload(numbers, device).split([len(block), len(block), len(wanted)])
+    groups = [
+        Group(_segments(planned, kv), block[start:stop], offset[start:stop], planned.prompt.sees)
+        for planned, start, stop in zip(batch, starts, stops, strict=True)
     ]
-    work = Pass(
-        torch.tensor(tokens, dtype=torch.int64, device=device),
-        torch.from_numpy(np.concatenate(positions).astype(np.int64)).to(device),
-        groups,
-        torch.tensor(wanted, dtype=torch.int64, device=device),
-        [*keep, *(run for runs in fresh for run in runs)],
-    )
+    work = Pass(token_ids, on_device, groups, wanted_rows, [*keep, *(run for runs in fresh for run in runs)])
     return Assembled(work, tuple(read_rows), len(keep), tuple(fresh))
 
 
-def _fresh_runs(batch: Sequence[Planned]) -> list[tuple[Keep, ...]]:
-    """Per prompt, its fresh rows in the pass, as runs of tokens that follow each other, in one block or across several.
+class _Rows:
+    """The fresh tokens of a batch, prompt after prompt, as runs of tokens of one block."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.starts: list[int] = []  # of each prompt, its first row
+        self._runs: list[tuple[int, int, int, int]] = []  # block, its base, the first token's offset, how many
+
+    def add(self, planned: Planned) -> dict[int, int]:
+        """By block, the row of its token 0, were that in the last of the block's runs."""
+        self.starts.append(len(self.tokens))
+        blocks, first = planned.prompt.blocks, dict[int, int]()
+        for piece in planned.plan.pieces:
+            if piece.key is None:
+                block = blocks[piece.block]
+                first[piece.block] = len(self.tokens) - piece.start
+                self.tokens += block.token_ids[piece.start : piece.stop]
+                self._runs.append((piece.block, block.base, piece.start, piece.stop - piece.start))
+        return first
+
+    def columns(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Of each row its block, its offset in that, and its position; [rows] each."""
+        runs = np.array(self._runs, dtype=np.int32).reshape(-1, 4)
+        lengths = runs[:, 3]
+        ends = np.cumsum(lengths, dtype=np.int32)
+        block, base, shift = np.repeat(np.stack((runs[:, 0], runs[:, 1], runs[:, 2] - ends + lengths)), lengths, axis=1)
+        offset = shift + np.arange(len(shift), dtype=np.int32)
+        return block, offset, base + offset
+
+
+def _segments(planned: Planned, kv: Mapping[ContentKey, torch.Tensor]) -> tuple[Segment, ...]:
+    blocks = planned.prompt.blocks
+    return tuple(
+        Segment(kv[piece.key], blocks[piece.block].base, piece.start, piece.stop, piece.block)
+        for piece in planned.plan.pieces
+        if piece.key is not None
+    )
+
+
+def _fresh_runs(planned: Planned, row: int) -> Iterator[Keep]:
+    """A prompt's fresh rows from `row` on, as runs of tokens that follow each other, in one block or across several.
 
     A run is as long as it can be: whoever reads the KV of the rows pays for each run, and a history of 250 events that
     were all computed is one.
     """
-    runs: list[tuple[Keep, ...]] = []
-    row = 0
-    for planned in batch:
-        starts: list[tuple[int, int]] = []  # the first row of each run, and its position
-        end = -1  # the position behind the last row, unless something cached lies there
-        for piece in planned.plan.pieces:
-            if piece.key is not None:
-                end = -1
-                continue
-            position = planned.prompt.blocks[piece.block].base + piece.start
-            if position != end:
-                starts.append((row, position))
-            row += len(piece)
-            end = position + len(piece)
-        stops = [*(start for start, _ in starts), row][1:]
-        runs.append(tuple(Keep(start, stop, base) for (start, base), stop in zip(starts, stops, strict=True)))
-    return runs
+    start, base, end = row, 0, -1  # of the run; its end: the position behind its last row
+    for piece in planned.plan.pieces:
+        position = planned.prompt.blocks[piece.block].base + piece.start
+        if start < row and (piece.key is not None or position != end):
+            yield Keep(start, row, base)
+            start = row
+        if piece.key is None:
+            base = position if start == row else base
+            row, end = row + len(piece), position + len(piece)
+    if start < row:
+        yield Keep(start, row, base)
 
 
 def assemble_blocks(
@@ -121,16 +142,3 @@ def assemble_blocks(
         torch.empty(0, dtype=torch.int64, device=device),
         [Keep(int(end) - length, int(end), num_context) for end, length in zip(ends, lengths, strict=True)],
     )
-
-
-def _group(planned: Planned, kv: Mapping[ContentKey, torch.Tensor]) -> Group:
-    prompt = planned.prompt
-    fresh = [piece for piece in planned.plan.pieces if piece.key is None]
-    segments = tuple(
-        Segment(kv[piece.key], prompt.blocks[piece.block].base, piece.start, piece.stop, piece.block)
-        for piece in planned.plan.pieces
-        if piece.key is not None
-    )
-    block = np.repeat(np.array([p.block for p in fresh], np.int32), [len(p) for p in fresh])
-    offset = np.concatenate([np.arange(p.start, p.stop, dtype=np.int32) for p in fresh])
-    return Group(segments, block, offset, prompt.sees)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from rcllm.config import Config, check_options
-from rcllm.core.ranking import ContentKey, RankOptions, RankRequest, RankResponse, order
+from rcllm.core.ranking import Block, ContentKey, Piece, RankOptions, RankRequest, RankResponse, order
 from rcllm.core.receipts import BlockReceipt, RankReceipt, Source
 from rcllm.decode.finite import not_numbers
 from rcllm.decode.rank import score
@@ -120,21 +120,24 @@ def _receipt(entered: Entered, context: str) -> RankReceipt:
 
 
 def _block_receipts(planned: Planned, sources: Mapping[ContentKey, Source]) -> tuple[BlockReceipt, ...]:
-    receipts = []
-    for index, block in enumerate(planned.prompt.blocks):
-        pieces = [piece for piece in planned.plan.pieces if piece.block == index]
-        reused = [piece for piece in pieces if piece.key is not None]
-        key = reused[0].key if reused else None
-        receipts.append(
-            BlockReceipt(
-                kind=block.kind,
-                owner=block.owner,
-                slot=block.slot,
-                source=sources[key] if key is not None else "fresh",
-                num_fresh=sum(len(piece) for piece in pieces if piece.key is None),
-                num_reused=sum(len(piece) for piece in reused),
-                key=key.hex()[:12] if key is not None else None,
-                why="; ".join(dict.fromkeys(piece.why for piece in pieces)),
-            )
-        )
-    return tuple(receipts)
+    pieces: list[list[Piece]] = [[] for _ in planned.prompt.blocks]
+    for piece in planned.plan.pieces:
+        pieces[piece.block].append(piece)
+    return tuple(
+        _block_receipt(block, own, sources) for block, own in zip(planned.prompt.blocks, pieces, strict=True)
+    )
+
+
+def _block_receipt(block: Block, pieces: Sequence[Piece], sources: Mapping[ContentKey, Source]) -> BlockReceipt:
+    key = next((piece.key for piece in pieces if piece.key is not None), None)
+    num_reused = sum(piece.stop - piece.start for piece in pieces if piece.key is not None)
+    return BlockReceipt(
+        kind=block.kind,
+        owner=block.owner,
+        slot=block.slot,
+        source=sources[key] if key is not None else "fresh",
+        num_fresh=len(block.token_ids) - num_reused,
+        num_reused=num_reused,
+        key=key[:6].hex() if key is not None else None,
+        why=pieces[0].why if len(pieces) == 1 else "; ".join(dict.fromkeys(piece.why for piece in pieces)),
+    )

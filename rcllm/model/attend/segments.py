@@ -34,7 +34,7 @@ class Segment:
 
     @property
     def num_bytes(self) -> int:
-        return self.kv[:, :, :, self.start : self.stop].numel() * self.kv.element_size()
+        return self.kv.nbytes // self.kv.shape[3] * len(self)
 
 
 @dataclass(frozen=True, slots=True)
