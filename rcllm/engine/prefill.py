@@ -17,7 +17,7 @@ from rcllm.cache.lookup import Lookup
 from rcllm.cache.pool import Held, Pool
 from rcllm.config import CacheConfig
 from rcllm.core.ranking import Borrowed, ContentKey, Level, Mask, Prompt, RankOptions, Scores
-from rcllm.decode.rank import score
+from rcllm.decode.rank import Asked, score
 from rcllm.engine.correct import Corrector, Selected
 from rcllm.engine.materialise import Materialiser
 from rcllm.errors import CapacityError
@@ -209,7 +209,7 @@ class Prefill:
             selected = self.select([planned], held)
             assembled = self.assemble(selected.batch, held)
             hidden = self._decoder.forward(assembled.work, selected.carried).hidden
-        return score(self._decoder, prompt, hidden, assembled.read_rows[0])
+        return score(self._decoder, hidden, Asked(prompt, assembled.read_rows[0]))
 
 
 def keys_of(prompt: Prompt) -> Iterator[ContentKey]:

@@ -273,7 +273,7 @@ class Prompter:
             self._add_history(draft)
         question = draft.add(BlockKind.QUESTION, self.question_ids("label"))
         nodes: dict[TokenIds, int] = {(): question}
-        for choice in choices(labels.names):  # labels of several tokens: their inner nodes are branches after the question
+        for choice in choices(labels.names):  # of labels of several tokens, inner nodes are branches after the question
             if choice.prefix:
                 parent = nodes[choice.prefix[:-1]]
                 nodes[choice.prefix] = draft.add_branch(choice.prefix[-1:], parent)

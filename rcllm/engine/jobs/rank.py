@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from rcllm.config import Config, check_options
-from rcllm.core.ranking import Block, ContentKey, Piece, RankOptions, RankRequest, RankResponse, order
+from rcllm.core.ranking import Block, ContentKey, Piece, RankOptions, RankRequest, RankResponse, Scores, order
 from rcllm.core.receipts import BlockReceipt, RankReceipt, Source
 from rcllm.decode.finite import not_numbers
-from rcllm.decode.rank import score
+from rcllm.decode.rank import Asked, launch
 from rcllm.engine.job import Answer, Entered, OnePass, Opening
 from rcllm.engine.jobs.bias import LabelBias
 from rcllm.engine.prefill import Prefill
@@ -82,21 +82,19 @@ class Rank(OnePass):
                 "last must be left to run for the chosen tokens alone"
             )
 
-    def enter(self, entered: Sequence[Entered], stage: Stage) -> Iterator[Answer]:
-        for each in entered:
-            with stage("readout"):
-                outcome = self._outcome(each)
-            yield Answer(each.ticket.number, outcome)
+    def enter(self, entered: Sequence[Entered], stage: Stage) -> list[Answer]:
+        asked = [Asked(each.planned.prompt, each.read_rows) for each in entered]
+        with stage("readout"):
+            scores = launch(self._decoder, entered[0].hidden, asked)
+            receipts = [_receipt(each, self._prompter.context_name) for each in entered]  # while the device computes
+            outcomes = map(self._outcome, entered, scores(), receipts)
+            return [Answer(each.ticket.number, outcome) for each, outcome in zip(entered, outcomes, strict=True)]
 
-    def _outcome(self, entered: Entered) -> RankResponse | ModelError:
-        request, planned = entered.ticket.request, entered.planned
-        options = planned.prompt.options
-        scores = score(self._decoder, planned.prompt, entered.hidden, entered.read_rows)
+    def _outcome(self, entered: Entered, scores: Scores, receipt: RankReceipt) -> RankResponse | ModelError:
         if not np.isfinite(scores).all():
             return not_numbers()
-        scores = self._bias.correct(options, scores)
-        values = tuple(float(value) for value in scores)
-        receipt = _receipt(entered, self._prompter.context_name)
+        request = entered.ticket.request
+        values = tuple(self._bias.correct(entered.planned.prompt.options, scores).tolist())
         return RankResponse(request.request_id, request.candidates, values, order(values), receipt)
 
 
