@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -115,7 +116,7 @@ class Pool:
 
     def _on_device(self, keys: Iterable[ContentKey]) -> dict[ContentKey, Located]:
         with self._lock:
-            return {key: Located("device", self._index[key].num_bytes, 0.0) for key in keys if key in self._index}
+            return {key: _near(self._index[key].num_bytes) for key in keys if key in self._index}
 
     def beside(self, num_bytes: int) -> Pool:
         """An empty pool of this size over the same store: for blocks that are computed for the store alone."""
@@ -243,11 +244,8 @@ class Pool:
         with self._lock:
             since = self._erasures.now
             got = Acquired(since)
-            for key in wanted:
-                if key in self._index:
-                    self._index.touch(key)
-                    self._index.pin(key)
-                    got.pinned[key] = (self._blocks[key].kv, "device")
+            for key in self._index.take(wanted):
+                got.pinned[key] = (self._blocks[key].kv, "device")
         try:
             below = [key for key in wanted if key not in got.pinned and key not in dear]
             for key, (block, tier) in self._below.read_many(below).items():
@@ -331,6 +329,11 @@ class Pool:
                 if not self._index.is_pinned(key):
                     self._room.free(kv)
             self._unlisted = still
+
+
+@lru_cache(maxsize=1024)  # blocks have few sizes
+def _near(num_bytes: int) -> Located:
+    return Located("device", num_bytes, 0.0)
 
 
 class Erasures:

@@ -92,10 +92,8 @@ class Node:
     def pin(self, job: SimJob, key: int) -> bool:
         """Whether the cache has a block; then it stays until the job ends."""
         named = content_key(key)
-        if named not in self.cache:
+        if not self.cache.take([named]):
             return False
-        self.cache.touch(named)
-        self.cache.pin(named)
         job.pinned.append(named)
         return True
 

@@ -7,8 +7,7 @@ Room is made before a block is added, so the budget holds at every moment. Not t
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rcllm.core.ranking import ContentKey
@@ -32,7 +31,7 @@ class Index:
         self.evictions = 0
         self._added = 0  # bytes, since the beginning
         self._entries: dict[ContentKey, Entry] = {}
-        self._pins: Counter[ContentKey] = Counter()
+        self._pins: dict[ContentKey, int] = {}
         self._pinned = 0  # bytes of entries that are listed and pinned
         self._order = GreedyDual()
 
@@ -61,18 +60,29 @@ class Index:
     def pin(self, key: ContentKey) -> None:
         """Keeps an entry from eviction until `unpin` was called as often."""
         assert key in self._entries
-        if key not in self._pins:
+        count = self._pins.get(key, 0)
+        if not count:
             self._pinned += self._entries[key].num_bytes
-        self._pins[key] += 1
+        self._pins[key] = count + 1
+
+    def take(self, keys: Iterable[ContentKey]) -> list[ContentKey]:
+        """Those of `keys` that are listed: notes a use of each, and pins it."""
+        listed = [key for key in keys if key in self._entries]
+        for key in listed:
+            self.touch(key)
+            self.pin(key)
+        return listed
 
     def unpin(self, key: ContentKey) -> None:
-        self._pins[key] -= 1
-        assert self._pins[key] >= 0, "unpinned more often than pinned"
-        if not self._pins[key]:
-            del self._pins[key]
-            if key in self._entries:
-                self._pinned -= self._entries[key].num_bytes
-                self._order.release(key)
+        count = self._pins.get(key, 0)
+        assert count > 0, "unpinned more often than pinned"
+        if count > 1:
+            self._pins[key] = count - 1
+            return
+        del self._pins[key]
+        if key in self._entries:
+            self._pinned -= self._entries[key].num_bytes
+            self._order.release(key)
 
     def is_pinned(self, key: ContentKey) -> bool:
         """Also of an entry that was removed, as long as somebody holds it."""

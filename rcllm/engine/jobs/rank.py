@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from rcllm.config import Config, check_options
-from rcllm.core.ranking import Block, ContentKey, Piece, RankOptions, RankRequest, RankResponse, Scores, order
+from rcllm.core.ranking import ContentKey, RankOptions, RankRequest, RankResponse, Scores, order
 from rcllm.core.receipts import BlockReceipt, RankReceipt, Source
 from rcllm.decode.finite import not_numbers
 from rcllm.decode.rank import Asked, launch
@@ -118,24 +118,26 @@ def _receipt(entered: Entered, context: str) -> RankReceipt:
 
 
 def _block_receipts(planned: Planned, sources: Mapping[ContentKey, Source]) -> tuple[BlockReceipt, ...]:
-    pieces: list[list[Piece]] = [[] for _ in planned.prompt.blocks]
+    blocks = planned.prompt.blocks
+    keys: list[ContentKey | None] = [None] * len(blocks)
+    reused = [0] * len(blocks)
+    whys: list[list[str]] = [[] for _ in blocks]
     for piece in planned.plan.pieces:
-        pieces[piece.block].append(piece)
+        if piece.why not in whys[piece.block]:
+            whys[piece.block].append(piece.why)
+        if piece.key is not None:
+            keys[piece.block] = piece.key
+            reused[piece.block] += piece.stop - piece.start
     return tuple(
-        _block_receipt(block, own, sources) for block, own in zip(planned.prompt.blocks, pieces, strict=True)
-    )
-
-
-def _block_receipt(block: Block, pieces: Sequence[Piece], sources: Mapping[ContentKey, Source]) -> BlockReceipt:
-    key = next((piece.key for piece in pieces if piece.key is not None), None)
-    num_reused = sum(piece.stop - piece.start for piece in pieces if piece.key is not None)
-    return BlockReceipt(
-        kind=block.kind,
-        owner=block.owner,
-        slot=block.slot,
-        source=sources[key] if key is not None else "fresh",
-        num_fresh=len(block.token_ids) - num_reused,
-        num_reused=num_reused,
-        key=key[:6].hex() if key is not None else None,
-        why=pieces[0].why if len(pieces) == 1 else "; ".join(dict.fromkeys(piece.why for piece in pieces)),
+        BlockReceipt(
+            block.kind,
+            block.owner,
+            block.slot,
+            sources[key] if key is not None else "fresh",
+            len(block.token_ids) - num_reused,
+            num_reused,
+            key[:6].hex() if key is not None else None,
+            "; ".join(why),
+        )
+        for block, key, num_reused, why in zip(blocks, keys, reused, whys, strict=True)
     )
