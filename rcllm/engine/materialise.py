@@ -14,7 +14,7 @@ import torch
 from rcllm.cache.pool import Held
 from rcllm.core.ranking import ContentKey, TokenIds
 from rcllm.model.decoder import Between, Decoder
-from rcllm.prompt.keys import Context, content_key
+from rcllm.prompt.keys import Context, content_key, token_bytes
 from rcllm.reuse.assemble import assemble_blocks
 from rcllm.reuse.missing import NOTHING, Missing, _by_context, chunks, recompute_flops
 
@@ -59,4 +59,4 @@ class Materialiser:
 
     def key(self, variant: TokenIds) -> ContentKey:
         """Names the KV of a context's own tokens."""
-        return content_key(self._namespace, NOTHING.digest, variant)
+        return content_key(self._namespace, NOTHING.digest, token_bytes(variant))

@@ -35,11 +35,12 @@ from rcllm.core.ranking import (
 from rcllm.core.receipts import BlockKind
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
 from rcllm.prompt.draft import Draft, listed
-from rcllm.prompt.keys import Context, content_key
+from rcllm.prompt.keys import Context, content_key, token_bytes
 from rcllm.prompt.labels import choices
 from rcllm.prompt.learnt import Learnt
+from rcllm.prompt.remembered import Written
 from rcllm.prompt.template import ChatFormat, Template
-from rcllm.prompt.texts import EMPTY_TEXT, TextCounts, Texts, Written
+from rcllm.prompt.texts import EMPTY_TEXT, TextCounts, Texts
 from rcllm.prompt.tokenizer import Tokenizer
 
 _NOTHING_LEARNT = Learnt()
@@ -138,21 +139,27 @@ class Prompter:
     def instruction_block(self, layout: Layout) -> Block:
         """The shared first block, whose canonical context is nothing."""
         ids = self.instructions[layout]
-        return Block(BlockKind.INSTRUCTION, ids, 0, None, content_key(self.namespace, Context(((),)).digest, ids))
+        key = content_key(self.namespace, Context(((),)).digest, token_bytes(ids))
+        return Block(BlockKind.INSTRUCTION, ids, 0, None, key)
 
     def item_block(self, item: Item, layout: Layout) -> Block:
         """What `warm` computes for an item as a candidate."""
-        ids = self.texts.item(item).ids
-        return Block(BlockKind.ITEM, ids, 0, item.item_id, self.key(BlockKind.ITEM, ids, layout))
+        written = self.texts.item(item)
+        return Block(BlockKind.ITEM, written.ids, 0, item.item_id, self.key(BlockKind.ITEM, written.hashed, layout))
 
     def event_block(self, item: Item, layout: Layout) -> Block:
         """What `warm` computes for an item as an event of any user's history."""
-        ids = self.texts.event(item).ids
-        return Block(BlockKind.HISTORY, ids, 0, item.item_id, self.key(BlockKind.HISTORY, ids, layout))
+        written = self.texts.event(item)
+        return Block(
+            BlockKind.HISTORY, written.ids, 0, item.item_id, self.key(BlockKind.HISTORY, written.hashed, layout)
+        )
 
-    def key(self, kind: BlockKind, ids: TokenIds, layout: Layout, user: str | None = None) -> ContentKey:
-        """Names the KV of `ids` in the canonical context of its kind; `user`: whose words they are."""
-        return content_key(self.namespace, self.contexts[layout][kind].digest, ids, user)
+    def key(self, kind: BlockKind, tokens: bytes, layout: Layout, whose: bytes = b"") -> ContentKey:
+        """Names the KV of some tokens, as they are hashed, in the canonical context of their kind.
+
+        `whose`: digest of the user whose words they are.
+        """
+        return content_key(self.namespace, self.contexts[layout][kind].digest, tokens, whose)
 
     def question_ids(self, readout: Readout) -> TokenIds:
         """What a prompt asks at its end, or of each candidate."""
@@ -285,7 +292,7 @@ class Prompter:
         """A candidate's cached text, and what is fresh of it."""
         written = self.texts.item(item)
         _note(draft, "candidates", written, item.item_id)
-        key = self.key(BlockKind.ITEM, written.ids, draft.options.layout)
+        key = self.key(BlockKind.ITEM, written.hashed, draft.options.layout)
         draft.add(BlockKind.ITEM, written.ids, item.item_id, key=key)
         if item.volatile and not (fresh := self.texts.volatile(item)).empty:
             if fresh.cut:
@@ -302,7 +309,7 @@ class Prompter:
             owner = draft.user if private else event.item_id
             key = None
             if options.history == "shared" and owner is not None:
-                key = self.key(BlockKind.HISTORY, written.ids, options.layout, owner if private else None)
+                key = self.key(BlockKind.HISTORY, written.hashed, options.layout, draft.whose if private else b"")
             draft.add(BlockKind.HISTORY, written.ids, owner, key=key, private=private)
 
     def _ask_each(self, draft: Draft, items: Sequence[Item]) -> None:

@@ -62,7 +62,7 @@ class Chat:
         if bos and opening[: len(bos)] != bos:
             opening = bos + opening
         for number, template in zip(pieces[1::2], pieces[2::2], strict=True):
-            parts.append(opening + self._tokenizer.encode_unremembered(messages[int(number)].content))
+            parts.append(opening + self._tokenizer.encode(messages[int(number)].content))
             opening = self._tokenizer.encode_control(template)
         if not opening:
             raise RequestError("messages: the model's chat template leaves nothing to answer after the last message")

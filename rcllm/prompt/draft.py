@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from rcllm.core.ranking import Block, BoolArray, ContentKey, Prompt, RankOptions, RankRequest, Read, TokenIds, whose
 from rcllm.core.receipts import BlockKind
-from rcllm.prompt.keys import content_key, token_bytes
+from rcllm.prompt.keys import content_key, owner_digest, token_bytes
 
 _NAMED = 3  # of those that a note is about
 
@@ -48,6 +48,7 @@ class Draft:
         """`namespace`: what the keys of all blocks begin with."""
         self.namespace, self.request, self.options = namespace, request, options
         self.user = whose(request.user_id, request.tenant)
+        self.whose = b"" if self.user is None else owner_digest(self.user)  # in the keys of what is the user's alone
         self.blocks: list[Block] = []
         self.reads: list[Read] = []
         self.notes = Notes()
@@ -122,8 +123,9 @@ class Draft:
         is_shared = kind is BlockKind.INSTRUCTION
         if not is_shared and (kind is not BlockKind.HISTORY or self.user is None):
             return None
-        key = content_key(self.namespace, self._context.digest(), ids, None if is_shared else self.user)
-        self._context.update(token_bytes(ids))
+        tokens = token_bytes(ids)
+        key = content_key(self.namespace, self._context.digest(), tokens, b"" if is_shared else self.whose)
+        self._context.update(tokens)
         return key
 
     def _sees(self) -> BoolArray:

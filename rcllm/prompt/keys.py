@@ -31,11 +31,17 @@ class Context:
         return digests[0] if len(digests) == 1 else blake3(b"mean" + b"".join(digests)).digest()
 
 
-def content_key(namespace: bytes, context: bytes, token_ids: TokenIds, owner: str | None = None) -> ContentKey:
-    """`context`: digest of the tokens before the block; `owner`: the user, for what must not be shared."""
-    # hashed apart, so that no name of a user can stand for another's name and first tokens, nor for nobody's
-    whose = b"" if owner is None else blake3(owner.encode("utf-8", "surrogatepass")).digest()
-    return ContentKey(blake3(namespace + context + whose + b"\0" + token_bytes(token_ids)).digest())
+def content_key(namespace: bytes, context: bytes, tokens: bytes, whose: bytes = b"") -> ContentKey:
+    """`context`: digest of the tokens before the block; `tokens`: as `token_bytes` gives them.
+
+    `whose`: digest of the user, for what must not be shared.
+    """
+    return ContentKey(blake3(namespace + context + whose + b"\0" + tokens).digest())
+
+
+def owner_digest(owner: str) -> bytes:
+    """So that no name of a user can stand for another's name and first tokens, nor for nobody's."""
+    return blake3(owner.encode("utf-8", "surrogatepass")).digest()
 
 
 def token_bytes(token_ids: TokenIds) -> bytes:

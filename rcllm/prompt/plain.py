@@ -16,6 +16,7 @@ from rcllm.core.texts import ScoreRequest, TextRequest
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.draft import Draft
+from rcllm.prompt.keys import token_bytes
 
 _ALLOWED = "full, exact, linked(k), tail(r), blocks"
 
@@ -68,7 +69,7 @@ def score_prompt(prompter: Prompter, request: ScoreRequest) -> Prompt:
 
 def _add_item(prompter: Prompter, draft: Draft, ids: TokenIds) -> None:
     if ids:
-        key = prompter.key(BlockKind.ITEM, ids, draft.options.layout)
+        key = prompter.key(BlockKind.ITEM, token_bytes(ids), draft.options.layout)
         draft.add(BlockKind.ITEM, ids, text_id(repr(ids)), key=key)
 
 

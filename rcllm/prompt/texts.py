@@ -6,28 +6,21 @@ nothing to show is said beside it; the time that a text takes is bounded, howeve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from rcllm.core.ranking import Item, LabelPlace, TokenIds
 from rcllm.prompt.labels import check_told_apart, label_names
+from rcllm.prompt.remembered import Remembered, Written
 from rcllm.prompt.template import Parts, Template, render
 from rcllm.prompt.tokenizer import Tokenizer
 
 EMPTY_TEXT = "(no text)"  # an item none of whose template fields is known still needs a block
+_REMEMBERED_BYTES = 64 << 20  # an item's text and ids are ~3 KB
 _OWN_TEXTS = 64  # of a template and its chat format, that are remembered: headings, questions
 _LABELLED = 32  # lengths of lists whose labels are remembered
 _WHOLE_CHARS = 1 << 14  # what is longer is tokenised from its start, only as far as its limit reaches
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """The tokens of one text."""
-
-    ids: TokenIds
-    cut: bool = False  # there was more
-    empty: bool = False  # there was nothing: it reads EMPTY_TEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +56,7 @@ class Texts:
 
     def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
         self.template, self.tokenizer = template, tokenizer
+        self._remembered = Remembered(self._start, _REMEMBERED_BYTES)
         self.own = lru_cache(_OWN_TEXTS)(tokenizer.encode_control)  # ids of a text that the template or its chat brings
         self.labels = lru_cache(_LABELLED)(self._labels)
 
@@ -88,22 +82,20 @@ class Texts:
         return self._of(self.template.event, item, self.template.max_event_tokens, f"\n- {EMPTY_TEXT}")
 
     def own_words(self, text: str) -> Written:
-        """An event in a user's words, of which the tokenizer keeps no copy."""
+        """An event in a user's words, of which no copy is kept: they may have to be erased."""
         t = self.template
         rendered = t.event_text.replace("{text}", text or EMPTY_TEXT)
-        written = self._cut(rendered, t.max_event_tokens, self.tokenizer.encode_unremembered)
-        return Written(written.ids, written.cut, written.empty or not text.strip())
+        written = self._shown(self._start(rendered, t.max_event_tokens), t.max_event_tokens)
+        return written if text.strip() else replace(written, empty=True)
 
     def volatile(self, item: Item) -> Written:
         """The fresh text after a candidate; `empty`, without a token, where it shows nothing."""
-        text = render(self.template.volatile, item.volatile)
-        ids, cut = self._start(text, self.template.max_volatile_tokens, self.tokenizer.encode)
-        return Written(ids, cut, not ids)
+        written = self._remembered(render(self.template.volatile, item.volatile), self.template.max_volatile_tokens)
+        return written if written.ids else replace(written, empty=True)
 
     def echo(self, item: Item) -> TokenIds:
         """The candidate's first words, to stand before its question."""
-        text = render(self.template.pointwise_echo, item.fields)
-        return self._start(text, self.template.max_echo_tokens, self.tokenizer.encode)[0]
+        return self._remembered(render(self.template.pointwise_echo, item.fields), self.template.max_echo_tokens).ids
 
     def counts(self, items: Iterable[Item]) -> TextCounts:
         """What befalls the texts of `items`."""
@@ -117,21 +109,19 @@ class Texts:
 
     def _of(self, parts: Parts, item: Item, max_tokens: int, instead: str = EMPTY_TEXT) -> Written:
         if text := render(parts, item.fields):
-            return self._cut(text, max_tokens, self.tokenizer.encode)
-        ids, cut = self._start(instead, max_tokens, self.tokenizer.encode)
-        return Written(ids, cut, empty=True)
+            return self._shown(self._remembered(text, max_tokens), max_tokens)
+        return replace(self._remembered(instead, max_tokens), empty=True)
 
-    def _cut(self, text: str, max_tokens: int, encode: Callable[[str], TokenIds]) -> Written:
+    def _shown(self, written: Written, max_tokens: int) -> Written:
         """At least one token: a tokenizer may make nothing of white space or of what its normaliser drops."""
-        ids, cut = self._start(text, max_tokens, encode)
-        return Written(ids, cut) if ids else Written(self.tokenizer.encode(EMPTY_TEXT)[:max_tokens], empty=True)
+        return written if written.ids else Written(self._remembered(EMPTY_TEXT, max_tokens).ids, empty=True)
 
-    def _start(self, text: str, max_tokens: int, encode: Callable[[str], TokenIds]) -> tuple[TokenIds, bool]:
+    def _start(self, text: str, max_tokens: int) -> Written:
         """The first `max_tokens` ids of a text, and whether there are more."""
         size = max(_WHOLE_CHARS, 16 * max_tokens)
         while size < len(text):  # tokens are that long in no language, but white space and what is dropped may be
-            if len(ids := self.tokenizer.encode_unremembered(text[:size])) > max_tokens:
-                return ids[:max_tokens], True
+            if len(ids := self.tokenizer.encode(text[:size])) > max_tokens:
+                return Written(ids[:max_tokens], cut=True)
             size *= 8
-        ids = encode(text)
-        return ids[:max_tokens], len(ids) > max_tokens
+        ids = self.tokenizer.encode(text)
+        return Written(ids[:max_tokens], len(ids) > max_tokens)

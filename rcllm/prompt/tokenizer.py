@@ -22,10 +22,8 @@ from rcllm.core.ranking import TokenIds
 from rcllm.errors import ModelError
 from rcllm.plain_json import read_json, read_json_if_there
 from rcllm.prompt.continuing import continuing
-from rcllm.prompt.remembered import Remembered
 from rcllm.prompt.template import told_format
 
-_CACHED_BYTES = 64 << 20  # an item's text and ids are ~3 KB
 _ROLES = ("bos_token", "eos_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -71,7 +69,6 @@ class Tokenizer:
         self._control_ids = frozenset(self._full.token_to_id(token) for token in control)
         self._any_control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
         self._inside_control = re.compile("|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in control))
-        self._remembered = Remembered(self._encode, _CACHED_BYTES)
 
     @classmethod
     def load(cls, folder: Path, item_tokens: str = "") -> Tokenizer:
@@ -107,11 +104,18 @@ class Tokenizer:
 
     def encode(self, text: str) -> TokenIds:
         """Ids of a user's text. What looks like a control token in it is spelled out in ordinary tokens."""
-        return self._remembered(text)
-
-    def encode_unremembered(self, text: str) -> TokenIds:
-        """The same, keeping no copy of the text: for a user's own words, which may have to be erased."""
-        return self._encode(text)
+        text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair, as JSON may bring, is no text
+        ids = tuple(self._plain.encode(text, add_special_tokens=False).ids)
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # Some vocabularies can also build a control token from its characters: then its text is cut in two, and
+        # what a normaliser still makes of look-alike characters is dropped.
+        return tuple(
+            token
+            for part in self._inside_control.split(text)
+            for token in self._plain.encode(part, add_special_tokens=False).ids
+            if token not in self._control_ids
+        )
 
     def encode_control(self, text: str) -> TokenIds:
         """Ids of a template's own text, in which control tokens such as `<|im_start|>` are meant."""
@@ -137,20 +141,6 @@ class Tokenizer:
             return self._full.decode(ids, skip_special_tokens=False)
         begin = self._full.decode(ids[:num_bos], skip_special_tokens=False)
         return begin + self._opening.decode(ids[num_bos:], skip_special_tokens=False)
-
-    def _encode(self, text: str) -> TokenIds:
-        text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair, as JSON may bring, is no text
-        ids = tuple(self._plain.encode(text, add_special_tokens=False).ids)
-        if self._control_ids.isdisjoint(ids):
-            return ids
-        # Some vocabularies can also build a control token from its characters: then its text is cut in two, and
-        # what a normaliser still makes of look-alike characters is dropped.
-        return tuple(
-            token
-            for part in self._inside_control.split(text)
-            for token in self._plain.encode(part, add_special_tokens=False).ids
-            if token not in self._control_ids
-        )
 
 
 def end_token(folder: Path) -> int | None:

@@ -16,9 +16,10 @@ from rcllm.core.ranking import Block, ContentKey, Event, Item, ItemId, Layout, P
 from rcllm.core.receipts import BlockKind
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
 from rcllm.prompt.blocks import Prompter
-from rcllm.prompt.keys import content_key
+from rcllm.prompt.keys import content_key, owner_digest, token_bytes
+from rcllm.prompt.remembered import Written
 from rcllm.prompt.template import Template, chat_format
-from rcllm.prompt.texts import EMPTY_TEXT, Written
+from rcllm.prompt.texts import EMPTY_TEXT
 from rcllm.prompt.tokenizer import Tokenizer
 from tests.engine import tiny
 
@@ -254,7 +255,8 @@ def test_a_chain_is_named_by_all_that_precedes_it_and_by_its_user() -> None:
 
 @given(st.text(max_size=5), st.text(max_size=5), st.lists(st.integers(0, 2**31 - 1), max_size=3).map(tuple))
 def test_owners_and_tokens_are_hashed_apart(one: str, other: str, ids: tuple[int, ...]) -> None:
-    keys = {content_key(b"n", b"c", ids, name) for name in (None, one, other)}
+    whose = [b"", *map(owner_digest, (one, other))]
+    keys = {content_key(b"n", b"c", token_bytes(ids), name) for name in whose}
     assert len(keys) == 1 + len({one, other})
 
 

@@ -42,7 +42,7 @@ def asked(*names: str, **fields: object) -> RankRequest:
 def test_the_start_of_a_long_text_is_that_of_the_whole(texts: Texts, unit: str, times: int) -> None:
     """exact, with texts on both sides of the length that is tokenised whole"""
     text = f"a lamp {unit * times} of steel"
-    whole = texts.tokenizer.encode_unremembered(f"\n- {text}")
+    whole = texts.tokenizer.encode(f"\n- {text}")
     written = texts.own_words(text)
     assert written.ids == whole[: TEMPLATE.max_event_tokens]
     assert written.cut == (len(whole) > TEMPLATE.max_event_tokens)
