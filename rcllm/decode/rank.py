@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -98,28 +99,31 @@ def _compared(
     figures: Callable[[torch.Tensor], torch.Tensor],
     scores: Callable[[Prompt, Among], Scores],
 ) -> Launched:
-    """Logits of each read's own tokens alone; those that are asked for the same tokens are one product.
+    """Logits of each read's own tokens alone; those of one prompt that are asked for the same tokens are one product.
 
     figures: of logits in fp64, [n, tokens] -> [n, any].
     """
-    rows: dict[TokenIds, list[int]] = {}
-    for asked in batch:
+    rows: dict[TokenIds, dict[int, list[int]]] = {}  # by what is compared, of each prompt that asks for it
+    for number, asked in enumerate(batch):
         for read, row in zip(asked.prompt.reads, asked.rows.tolist(), strict=True):
-            rows.setdefault(read.token_ids, []).append(row)
-    sizes = [len(each) for pair in rows.items() for each in pair]
-    numbers = np.array([number for pair in rows.items() for each in pair for number in each], dtype=np.int64)
-    sent = iter(upload(numbers, decoder.device).split(sizes))
-    logits = [decoder.logits(hidden[some], columns).flatten() for columns, some in zip(sent, sent, strict=True)]
+            rows.setdefault(read.token_ids, {}).setdefault(number, []).append(row)
+    lists = [numbers for token_ids, by_prompt in rows.items() for numbers in (token_ids, *by_prompt.values())]
+    sent = iter(upload(np.concatenate(lists), decoder.device).split([len(each) for each in lists]))
+    logits = list[torch.Tensor]()
+    for by_prompt in rows.values():
+        columns = next(sent)
+        products = [decoder.logits(hidden[some], columns) for some in islice(sent, len(by_prompt))]
+        logits.append(torch.cat(products))
 
     def scores_of(values: torch.Tensor) -> list[Scores]:
-        parts = values.double().split([len(each) for each in logits])
+        parts = values.double().split([each.numel() for each in logits])
         among = {
             token_ids: iter(figures(part.view(-1, len(token_ids))).tolist())
             for token_ids, part in zip(rows, parts, strict=True)
         }
         return [scores(asked.prompt, among) for asked in batch]
 
-    return Launched(torch.cat(logits), scores_of)
+    return Launched(torch.cat([each.flatten() for each in logits]), scores_of)
 
 
 def _likelihood(decoder: Decoder, hidden: torch.Tensor, batch: Sequence[Asked]) -> Launched:
