@@ -66,7 +66,7 @@ class Ticket:
     opening: Opening
     lookup: Lookup  # where its blocks were when it was submitted
     planned: Planned  # by that look-up
-    stage_ms: dict[str, float]  # of the passes that it took part in, too
+    stage_ms: dict[str, float]  # of the passes that it took part in, too; those of its receipt
     demands: Demands  # what it asks of the device, by that look-up
     terms: Terms = DEFAULT_TERMS
     catalogue_version: int = 0  # of the items that its prompt reads
@@ -133,7 +133,7 @@ class Entered:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one request. The loop fills in the times of a response's receipt."""
+    """What became of one request. The times of a response's receipt are those of its ticket, which the loop completes."""
 
     number: int
     outcome: Any  # a response, which has a receipt, or an exception

@@ -351,12 +351,10 @@ class RequestLoop:
                 ticket.job.drop(ticket.number)
                 ticket.end(answer.outcome)
             else:
-                total_ms = (self._clock() - ticket.submitted_s) * 1e3
-                receipt = replace(answer.outcome.receipt, stage_ms={**ticket.stage_ms, "total": total_ms})
-                response = replace(answer.outcome, receipt=receipt)
+                ticket.stage_ms["total"] = (self._clock() - ticket.submitted_s) * 1e3
                 if not self._was_erased(ticket):
-                    self.intake.keep(ticket, response)
-                ticket.end(response)
+                    self.intake.keep(ticket, answer.outcome)
+                ticket.end(answer.outcome)
         with self._lock:
             for answer in answers:
                 self.scheduler.end(answer.number)

@@ -160,7 +160,7 @@ def _entered(
 def _shared(
     ticket: Ticket, planned: Planned, notes: tuple[str, ...], passed: Passed, prompts: Prompts
 ) -> dict[str, Any]:
-    """The fields of a receipt that every job fills alike; times are filled in with the reply."""
+    """The fields of a receipt that every job fills alike; its times are the ticket's own, complete with the reply."""
     prompt, options = planned.prompt, planned.prompt.options
     return {
         "level": str(options.level),
@@ -170,7 +170,7 @@ def _shared(
         "num_fresh": planned.plan.num_fresh,
         "num_reused": planned.plan.num_reused,
         "num_computed": prompts.num_computed,
-        "stage_ms": {},
+        "stage_ms": ticket.stage_ms,
         "batch_size": len(prompts.tickets),
         "degraded": ticket.opening.degraded,
         "guard": ticket.opening.guard,

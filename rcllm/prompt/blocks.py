@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import get_args
 
@@ -44,6 +45,7 @@ from rcllm.prompt.texts import EMPTY_TEXT, TextCounts, Texts
 from rcllm.prompt.tokenizer import Tokenizer
 
 _NOTHING_LEARNT = Learnt()
+_shared_key = lru_cache(maxsize=1 << 14)(content_key)  # of blocks that all users share; about 10 MB
 _NO_TEXTS: Mapping[ItemId, Mapping[str, str]] = MappingProxyType({})
 _JOINING = b"2"  # how headings, labels and texts are joined; raised where that changes
 
@@ -159,7 +161,8 @@ class Prompter:
 
         `whose`: digest of the user whose words they are.
         """
-        return content_key(self.namespace, self.contexts[layout][kind].digest, tokens, whose)
+        make = content_key if whose else _shared_key
+        return make(self.namespace, self.contexts[layout][kind].digest, tokens, whose)
 
     def question_ids(self, readout: Readout) -> TokenIds:
         """What a prompt asks at its end, or of each candidate."""

@@ -12,6 +12,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +22,7 @@ from rcllm.core.receipts import BlockKind
 NOTHING_BORROWED: Mapping[int, Borrowed] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class _Use:
+class _Use(NamedTuple):
     """What is done with one block before budgets are spent: the KV block it is read from, or None for fresh."""
 
     key: ContentKey | None
@@ -53,7 +53,11 @@ def plan(
     uses = _uses(prompt, level, found, borrowed if level.name not in ("full", "exact") else NOTHING_BORROWED)
     spent, pieces = _spend(prompt, uses, level), list[Piece]()
     for i, (block, use) in enumerate(zip(prompt.blocks, uses, strict=True)):
-        pieces += _cut(i, len(block.token_ids), use, spent.get(i, _UNSPENT))
+        size = len(block.token_ids)
+        if i in spent or use.there is not None:
+            pieces += _cut(i, size, use, spent.get(i, _UNSPENT))
+        elif size:
+            pieces.append(Piece(i, 0, size, use.key, use.why))
     return Plan(tuple(pieces), _publishable(prompt, uses) if level.name != "full" else ())
 
 
