@@ -133,7 +133,7 @@ class Entered:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one request. The times of a response's receipt are those of its ticket, which the loop completes."""
+    """What became of one request. The times in a response's receipt are its ticket's, which the loop completes."""
 
     number: int
     outcome: Any  # a response, which has a receipt, or an exception

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from rcllm.core.ranking import Item, ItemId, TokenIds, order
 from rcllm.engine.engine import Engine
+from rcllm.engine.jobs import rank
 from rcllm.engine.jobs.bias import RunningMean, centre
+from rcllm.errors import answered
 from tests.engine import tiny
 
 
@@ -78,6 +80,26 @@ def test_pointwise_is_yes_minus_no_over_plain_prompts(any_engine: Engine) -> Non
         logits = any_engine.decoder.full_logits((*common, *own))[-1]
         yes, no = (logits[any_engine.prompter.tokenizer.encode(word)[0]] for word in (" yes", " no"))
         assert math.isclose(score, float(yes - no), abs_tol=1e-4)
+
+
+def test_a_batch_of_all_read_outs_is_read_in_one_copy_before_which_receipts_are_made(
+    any_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device computes while receipts are made; each prompt has the scores of its own read-out."""
+    requests = [
+        tiny.request((i, i + 1, i + 5), (30 + i,), user=f"u{i}", name=f"r{i}", readout=readout, level="blocks")
+        for i, readout in enumerate(["likelihood", "label", "pointwise", "label", "likelihood"])
+    ]
+    alone = [any_engine.rank(asked).scores for asked in requests]
+    order = list[str]()
+    to_host, receipt = torch.Tensor.cpu, rank._receipt
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (order.append("copy"), to_host(tensor))[1])
+    monkeypatch.setattr(rank, "_receipt", lambda *args: (order.append("receipt"), receipt(*args))[1])
+    together = answered(any_engine.rank_batch(requests))
+    assert order == ["receipt"] * len(requests) + ["copy"]
+    for response, scores, asked in zip(together, alone, requests, strict=True):
+        assert np.allclose(response.scores, scores, atol=1e-5)
+        assert response.request_id == asked.request_id
 
 
 @given(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, -1e300]), max_size=12))

@@ -257,6 +257,8 @@ def test_gather_says_what_it_copied(backend: str, dtype: torch.dtype) -> None:
     group = random_group(5, dtype=dtype)
     attend = make(backend, SPEC, [group])
     attend(0, random_rows([group]))
+    parts = [segment.kv[:, :, :, segment.start : segment.stop] for segment in group.segments]
+    assert [segment.num_bytes for segment in group.segments] == [part.numel() * part.itemsize for part in parts]
     assert attend.bytes_copied == sum(segment.num_bytes for segment in group.segments) // SPEC.num_layers
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rcllm.core.ranking import Block, ContentKey, Event, Item, ItemId, Layout, Prompt, RankRequest, Readout
+from rcllm.core.ranking import Block, ContentKey, Event, Item, ItemId, Layout, Prompt, RankRequest, Readout, TokenIds
 from rcllm.core.receipts import BlockKind
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError
 from rcllm.prompt.blocks import Prompter
@@ -319,6 +319,24 @@ def test_an_echo_repeats_the_candidates_first_words_in_its_question() -> None:
         assert prompt.reads[slot].offset == len(asked[slot]) - 1
     items = [[b for b in p.blocks if b.kind is BlockKind.ITEM] for p in (prompt, plain)]
     assert [b.token_ids for b in items[0]] == [b.token_ids for b in items[1]], "what is cached stays as it was"
+
+
+@all_shapes
+@pytest.mark.parametrize("count", [5, 30])
+def test_what_was_written_once_asks_the_tokenizer_nothing(
+    shape: dict[str, Any], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headings, labels and items; another request, of the same candidates in another order, has all of them."""
+    made = prompter()
+    made.build(tiny.request(count, (30, 31), **shape))
+
+    def refused(tokenizer: Tokenizer, text: str) -> TokenIds:
+        raise AssertionError(f"{text!r} is tokenised again")
+
+    for name in ("encode", "encode_control"):
+        monkeypatch.setattr(Tokenizer, name, refused)
+    again = made.build(tiny.request(tuple(range(count))[::-1], (31, 30), user="u2", **shape))
+    assert again.num_candidates == count
 
 
 def test_content_free_prompts_have_no_history_and_equal_candidates() -> None:

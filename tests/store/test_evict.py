@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from rcllm.core.ranking import ContentKey
 from rcllm.store.evict import GreedyDual
 
@@ -75,6 +78,31 @@ def test_what_is_forgotten_is_no_victim_and_may_come_back() -> None:
     order.forget(A)
     order.touch(A, 9.0)
     assert victims(order) == [B, A]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["touch", "forget", "pin", "unpin", "pop"]), st.integers(0, 5)), max_size=60))
+def test_victims_are_those_of_looking_at_every_rank(steps: list[tuple[str, int]]) -> None:
+    """exact"""
+    order, ranks, pinned, clock, uses = GreedyDual(), dict[ContentKey, tuple[float, int]](), set[ContentKey](), 0.0, 0
+    for what, number in steps:
+        key = ContentKey(bytes([number]))
+        if what == "touch":
+            uses += 1
+            ranks[key] = (clock + number, uses)
+            order.touch(key, float(number))
+        elif what == "forget":
+            ranks.pop(key, None)
+            order.forget(key)
+        elif what == "pin":
+            pinned.add(key)
+        elif what == "unpin" and key in pinned:
+            pinned.remove(key)
+            order.release(key)
+        elif what == "pop":
+            wanted = min((each for each in ranks if each not in pinned), key=ranks.__getitem__, default=None)
+            assert order.pop(pinned) == wanted
+            clock = ranks.pop(wanted)[0] if wanted is not None else clock
+        order.check(set(ranks))
 
 
 def test_many_uses_do_not_grow_the_heap_without_bound() -> None:

@@ -58,6 +58,14 @@ def test_pins_count() -> None:
     assert index.make_room(1) == [key(0)]
 
 
+def test_what_is_listed_is_taken_used_and_pinned() -> None:
+    index = filled(10, 3, 3, 3)
+    assert index.take([key(0), key(7), key(2)]) == [key(0), key(2)]
+    assert [index.is_pinned(key(number)) for number in (0, 1, 2, 7)] == [True, False, True, False]
+    index.unpin(key(0))
+    assert index.make_room(7) == [key(1), key(0)], "the one that was used last goes last"
+
+
 def test_unpinning_too_often_is_our_own_mistake() -> None:
     index = filled(4, 4)
     with pytest.raises(AssertionError, match="unpinned more often"):
