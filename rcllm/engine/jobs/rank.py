@@ -5,7 +5,7 @@ Decides how a request is answered, reads its scores, and builds its receipt. Inv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -82,13 +82,20 @@ class Rank(OnePass):
                 "last must be left to run for the chosen tokens alone"
             )
 
-    def enter(self, entered: Sequence[Entered], stage: Stage) -> list[Answer]:
-        asked = [Asked(each.planned.prompt, each.read_rows) for each in entered]
+    def enter(self, entered: Sequence[Entered], stage: Stage) -> Iterator[Answer]:
         with stage("readout"):
+            asked = [Asked(each.planned.prompt, each.read_rows) for each in entered]
             scores = launch(self._decoder, entered[0].hidden, asked)
+        return self._answers(entered, scores, stage)
+
+    def _answers(
+        self, entered: Sequence[Entered], scores: Callable[[], list[Scores]], stage: Stage
+    ) -> Iterator[Answer]:
+        with stage("readout"):
             receipts = [_receipt(each, self._prompter.context_name) for each in entered]  # while the device computes
-            outcomes = map(self._outcome, entered, scores(), receipts)
-            return [Answer(each.ticket.number, outcome) for each, outcome in zip(entered, outcomes, strict=True)]
+            outcomes = list(map(self._outcome, entered, scores(), receipts))
+        for each, outcome in zip(entered, outcomes, strict=True):
+            yield Answer(each.ticket.number, outcome)
 
     def _outcome(self, entered: Entered, scores: Scores, receipt: RankReceipt) -> RankResponse | ModelError:
         if not np.isfinite(scores).all():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from rcllm.core.ranking import RankOptions
@@ -19,6 +20,7 @@ from rcllm.engine.engine import Engine
 from rcllm.engine.job import Answer, Entered, OnePass, Opening
 from rcllm.errors import ModelError
 from rcllm.metrics import Stage
+from rcllm.model.upload import upload
 from rcllm.prompt.plain import score_prompt
 from rcllm.schedule.work import KindLimits
 
@@ -42,20 +44,31 @@ class Score(OnePass):
         return Opening(prompt)
 
     def enter(self, entered: Sequence[Entered], stage: Stage) -> Iterator[Answer]:
-        for each in entered:
-            with stage("readout"):
-                outcome = self._outcome(each)
-            yield Answer(each.ticket.number, outcome)
+        with stage("readout"):
+            figures = [self._launch(each) for each in entered]
+        return self._answers(entered, figures, stage)
 
-    def _outcome(self, entered: Entered) -> ScoreResponse | ModelError:
+    @torch.inference_mode()
+    def _launch(self, entered: Entered) -> torch.Tensor:
+        """[items, labels] on the device: log-probabilities."""
         decoder, request = self._engine.decoder, entered.ticket.request
-        rows = torch.from_numpy(entered.read_rows).to(decoder.device)
-        labels = torch.tensor(request.label_ids, device=decoder.device)
-        found: list[list[float]] = []
-        with torch.inference_mode():
-            for start in range(0, len(rows), _ROWS):
-                logits = decoder.logits(entered.hidden[rows[start : start + _ROWS]]).double()
-                found += (logits[:, labels] - torch.logsumexp(logits, dim=-1, keepdim=True)).tolist()
-        if not all(math.isfinite(value) for values in found for value in values):
-            return not_numbers()
-        return ScoreResponse(request.request_id, tuple(map(tuple, found)), Receipt(**entered.shared))
+        numbers = upload(np.array([*entered.read_rows, *request.label_ids], dtype=np.int64), decoder.device)
+        rows, labels = numbers.split([len(entered.read_rows), len(request.label_ids)])
+        parts = []
+        for some in rows.split(_ROWS):
+            logits = decoder.logits(entered.hidden[some]).double()
+            parts.append(logits[:, labels] - torch.logsumexp(logits, dim=-1, keepdim=True))
+        return torch.cat(parts)
+
+    def _answers(self, entered: Sequence[Entered], figures: Sequence[torch.Tensor], stage: Stage) -> Iterator[Answer]:
+        with stage("readout"):
+            here = [each.tolist() for each in figures]
+        for each, found in zip(entered, here, strict=True):
+            yield Answer(each.ticket.number, _outcome(each, found))
+
+
+def _outcome(entered: Entered, found: list[list[float]]) -> ScoreResponse | ModelError:
+    if not all(math.isfinite(value) for values in found for value in values):
+        return not_numbers()
+    request_id = entered.ticket.request.request_id
+    return ScoreResponse(request_id, tuple(map(tuple, found)), Receipt(**entered.shared))
