@@ -15,7 +15,7 @@ import torch
 
 from rcllm.core.ranking import IntArray, Prompt, Readout, Scores, TokenIds
 from rcllm.model.decoder import Decoder
-from rcllm.model.upload import upload
+from rcllm.model.upload import download, upload
 from rcllm.prompt.labels import choices
 
 _ROWS = 128  # rows of logits over the whole vocabulary at a time: 25 MB at 49,152 tokens in fp32
@@ -53,10 +53,10 @@ def launch(decoder: Decoder, hidden: torch.Tensor, batch: Sequence[Asked]) -> Ca
         kinds.setdefault(asked.prompt.options.readout, []).append(number)
     numbers = [number for some in kinds.values() for number in some]
     parts = [_READOUTS[kind](decoder, hidden, [batch[i] for i in some]) for kind, some in kinds.items()]
-    values = torch.cat([part.values for part in parts])
+    values = download(torch.cat([part.values for part in parts]))
 
     def scores() -> list[Scores]:
-        here = values.cpu().split([len(part.values) for part in parts])
+        here = values().split([len(part.values) for part in parts])
         found = [scores for part, some in zip(parts, here, strict=True) for scores in part.scores(some)]
         return [scores for _, scores in sorted(zip(numbers, found, strict=True), key=lambda pair: pair[0])]
 

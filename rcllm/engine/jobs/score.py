@@ -7,7 +7,7 @@ the figures of an item depend on the query and on itself alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from rcllm.engine.engine import Engine
 from rcllm.engine.job import Answer, Entered, OnePass, Opening
 from rcllm.errors import ModelError
 from rcllm.metrics import Stage
-from rcllm.model.upload import upload
+from rcllm.model.upload import download, upload
 from rcllm.prompt.plain import score_prompt
 from rcllm.schedule.work import KindLimits
 
@@ -49,8 +49,8 @@ class Score(OnePass):
         return self._answers(entered, figures, stage)
 
     @torch.inference_mode()
-    def _launch(self, entered: Entered) -> torch.Tensor:
-        """[items, labels] on the device: log-probabilities."""
+    def _launch(self, entered: Entered) -> Callable[[], torch.Tensor]:
+        """Log-probabilities, [items, labels], once the device has computed them."""
         decoder, request = self._engine.decoder, entered.ticket.request
         numbers = upload(np.array([*entered.read_rows, *request.label_ids], dtype=np.int64), decoder.device)
         rows, labels = numbers.split([len(entered.read_rows), len(request.label_ids)])
@@ -58,11 +58,13 @@ class Score(OnePass):
         for some in rows.split(_ROWS):
             logits = decoder.logits(entered.hidden[some]).double()
             parts.append(logits[:, labels] - torch.logsumexp(logits, dim=-1, keepdim=True))
-        return torch.cat(parts)
+        return download(torch.cat(parts))
 
-    def _answers(self, entered: Sequence[Entered], figures: Sequence[torch.Tensor], stage: Stage) -> Iterator[Answer]:
+    def _answers(
+        self, entered: Sequence[Entered], figures: Sequence[Callable[[], torch.Tensor]], stage: Stage
+    ) -> Iterator[Answer]:
         with stage("readout"):
-            here = [each.tolist() for each in figures]
+            here = [each().tolist() for each in figures]
         for each, found in zip(entered, here, strict=True):
             yield Answer(each.ticket.number, _outcome(each, found))
 
