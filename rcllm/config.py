@@ -79,8 +79,8 @@ class ModelConfig:
     weights: Annotated[
         Literal["full", "int8"],
         Opt(
-            "full: in 32 or 16 bits, as they are multiplied. int8: in at most 8, on a CPU, for less memory, quicker "
-            "texts and searches; what a GGUF file holds in Q8_0, Q4_0 or Q4_1 keeps its every value.",
+            "full: in 32 or 16 bits, as they are multiplied. int8: in at most 8, for less memory, quicker texts and "
+            "searches; what a GGUF file holds in Q8_0, Q4_0 or Q4_1 keeps its every value.",
             metavar="full|int8",
             panel=_PANEL,
         ),
@@ -366,11 +366,8 @@ def resolve(config: Config, hardware: Hardware) -> Config:
     if device == "cuda" and not hardware.has_cuda:
         raise ConfigError("model.device is cuda, but torch sees no GPU; use device = 'auto' or 'cpu'")
     dtype = ("bf16" if device == "cuda" else "fp32") if model.dtype == "auto" else model.dtype
-    if model.weights == "int8" and (device == "cuda" or dtype == "fp16"):
-        raise ConfigError(
-            f"model.weights int8 is for device cpu and dtype fp32 or bf16, got {device} and {dtype}; "
-            "use weights = 'full'"
-        )
+    if model.weights == "int8" and (device, dtype) == ("cpu", "fp16"):
+        raise ConfigError("model.weights int8 on a CPU is for dtype fp32 or bf16, got fp16; use weights = 'full'")
     kv_dtype = ("fp16" if dtype == "fp32" else dtype) if cache.kv_dtype == "auto" else cache.kv_dtype
     memory_mb = cache.memory_mb or int(hardware.memory_bytes * 0.6) // MIB
     check(config)

@@ -57,15 +57,16 @@ def load_decoder(config: Config, folder: Path) -> Decoder:
     if different := _other_base(config, folder):
         warnings.warn(different, ModelWarning, stacklevel=3)  # at the line that calls Engine.build
     rounds = config.model.device == "cpu" and config.model.dtype == "bf16"  # in products; all else is in fp32
-    loaded = "fp32" if rounds else config.model.dtype  # so that adapters are merged before anything is rounded
-    products, change = "bf16" if rounds else "fp32", None
+    products, rows = ("bf16", torch.float32) if rounds else ("fp32", DTYPES[config.model.dtype])
+    loaded, change = rows if config.model.weights == "full" else None, None  # levels are made of what the files hold
     if config.model.adapter:
         change = partial(merge_layer, load_adapter(Path(config.model.adapter), load_spec(folder)))
-    with streamed_model(folder, DTYPES[loaded], config.model.device, change) as (spec, weights):
+        loaded = loaded or torch.float32  # adapters are merged before anything is rounded
+    with streamed_model(folder, loaded, config.model.device, change) as (spec, weights):
         end = end_token(folder)
         if end is not None and end < spec.vocab_size:  # fine-tunes may name theirs there alone
             spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, end))))
-        options = (config.model.attention, config.model.max_positions, products, config.model.weights)
+        options = (config.model.attention, config.model.max_positions, products, config.model.weights, rows)
         decoder = Decoder(spec, weights, *options)
     if decoder.emulates:
         warnings.warn(_emulated(decoder), ModelWarning, stacklevel=3)
@@ -165,6 +166,7 @@ def make_pool(config: Config, decoder: Decoder, store: Store | None = None, spac
     resident = psutil.Process().memory_info().rss
     least = spec.kv_bytes_per_token(4) * _SMALLEST_POOL_TOKENS
     if decoder.device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading took for a while
         workspace += LAID_BYTES + STATIC_ROWS * (activations + spec.kv_bytes_per_token(decoder.dtype.itemsize))
         free = torch.cuda.mem_get_info(decoder.device)[0] - workspace
     else:

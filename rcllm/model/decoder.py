@@ -15,7 +15,7 @@ from itertools import accumulate, islice
 
 import torch
 
-from rcllm.model.attend.choose import native_fits, prepare, resolved
+from rcllm.model.attend.choose import check_kept, native_fits, prepare, resolved
 from rcllm.model.attend.compiled import NativeSegmented
 from rcllm.model.attend.contract import Attend, Attended, Beside, merge
 from rcllm.model.attend.native import kernels
@@ -122,16 +122,18 @@ class Decoder:
         max_positions: int | None = None,
         products: str = "fp32",
         kept: str = "full",
+        dtype: torch.dtype | None = None,
     ) -> None:
         """products: bf16 rounds matrices, and what they and attention multiply; all else is in fp32 on the CPU.
 
-        kept: int8 keeps matrices, which are in fp32, in levels of at most 8 bits. Layers are read one after the other,
-        once: where they come from files, none is held beside what is made of it. Raises ConfigError for a backend that
-        cannot run here.
+        kept: int8 keeps matrices in levels of at most 8 bits. dtype: of hidden states and fresh KV; None for that of
+        the weights, which those in levels need not share. Layers are read one after the other, once: where they come
+        from files, none is held beside what is made of it. Raises ConfigError for a backend that cannot run here.
         """
         self.spec, self.products, self.kept = spec, products, kept
-        self.backend = resolved(backend, spec, weights.embed.device)
-        self.device, self.dtype = weights.embed.device, weights.embed.dtype  # the dtype of hidden states and fresh KV
+        self.device, self.dtype = weights.embed.device, dtype or weights.embed.dtype
+        self.backend = resolved(backend, spec, self.device)
+        check_kept(kept, self.backend, self.device)
         self.max_positions = min(spec.max_positions, max_positions or spec.max_positions)
         self.rope = Rope.of(spec, self.max_positions, self.device)
         on_triton = self.backend == "triton"
@@ -140,7 +142,7 @@ class Decoder:
         if self.kernels:
             self._ops = NativeOps(spec, self.rope, self.kernels, products)
         self.matrix_bytes = self.num_rounded = 0  # of all matrices but the packed head; those that int8 changed
-        self.embed, self.final_norm = self._table(weights.embed), weights.final_norm
+        self.embed, self.final_norm = self._table(weights.embed), weights.final_norm.to(self.dtype)
         self.lm_head = self.embed if weights.lm_head is weights.embed else self._table(weights.lm_head)
         self._layers = [self._layer(w) for w in weights.layers]
         self.static: StaticPasses | None = None
@@ -175,11 +177,15 @@ class Decoder:
     def _layer(self, w: LayerWeights) -> Layer:
         item_bytes = 2 if self.products == "bf16" and self.kernels else w.qkv.itemsize
 
+        def rounded(vector: torch.Tensor | None) -> torch.Tensor | None:
+            return None if vector is None else vector.to(self.dtype)
+
         def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-            return self._ops.linear(self._as_kept(weight, item_bytes), bias)
+            return self._ops.linear(self._as_kept(weight, item_bytes), rounded(bias))
 
         matrices = linear(w.qkv, w.qkv_bias), linear(w.o, w.o_bias), linear(w.gate_up, None), linear(w.down, None)
-        return self._ops.layer(LayerParts(w.input_norm, w.post_norm, w.q_norm, w.k_norm, *matrices))
+        norms = w.input_norm.to(self.dtype), w.post_norm.to(self.dtype), rounded(w.q_norm), rounded(w.k_norm)
+        return self._ops.layer(LayerParts(*norms, *matrices))
 
     @torch.inference_mode()
     def forward(

@@ -15,6 +15,7 @@ from rcllm.late import Late
 from rcllm.model.attend.native import Kernels
 from rcllm.model.attend.triton_tables import padded
 from rcllm.model.layers import CompiledLayer, Layer, LayerParts, Linear, Norm, Workspace
+from rcllm.model.level_products import LevelProduct, Scratch
 from rcllm.model.packed import PACKINGS, QuantisedMatrix
 from rcllm.model.quantised import Quantised
 from rcllm.model.rope import Rope
@@ -122,7 +123,17 @@ class TorchOps:
 
 
 class TritonOps(TorchOps):
-    """On a GPU, or in Triton's interpreter: products by torch, and one launch for each of the other steps."""
+    """On a GPU, or in Triton's interpreter: products by torch, but for levels, and one launch for each other step."""
+
+    def __init__(self, spec: ModelSpec, rope: Rope, packing: str = "fp32") -> None:
+        super().__init__(spec, rope, packing)
+        self._scratch: Scratch | None = None  # made with the first matrix in levels
+
+    def linear(self, weight: Matrix, bias: torch.Tensor | None) -> Linear:
+        if not isinstance(weight, Quantised) or self._packing == "bf16":
+            return super().linear(weight, bias)
+        self._scratch = self._scratch or Scratch(weight.device)
+        return LevelProduct(weight, bias, self._scratch)
 
     def add_norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         output = torch.empty_like(residual)

@@ -9,7 +9,7 @@ any other is rounded to 8 bits, where a value differs by half a step of its grou
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from rcllm.errors import ModelError
 from rcllm.model.spec import WEIGHT_GROUP as GROUP
 
-_AT_ONCE = 1 << 20  # values that are looked at together
+_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 23}  # values that are looked at together, each in some 25 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,22 @@ class Quantised:
         return self.levels.device
 
     @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return (self.levels, self.scales) if self.least is None else (self.levels, self.scales, self.least)
+
+    @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.levels, self.scales, self.least) if part is not None)
+        return sum(part.nbytes for part in self.parts)
 
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         """fp32 [*rows, in]"""
         least = None if self.least is None else self.least[rows]
         return _values(self.levels[rows], self.scales[rows], least)[..., : self.inner].contiguous()
+
+    def cpu(self) -> Quantised:
+        """The same in host memory."""
+        least = None if self.least is None else self.least.cpu()
+        return replace(self, levels=self.levels.cpu(), scales=self.scales.cpu(), least=least)
 
     def widen(self) -> torch.Tensor:
         """All of it in fp32."""
@@ -57,7 +66,7 @@ class Quantised:
 
 
 def quantise(weight: torch.Tensor) -> Quantised:
-    """The levels of a matrix in fp32. Raises ModelError."""
+    """The levels of a matrix, on its device. Raises ModelError."""
     for levels_of in (_q4_1, _q4_0, _q8_0):
         if (found := _by_parts(weight, levels_of)).is_exact:
             return found
@@ -96,24 +105,29 @@ def _q8_0(values: torch.Tensor) -> _Groups:
 
 def _by_parts(weight: torch.Tensor, way: _Way) -> Quantised:
     """Rows by rows, so that little is held beside the matrix. With 4 bits it gives up where a value is not exact."""
-    parts: list[Quantised] = []
-    for rows in weight.split(max(1, _AT_ONCE // weight.shape[1])):
-        parts.append(_rounded(rows, way))
-        if parts[-1].bits == 4 and not parts[-1].is_exact:
+    at_once = max(1, _AT_ONCE[weight.device.type] // weight.shape[1])
+    whole = _empty_like(_rounded(weight[:1].float(), way), len(weight))
+    is_exact = True
+    for start in range(0, len(weight), at_once):
+        part = _rounded(weight[start : start + at_once].float(), way)
+        is_exact &= part.is_exact
+        if whole.bits == 4 and not is_exact:
             break
-    least = [part.least for part in parts if part.least is not None]
-    return Quantised(
-        weight.shape[1],
-        torch.cat([part.levels for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.cat(least) if least else None,
-        all(part.is_exact for part in parts),
-    )
+        for to, values in zip(whole.parts, part.parts, strict=True):
+            to[start : start + at_once] = values
+    return replace(whole, is_exact=is_exact)
+
+
+def _empty_like(rows: Quantised, count: int) -> Quantised:
+    """Room for so many rows of that kind."""
+    levels, scales, *least = (part.new_empty(count, part.shape[1]) for part in rows.parts)
+    return replace(rows, levels=levels, scales=scales, least=least[0] if least else None)
 
 
 def _rounded(rows: torch.Tensor, way: _Way) -> Quantised:
     inner = rows.shape[1]
-    whole = F.pad(rows, (0, -inner % GROUP), mode="replicate")  # which changes no least or largest value
+    missing = -inner % GROUP
+    whole = F.pad(rows, (0, missing), mode="replicate") if missing else rows  # it changes no least or largest value
     values = whole.unflatten(1, (-1, GROUP))
     groups = way(values)
     lowest, highest = (-127, 127) if groups.least is None else (0, 15)

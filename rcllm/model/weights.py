@@ -24,6 +24,7 @@ from rcllm.plain_json import read_json, read_json_if_there
 
 _IGNORED = "rotary_emb.inv_freq"  # a buffer that old exports wrote; it follows from the config
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
+_IN_16_BITS = {"F16": torch.float16, "BF16": torch.bfloat16}
 _QUANTISED = {  # how the tensors of quantised models end
     "qweight": "GPTQ or AWQ",
     "qzeros": "GPTQ or AWQ",
@@ -101,9 +102,12 @@ def load_model(
 
 @contextlib.contextmanager
 def streamed_model(
-    folder: Path, dtype: torch.dtype, device: torch.device | str, change: Change | None = None
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str, change: Change | None = None
 ) -> Iterator[tuple[ModelSpec, Weights]]:
-    """The same without its layers in memory: each is read when it is asked for, and changed. Files close with it."""
+    """The same without its layers in memory: each is read when it is asked for, and changed. Files close with it.
+
+    dtype: None for that of the files, in which every value is kept.
+    """
     spec = load_spec(folder)
     with contextlib.ExitStack() as stack:
         source = _Source(folder, _open_all(folder, stack), dtype, torch.device(device))
@@ -128,8 +132,10 @@ def fingerprint(folder: Path) -> bytes:
 class _Source:
     """Tensors by name over all shards, without the `model.` prefix that a bare backbone lacks."""
 
-    def __init__(self, folder: Path, files: Mapping[Path, Any], dtype: torch.dtype, device: torch.device) -> None:
-        self.folder, self.dtype, self.device = folder, dtype, device
+    def __init__(
+        self, folder: Path, files: Mapping[Path, Any], dtype: torch.dtype | None, device: torch.device
+    ) -> None:
+        self.folder, self.device = folder, device
         self._where: dict[str, tuple[Any, str]] = {}
         for handle in files.values():
             for stored in handle.keys():  # noqa: SIM118 - a handle is not a mapping
@@ -138,6 +144,12 @@ class _Source:
                     raise ModelError(f"{folder}: {name} is stored twice; expected each tensor in one file")
                 if not stored.endswith(_IGNORED) and not stored.startswith(CATALOG_PREFIX):
                     self._where[name] = (handle, stored)
+        self.dtype = dtype or self._narrowest()
+
+    def _narrowest(self) -> torch.dtype:
+        """Which holds every value of the files."""
+        kinds = {self.stored_dtype(name) for name in self._where}
+        return _IN_16_BITS.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
     @property
     def names(self) -> set[str]:

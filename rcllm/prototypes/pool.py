@@ -133,7 +133,7 @@ def _key(matches: Matches) -> ContentKey:
 
 def embedding_rows(embed: Matrix) -> Rows:
     """Reads rows of the embedding matrix [vocab, d] as fp32; keeps a copy of a matrix that is on a GPU."""
-    here = embed.cpu() if isinstance(embed, torch.Tensor) else embed
+    here = embed.cpu()
 
     def rows(token_ids: Ints) -> Floats:
         found: Floats = here[torch.from_numpy(token_ids)].float().numpy()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from rcllm.config import CacheConfig, Config, Hardware, ModelConfig, resolve
 from rcllm.engine.build import load_decoder
 from rcllm.errors import ConfigError, answered
+from rcllm.model.attend.choose import check_kept
 from rcllm.model.decoder import Decoder
 from rcllm.model.quantised import quantise
 from rcllm.model.weights import load_model, streamed_model
@@ -92,10 +93,42 @@ def test_what_is_made_by_other_weights_is_never_read_or_believed() -> None:
     assert kept.identity.differences(full.identity) == ("weights int8 instead of full",)
 
 
-@pytest.mark.parametrize("model", [ModelConfig(device="cuda"), ModelConfig(device="cpu", dtype="fp16")])
-def test_int8_is_for_cpus(model: ModelConfig) -> None:
-    with pytest.raises(ConfigError, match="weights = 'full'"):
-        resolve(Config(replace(model, weights="int8"), cache=CacheConfig()), Hardware(True, 1 << 33))
+def test_where_int8_saves_nothing_it_is_refused() -> None:
+    model, hardware = ModelConfig(device="cpu", dtype="fp16", weights="int8"), Hardware(True, 1 << 33)
+    with pytest.raises(ConfigError, match="fp32 or bf16, got fp16; use weights = 'full'"):
+        resolve(Config(model, cache=CacheConfig()), hardware)
+    assert resolve(Config(replace(model, device="cuda")), hardware).model.dtype == "fp16"
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"needs the kernels in Triton, but model.attention is gather here"):
+        check_kept("int8", "gather", gpu)
+    for kept, backend, device in (("int8", "triton", gpu), ("int8", "auto", cpu), ("full", "gather", gpu)):
+        check_kept(kept, backend, device)
+
+
+def test_scores_on_the_kernels_for_gpus(one_compute_thread: None) -> None:
+    """In Triton's interpreter, against the compiled kernels on the same levels."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'rcllm[gpu]'")
+    asked = tiny.request((0, 7), (30,), level="full")
+    engines = [tiny.build(attention=name, weights="int8") for name in ("auto", "triton")]
+    scores = [engine.rank(asked).scores for engine in engines]
+    assert engines[1].decoder.matrix_bytes == engines[0].decoder.matrix_bytes
+    np.testing.assert_allclose(scores[1], scores[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_levels_are_made_of_what_the_files_hold(stored: torch.dtype, tmp_path: Path) -> None:
+    """Read in 16 bits, which takes half the memory, they are those of the same values in 32."""
+    wide, narrow = (shutil.copytree(tiny.model_folder(), tmp_path / name) for name in ("wide", "narrow"))
+    tensors = {name: each.to(stored) for name, each in load_file(wide / "model.safetensors").items()}
+    save_file(tensors, narrow / "model.safetensors", {"format": "pt"})
+    save_file({name: each.float() for name, each in tensors.items()}, wide / "model.safetensors", {"format": "pt"})
+    with streamed_model(narrow, None, "cpu") as (_, weights):
+        assert weights.embed.dtype == stored
+    with streamed_model(wide, None, "cpu") as (_, weights):
+        assert weights.embed.dtype == torch.float32
+    decoders = [decoder_of(folder, "int8") for folder in (narrow, wide)]
+    assert torch.equal(*(decoder.full_logits(TOKENS) for decoder in decoders))
+    assert {decoder.dtype for decoder in decoders} == {torch.float32}
 
 
 def test_layers_can_be_read_one_by_one() -> None:

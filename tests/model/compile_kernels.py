@@ -20,42 +20,53 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rcllm.model import layer_kernels
+from rcllm.model import layer_kernels, level_kernels
 from rcllm.model.attend import triton_in_place, triton_kernels, triton_laid, triton_laid_kernels
 from rcllm.model.attend.triton_tables import KINDS, Tiling
+from rcllm.model.level_products import LevelProduct, ProductTiling
 from rcllm.model.ops import TritonOps
+from rcllm.model.quantised import GROUP, Quantised
 from rcllm.model.rope import Rope
 from tests.model.test_attention import SPEC
 
 QWEN3_8B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096, "qk_norm": True}
 NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-INTS = dict.fromkeys(("layer", "num_keys", "num_kept", "qkv_pitch", "pitch", "size"), "i32") | {
-    "scale": "fp32",
-    "eps": "fp32",
-}
+COUNTS = ("layer", "size", "inner", "groups", "steps", "num_keys", "num_kept", "num_rows", "num_splits")
+INTS = dict.fromkeys((*COUNTS, "pitch", "qkv_pitch", "x_pitch"), "i32") | {"scale": "fp32", "eps": "fp32"}
 TABLES = dict.fromkeys(("tasks", "visits", "rows_table", "keys_table", "merges"), "*i32")
 TABLES |= {"tiles": "*i64", "bits": "*u8"}
-FP32 = ("anchor", "cos", "sin", "lse", "part_output", "part_lse")
+FP32 = ("anchor", "cos", "sin", "lse", "part_output", "part_lse", "parts")
+ALIGNED = ("num_keys", "qkv_pitch", "pitch", "size", "inner", "groups", "x_pitch")
+LEVELS = {8: "*i16", 4: "*u8"}
 
 
 def compile_for(kernel: Any, rows: torch.dtype, constants: dict[str, object], arch: int, **options: int) -> Any:
     types = {**INTS, **TABLES, **dict.fromkeys(FP32, "*fp32"), **dict.fromkeys(("positions", "rows", "back"), "*i64")}
+    types |= {"scales": "*fp16", "least": "*fp16", "levels": LEVELS.get(constants.get("BITS"), "")}  # type: ignore[call-overload]
     signature, aligned = {}, {}
     for number, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else types.get(name, POINTERS[rows])
-        if signature[name].startswith("*") or name in ("num_keys", "qkv_pitch", "pitch", "size"):
+        if signature[name].startswith("*") or name in ALIGNED:
             aligned[number,] = [["tt.divisibility", 16]]
     return triton.compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", arch, 32), options)
 
 
 def facts(compiled: Any) -> dict[str, float]:
-    """bytes_per_load: of the copies to shared memory that feed products, the least; 0 where there are none."""
-    sizes = [
-        int(size, 16) for size in re.findall(r"cp\.async\.cg\.shared\.global[^;]*?, 0x([0-9a-f]+)", compiled.asm["ptx"])
-    ]
-    scalars = len(re.findall(r"ld\.global\.b16", compiled.asm["ptx"]))
+    """bytes_per_load: of the copies to shared memory that feed products, the least; 0 where there are none.
+
+    Those past the L1 cache, of 16 bytes; with `bytes_per_copy`, all.
+    """
+    ptx = compiled.asm["ptx"]
+    sizes, copies = (
+        [int(size, 16) for size in re.findall(rf"cp\.async\.{kind}\.shared\.global[^;]*?, 0x([0-9a-f]+)", ptx)]
+        for kind in ("cg", "c[ag]")
+    )
+    scalars = len(re.findall(r"ld\.global\.b16", ptx))
     return {
+        "bytes_per_copy": min(copies, default=0),
+        "other_loads": len(re.findall(r"ld\.global", ptx)),
+        "warp_group_products": len(re.findall(r"wgmma\.mma_async", ptx)),
         "shared_bytes": compiled.metadata.shared,
         "spilled_bytes": _spilled(compiled.asm["cubin"]),
         "bytes_per_load": (2 if scalars > 8 else min(sizes, default=0)),
@@ -99,7 +110,25 @@ def main(arch: int, kept: str) -> dict[str, dict[str, float]]:
         ("swiglu", layer_kernels.swiglu_kernel, {"COLUMNS": 1024}),
     ):
         found[name] = facts(compile_for(kernel, rows, constants, arch))
-    return found
+    return found | of_levels(rows, arch)
+
+
+def of_levels(rows: torch.dtype, arch: int) -> dict[str, dict[str, float]]:
+    """Products with matrices of 4,096 inputs in levels, for tiles of few rows and of many."""
+    found = {}
+    for bits in (8, 4):
+        shapes = torch.empty(1, 4096 * bits // 8, dtype=torch.int8), torch.empty(1, 4096 // GROUP)
+        weight = Quantised(4096, *shapes, None if bits == 8 else shapes[1], False)
+        for num_rows in (1, 20, 40, 100):
+            tiling = ProductTiling.on_gpu(num_rows, rows)
+            options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+            constants = LevelProduct.constants(tiling, weight, BIAS=False)
+            compiled = compile_for(level_kernels.product_kernel, rows, constants, arch, **options)
+            found[f"product {bits} {tiling.rows}"] = facts(compiled)
+        widening = LevelProduct.widen_constants(weight)
+        found[f"widen {bits}"] = facts(compile_for(level_kernels.widen_kernel, rows, widening, arch))
+    summing = {"BIAS": True, "COLUMNS": 1024}
+    return found | {"sum": facts(compile_for(level_kernels.sum_kernel, rows, summing, arch))}
 
 
 def _options(tiling: Tiling) -> dict[str, int]:

@@ -46,6 +46,15 @@ def resolved(name: str, spec: ModelSpec, device: torch.device) -> str:
     return "triton" if name == "auto" and device.type == "cuda" and fits else name
 
 
+def check_kept(kept: str, backend: str, device: torch.device) -> None:
+    """Raises ConfigError where weights in levels would be widened once and save nothing. `backend`: resolved."""
+    if kept != "full" and device.type == "cuda" and backend != "triton":
+        raise ConfigError(
+            f"model.weights is {kept}, which on a GPU needs the kernels in Triton, but model.attention is {backend} "
+            "here: set it to 'auto' and install triton (pip install 'rcllm[gpu]'), or use weights = 'full'"
+        )
+
+
 def prepare(
     name: str,
     spec: ModelSpec,
