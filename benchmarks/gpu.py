@@ -3,8 +3,8 @@
 One prepared call, `python -m benchmarks.gpu`, for at most 8 minutes on one GPU of 80 GB. Parts check that the GPU
 computes what the CPU does: `logits`, `levels`, `beams`, `drafts`. The others measure, in the shapes of Qwen3-0.6B and
 Qwen3-8B with random weights in bf16: `ttft` by size of the prompt, `batch`, `attention` alone, `beam` steps,
-`saturation`, `prefetch` from host memory, `speculation`, and the same prompts on `peers`. They run in the order of
-PARTS, each is written as it ends, and none begins after `MINUTES`.
+`saturation`, `prefetch` from host memory, `speculation`, the same prompts on `peers`, and `weights` in int8. They run
+in the order of PARTS, each is written as it ends, and none begins after `MINUTES`.
 
 Ceiling: bytes that must be read over the bandwidth, or FLOPs over the rate of a large product, whichever takes longer;
 both are measured in the same call. `floor_share` is that over the time, so 1 is the ceiling.
@@ -25,8 +25,8 @@ from benchmarks.harness import Options, console, options, run_parts
 QUESTION = "TTFT, throughput, beams, drafts and attention on a GPU, each beside its ceiling, and that results are right"
 CHECKS = ("logits", "levels", "beams", "drafts")
 PARTS = (  # in this order: what decides most comes first
-    *("ceilings", "logits", "levels", "ttft", "batch", "attention", "beam", "beams", "drafts", "saturation"),
-    *("prefetch", "speculation", "peers"),
+    *("ceilings", "logits", "levels", "ttft", "batch", "attention", "weights", "beam", "beams", "drafts"),
+    *("saturation", "prefetch", "speculation", "peers"),
 )
 MINUTES = 7.0
 
@@ -39,7 +39,7 @@ def run(chosen: Options) -> None:
     """Runs the parts that were chosen. Imports Triton, whose interpreter is chosen before."""
     if chosen.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
-    from benchmarks import gpu_checks, gpu_parts  # noqa: PLC0415 (see above)
+    from benchmarks import gpu_checks, gpu_parts, gpu_weights  # noqa: PLC0415 (see above)
     from benchmarks.gpu_setup import MINI, REAL  # noqa: PLC0415
 
     scale = MINI if chosen.dry_run else REAL
@@ -57,8 +57,8 @@ def run(chosen: Options) -> None:
     ceilings = gpu_parts.ceilings_of(scale)
     parts: dict[str, Callable[[], Mapping[str, float]]] = {"ceilings": ceilings.metrics}
     for name in PARTS[1:]:
-        checks = name in CHECKS
-        module, arguments = (gpu_checks, (scale, chosen)) if checks else (gpu_parts, (scale, ceilings, chosen))
+        module = gpu_checks if name in CHECKS else gpu_weights if name == "weights" else gpu_parts
+        arguments = (scale, chosen) if name in CHECKS else (scale, ceilings, chosen)
         parts[name] = partial(getattr(module, name), *arguments)
     run_parts("gpu", QUESTION, chosen, {name: partial(in_time, name, part) for name, part in parts.items()})
 

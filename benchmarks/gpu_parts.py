@@ -75,11 +75,11 @@ class Ceilings:
     def seconds(self, num_bytes: float, flops: float) -> float:
         return max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
 
-    def of_pass(self, spec: ModelSpec, work: Pass, item_bytes: int) -> float:
-        """Weights and KV read once; the products of all rows, and of all pairs that see each other."""
+    def of_pass(self, spec: ModelSpec, work: Pass, item_bytes: float) -> float:
+        """Matrices of the layers, and KV, read once; the products of all rows, and of all pairs that see each other."""
         pairs = sum(int(group.row_mask().sum()) for group in work.groups if group.num_rows < 5000)
         pairs += sum(group.num_rows**2 // 2 for group in work.groups if group.num_rows >= 5000)  # nearly causal
-        num_bytes = float((spec.num_weights - spec.vocab_size * spec.hidden_size) * item_bytes)
+        num_bytes = spec.linear_flops_per_token / 2 * item_bytes
         for group in work.groups:
             lengths = np.array([len(segment) for segment in group.segments], np.int64)
             pairs += int((group.segment_mask() @ lengths).sum())
@@ -115,7 +115,7 @@ def attention(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, fl
         for name, dtype in (("", scale.dtype), ("_int8", torch.int8)):
             for fresh, batch in ((1, 1), (1, 16), (100, 1), (100, 16)) if not chosen.dry_run else ((3, 2),):
                 case = f"attention_{shape}{name}_r{fresh}_b{batch}"
-                groups = [_few_rows(spec, fresh, keys, length, dtype, scale) for _ in range(batch)]
+                groups = [few_rows(spec, fresh, keys, length, dtype, scale) for _ in range(batch)]
                 tried = _FOR_FEW if fresh == 1 else _FOR_MANY
                 tries = shape == scale.shapes[-1] and not name and not chosen.dry_run
                 metrics = _attention_case(case, spec, groups, scale, ceilings, tried if tries else ())
@@ -134,7 +134,7 @@ def attention(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, fl
     return found
 
 
-def _few_rows(spec: ModelSpec, fresh: int, keys: int, length: int, dtype: torch.dtype, scale: Scale) -> Group:
+def few_rows(spec: ModelSpec, fresh: int, keys: int, length: int, dtype: torch.dtype, scale: Scale) -> Group:
     """`fresh` rows of one block that see `keys` cached tokens in segments of `length`."""
     count = keys // length
     shape = (spec.num_layers, 2, spec.num_kv_heads, length, spec.head_dim)
@@ -222,7 +222,7 @@ def ttft(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
             rows.append([shape, str(size), *(f"{value:.2f}" for value in p50.values())])
             rows[-1] += [f"{p50['exact'] / p50['blocks']:.2f}×", f"{passed * 1e3:.2f}", f"{launched * 1e3:.2f}"]
             rows[-1] += [f"{floor / passed:.2f}"]
-            _clean(engine)
+            clean(engine)
     show("TTFT, P50 ms", ["shape", "size", *LEVELS, "over prefix cache", "pass ms", "launched", "floor share"], rows)
     return found
 
@@ -261,7 +261,7 @@ def batch(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]
             found[f"batch_{shape}_b{count}_blocks_vs_exact"] = gain
             rates = [f"{found[f'batch_{shape}_b{count}_{level}_per_s']:.1f}" for level in LEVELS[1:]]
             rows.append([shape, str(count), *rates, f"{gain:.2f}×"])
-        _clean(engine)
+        clean(engine)
     show(f"Rankings/s of {scale.main} by batch", ["shape", "batch", *LEVELS[1:], "blocks / exact"], rows)
     return found
 
@@ -279,7 +279,7 @@ def saturation(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, f
         gain = found[f"saturation_{shape}_blocks_per_s"] / found[f"saturation_{shape}_exact_per_s"]
         found[f"saturation_{shape}_blocks_vs_exact"] = gain
         rows.append([shape, *(f"{found[f'saturation_{shape}_{level}_per_s']:.1f}" for level in LEVELS[1:])])
-        _clean(engine)
+        clean(engine)
     show(f"Rankings/s of {scale.main}, all at once", ["shape", *LEVELS[1:]], rows)
     return found
 
@@ -312,7 +312,7 @@ def beam(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
                 found |= {f"{name}_step_ms": step * 1e3, f"{name}_step_device_ms": passed * 1e3}
                 found |= {f"{name}_step_over_floor": step / floors[0], f"{name}_floor_share": floors[0] / passed}
                 rows.append([name, f"{step * 1e3:.2f}", f"{passed * 1e3:.2f}", f"{floors[0] * 1e3:.2f}"])
-        _clean(decoder)
+        clean(decoder)
     show("A step of a search, ms", ["search", "wall", "pass", "floor"], rows)
     return found
 
@@ -347,7 +347,7 @@ def speculation(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, 
             found[f"speculation_{shape}_tree{nodes}_pass_ms"] = times[nodes] * 1e3
         rows.append([shape, *(f"{count / each:.1f}" for each in seconds)])
         rows[-1] += [f"{times[nodes] / times[0]:.2f}" for nodes in scale.trees]
-        _clean(decoder)
+        clean(decoder)
     columns = ["shape", "plain tokens/s", "known tokens/s", *(f"pass of {n + 1} rows / 1" for n in scale.trees)]
     show("Decoding one answer", columns, rows)
     return found
@@ -385,7 +385,7 @@ def prefetch(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, flo
         found |= {f"{name}_pass_ms": alone * 1e3, f"{name}_overlapped_ms": both * 1e3}
         found[f"{name}_hidden_share"] = (copy + alone - both) / min(copy, alone)
         rows.append([shape, *(f"{value * 1e3:.2f}" for value in (copy, alone, both))])
-        _clean(decoder)
+        clean(decoder)
     show("Blocks from host memory, ms", ["shape", "copy", "pass", "both, overlapped"], rows)
     return found
 
@@ -438,7 +438,7 @@ def peers(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]
             times = [timer.wall(run) for _ in range(max(2, scale.repeats // 4))]
             found |= spread(f"peers_{shape}_transformers_t{tokens}", times)
             rows.append([shape, str(tokens), f"{statistics.median(times) * 1e3:.2f}"])
-        _clean(model)
+        clean(model)
     show("transformers, prefill", ["shape", "tokens", "P50 ms"], rows)
     return found
 
@@ -454,7 +454,7 @@ def _warm_engine(decoder: Decoder, size: Size, scale: Scale) -> Engine:
     return engine
 
 
-def _clean(*_: object) -> None:
+def clean(*_: object) -> None:
     """Called last with what was large: torch gives back what nobody holds."""
     gc.collect()
     if torch.cuda.is_available():

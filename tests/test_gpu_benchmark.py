@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = ("full", "exact", "corrected", "linked", "tail", "blocks")
 TTFT = ("prompt_tokens", "blocks_pass_ms", "blocks_pass_floor_share", "blocks_launched_pass_ms", "blocks_vs_exact")
+WEIGHTS = ("full_pass_ms", "int8_pass_ms", "int8_floor_share", "gain", "logits_max_error", "logits_mean_error")
 METRICS = {
     *("read_gb_per_s", "product_tflops", "logits_fp32_max_error", "logits_bf16_mean_error"),
     *(f"levels_fp32_max_error_{level}" for level in LEVELS),
@@ -26,6 +27,9 @@ METRICS = {
     *(f"beam_mini_t20_w4_{name}" for name in ("step_ms", "step_device_ms", "step_over_floor", "floor_share")),
     *("speculation_mini_plain_per_s", "speculation_mini_known_per_s", "speculation_mini_tree3_pass_ms"),
     *(f"prefetch_mini_{name}" for name in ("gb_per_s", "copy_ms", "pass_ms", "overlapped_ms", "hidden_share")),
+    *(f"weights_mini_r{rows}_{name}" for rows in (1, 5, 24) for name in WEIGHTS),
+    *(f"weights_mini_{name}_r3_{how}us" for name in ("o", "gate_up") for how in ("", "best_", "widened_", "full_")),
+    *("weights_mini_mb", "weights_mini_made_s", "weights_mini_making_mb"),
     *("peers_mini_transformers_t160_p50_ms", "peers_mini_transformers_t160_p99_ms"),
 }
 
@@ -43,5 +47,6 @@ def test_the_dry_run_has_every_metric_and_its_checks_hold(tmp_path: Path) -> Non
     assert not [name for name in metrics if name.startswith("left_out")]
     assert max(metrics[f"levels_fp32_max_error_{level}"] for level in LEVELS) < 1e-4
     assert metrics["logits_fp32_max_error"] < 1e-4
+    assert max(metrics[f"weights_mini_r{rows}_logits_max_error"] for rows in (1, 5, 24)) < 1e-4
     shares = ("beams_equal_share", "drafts_plain_equal_share", "drafts_strict_equal_share")
     assert [metrics[name] for name in shares] == [1.0, 1.0, 1.0]

@@ -99,7 +99,7 @@ class LevelProduct:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in] -> x Wᵀ + bias in the dtype of x, [rows, out]."""
         if len(x) > FEW:
-            return self._through_widened(x)
+            return self.of_widened(x)
         return self.of_levels(x, ProductTiling.of(len(x), x.dtype, x.device))
 
     def of_levels(self, x: torch.Tensor, tiling: ProductTiling) -> torch.Tensor:
@@ -129,7 +129,7 @@ class LevelProduct:
         tile = {"ROWS": tiling.rows, "OUTPUTS": tiling.outputs, "INPUTS": tiling.inputs}
         return {**tile, "EMULATE": interpreting(), **_format(weight), **others}
 
-    def _through_widened(self, x: torch.Tensor) -> torch.Tensor:
+    def of_widened(self, x: torch.Tensor) -> torch.Tensor:
         """Parts of the matrix one after the other, each as large as the scratch memory."""
         output = x.new_empty(len(x), self._size)
         most = self._scratch.rows(self._inner, x.dtype)
