@@ -140,7 +140,9 @@ def _weights(decoder: Decoder) -> str:
         return f"{size}; model.weights int8 takes less, and reads less in each pass of few tokens"
     if decoder.num_rounded == 0:
         return f"{size}; every value as in the model's files"
-    return f"{size}; {decoder.num_rounded:,} matrices are rounded to 8 bits, which rcllm calibrate tells the cost of"
+    where = "" if decoder.device.type == "cpu" else " on a CPU"  # a GPU has no room for full weights beside
+    rounded = f"{decoder.num_rounded:,} matrices are rounded to 8 bits"
+    return f"{size}; {rounded}, which rcllm calibrate{where} tells the cost of"
 
 
 def _native(engine: Engine) -> tuple[str, list[Finding]]:
