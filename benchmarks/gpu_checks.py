@@ -27,6 +27,8 @@ from benchmarks.harness import ROOT, Options, show
 from rcllm.core.decoding import GenerateOptions, Speculation
 from rcllm.core.texts import TextRequest
 from rcllm.decode.beam import BeamSearch
+from rcllm.decode.beam_device import OnDevice
+from rcllm.decode.beam_host import OnHost
 from rcllm.drafts.draft import DraftTree, NoDrafter
 from rcllm.engine.jobs.generate import Generator
 from rcllm.errors import answered
@@ -96,7 +98,10 @@ def levels(scale: Scale, chosen: Options) -> dict[str, float]:
 
 
 def beams(scale: Scale, chosen: Options) -> dict[str, float]:
-    """Searches in fp32: the share of leaves that equal the CPU's, in order, and the largest difference of a score."""
+    """Searches in fp32: the share of leaves that equal the CPU's, in order, and the largest difference of a score.
+
+    Beams are chosen in numpy on the CPU, and on the GPU by itself.
+    """
     spec, weights, _ = _twins(chosen)
     beam, codes = (6, 8) if chosen.dry_run else (128, 64)
     equal, errors = [], []
@@ -113,7 +118,8 @@ def beams(scale: Scale, chosen: Options) -> dict[str, float]:
 
 def _search(decoder: Decoder, beam: int, codes: int, chosen: Options) -> tuple[list[np.ndarray], list[np.ndarray]]:
     tasks, tokens = beam_tasks(decoder, beam, 2, 60, codes, chosen.seed)
-    search = BeamSearch(decoder, tokens, beam * len(tasks))
+    choosing = OnHost(tokens) if decoder.backend != "triton" else OnDevice(tokens, decoder.device)
+    search = BeamSearch(decoder, choosing, beam * len(tasks))
     search.begin(tasks, unmeasured)
     while not search.ended:
         search.take(decoder.forward(search.next_pass()), unmeasured)

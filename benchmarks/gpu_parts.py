@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -30,8 +30,11 @@ from benchmarks.gpu_setup import (
     unmeasured,
 )
 from benchmarks.harness import Options, show
+from rcllm.codes.index import CodeTokens
 from rcllm.core.ranking import Level
-from rcllm.decode.beam import BeamSearch
+from rcllm.decode.beam import BeamSearch, Found
+from rcllm.decode.beam_device import OnDevice
+from rcllm.decode.beam_task import BeamTask, Choosing
 from rcllm.drafts.draft import EMPTY, DraftTree
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.sequences import next_pass
@@ -289,36 +292,58 @@ def saturation(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, f
 
 @torch.inference_mode()
 def beam(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
-    """Steps of wide searches: the wall's time of a step, and the device's of its pass, over the floor."""
+    """Whole searches that nothing waits in: the wall's time over the steps of full width, and over the floor.
+
+    Beside it the device's time of a pass of full width, and of choosing the beams of a level.
+    """
     found, rows = dict[str, float](), []
     for shape in scale.shapes:
         decoder, timer = _decoder(shape, scale), Timer(scale.device)
         for tokens in scale.beam_prompts:
             for width in scale.beams:
                 tasks, codes = beam_tasks(decoder, width, 1, tokens, scale.codes, chosen.seed)
-                search, steps, passes, floors = BeamSearch(decoder, codes, width), list[float](), list[float](), [0.0]
-                for _ in range(max(2, scale.repeats // 4)):
-                    search.begin(tasks, unmeasured)
-                    while not search.ended:
-                        begun = timer.wall(lambda: None)
-                        work = search.next_pass()
-                        if len(work.token_ids) == width:
-                            passes.append(timer.device_seconds(partial(decoder.forward, work), 2))
-                            floors[0] = ceilings.of_pass(decoder.spec, work, scale.dtype.itemsize)
-                        took = timer.wall(partial(_take, search, decoder, work))
-                        steps += [took + begun] if len(work.token_ids) == width else []
-                name = f"beam_{shape}_t{tokens}_w{width}"
-                step, passed = statistics.median(steps), statistics.median(passes)
+                choosing = OnDevice(codes, scale.device)
+                search = BeamSearch(decoder, choosing, width)
+                passes, floors = list[float](), list[float]()
+                for work in _steps(search, decoder, tasks):
+                    floors.append(ceilings.of_pass(decoder.spec, work, scale.dtype.itemsize))
+                    if len(work.token_ids) == width:
+                        passes.append(timer.device_seconds(partial(decoder.forward, work), 2))
+                times = [timer.wall(partial(_search, search, decoder, tasks)) for _ in range(2 + scale.repeats)][2:]
+                step, floor = statistics.median(times) / len(passes), sum(floors) / len(passes)
+                choose = timer.device_seconds(partial(_choose, choosing, tasks, codes), scale.repeats) / len(codes.ids)
+                name, passed = f"beam_{shape}_t{tokens}_w{width}", statistics.median(passes)
                 found |= {f"{name}_step_ms": step * 1e3, f"{name}_step_device_ms": passed * 1e3}
-                found |= {f"{name}_step_over_floor": step / floors[0], f"{name}_floor_share": floors[0] / passed}
-                rows.append([name, f"{step * 1e3:.2f}", f"{passed * 1e3:.2f}", f"{floors[0] * 1e3:.2f}"])
+                found |= {f"{name}_step_over_floor": step / floor, f"{name}_choose_ms": choose * 1e3}
+                found |= {f"{name}_floor_share": floors[-1] / passed}
+                rows.append([name, *(f"{value * 1e3:.2f}" for value in (step, floor, passed, choose))])
         clean(decoder)
-    show("A step of a search, ms", ["search", "wall", "pass", "floor"], rows)
+    show("A step of a search, ms", ["search", "wall", "floor", "pass alone", "choice alone"], rows)
     return found
 
 
-def _take(search: BeamSearch, decoder: Decoder, work: Pass) -> None:
-    search.take(decoder.forward(work), unmeasured)
+def _steps(search: BeamSearch, decoder: Decoder, tasks: Sequence[BeamTask]) -> Iterator[Pass]:
+    """The passes of a search, each before it is run."""
+    search.begin(tasks, unmeasured)
+    while not search.ended:
+        work = search.next_pass()
+        yield work
+        search.take(decoder.forward(work), unmeasured)
+
+
+def _search(search: BeamSearch, decoder: Decoder, tasks: Sequence[BeamTask]) -> list[Found]:
+    """The host waits once, for what was found."""
+    for _ in _steps(search, decoder, tasks):
+        pass
+    return search.found()
+
+
+def _choose(choosing: Choosing, tasks: Sequence[BeamTask], codes: CodeTokens) -> None:
+    """All levels of a search whose logits cost nothing."""
+    choice = choosing.begin(tasks)
+    for ids, column in zip(codes.ids, choosing.columns, strict=True):
+        choice.expand()
+        choice.choose(torch.zeros(sum(choice.num_rows), len(ids), device=column.device), None)
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ from rcllm.codes.index import CodeIndex, CodeTokens
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig, resolve
 from rcllm.core.ranking import Event, Item, ItemId, Level, RankOptions, RankRequest, UserId
 from rcllm.core.receipts import BeamRule
-from rcllm.decode.beam import BeamPrompt, BeamTask
+from rcllm.decode.beam_task import BeamPrompt, BeamTask
 from rcllm.engine.build import make_prompter, this_machine
 from rcllm.engine.engine import Engine
 from rcllm.engine.fit import fit
@@ -352,9 +352,12 @@ def unmeasured(stage: str) -> Iterator[None]:
 def beam_tasks(
     decoder: Decoder, beam: int, count: int, tokens: int, codes: int, seed: int, rule: BeamRule = "renormalise"
 ) -> tuple[list[BeamTask], CodeTokens]:
-    """Searches after prompts of random KV, the same on every device, over a random catalogue of three levels."""
+    """Searches after prompts of random KV, the same on every device, over a random catalogue of three levels.
+
+    With 256 codes a level it has 262,144 items: nearly all pairs of the first two codes, and about four items of each.
+    """
     spec, generator = decoder.spec, torch.Generator().manual_seed(seed)
-    drawn = np.random.default_rng(seed).integers(0, codes, (codes * 40, 3)).astype(np.int32)
+    drawn = np.random.default_rng(seed).integers(0, codes, (4 * codes**2, 3)).astype(np.int32)
     code_index = CodeIndex.build(drawn, [ItemId(f"i{i}") for i in range(len(drawn))], (codes,) * 3)
     ids = tuple(np.arange(level * codes, (level + 1) * codes, dtype=np.int32) + 5 for level in range(3))
     tasks = []

@@ -24,7 +24,7 @@ METRICS = {
     *(f"ttft_mini_t160_c3_{name}" for name in TTFT),
     *(f"batch_mini_b{n}_{name}" for n in (1, 2) for name in ("exact_per_s", "blocks_p99_ms", "blocks_vs_exact")),
     *("saturation_mini_exact_per_s", "saturation_mini_blocks_per_s", "saturation_mini_blocks_vs_exact"),
-    *(f"beam_mini_t20_w4_{name}" for name in ("step_ms", "step_device_ms", "step_over_floor", "floor_share")),
+    *(f"beam_mini_t20_w4_{name}" for name in ("step_ms", "step_device_ms", "step_over_floor", "choose_ms")),
     *("speculation_mini_plain_per_s", "speculation_mini_known_per_s", "speculation_mini_tree3_pass_ms"),
     *(f"prefetch_mini_{name}" for name in ("gb_per_s", "copy_ms", "pass_ms", "overlapped_ms", "hidden_share")),
     *(f"weights_mini_r{rows}_{name}" for rows in (1, 5, 24) for name in WEIGHTS),

@@ -14,7 +14,7 @@ from rcllm.codes.trie import Places, Trie
 from rcllm.core.ranking import BoolArray, IntArray
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Allowed:
     """A filter for one epoch of a catalogue."""
 

@@ -50,7 +50,7 @@ class CodeStats:
     num_bytes: int  # of all arrays; item ids and their strings not counted
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class CodeIndex:
     """Items with their semantic IDs, of which several may be the same. One epoch: it never changes."""
 

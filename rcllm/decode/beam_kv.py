@@ -60,11 +60,18 @@ class StepBuffer:
         self.num_steps += 1
 
     @torch.inference_mode()
-    def reorder(self, parents: IntArray) -> None:
-        """Beam i goes on from beam parents[i]; `parents` never fall, over all requests of the batch."""
-        if self.num_steps:
-            reorder_in_place(self._kv[:, :, :, : self.num_steps], parents, dim=2)
-        self.num_rows = len(parents)
+    def reorder(self, parents: IntArray | torch.Tensor) -> None:
+        """Beam i goes on from beam parents[i]; `parents` never fall, over all requests of the batch.
+
+        A tensor on the device is not looked at: all beams are copied out and back, not those alone that move.
+        """
+        used, self.num_rows = self._kv[:, :, :, : self.num_steps], len(parents)
+        if not self.num_steps:
+            return
+        if isinstance(parents, torch.Tensor):
+            used[:, :, : self.num_rows] = used.index_select(2, parents)
+        else:
+            reorder_in_place(used, parents, dim=2)
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
         """Attention of every beam over its own earlier steps, in fp32 inside."""

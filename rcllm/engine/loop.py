@@ -75,6 +75,7 @@ class RequestLoop:
         self._flies = decoder.device.type != "cpu"  # whether a pass may be launched before the one before it has ended
         self._flight: Flight | None = None  # it, once it was launched
         self._landed_s = 0.0  # when the last pass had ended
+        self._unseen, self._unseen_ms = Demand(), 0.0  # of passes that were only launched: nobody waited for their end
 
     def submit(
         self,
@@ -272,9 +273,7 @@ class RequestLoop:
         clock, answers = self._pass_clock, list[Answer]()
         try:
             answers += flight.answers
-            if flight.asked.rows:
-                took_s = clock() - max(flight.start_s, self._landed_s)
-                self.costs.observe(flight.asked, took_s * 1e3 - flight.watch.stages.get("measure", 0.0))
+            self._observe(flight)
         except BaseException as error:
             flight.failed(error)
             answers = list(flight.answers)
@@ -287,6 +286,16 @@ class RequestLoop:
             away_s = clock.away_s - flight.away_s
             away = {"yield": away_s * 1e3} if away_s > 0.0 else {}
             self._reply(answers, flight.tickets, flight.watch.stages | away)  # reply
+
+    def _observe(self, flight: Flight) -> None:
+        """Learns what passes cost. One that nobody waited for is seen with the next that somebody does wait for."""
+        if flight.asked.rows:
+            took_s = self._pass_clock() - max(flight.start_s, self._landed_s)
+            self._unseen += flight.asked
+            self._unseen_ms += took_s * 1e3 - flight.watch.stages.get("measure", 0.0)
+        if self._unseen.rows and flight.has_ended:
+            self.costs.observe(self._unseen, self._unseen_ms)
+            self._unseen, self._unseen_ms = Demand(), 0.0
 
     def makes_way_for(self, other: RequestLoop) -> None:
         """Rankings of another model on this device enter between the layers of passes here as well."""

@@ -19,6 +19,7 @@ _ADDED = (
     "num_blocks",
     "num_bytes",
     "budget_bytes",
+    "code_bytes",
     "misses",
     "evictions",
     "store_errors",

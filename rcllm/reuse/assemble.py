@@ -133,8 +133,8 @@ def assemble_blocks(
     sees = np.array([[False, False], [True, False]])
     segments = () if context is None else (Segment(context, 0, 0, num_context, block=0),)
     return Pass(
-        torch.tensor([token for block in blocks for token in block], dtype=torch.int64, device=device),
-        torch.from_numpy(np.concatenate(offsets).astype(np.int64) + num_context).to(device),
+        upload(np.array([token for block in blocks for token in block], np.int64), device),
+        upload(np.concatenate(offsets).astype(np.int64) + num_context, device),
         [
             Group(segments, np.ones(length, np.int32), offset, sees)
             for length, offset in zip(lengths, offsets, strict=True)

@@ -163,6 +163,7 @@ class Stats:
     num_blocks: int = 0  # in the pool
     num_bytes: int = 0
     budget_bytes: int = 0
+    code_bytes: int = 0  # of the codes of a catalogue on a GPU that searches them, beside the pool
     hits: Mapping[str, int] = field(default_factory=dict)  # blocks that were asked for, by the tier that had them
     misses: int = 0
     evictions: int = 0

@@ -225,6 +225,7 @@ def _cache(now: Stats) -> Iterable[Figure]:
     yield _gauge("rcllm:cache_blocks", "KV blocks in the pool.", now.num_blocks)
     yield _gauge("rcllm:cache_bytes", "Bytes of KV in the pool.", now.num_bytes)
     yield _gauge("rcllm:cache_budget_bytes", "Bytes of KV that the pool may hold.", now.budget_bytes)
+    yield _gauge("rcllm:code_bytes", "Bytes of a catalogue's codes on a GPU, beside the pool.", now.code_bytes)
     yield _gauge("rcllm:items", "Items of the catalogue.", now.num_items)
     yield _gauge("rcllm:warm_blocks", "Blocks that warming has done.", now.warmth.done_blocks)
     yield _gauge("rcllm:warm_blocks_wanted", "Blocks that warming is to do.", now.warmth.total_blocks)

@@ -57,7 +57,7 @@ class EngineBackend:
         guard: OnlineGuard | None = None,
     ) -> None:
         """`name`: what the model is called to clients. `guard`: of the engine's rankings, for idle time."""
-        self._engine, self._guard = engine, guard
+        self._engine, self._guard, self._recommender = engine, guard, recommender
         self._pools = DraftPoolsByName(engine)
         generator = Generator(engine, self._pools.drafter_of)
         self._routes: dict[type, _Route] = {
@@ -141,6 +141,7 @@ class EngineBackend:
             num_blocks=pool.num_blocks,
             num_bytes=pool.num_bytes,
             budget_bytes=pool.budget_bytes,
+            code_bytes=0 if self._recommender is None else self._recommender.device_bytes,
             hits={str(tier): number for tier, number in pool.hits.items()},
             misses=pool.misses,
             evictions=pool.evictions,

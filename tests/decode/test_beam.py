@@ -2,114 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import itertools
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from rcllm.codes.index import CodeIndex, CodeTokens
 from rcllm.core.ranking import ItemId
 from rcllm.core.receipts import BeamRule
-from rcllm.decode.beam import BeamPrompt, BeamSearch, BeamTask, Found, items_of
+from rcllm.decode.beam import BeamSearch, choosing_of, items_of
 from rcllm.decode.beam_kv import StepBuffer, joined
-from rcllm.model.attend.segments import Group, Segment
-from rcllm.model.decoder import Decoder, Keep, Pass
-from rcllm.model.quantised import quantise
-from rcllm.model.weights import load_model
+from tests.decode.beam_cases import FAMILIES, SAFE, VOCAB, Case, find, make_case, make_prompt, make_task, models, run
 from tests.reference.beam import hugging_face_beam, model_log_probs, slow_beam
-from tests.tiny_models import tiny_model
-
-VOCAB = 160
-FAMILIES = ("qwen3", "qwen3, int8", "llama")  # the compiled kernels, also with weights in int8, and plain torch
-SAFE = 2e-5  # scores that differ by less may come in either order: fp32 adds up in another order
-
-
-@functools.cache
-def _models(family: str) -> tuple[Decoder, Any]:
-    """A tiny random model, ours and theirs; in int8 theirs holds the values that ours rounds to."""
-    shape, _, kept = family.partition(", ")
-    with tempfile.TemporaryDirectory() as folder:
-        path = tiny_model(shape, Path(folder), vocab_size=VOCAB)
-        decoder = Decoder(*load_model(path, torch.float32, "cpu"), kept=kept or "full")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    for weight in model.parameters() if kept else ():
-        if weight.dim() == 2:
-            weight.data = quantise(weight.data).widen()
-    model.generation_config.eos_token_id = None
-    return decoder, model.eval()
-
-
-@dataclass(frozen=True)
-class Case:
-    code_index: CodeIndex
-    tokens: CodeTokens
-    prompt: list[int]
-    beam: int
-
-    @property
-    def valid(self) -> list[tuple[int, ...]]:
-        return sorted(set(map(tuple, self.code_index.codes.tolist())))
-
-    def codes(self, found: Found) -> list[tuple[int, ...]]:
-        """What the leaves stand for."""
-        rows = [self.code_index.codes[self.code_index.items_of(leaf)[0]] for leaf in found.leaves.tolist()]
-        return [tuple(row.tolist()) for row in rows]
-
-
-def _case(seed: int, beam: int | None = None, num_items: int | None = None) -> Case:
-    rng = np.random.default_rng(seed)
-    sizes = tuple(rng.integers(2, 24, size=rng.integers(2, 5)).tolist())
-    count = num_items or int(rng.integers(1, 150))
-    codes = np.stack([rng.integers(0, size, count) for size in sizes], axis=1).astype(np.int32)
-    ids = tuple(ItemId(f"i{i}") for i in range(count))
-    vocabulary = rng.permutation(VOCAB)[: sum(sizes)].astype(np.int32)
-    tokens = CodeTokens(tuple(np.split(vocabulary, np.cumsum(sizes)[:-1])))
-    prompt = rng.integers(0, VOCAB, rng.integers(2, 60)).tolist()
-    return Case(CodeIndex.build(codes, ids, sizes), tokens, prompt, beam or int(2 ** rng.integers(0, 8)))
-
-
-def _prompt(decoder: Decoder, token_ids: list[int], num_pieces: int = 3) -> BeamPrompt:
-    """Computed in one pass, and kept as several blocks with position-free keys."""
-    cuts = [0, *sorted({len(token_ids) * i // num_pieces for i in range(1, num_pieces)} - {0}), len(token_ids)]
-    runs = [Keep(start, stop, start) for start, stop in itertools.pairwise(cuts)]
-    count = len(token_ids)
-    work = Pass(
-        torch.tensor(token_ids), torch.arange(count), [Group.causal(count)], torch.tensor([count - 1]), keep=runs
-    )
-    passed = decoder.forward(work)
-    segments = tuple(
-        Segment(kv.contiguous(), run.base, 0, run.stop - run.start, number)
-        for number, (run, kv) in enumerate(zip(runs, passed.kept, strict=True))
-    )
-    return BeamPrompt(segments, count, passed.hidden[0])
-
-
-def _task(decoder: Decoder, case: Case, rule: BeamRule = "mask") -> BeamTask:
-    return BeamTask(_prompt(decoder, case.prompt), case.code_index, None, case.beam, rule)
-
-
-def _untimed(_: str) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
-def _search(decoder: Decoder, case: Case, *tasks: BeamTask) -> list[Found]:
-    return _run(BeamSearch(decoder, case.tokens, 8), decoder, tasks)
-
-
-def _run(search: BeamSearch, decoder: Decoder, tasks: Sequence[BeamTask]) -> list[Found]:
-    search.begin(tasks, _untimed)
-    while not search.ended:
-        search.take(decoder.forward(search.next_pass()), _untimed)
-    return search.found()
 
 
 @pytest.fixture(autouse=True)
@@ -118,8 +23,8 @@ def _one_thread(one_compute_thread: None) -> None: ...
 
 def _check_against_hugging_face(family: str, case: Case) -> bool:
     """Equal ids in equal order and close scores; returns whether the order hangs on rounding, so that it may differ."""
-    decoder, model = _models(family)
-    [found] = _search(decoder, case, _task(decoder, case))
+    decoder, model = models(family)
+    [found] = find(decoder, case, make_task(decoder, case))
     ids = [tuple(int(case.tokens.ids[level][c]) for level, c in enumerate(row)) for row in case.codes(found)]
     theirs, scores = hugging_face_beam(model, case.prompt, case.valid, case.tokens.ids, case.beam)
     assert len(ids) == len(theirs) == min(case.beam, len(case.valid))
@@ -134,19 +39,19 @@ def _check_against_hugging_face(family: str, case: Case) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_hugging_face(family: str) -> None:
-    undecided = sum(_check_against_hugging_face(family, _case(seed)) for seed in range(20))
+    undecided = sum(_check_against_hugging_face(family, make_case(seed)) for seed in range(20))
     assert undecided <= 2, "equal scores are rare"
 
 
 @pytest.mark.parametrize("beam", [1, 2, 7, 64, 128])
 def test_equals_hugging_face_at_every_width(beam: int) -> None:
-    _check_against_hugging_face("qwen3", _case(beam, beam, 120))
+    _check_against_hugging_face("qwen3", make_case(beam, beam, 120))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_hugging_face_in_500_cases(family: str) -> None:
-    undecided = sum(_check_against_hugging_face(family, _case(seed)) for seed in range(1000, 1250))
+    undecided = sum(_check_against_hugging_face(family, make_case(seed)) for seed in range(1000, 1250))
     print(f"{family}: the order hung on rounding in {undecided} of 250 cases")
     assert undecided <= 12
 
@@ -154,10 +59,10 @@ def test_equals_hugging_face_in_500_cases(family: str) -> None:
 @pytest.mark.parametrize("rule", ["renormalise", "mask"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_a_search_that_sorts_everything(family: str, rule: BeamRule) -> None:
-    decoder, model = _models(family)
+    decoder, model = models(family)
     for seed in range(40, 46):
-        case = _case(seed, beam=5)
-        [found] = _search(decoder, case, _task(decoder, case, rule))
+        case = make_case(seed, beam=5)
+        [found] = find(decoder, case, make_task(decoder, case, rule))
         log_probs = model_log_probs(model, case.prompt, case.tokens.ids)
         expected = slow_beam(log_probs, case.valid, case.tokens.ids, case.beam, rule)
         np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
@@ -166,9 +71,9 @@ def test_equals_a_search_that_sorts_everything(family: str, rule: BeamRule) -> N
 
 @pytest.mark.parametrize("rule", ["renormalise", "mask"])
 def test_a_beam_that_holds_all_finds_all_and_its_probabilities_add_up(rule: BeamRule) -> None:
-    decoder, _ = _models("qwen3")
-    case = _case(50, beam=500, num_items=60)
-    [found] = _search(decoder, case, _task(decoder, case, rule))
+    decoder, _ = models("qwen3")
+    case = make_case(50, beam=500, num_items=60)
+    [found] = find(decoder, case, make_task(decoder, case, rule))
     assert sorted(case.codes(found)) == case.valid
     total = float(np.exp(found.scores.astype(np.float64)).sum())
     assert total == pytest.approx(1.0, abs=1e-5) if rule == "renormalise" else total < 1.0
@@ -177,20 +82,20 @@ def test_a_beam_that_holds_all_finds_all_and_its_probabilities_add_up(rule: Beam
 
 def test_what_is_searched_together_is_found_alone() -> None:
     """Prompts, widths, filters and rules of their own; one buffer, used again and again."""
-    decoder, _ = _models("qwen3")
-    base = _case(60, beam=9, num_items=120)
+    decoder, _ = models("qwen3")
+    base = make_case(60, beam=9, num_items=120)
     rng = np.random.default_rng(0)
     ids = base.code_index.item_ids
     tasks = [
-        _task(decoder, replace(base, prompt=rng.integers(0, VOCAB, length).tolist(), beam=beam), rule)
+        make_task(decoder, replace(base, prompt=rng.integers(0, VOCAB, length).tolist(), beam=beam), rule)
         for length, beam, rule in ((5, 1, "mask"), (40, 30, "renormalise"), (17, 9, "mask"), (3, 64, "renormalise"))
     ]
     none, some = base.code_index.allowed((), (), None), base.code_index.allowed(ids[3:9], (ids[4],), None)
     tasks += [replace(tasks[1], allowed=none), replace(tasks[2], allowed=some)]
-    search = BeamSearch(decoder, base.tokens, 4)  # too small at first
-    together = _run(search, decoder, tasks)
+    search = BeamSearch(decoder, choosing_of(base.tokens, decoder.device), 4)  # too small at first
+    together = run(search, decoder, tasks)
     for task, found in zip(tasks, together, strict=True):
-        [alone] = _run(search, decoder, [task])
+        [alone] = run(search, decoder, [task])
         np.testing.assert_array_equal(found.leaves, alone.leaves)
         np.testing.assert_allclose(found.scores, alone.scores, atol=1e-5)
         assert found.steps == alone.steps
@@ -199,17 +104,17 @@ def test_what_is_searched_together_is_found_alone() -> None:
 
 
 def test_nothing_comes_that_is_not_allowed() -> None:
-    decoder, _ = _models("qwen3")
+    decoder, _ = models("qwen3")
     rng = np.random.default_rng(1)
     for seed in range(70, 90):
-        case = _case(seed)
+        case = make_case(seed)
         ids = case.code_index.item_ids
         allow = tuple(rng.choice(np.array(ids), rng.integers(0, len(ids) + 1), replace=False).tolist())
         deny = tuple(rng.choice(np.array(ids), rng.integers(0, len(ids) + 1) // 2, replace=False).tolist())
         left = set(allow) - set(deny)
         allowed = case.code_index.allowed(allow, deny, None)
-        task = replace(_task(decoder, case, "renormalise"), allowed=allowed, beam=max(case.beam, 10))
-        [found] = _search(decoder, case, task)
+        task = replace(make_task(decoder, case, "renormalise"), allowed=allowed, beam=max(case.beam, 10))
+        [found] = find(decoder, case, task)
         items, scores = items_of(case.code_index, allowed, found, 10)
         assert set(items) <= left
         assert len(set(items)) == len(items) == len(scores) == min(10, len(left))
@@ -217,11 +122,11 @@ def test_nothing_comes_that_is_not_allowed() -> None:
 
 
 def test_items_of_one_id_come_in_the_order_of_the_catalogue() -> None:
-    decoder, _ = _models("qwen3")
+    decoder, _ = models("qwen3")
     codes = np.array([[1, 1], [0, 1], [1, 1], [1, 1], [0, 0]], dtype=np.int32)
     code_index = CodeIndex.build(codes, tuple(map(ItemId, "abcde")), (2, 2))
     case = Case(code_index, CodeTokens((np.array([5, 6], np.int32), np.array([7, 8], np.int32))), [1, 2, 3], 4)
-    [found] = _search(decoder, case, _task(decoder, case))
+    [found] = find(decoder, case, make_task(decoder, case))
     items, scores = items_of(code_index, None, found, 5)
     assert sorted(items) == list("abcde")
     assert [item for item in items if item in "acd"] == ["a", "c", "d"]
@@ -232,34 +137,34 @@ def test_items_of_one_id_come_in_the_order_of_the_catalogue() -> None:
 
 def test_equal_scores_come_in_the_order_of_the_trie() -> None:
     """Two codes stand for one token, so that every pair of sequences is a tie."""
-    decoder, _ = _models("qwen3")
+    decoder, _ = models("qwen3")
     codes = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=np.int32)
     code_index = CodeIndex.build(codes, tuple(map(ItemId, "abcd")), (2, 2))
     tokens = CodeTokens((np.array([5, 5], np.int32), np.array([7, 7], np.int32)))
     for beam in (1, 2, 3, 4):
         case = Case(code_index, tokens, [1, 2, 3], beam)
-        [found] = _search(decoder, case, _task(decoder, case))
+        [found] = find(decoder, case, make_task(decoder, case))
         assert len(set(found.scores.tolist())) == 1
         assert items_of(code_index, None, found, 4)[0] == tuple("abcd"[:beam])
 
 
 def test_the_steps_say_what_they_did() -> None:
-    decoder, _ = _models("qwen3")
-    case = _case(91, beam=6, num_items=100)
-    [found] = _search(decoder, case, _task(decoder, case))
+    decoder, _ = models("qwen3")
+    case = make_case(91, beam=6, num_items=100)
+    [found] = find(decoder, case, make_task(decoder, case))
     widths = [step.num_kept for step in found.steps]
     assert [step.num_parents for step in found.steps] == [1, *widths[:-1]]
     assert len(found.steps) == case.code_index.num_levels
     assert all(step.num_kept == min(6, step.num_children) and step.num_dead == 0 for step in found.steps)
     denied = case.code_index.allowed(None, case.code_index.item_ids[::2], None)
-    [found] = _search(decoder, case, replace(_task(decoder, case), allowed=denied))
+    [found] = find(decoder, case, replace(make_task(decoder, case), allowed=denied))
     assert sum(step.num_dead for step in found.steps) > 0
 
 
 def test_kv_is_counted_once_a_step_against_once_a_beam() -> None:
-    decoder, _ = _models("qwen3")
-    case = _case(3, beam=16)  # four levels, of which the first has fewer codes than beams
-    [found] = _search(decoder, case, _task(decoder, case))
+    decoder, _ = models("qwen3")
+    case = make_case(3, beam=16)  # four levels, of which the first has fewer codes than beams
+    [found] = find(decoder, case, make_task(decoder, case))
     per_token = decoder.spec.kv_bytes_per_token(4)
     widths = [step.num_kept for step in found.steps[:-1]]
     own = sum(width * step for step, width in enumerate(widths))
@@ -272,15 +177,15 @@ def test_kv_is_counted_once_a_step_against_once_a_beam() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scraps_are_joined_without_changing_what_is_read(family: str) -> None:
-    decoder, _ = _models(family)
-    case = _case(92, beam=20, num_items=100)
-    prompt = _prompt(decoder, case.prompt, num_pieces=len(case.prompt) // 2)
+    decoder, _ = models(family)
+    case = make_case(92, beam=20, num_items=100)
+    prompt = make_prompt(decoder, case.prompt, num_pieces=len(case.prompt) // 2)
     one = joined(prompt.segments, decoder.rope, decoder.dtype)
     assert len(one) == 1 < len(prompt.segments)
     assert joined(one, decoder.rope, decoder.dtype) is one
-    task = replace(_task(decoder, case), prompt=prompt)
+    task = replace(make_task(decoder, case), prompt=prompt)
     [scraps], [whole] = (
-        _search(decoder, case, each) for each in (task, replace(task, prompt=replace(prompt, segments=one)))
+        find(decoder, case, each) for each in (task, replace(task, prompt=replace(prompt, segments=one)))
     )
     np.testing.assert_array_equal(scraps.leaves, whole.leaves)
     np.testing.assert_allclose(scraps.scores, whole.scores, atol=1e-5)
@@ -288,7 +193,7 @@ def test_scraps_are_joined_without_changing_what_is_read(family: str) -> None:
 
 def test_the_buffer_follows_its_beams() -> None:
     """Widths that grow and shrink, of several requests at once, against a plain list per beam."""
-    decoder, _ = _models("qwen3")
+    decoder, _ = models("qwen3")
     spec, rng = decoder.spec, np.random.default_rng(2)
     buffer = StepBuffer(spec, 40, 3, torch.float32, torch.device("cpu"))
     for _ in range(20):

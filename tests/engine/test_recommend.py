@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +17,13 @@ from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core.decoding import RecommendRequest, RecommendResponse
 from rcllm.core.ranking import Event, ItemId, Level, UserId
+from rcllm.decode.beam_device import OnDevice
 from rcllm.engine.engine import Engine
+from rcllm.engine.flight import Flight
 from rcllm.engine.jobs.recommend import BEAM_ROWS, Recommender
 from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError, answered
 from rcllm.model.decoder import Between, Pass, Passed
+from rcllm.schedule.cost import Demand
 from rcllm.sid.vocabulary import Vocabulary, items_of_codes
 from tests.engine.tiny import folder
 from tests.tiny_models import tiny_model
@@ -114,6 +119,49 @@ def test_batches_answer_as_each_request_alone(beam_rows: int, dtype: Literal["fp
     together = answered(_recommender(beam_rows, dtype).recommend_batch(requests))
     for ours, request in zip(together, requests, strict=True):
         _same(ours, alone.recommend(request))
+
+
+def test_beams_that_are_chosen_on_the_device_give_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, here on the CPU; what is kept there of a catalogue goes when it has changed."""
+    requests = [*_many(12), _ask("none", 1, allow=()), _ask("disabled", 2, n=20)]
+    on_host = _recommender()
+    with monkeypatch.context() as patched:
+        patched.setattr("rcllm.engine.jobs.recommend.choosing_of", OnDevice)
+        on_device = _recommender()
+    assert on_host.device_bytes == on_device.device_bytes == 0
+    held = []
+    for _ in range(3):
+        pairs = zip(*(answered(each.recommend_batch(requests)) for each in (on_host, on_device)), strict=True)
+        for theirs, ours in pairs:
+            _same(ours, theirs)
+            unsorted = [replace(step, num_skipped=0) for step in theirs.receipt.steps]
+            assert list(ours.receipt.steps) == unsorted, "nothing is left unsorted on the device"
+        gc.collect()
+        held.append(on_device.device_bytes)
+        gone, hidden = ours.items[:2]
+        for each in (on_host, on_device):
+            each.codes.remove([gone])
+            each.codes.disable([hidden])
+            each.codes.flush()
+    assert held[0] < held[2] <= held[1], "the first epoch, which this module holds, and the last"
+
+
+def test_passes_that_nobody_waits_for_are_timed_with_the_one_that_somebody_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a step of a search would seem to take as long as it takes to launch it, and its last one all the rest."""
+    recommender, seen = _recommender(), list[tuple[Demand, float]]()
+    costs, done = recommender.engine.loop.costs, itertools.chain([False, False, True], itertools.repeat(True))
+    monkeypatch.setattr(costs, "observe", lambda asked, ms: seen.append((asked, ms)))
+    with monkeypatch.context() as patched:
+        patched.setattr(Flight, "has_ended", property(lambda _: next(done)))
+        answer = recommender.recommend(_ask("timed", 1, 2, 3))
+    assert len(seen) == 1
+    together, ms = seen.pop()
+    assert recommender.recommend(_ask("timed", 1, 2, 3)).items == answer.items
+    assert len(seen) == 3, "the prompt, and two levels that are fed to the model"
+    assert together.passes == sum(asked.passes for asked, _ in seen) == 3
+    assert ms > 0
 
 
 def test_no_invalid_item_ever_comes() -> None:

@@ -20,8 +20,10 @@ import torch
 
 from rcllm.codes.index import CodeIndex, CodeTokens
 from rcllm.core.ranking import ItemId
-from rcllm.decode.beam import BeamPrompt, BeamSearch, BeamTask
+from rcllm.decode.beam import BeamSearch
+from rcllm.decode.beam_device import OnDevice
 from rcllm.decode.beam_kv import beam_group
+from rcllm.decode.beam_task import BeamPrompt, BeamTask
 from rcllm.drafts.draft import DraftTree
 from rcllm.engine.jobs.sequences import tree_group
 from rcllm.errors import ConfigError
@@ -262,7 +264,7 @@ def test_beams_in_fixed_shapes_find_what_beams_find(tmp_path: Path) -> None:
     code_index = CodeIndex.build(codes, [ItemId(f"i{i}") for i in range(len(codes))], (6,) * 4)
     tokens = CodeTokens(tuple(np.arange(level * 6, level * 6 + 6, dtype=np.int32) for level in range(4)))
     segments = tuple(within(random_group(4, decoder.spec), 100).segments[:1])
-    search = BeamSearch(decoder, tokens, 5)
+    search = BeamSearch(decoder, OnDevice(tokens, decoder.device), 5)
     found = []
     for number in range(4):
         decoder.static = StaticPasses(decoder, lambda run: run) if number == 1 else decoder.static

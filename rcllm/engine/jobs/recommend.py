@@ -19,8 +19,9 @@ from rcllm.config import nearest
 from rcllm.core.decoding import OpenRequest, RecommendRequest, RecommendResponse
 from rcllm.core.ranking import ItemId
 from rcllm.core.receipts import BeamRule, RecommendReceipt
-from rcllm.decode.beam import BeamPrompt, BeamSearch, BeamTask, Found, items_of
+from rcllm.decode.beam import BeamSearch, Found, choosing_of, items_of
 from rcllm.decode.beam_kv import joined
+from rcllm.decode.beam_task import BeamPrompt, BeamTask
 from rcllm.engine.engine import Engine
 from rcllm.engine.job import Answer, Entered, Opening
 from rcllm.errors import ConfigError, ModelError, PromptTooLongError, RcllmError, RequestError, answered
@@ -46,8 +47,14 @@ class Recommender:
         self.limits = KindLimits(step_rows=beam_rows, own_bytes=engine.pool.budget // 4)
         _check_tokens(tokens, codes.epoch(), engine.decoder.spec.vocab_size)
         self._filters = _Filters()
+        self._choosing = choosing_of(tokens, engine.decoder.device)
         self._searching: list[_Searched] = []
         self._idle: list[BeamSearch] = []  # with their buffers, while nobody uses them
+
+    @property
+    def device_bytes(self) -> int:
+        """Of codes and filters that are kept on the device, beside the engine's pool."""
+        return self._choosing.device_bytes
 
     def recommend(self, request: RecommendRequest) -> RecommendResponse:
         """The best items for one request. Raises RequestError, ConfigError, CapacityError."""
@@ -84,7 +91,7 @@ class Recommender:
                 BeamTask(self._prompt(each), code_index, some, _beam(each.ticket.request), each.ticket.request.rule)
                 for each, some in zip(entered, allowed, strict=True)
             ]
-        search = self._idle.pop() if self._idle else BeamSearch(self.engine.decoder, self.tokens, self.beam_rows)
+        search = self._idle.pop() if self._idle else BeamSearch(self.engine.decoder, self._choosing, self.beam_rows)
         read = [piece.key for each in entered for piece in each.planned.plan.pieces if piece.key is not None]
         self._searching.append(_Searched(entered, tasks, search, entered[0].held.also(read)))
         search.begin(tasks, stage)
@@ -171,7 +178,10 @@ def _receipt(entered: Entered, task: BeamTask, found: Found) -> RecommendReceipt
 
 
 class _Filters:
-    """What requests are allowed, remembered for long lists, such as the stock of a region, that many of them share."""
+    """What requests are allowed, remembered for long lists, such as the stock of a region, that many of them share.
+
+    An epoch is let go with the first request of the next.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -180,11 +190,11 @@ class _Filters:
 
     def of(self, code_index: CodeIndex, request: RecommendRequest) -> Allowed | None:
         key = request.allow, request.deny
-        if len(request.allow or ()) + len(request.deny) < _LONG_LIST:
-            return code_index.allowed(*key)
         with self._lock:
             if self._code_index is not code_index or len(self._known) == _FILTERS:
                 self._code_index, self._known = code_index, {}
+            if len(request.allow or ()) + len(request.deny) < _LONG_LIST:
+                return code_index.allowed(*key)
             if key not in self._known:
                 self._known[key] = code_index.allowed(*key)
             return self._known[key]

@@ -1,7 +1,7 @@
 """Attention over segments in plain torch, on any device.
 
 `gather` copies the segments into one buffer per layer and makes one fused call; `segmented` reads each where it lies
-and merges by logsumexp.
+and merges by logsumexp. Invariant: masks are sent once for all layers, and nothing in a layer waits for the device.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -17,6 +18,7 @@ from rcllm.model.attend.segments import Group
 from rcllm.model.kv_int8 import widen
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
+from rcllm.model.to_device import to_device
 
 
 class TorchAttend:
@@ -27,32 +29,19 @@ class TorchAttend:
     def __init__(self, spec: ModelSpec, rope: Rope, groups: Sequence[Group]) -> None:
         self.spec, self.rope, self.groups = spec, rope, groups
         self.bytes_copied = 0
-        device = rope.cos.device
-        self.masks = [
-            (torch.from_numpy(g.segment_mask()).to(device), torch.from_numpy(g.row_mask()).to(device)) for g in groups
-        ]
+        self.device = rope.cos.device
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
         spec = self.spec
         parts = []
-        for group, masks, rows in zip(
-            self.groups, self.masks, qkv.split([g.num_rows for g in self.groups]), strict=True
-        ):
+        for number, rows in enumerate(qkv.split([g.num_rows for g in self.groups])):
             heads = rows.unflatten(1, (-1, spec.head_dim))
             q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
-            parts.append(self.attend_group(layer, group, masks, q, k, v))
+            parts.append(self.attend_group(layer, number, q, k, v))
         return Attended(torch.cat([p.output for p in parts]), torch.cat([p.lse for p in parts]))
 
-    def attend_group(
-        self,
-        layer: int,
-        group: Group,
-        masks: tuple[torch.Tensor, torch.Tensor],
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-    ) -> Attended:
-        """q [rows, H, D]; k, v [rows, KV, D]; masks [rows, segments] and [rows, rows]."""
+    def attend_group(self, layer: int, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Attended:
+        """Of the group with this number; q [rows, H, D]; k, v [rows, KV, D]."""
         raise NotImplementedError
 
     def part(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> Attended:
@@ -73,19 +62,16 @@ class Segmented(TorchAttend):
 
     name = "segmented"
 
-    def attend_group(
-        self,
-        layer: int,
-        group: Group,
-        masks: tuple[torch.Tensor, torch.Tensor],
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-    ) -> Attended:
-        sees_segment, sees_row = masks
-        parts = [self.part(q, k, v, sees_row)]
-        for i, segment in enumerate(group.segments):
-            rows = sees_segment[:, i].nonzero()[:, 0]
+    def __init__(self, spec: ModelSpec, rope: Rope, groups: Sequence[Group]) -> None:
+        super().__init__(spec, rope, groups)
+        self._row_masks = [to_device(group.row_mask(), self.device) for group in groups]
+        self._seers = [  # per group and segment, the rows that see it
+            [to_device(np.flatnonzero(seen), self.device) for seen in group.segment_mask().T] for group in groups
+        ]
+
+    def attend_group(self, layer: int, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Attended:
+        parts = [self.part(q, k, v, self._row_masks[number])]
+        for segment, rows in zip(self.groups[number].segments, self._seers[number], strict=True):
             if not len(rows):
                 continue
             back = torch.full((len(rows),), -segment.base, device=q.device)
@@ -104,27 +90,23 @@ class Gather(TorchAttend):
 
     name = "gather"
 
-    def attend_group(
-        self,
-        layer: int,
-        group: Group,
-        masks: tuple[torch.Tensor, torch.Tensor],
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-    ) -> Attended:
-        sees_segment, mask = masks
-        if group.segments:
-            lengths = [len(s) for s in group.segments]
-            cached = torch.cat([widen(s.kv[layer, :, :, s.start : s.stop]) for s in group.segments], dim=2)
-            self.bytes_copied += sum(s.num_bytes for s in group.segments) // self.spec.num_layers
+    def __init__(self, spec: ModelSpec, rope: Rope, groups: Sequence[Group]) -> None:
+        super().__init__(spec, rope, groups)
+        self._masks, self._bases = list[torch.Tensor](), list[torch.Tensor]()  # [rows, keys and rows]; [keys]
+        for group in groups:
+            lengths = [len(segment) for segment in group.segments]
+            sees_keys = np.repeat(group.segment_mask(), lengths, axis=1)
+            bases = np.array([segment.base for segment in group.segments], np.int64)
+            self._masks.append(to_device(np.concatenate([sees_keys, group.row_mask()], axis=1), self.device))
+            self._bases.append(to_device(np.repeat(bases, lengths), self.device))
+
+    def attend_group(self, layer: int, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Attended:
+        segments, mask = self.groups[number].segments, self._masks[number]
+        if segments:
+            cached = torch.cat([widen(s.kv[layer, :, :, s.start : s.stop]) for s in segments], dim=2)
+            self.bytes_copied += sum(s.num_bytes for s in segments) // self.spec.num_layers
             keys, values = cached.to(q.dtype).transpose(1, 2)  # from [2, KV, keys, D]
-            base = torch.tensor([s.base for s in group.segments], device=q.device)
-            by = base.repeat_interleave(torch.tensor(lengths, device=q.device))
-            k, v = torch.cat((self.rope.shift(keys, by), k)), torch.cat((values, v))
-            mask = torch.cat(
-                (sees_segment.repeat_interleave(torch.tensor(lengths, device=q.device), dim=1), mask), dim=1
-            )
+            k, v = torch.cat((self.rope.shift(keys, self._bases[number]), k)), torch.cat((values, v))
         attended = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             k.transpose(0, 1)[None],
