@@ -25,14 +25,14 @@ from rcllm.decode.beam_task import BeamTask, Choice, Choosing, FloatArray
 from rcllm.errors import ModelError
 from rcllm.metrics import Stage
 from rcllm.model.decoder import Aside, Decoder, Keep, Pass, Passed
-from rcllm.model.to_device import to_device
+from rcllm.model.to_device import is_near, to_device
 
 _LOGIT_ROWS = 256  # rows whose logits over the whole vocabulary are held at once
 
 
 def choosing_of(tokens: CodeTokens, device: torch.device) -> Choosing:
     """In numpy, which ends early and skips padding, where scores need no copy to the host; else on the device."""
-    return OnHost(tokens) if device.type == "cpu" else OnDevice(tokens, device)
+    return OnHost(tokens) if is_near(device) else OnDevice(tokens, device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -376,6 +376,40 @@ def test_relaxed_with_rank_one_is_greedy(engine: Engine) -> None:
     assert not any(answer.receipt.divergences for answer in answers)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.1, "top_p": 0.8}, {"speculation": Speculation("relaxed", 3, 0.01)}],
+    ids=["strict", "drawn", "relaxed"],
+)
+def test_one_wait_for_each_pass_gives_the_same_answers(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """As on a GPU, here on the CPU: one copy to the host tells what all sequences of a pass need."""
+    requests = several(**options)
+    plain = {answer.request_id: answer.token_ids for answer in Generator(engine).generate(several())}
+
+    def answers() -> list[Generated]:
+        rng = np.random.default_rng(7)
+        return answered(speculating(engine, lambda name, at: _random_tree(rng, plain[name][at:])).generate(requests))
+
+    looked = answers()
+    waits, read = [0], torch.Tensor.cpu
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        waits[0] += 1
+        return read(tensor)
+
+    for module in ("told", "sample"):
+        monkeypatch.setattr(f"rcllm.decode.{module}.is_near", lambda device: False)
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    for ours, theirs in zip(answers(), looked, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert [each.position for each in ours.receipt.divergences] == [
+            each.position for each in theirs.receipt.divergences
+        ]
+    assert waits[0] == 1 + max(answer.receipt.passes for answer in looked), "the prompts, and each pass of all of them"
+
+
 # ---- KV --------------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,8 @@ from rcllm.core.decoding import Generated, GenerateOptions, GenerateRequest, che
 from rcllm.core.ranking import Prompt, TokenIds
 from rcllm.core.texts import TextRequest
 from rcllm.decode.finite import not_numbers
-from rcllm.decode.sample import Draw, drawn, judge, likeliest, uniform
+from rcllm.decode.sample import Draw, uniform
+from rcllm.decode.told import Asked, told
 from rcllm.decode.verify import Accepted, accept, accept_relaxed, subtree
 from rcllm.drafts.draft import EMPTY, Drafter, DraftTree
 from rcllm.engine.engine import Engine
@@ -203,25 +204,18 @@ class Generator:
         self, live: Sequence[Live], trees: Sequence[DraftTree], hidden: torch.Tensor
     ) -> list[Accepted | ModelError]:
         """What the rows of a pass decide; hidden [rows, d], of each sequence its root and its tree."""
-        rows = torch.isfinite(hidden).all(dim=-1).cpu().split([len(tree) + 1 for tree in trees])
-        sound = [bool(own.all()) for own in rows]
-        if not all(sound):
-            hidden = hidden.nan_to_num(0.0, 0.0, 0.0)  # what comes of it is dropped
-        with torch.inference_mode():
-            logits = self._decoder.logits(hidden)
-        targets = _targets(live, trees, logits)
-        read, at = list[Accepted | ModelError](), 0
-        for each, tree, is_sound in zip(live, trees, sound, strict=True):
-            stop, rule = at + len(tree) + 1, each.request.options.speculation
-            own = targets[at:stop]
-            if not is_sound:
+        asked = [
+            Asked(tree, each.request.options.speculation, _draws(each.request.options, len(each.answer), tree))
+            for each, tree in zip(live, trees, strict=True)
+        ]
+        read = list[Accepted | ModelError]()
+        for each, own, says in zip(live, asked, told(self._decoder, hidden, asked), strict=True):
+            if says is None:
                 read.append(not_numbers())
-            elif rule.name == "relaxed" and len(tree):
-                judged = judge(logits[at:stop], own, tree, rule)
-                read.append(accept_relaxed(tree, own, judged, rule, each.answer))
+            elif says.judged is not None:
+                read.append(accept_relaxed(own.tree, says.targets, says.judged, own.rule, each.answer))
             else:
-                read.append(accept(tree, own))
-            at = stop
+                read.append(accept(own.tree, says.targets))
         return read
 
     def _append(self, kept: torch.Tensor, trees: Sequence[DraftTree], read: Sequence[Accepted | ModelError]) -> None:
@@ -270,24 +264,13 @@ def _chosen(drafted: Drafted) -> DraftTree:
     return subtree(drafted.tree, drafted.nodes) if len(drafted.nodes) else EMPTY
 
 
-def _targets(live: Sequence[Live], trees: Sequence[DraftTree], logits: torch.Tensor) -> list[int]:
-    """The model's own choice after each row of a pass; logits [rows, vocab]."""
-    targets, at = likeliest(logits), 0
-    rows, draws = list[int](), list[Draw]()
-    for each, tree in zip(live, trees, strict=True):
-        stop = at + len(tree) + 1
-        if each.request.options.temperature > 0:
-            rows += range(at, stop)
-            draws += _draws(each.request.options, len(each.answer), tree)
-        at = stop
-    if rows:
-        for row, token in zip(rows, drawn(logits[rows], draws), strict=True):
-            targets[row] = token
-    return targets
-
-
 def _draws(options: GenerateOptions, position: int, tree: DraftTree) -> list[Draw]:
-    """Of the root and each node: what comes after it stands at `position` plus its depth in the answer."""
+    """Of the root and each node: what comes after it stands at `position` plus its depth in the answer.
+
+    None where the likeliest tokens are taken.
+    """
+    if options.temperature == 0:
+        return []
     depths = [0, *tree.depths.tolist()]
     by_depth = {depth: uniform(options.seed, position + depth) for depth in set(depths)}
     return [Draw(options.temperature, options.top_p, by_depth[depth]) for depth in depths]
