@@ -6,6 +6,7 @@ beams and answers equal; what bf16 shifts is told beside.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,14 +22,16 @@ from benchmarks.gpu_setup import (
     qwen3,
     random_weights,
     rankings,
-    unmeasured,
+    searched,
+    steps_of_search,
 )
-from benchmarks.harness import ROOT, Options, show
+from benchmarks.harness import ROOT, Options, console, show
 from rcllm.core.decoding import GenerateOptions, Speculation
 from rcllm.core.texts import TextRequest
 from rcllm.decode.beam import BeamSearch
 from rcllm.decode.beam_device import OnDevice
 from rcllm.decode.beam_host import OnHost
+from rcllm.decode.beam_task import BeamTask, Choosing
 from rcllm.drafts.draft import DraftTree, NoDrafter
 from rcllm.engine.jobs.generate import Generator
 from rcllm.errors import answered
@@ -104,27 +107,36 @@ def beams(scale: Scale, chosen: Options) -> dict[str, float]:
     """
     spec, weights, _ = _twins(chosen)
     beam, codes = (6, 8) if chosen.dry_run else (128, 64)
-    equal, errors = [], []
-    leaves, scores = zip(*(
-        _search(Decoder(spec, moved(weights, torch.float32, device), name), beam, codes, chosen)
+    decoders = [
+        Decoder(spec, moved(weights, torch.float32, device), name)
         for device, name in ((CPU, "auto"), (scale.device, "triton"))
-    ), strict=True)  # fmt: skip
-    for some, others in zip(*leaves, strict=True):
-        equal.append(float((some == others).mean()))
-    for some, others in zip(*scores, strict=True):
-        errors.append(float(np.abs(some - others).max()))
-    return {"beams_equal_share": min(equal), "beams_max_error": max(errors)}
+    ]
+    tasks, tokens = zip(*(beam_tasks(each, beam, 2, 60, codes, chosen.seed) for each in decoders), strict=True)
+    choosing: list[Choosing] = [OnHost(tokens[0]), OnDevice(tokens[1], scale.device)]
+    searches = [BeamSearch(decoder, chooses, 2 * beam) for decoder, chooses in zip(decoders, choosing, strict=True)]
+    pairs = list(zip(*(searched(*each) for each in zip(searches, decoders, tasks, strict=True)), strict=True))
+    return {
+        "beams_equal_share": min(float((ours.leaves == theirs.leaves).mean()) for theirs, ours in pairs),
+        "beams_max_error": max(float(np.abs(ours.scores - theirs.scores).max()) for theirs, ours in pairs),
+        "beams_without_waits": float(_waits_for_nothing(searches[1], decoders[1], tasks[1])),
+    }
 
 
-def _search(decoder: Decoder, beam: int, codes: int, chosen: Options) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    tasks, tokens = beam_tasks(decoder, beam, 2, 60, codes, chosen.seed)
-    choosing = OnHost(tokens) if decoder.backend != "triton" else OnDevice(tokens, decoder.device)
-    search = BeamSearch(decoder, choosing, beam * len(tasks))
-    search.begin(tasks, unmeasured)
-    while not search.ended:
-        search.take(decoder.forward(search.next_pass()), unmeasured)
-    found = search.found()
-    return [each.leaves for each in found], [each.scores for each in found]
+def _waits_for_nothing(search: BeamSearch, decoder: Decoder, tasks: Sequence[BeamTask]) -> bool:
+    """Whether torch sees no wait for the device before a search is read. Earlier ones capture its passes."""
+    if decoder.device.type != "cuda":
+        return True
+    for _ in range(3):
+        searched(search, decoder, tasks)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        deque(steps_of_search(search, decoder, tasks), maxlen=0)
+    except RuntimeError as error:
+        console.print(f"[red]a search waited: {error}")
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return True
 
 
 def drafts(scale: Scale, chosen: Options) -> dict[str, float]:

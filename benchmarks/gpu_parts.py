@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -26,13 +26,14 @@ from benchmarks.gpu_setup import (
     engine_of,
     random_weights,
     rankings,
+    searched,
     spread,
-    unmeasured,
+    steps_of_search,
 )
 from benchmarks.harness import Options, show
 from rcllm.codes.index import CodeTokens
 from rcllm.core.ranking import Level
-from rcllm.decode.beam import BeamSearch, Found
+from rcllm.decode.beam import BeamSearch
 from rcllm.decode.beam_device import OnDevice
 from rcllm.decode.beam_task import BeamTask, Choosing
 from rcllm.drafts.draft import EMPTY, DraftTree
@@ -305,11 +306,11 @@ def beam(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
                 choosing = OnDevice(codes, scale.device)
                 search = BeamSearch(decoder, choosing, width)
                 passes, floors = list[float](), list[float]()
-                for work in _steps(search, decoder, tasks):
+                for work in steps_of_search(search, decoder, tasks):
                     floors.append(ceilings.of_pass(decoder.spec, work, scale.dtype.itemsize))
                     if len(work.token_ids) == width:
                         passes.append(timer.device_seconds(partial(decoder.forward, work), 2))
-                times = [timer.wall(partial(_search, search, decoder, tasks)) for _ in range(2 + scale.repeats)][2:]
+                times = [timer.wall(partial(searched, search, decoder, tasks)) for _ in range(2 + scale.repeats)][2:]
                 step, floor = statistics.median(times) / len(passes), sum(floors) / len(passes)
                 choose = timer.device_seconds(partial(_choose, choosing, tasks, codes), scale.repeats) / len(codes.ids)
                 name, passed = f"beam_{shape}_t{tokens}_w{width}", statistics.median(passes)
@@ -320,22 +321,6 @@ def beam(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
         clean(decoder)
     show("A step of a search, ms", ["search", "wall", "floor", "pass alone", "choice alone"], rows)
     return found
-
-
-def _steps(search: BeamSearch, decoder: Decoder, tasks: Sequence[BeamTask]) -> Iterator[Pass]:
-    """The passes of a search, each before it is run."""
-    search.begin(tasks, unmeasured)
-    while not search.ended:
-        work = search.next_pass()
-        yield work
-        search.take(decoder.forward(work), unmeasured)
-
-
-def _search(search: BeamSearch, decoder: Decoder, tasks: Sequence[BeamTask]) -> list[Found]:
-    """The host waits once, for what was found."""
-    for _ in _steps(search, decoder, tasks):
-        pass
-    return search.found()
 
 
 def _choose(choosing: Choosing, tasks: Sequence[BeamTask], codes: CodeTokens) -> None:

@@ -11,6 +11,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -28,13 +29,14 @@ from rcllm.codes.index import CodeIndex, CodeTokens
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig, resolve
 from rcllm.core.ranking import Event, Item, ItemId, Level, RankOptions, RankRequest, UserId
 from rcllm.core.receipts import BeamRule
+from rcllm.decode.beam import BeamSearch, Found
 from rcllm.decode.beam_task import BeamPrompt, BeamTask
 from rcllm.engine.build import make_prompter, this_machine
 from rcllm.engine.engine import Engine
 from rcllm.engine.fit import fit
 from rcllm.engine.space import declared_mask
 from rcllm.model.attend.segments import Segment
-from rcllm.model.decoder import Decoder
+from rcllm.model.decoder import Decoder, Pass
 from rcllm.model.spec import ModelSpec, RopeSpec
 from rcllm.model.static_passes import Graphs
 from rcllm.model.weights import LayerWeights, Weights
@@ -368,3 +370,18 @@ def beam_tasks(
         prompt = BeamPrompt((Segment(kv, 0, 0, tokens, 0),), tokens, hidden)
         tasks.append(BeamTask(prompt, code_index, None, beam, rule))
     return tasks, CodeTokens(ids)
+
+
+def steps_of_search(search: BeamSearch, decoder: Decoder, tasks: Sequence[BeamTask]) -> Iterator[Pass]:
+    """The passes of a search, each before it is run; nothing is read of what it finds."""
+    search.begin(tasks, unmeasured)
+    while not search.ended:
+        work = search.next_pass()
+        yield work
+        search.take(decoder.forward(work), unmeasured)
+
+
+def searched(search: BeamSearch, decoder: Decoder, tasks: Sequence[BeamTask]) -> list[Found]:
+    """A whole search, which the host waits for once."""
+    deque(steps_of_search(search, decoder, tasks), maxlen=0)
+    return search.found()

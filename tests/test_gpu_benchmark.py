@@ -17,7 +17,13 @@ WEIGHTS = ("full_pass_ms", "int8_pass_ms", "int8_floor_share", "gain", "logits_m
 METRICS = {
     *("read_gb_per_s", "product_tflops", "logits_fp32_max_error", "logits_bf16_mean_error"),
     *(f"levels_fp32_max_error_{level}" for level in LEVELS),
-    *("beams_equal_share", "beams_max_error", "drafts_plain_equal_share", "drafts_strict_equal_share"),
+    *(
+        "beams_equal_share",
+        "beams_max_error",
+        "beams_without_waits",
+        "drafts_plain_equal_share",
+        "drafts_strict_equal_share",
+    ),
     *(f"attention_mini{kept}_r3_b2_{name}" for kept in ("", "_int8") for name in ("us", "floor_share", "best_us")),
     *("attention_mini_r3_b2_sdpa_us", "attention_mini_causal_24_floor_share", "attention_mini_causal_24_sdpa_us"),
     *(f"ttft_mini_t160_c3_{level}_{p}_ms" for level in ("full", "exact", "blocks") for p in ("p50", "p99")),
@@ -48,5 +54,5 @@ def test_the_dry_run_has_every_metric_and_its_checks_hold(tmp_path: Path) -> Non
     assert max(metrics[f"levels_fp32_max_error_{level}"] for level in LEVELS) < 1e-4
     assert metrics["logits_fp32_max_error"] < 1e-4
     assert max(metrics[f"weights_mini_r{rows}_logits_max_error"] for rows in (1, 5, 24)) < 1e-4
-    shares = ("beams_equal_share", "drafts_plain_equal_share", "drafts_strict_equal_share")
-    assert [metrics[name] for name in shares] == [1.0, 1.0, 1.0]
+    shares = ("beams_equal_share", "beams_without_waits", "drafts_plain_equal_share", "drafts_strict_equal_share")
+    assert [metrics[name] for name in shares] == [1.0] * 4

@@ -141,9 +141,8 @@ class DeviceChoice:
         nodes, scores, *told = np.split(read, np.cumsum([len(part) for part in parts])[:-1])
         counts = [_per_request(each.reshape(-1, 3), rows) for each, rows in zip(told, self._widths, strict=False)]
         cuts = np.cumsum(self.num_rows)[:-1]
-        each_nodes, each_scores = np.split(nodes, cuts), np.split(scores.view(np.float32), cuts)
-        each = enumerate(zip(each_nodes, each_scores, strict=True))
-        return [self._leaves(number, *ends, counts) for number, ends in each]
+        ends = zip(np.split(nodes, cuts), np.split(scores.view(np.float32), cuts), strict=True)
+        return [self._leaves(number, *each, counts) for number, each in enumerate(ends)]
 
     def _leaves(self, number: int, nodes: IntArray, scores: FloatArray, counts: Sequence[Counts]) -> Leaves:
         """counts: per level [requests, 3]."""

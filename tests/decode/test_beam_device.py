@@ -297,8 +297,7 @@ class _Watching(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        copies = func.overloadpacket is torch.ops.aten._to_copy and args[0].device != out.device
-        if copies or func.overloadpacket is torch.ops.aten.lift_fresh:  # the latter: of `torch.tensor`
+        if func.overloadpacket is torch.ops.aten._to_copy and args[0].device != out.device:
             assert "to_device" in [frame.name for frame in traceback.extract_stack()], "from memory that is not pinned"
         self.count += not func.is_view
         return out
@@ -320,8 +319,9 @@ def _task_on_meta(decoder: Decoder, code_index: CodeIndex, number: int) -> BeamT
     return BeamTask(prompt, code_index, allowed, 4 + number, RULES[number % 2])
 
 
-def test_a_search_waits_for_no_value_until_it_is_read(tiny_on_meta: Decoder) -> None:
+def test_a_search_waits_for_no_value_until_it_is_read(tiny_on_meta: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """All levels of several requests, passes included, on a device from which nothing can be read."""
+    monkeypatch.delattr(torch, "tensor")  # it copies from memory that is not pinned, beneath what can be watched
     code_index = _catalogue(9, (6, 7, 5, 8), 200)
     tokens = CodeTokens(tuple(np.arange(9, dtype=np.int32) + 9 * level for level in range(4)))
     tasks = [_task_on_meta(tiny_on_meta, code_index, number) for number in range(4)]
@@ -337,6 +337,11 @@ def test_a_search_waits_for_no_value_until_it_is_read(tiny_on_meta: Decoder) -> 
     assert num_passes == 3
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         search.found()
+
+
+def test_what_is_sent_from_memory_that_is_not_pinned_is_seen() -> None:
+    with _Watching(), pytest.raises(AssertionError, match="not pinned"):
+        torch.arange(3).to(META)
 
 
 def test_choosing_in_numpy_would_wait(tiny_on_meta: Decoder) -> None:
