@@ -25,7 +25,7 @@ from rcllm.decode.beam_task import BeamTask, Choice, Choosing, FloatArray
 from rcllm.errors import ModelError
 from rcllm.metrics import Stage
 from rcllm.model.decoder import Aside, Decoder, Keep, Pass, Passed
-from rcllm.model.to_device import is_near, to_device
+from rcllm.model.upload import is_near, upload
 
 _LOGIT_ROWS = 256  # rows whose logits over the whole vocabulary are held at once
 
@@ -134,7 +134,7 @@ class BeamSearch:
         num_rows = len(rows.token_ids)
         return Pass(
             rows.token_ids,
-            to_device(np.concatenate(places), device),
+            upload(np.concatenate(places), device),
             [beam_group(each.task.prompt.segments, count) for each, count in alive],
             torch.arange(num_rows, device=device),
             (Keep(0, num_rows, 0),) if level + 2 < self.num_levels else (),

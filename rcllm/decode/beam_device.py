@@ -25,7 +25,7 @@ from rcllm.core.receipts import BeamStep
 from rcllm.decode.beam_task import BeamTask, FloatArray, Leaves, Rows
 from rcllm.decode.finite import not_numbers
 from rcllm.decode.trie_tensors import Filter, TrieTensors
-from rcllm.model.to_device import to_device
+from rcllm.model.upload import upload
 
 Counts = npt.NDArray[np.int64]
 _MISSING = -(1 << 31)  # in the order of scores, below minus infinity
@@ -36,7 +36,7 @@ class OnDevice:
     """A `Choosing` for a device that the host should not wait for."""
 
     def __init__(self, tokens: CodeTokens, device: torch.device) -> None:
-        self.columns = [to_device(ids.astype(np.int64), device) for ids in tokens.ids]
+        self.columns = [upload(ids.astype(np.int64), device) for ids in tokens.ids]
         self._tries = TrieTensors(device)
 
     @property
@@ -111,7 +111,7 @@ class DeviceChoice:
         best = [np.arange(start, start + count) for start, count in zip(starts, kept, strict=True)]
         keys, rules = np.arange(len(rows)) * _APART, np.array([task.rule == "mask" for task in self._tasks])
         table = np.concatenate([*best, np.repeat(keys, rows), np.repeat(rules, rows)])
-        return _Places(*to_device(table, self._device).split([int(kept.sum()), *[int(rows.sum())] * 2]))
+        return _Places(*upload(table, self._device).split([int(kept.sum()), *[int(rows.sum())] * 2]))
 
     def choose(self, logits: torch.Tensor, lse: torch.Tensor | None) -> None:
         (nodes, codes, may_come, num_all), places = self._children, self._places

@@ -17,7 +17,7 @@ from rcllm.codes.trie import Places
 from rcllm.core.decoding import Speculation
 from rcllm.decode.verify import Judged
 from rcllm.drafts.draft import DraftTree
-from rcllm.model.to_device import to_device
+from rcllm.model.upload import upload
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -103,7 +103,7 @@ def chances_at_once(logits: torch.Tensor, targets: torch.Tensor, parents: Places
     Of the nodes of all trees that are judged, without waiting for the device. logits [rows, vocab], targets [rows], on
     the device; parents, the row before each node, and tokens, on the host.
     """
-    rows, own_ids = to_device(np.stack([parents, tokens]).astype(np.int64), logits.device)
+    rows, own_ids = upload(np.stack([parents, tokens]).astype(np.int64), logits.device)
     after = logits[rows]  # [nodes, vocab]
     own, most = after.gather(1, own_ids[:, None]), after.gather(1, targets[rows][:, None])
     lse = torch.logsumexp(after, dim=-1, keepdim=True)

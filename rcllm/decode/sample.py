@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rcllm.model.to_device import is_near, to_device
+from rcllm.model.upload import is_near, upload
 
 _LIKELY = 1e-3  # of the likeliest token's probability: the tokens above it hold most nuclei
 
@@ -38,15 +38,15 @@ def drawn(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     The same uniform number and logits give the same token, so that a draw is repeatable, alone or in any batch.
     """
     table = np.array([(draw.temperature, draw.top_p, draw.uniform) for draw in draws])
-    temperature, top_p, uniforms = to_device(table, logits.device).unbind(1)
+    temperature, top_p, uniforms = upload(table, logits.device).unbind(1)
     probabilities = torch.softmax(logits / temperature.float()[:, None], dim=-1)
     token_ids = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
     whole, parts = np.flatnonzero(table[:, 1] >= 1.0), np.flatnonzero(table[:, 1] < 1.0)
     if len(whole):
-        rows = to_device(whole, logits.device)
+        rows = upload(whole, logits.device)
         token_ids[rows] = _inverse(probabilities[rows].double().cumsum(-1), uniforms[rows])
     if len(parts):
-        rows = to_device(parts, logits.device)
+        rows = upload(parts, logits.device)
         from_nuclei = from_nuclei_by_look if is_near(logits.device) else from_nuclei_unseen
         token_ids[rows] = from_nuclei(probabilities[rows], top_p[rows], uniforms[rows])
     return token_ids

@@ -19,7 +19,7 @@ from rcllm.decode.sample import Draw, drawn
 from rcllm.decode.verify import Judged
 from rcllm.drafts.draft import DraftTree
 from rcllm.model.decoder import Decoder
-from rcllm.model.to_device import is_near, to_device
+from rcllm.model.upload import is_near, upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def _targets(logits: torch.Tensor, asked: Sequence[Asked]) -> torch.Tensor:
     draws = [draw for each in asked for draw in each.draws]
     if draws:
         are_drawn = np.repeat([len(each.draws) > 0 for each in asked], [each.num_rows for each in asked])
-        rows = to_device(np.flatnonzero(are_drawn), logits.device)
+        rows = upload(np.flatnonzero(are_drawn), logits.device)
         targets[rows] = drawn(logits[rows], draws)
     return targets
 

@@ -16,7 +16,7 @@ import torch
 from rcllm.codes.allowed import Allowed
 from rcllm.codes.index import CodeIndex
 from rcllm.core.ranking import IntArray
-from rcllm.model.to_device import to_device
+from rcllm.model.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +73,12 @@ class TrieTensors:
 
     def _level(self, first: IntArray, code: IntArray) -> TrieLevel:
         offsets = torch.arange(int(np.diff(first).max(initial=0)), device=self._device)
-        return TrieLevel(to_device(first, self._device), to_device(code, self._device), offsets)
+        return TrieLevel(upload(first, self._device), upload(code, self._device), offsets)
 
     def filter(self, allowed: Allowed) -> Filter:
         with self._lock:
             if allowed not in self._filters:
                 below = allowed.nodes[1:]
-                alive = to_device(np.concatenate(below), self._device).split([len(nodes) for nodes in below])
+                alive = upload(np.concatenate(below), self._device).split([len(nodes) for nodes in below])
                 self._filters[allowed] = Filter(tuple(alive), tuple(int(np.count_nonzero(nodes)) for nodes in below))
             return self._filters[allowed]

@@ -298,7 +298,7 @@ class _Watching(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket is torch.ops.aten._to_copy and args[0].device != out.device:
-            assert "to_device" in [frame.name for frame in traceback.extract_stack()], "from memory that is not pinned"
+            assert "upload" in [frame.name for frame in traceback.extract_stack()], "from memory that is not pinned"
         self.count += not func.is_view
         return out
 

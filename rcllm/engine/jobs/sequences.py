@@ -21,7 +21,7 @@ from rcllm.engine.jobs.ending import Ending
 from rcllm.model.attend.segments import Group, Segment, copy_segments
 from rcllm.model.decoder import Decoder, Keep, Pass
 from rcllm.model.rope import Rope
-from rcllm.model.to_device import to_device
+from rcllm.model.upload import upload
 from rcllm.schedule.draft_budget import Trust
 
 # the one row of a sequence without drafts: it sees all of segment 0
@@ -51,7 +51,7 @@ class SequenceKV:
         if rows[-1] - first == len(rows) - 1:  # they follow each other
             some = kept[:, :, :, first : first + len(rows)]
         else:
-            some = kept.index_select(3, to_device(np.array(rows), kept.device))
+            some = kept.index_select(3, upload(np.array(rows), kept.device))
         self.kv[:, :, :, self.length : stop] = some
         self.length = stop
 
@@ -159,8 +159,8 @@ def next_pass(
             places += (tree.depths + position).tolist()
     device = segments[0].kv.device
     return Pass(
-        to_device(np.array(tokens), device),
-        to_device(np.array(places), device),
+        upload(np.array(tokens), device),
+        upload(np.array(places), device),
         [tree_group(*each) for each in zip(segments, trees, strict=True)],
         torch.arange(len(tokens), device=device),
         (Keep(0, len(tokens), 0),),

@@ -18,7 +18,7 @@ from rcllm.model.attend.segments import Group
 from rcllm.model.kv_int8 import widen
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
-from rcllm.model.to_device import to_device
+from rcllm.model.upload import upload
 
 
 class TorchAttend:
@@ -64,9 +64,9 @@ class Segmented(TorchAttend):
 
     def __init__(self, spec: ModelSpec, rope: Rope, groups: Sequence[Group]) -> None:
         super().__init__(spec, rope, groups)
-        self._row_masks = [to_device(group.row_mask(), self.device) for group in groups]
+        self._row_masks = [upload(group.row_mask(), self.device) for group in groups]
         self._seers = [  # per group and segment, the rows that see it
-            [to_device(np.flatnonzero(seen), self.device) for seen in group.segment_mask().T] for group in groups
+            [upload(np.flatnonzero(seen), self.device) for seen in group.segment_mask().T] for group in groups
         ]
 
     def attend_group(self, layer: int, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Attended:
@@ -97,8 +97,8 @@ class Gather(TorchAttend):
             lengths = [len(segment) for segment in group.segments]
             sees_keys = np.repeat(group.segment_mask(), lengths, axis=1)
             bases = np.array([segment.base for segment in group.segments], np.int64)
-            self._masks.append(to_device(np.concatenate([sees_keys, group.row_mask()], axis=1), self.device))
-            self._bases.append(to_device(np.repeat(bases, lengths), self.device))
+            self._masks.append(upload(np.concatenate([sees_keys, group.row_mask()], axis=1), self.device))
+            self._bases.append(upload(np.repeat(bases, lengths), self.device))
 
     def attend_group(self, layer: int, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Attended:
         segments, mask = self.groups[number].segments, self._masks[number]

@@ -17,7 +17,7 @@ import torch
 from rcllm.core.ranking import BoolArray, IntArray
 from rcllm.model.kv_int8 import widen
 from rcllm.model.rope import Rope
-from rcllm.model.to_device import to_device
+from rcllm.model.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def copy_segments(segments: Sequence[Segment], rope: Rope, out: torch.Tensor) ->
     Keys are turned in fp32 and rounded once, as they are where `attend` reads the segments themselves.
     """
     bases = np.array([segment.base for segment in segments], np.int64)
-    by = to_device(bases.repeat([len(segment) for segment in segments]), out.device)
+    by = upload(bases.repeat([len(segment) for segment in segments]), out.device)
     for number, layer in enumerate(out):  # one at a time, which stays in the caches
         parts = [widen(segment.kv[number, :, :, segment.start : segment.stop]).float() for segment in segments]
         keys, values = torch.cat(parts, dim=2)
