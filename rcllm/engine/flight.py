@@ -30,7 +30,7 @@ class Flight:
     asked: Demand = field(default_factory=Demand)
     answers: Iterable[Answer] = ()  # those of requests that end with it; taking them waits for the device
     kv_bytes: int = 0  # that its prompts read
-    _mark: Any = None  # on a device that computes beside the host: behind all that was launched
+    _mark: Any = None  # on a device that computes beside the host: behind the layers
 
     @property
     def tickets(self) -> tuple[Ticket, ...]:
@@ -43,12 +43,11 @@ class Flight:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the device has computed it."""
+        """Whether the device has computed its layers, as it has where anybody waited for what they give."""
         return self._mark is None or bool(self._mark.query())
 
-    def launched(self, answers: Iterable[Answer], device: torch.device) -> None:
-        """All that it asks of the device is launched."""
-        self.answers = answers
+    def launched(self, device: torch.device) -> None:
+        """Its layers are launched."""
         if device.type == "cuda":
             self._mark = torch.cuda.Event()
             self._mark.record()

@@ -258,9 +258,10 @@ class RequestLoop:
             flight.asked = demand(prompts, steps)
             self._pass_ends_s = self._clock() + (self.costs.ms(flight.asked) / 1e3 - (clock() - flight.start_s))
             first, passed = forward(self._decoder, prompts, steps, watch.stage, between)  # forward
+            flight.launched(self._decoder.device)
             stepped = list(steps.take(passed, watch.stage))  # read
             entered = enter(prompts, first, self._prefill, held, self._names, watch.stage)  # publish, read
-            flight.launched(itertools.chain(stepped, entered), self._decoder.device)
+            flight.answers = itertools.chain(stepped, entered)
         except BaseException as error:  # a pass that broke is told to everybody in it, and an interrupt to its thread
             flight.failed(error)
             if not isinstance(error, Exception):
