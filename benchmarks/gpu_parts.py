@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -45,7 +45,7 @@ from rcllm.model.attend.triton_tables import Tiling
 from rcllm.model.decoder import Decoder, Pass
 from rcllm.model.kv_int8 import kept
 from rcllm.model.rope import Rope
-from rcllm.model.spec import ModelSpec
+from rcllm.model.spec import WEIGHT_GROUP, ModelSpec
 from rcllm.reuse.assemble import assemble
 from rcllm.reuse.plan import Planned, plan
 
@@ -54,15 +54,16 @@ Other = dict[str, int]  # fields of a tiling that are changed
 _FOR_FEW: tuple[Other, ...] = (
     {"num_stages": 3},
     {"num_warps": 8},
-    {"num_programs": 264},
-    {"num_programs": 1056},
+    {"num_programs": 528},
     {"keys": 64, "num_stages": 3},
 )
 _FOR_MANY: tuple[Other, ...] = (
-    {"num_stages": 2},
     {"queries": 64, "num_warps": 4},
-    {"num_programs": 132},
+    {"queries": 128, "num_warps": 8},
+    {"num_programs": 264},
 )
+_SUFFIXES = {"full": "", "int8": "_int8"}  # by how weights are kept
+_ITEM_BYTES = {"full": 0.0, "int8": 1 + 2 / WEIGHT_GROUP}  # of a weight; 0: as the rows have
 _SHOWN = ("us", "floor_share", "best_us", "sdpa_us")
 
 
@@ -155,8 +156,8 @@ def _attention_case(
     timer, rope = Timer(scale.device), Rope.of(spec, 4096, scale.device)
     num_rows = sum(group.num_rows for group in groups)
     qkv = torch.randn(num_rows, spec.q_size + 2 * spec.kv_size, device=scale.device).to(scale.dtype)
-    usual = Tilings.of(spec, groups, scale.dtype, scale.device)
     is_laid = HostTables(spec, groups, scale.dtype, scale.device).laid is not None
+    usual = Tilings.of(spec, groups, groups, scale.dtype, scale.device)
     way = "laid" if is_laid else "in_place"
     num_bytes = qkv.nbytes + num_rows * spec.q_size * qkv.itemsize
     num_bytes += sum(segment.num_bytes for group in groups for segment in group.segments) // spec.num_layers
@@ -202,18 +203,18 @@ def _sdpa_causal(case: str, spec: ModelSpec, count: int, scale: Scale) -> dict[s
 
 
 def ttft(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
-    """One ranking at a time, by size: items warm, every user new."""
+    """One ranking at a time, by size: items warm, every user new. Of the main size also with weights in int8."""
     found, rows = dict[str, float](), []
-    for shape in scale.shapes:
-        decoder = _decoder(shape, scale)
-        for size in scale.sizes:
+    for shape, form, sizes in _variants(scale, scale.sizes):
+        decoder = _decoder(shape, scale, form)
+        for size in sizes:
             engine, timer = _warm_engine(decoder, size, scale), Timer(scale.device)
-            name = f"ttft_{shape}_{size}"
+            name = f"ttft_{shape}{_SUFFIXES[form]}_{size}"
             for level in LEVELS:
                 asked = rankings(size, scale.warming + scale.repeats, level, chosen.seed)
                 times = [timer.wall(partial(engine.rank, request)) for request in asked][scale.warming :]
                 found |= spread(f"{name}_{level}", times)
-            tokens, passed, launched, floor = _pass_of_blocks(engine, size, scale, ceilings)
+            tokens, passed, launched, floor = _pass_of_blocks(engine, size, scale, ceilings, _ITEM_BYTES[form])
             p50 = {level: found[f"{name}_{level}_p50_ms"] for level in LEVELS}
             found |= {
                 f"{name}_prompt_tokens": tokens,
@@ -223,15 +224,25 @@ def ttft(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
                 f"{name}_blocks_vs_exact": p50["exact"] / p50["blocks"],
                 f"{name}_blocks_vs_full": p50["full"] / p50["blocks"],
             }
-            rows.append([shape, str(size), *(f"{value:.2f}" for value in p50.values())])
+            rows.append([shape, form, str(size), *(f"{value:.2f}" for value in p50.values())])
             rows[-1] += [f"{p50['exact'] / p50['blocks']:.2f}×", f"{passed * 1e3:.2f}", f"{launched * 1e3:.2f}"]
             rows[-1] += [f"{floor / passed:.2f}"]
             clean(engine)
-    show("TTFT, P50 ms", ["shape", "size", *LEVELS, "over prefix cache", "pass ms", "launched", "floor share"], rows)
+    told = ["over prefix cache", "pass ms", "launched", "floor share"]
+    show("TTFT, P50 ms", ["shape", "weights", "size", *LEVELS, *told], rows)
     return found
 
 
-def _pass_of_blocks(engine: Engine, size: Size, scale: Scale, ceilings: Ceilings) -> tuple[int, float, float, float]:
+def _variants(scale: Scale, sizes: Sequence[Size]) -> Iterator[tuple[str, str, Sequence[Size]]]:
+    """Shapes, how their weights are kept, and sizes: of int8 the main one alone."""
+    for shape in scale.shapes:
+        yield shape, "full", sizes
+        yield shape, "int8", (scale.main,)
+
+
+def _pass_of_blocks(
+    engine: Engine, size: Size, scale: Scale, ceilings: Ceilings, item_bytes: float
+) -> tuple[int, float, float, float]:
     """Tokens of a prompt, and of its pass at level `blocks` the seconds, replayed and launched, and the floor."""
     decoder, timer = engine.decoder, Timer(scale.device)
     prompt = engine.prompter.build(rankings(size, 1, "blocks")[0])
@@ -245,28 +256,34 @@ def _pass_of_blocks(engine: Engine, size: Size, scale: Scale, ceilings: Ceilings
         static, decoder.static = decoder.static, None
         launched = timer.device_seconds(partial(decoder.forward, work), scale.repeats)
         decoder.static = static
-    return prompt.num_tokens, replayed, launched, ceilings.of_pass(decoder.spec, work, scale.dtype.itemsize)
+    return (
+        prompt.num_tokens,
+        replayed,
+        launched,
+        ceilings.of_pass(decoder.spec, work, item_bytes or scale.dtype.itemsize),
+    )
 
 
 def batch(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
     """Rankings that are asked together; requests/s, and TTFT of each."""
     found, rows = dict[str, float](), []
-    for shape in scale.shapes:
-        engine, timer = _warm_engine(_decoder(shape, scale), scale.main, scale), Timer(scale.device)
-        for count in scale.batches:
+    for shape, form, _ in _variants(scale, ()):
+        engine, timer = _warm_engine(_decoder(shape, scale, form), scale.main, scale), Timer(scale.device)
+        for count in scale.batches if form == "full" else scale.batches[:: max(1, len(scale.batches) - 1)]:
+            case = f"batch_{shape}{_SUFFIXES[form]}_b{count}"
             for level in LEVELS[1:]:
-                repeats = max(2, scale.repeats // (4 if level == "exact" else 2))
-                asked = rankings(scale.main, count * (repeats + 1), level, chosen.seed + count)
+                repeats = max(2, scale.repeats // (6 if level == "exact" else 2))
+                asked = rankings(scale.main, count * (repeats + 2), level, chosen.seed + count)
                 groups = [asked[i : i + count] for i in range(0, len(asked), count)]
-                times = [timer.wall(partial(engine.rank_batch, group)) for group in groups][1:]
-                name = f"batch_{shape}_b{count}_{level}"
-                found |= spread(name, times) | {f"{name}_per_s": count / statistics.median(times)}
-            gain = found[f"batch_{shape}_b{count}_blocks_per_s"] / found[f"batch_{shape}_b{count}_exact_per_s"]
-            found[f"batch_{shape}_b{count}_blocks_vs_exact"] = gain
-            rates = [f"{found[f'batch_{shape}_b{count}_{level}_per_s']:.1f}" for level in LEVELS[1:]]
-            rows.append([shape, str(count), *rates, f"{gain:.2f}×"])
+                times = [timer.wall(partial(engine.rank_batch, group)) for group in groups][2:]
+                found |= spread(f"{case}_{level}", times)
+                found[f"{case}_{level}_per_s"] = count / statistics.median(times)
+            found[f"{case}_blocks_vs_exact"] = found[f"{case}_blocks_per_s"] / found[f"{case}_exact_per_s"]
+            rates = [f"{found[f'{case}_{level}_per_s']:.1f}" for level in LEVELS[1:]]
+            rows.append([shape, form, str(count), *rates, f"{found[f'{case}_blocks_vs_exact']:.2f}×"])
         clean(engine)
-    show(f"Rankings/s of {scale.main} by batch", ["shape", "batch", *LEVELS[1:], "blocks / exact"], rows)
+    columns = ["shape", "weights", "batch", *LEVELS[1:], "blocks / exact"]
+    show(f"Rankings/s of {scale.main} by batch", columns, rows)
     return found
 
 
@@ -277,7 +294,8 @@ def saturation(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, f
         engine, timer = _warm_engine(_decoder(shape, scale), scale.main, scale), Timer(scale.device)
         for level in LEVELS[1:]:
             count = scale.saturation if level == "blocks" else max(2, scale.saturation // 4)
-            engine.rank_batch(rankings(scale.main, 2, level, 100))
+            for seed in range(97, 100) if level == "blocks" else (99,):  # passes of most lengths are captured
+                engine.rank_batch(rankings(scale.main, count if level == "blocks" else 2, level, seed))
             seconds = timer.wall(partial(engine.rank_batch, rankings(scale.main, count, level, 101)))
             found[f"saturation_{shape}_{level}_per_s"] = count / seconds
         gain = found[f"saturation_{shape}_blocks_per_s"] / found[f"saturation_{shape}_exact_per_s"]
@@ -453,9 +471,9 @@ def peers(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]
     return found
 
 
-def _decoder(shape: str, scale: Scale) -> Decoder:
+def _decoder(shape: str, scale: Scale, kept: str = "full") -> Decoder:
     weights = random_weights(SHAPES[shape], scale.dtype, scale.device)
-    return Decoder(SHAPES[shape], weights, "triton" if scale.device.type == "cuda" else "auto")
+    return Decoder(SHAPES[shape], weights, "triton" if scale.device.type == "cuda" else "auto", kept=kept)
 
 
 def _warm_engine(decoder: Decoder, size: Size, scale: Scale) -> Engine:

@@ -19,7 +19,7 @@ from rcllm.model.quantised import Quantised
 from rcllm.model.spec import WEIGHT_GROUP
 
 _KERNELS = Late("rcllm.model.level_kernels")  # imports triton, which is optional
-FEW = 256  # rows that read the levels; by reckoning, widening first pays from about here on
+FEW = 128  # rows that read the levels; widening first pays from there on, on an H200
 _LEAST_STEPS = 4  # of one split: below, summing costs more than it gains
 _SUM_COLUMNS = 1024
 _WIDE_ROWS, _WIDE_INPUTS = 16, 256  # of a program that widens
@@ -65,9 +65,9 @@ class ProductTiling:
 _FOR_ROWS = {
     tiling.rows: tiling
     for tiling in (
-        ProductTiling(16, 64, 128, programs=3),
-        ProductTiling(32, 128, 128, programs=2, num_stages=3),
-        ProductTiling(64, 128, 64, programs=3),
+        ProductTiling(16, 64, 256, programs=3, num_stages=3),
+        ProductTiling(32, 64, 128, programs=2, num_stages=3),
+        ProductTiling(64, 64, 64, programs=3),
         ProductTiling(128, 128, 64, programs=2),
     )
 }

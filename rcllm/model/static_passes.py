@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _DECODER = Late("rcllm.model.decoder")  # which makes these passes, and whose nouns they speak
 _ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 _LONGER = tuple(range(640, 2049, 128))  # where no KV is kept; closer, for the device would compute what is padded
+_LONGER_RUNS = 2  # of a longer shape before it is captured: launching it takes a smaller part of its time
 _SHAPES = 32  # that are kept; each holds its KV
 STATIC_ROWS = _SHAPES * _ROWS[-1]  # at most, whose KV and activations are held
 _SEEN = 1024  # shapes that are remembered
@@ -45,7 +46,7 @@ class StaticPasses:
         """replayed: makes of a pass over fixed buffers what does the same at once; `Graphs`, on a GPU."""
         self._decoder, self._replayed = decoder, replayed
         self._made = OrderedDict[_Shape, _StaticPass]()
-        self._seen = OrderedDict[_Shape, None]()
+        self._seen = OrderedDict[_Shape, int]()  # how often
 
     def forward(self, work: Pass) -> Passed | None:
         """None: not for this pass, which is long, or the first of its shape."""
@@ -57,12 +58,12 @@ class StaticPasses:
         rows = next(length for length in lengths if length >= len(work.token_ids))
         asides = tuple((aside.start, aside.stop, aside.keys.state) for aside in work.asides)
         shape = _Shape(rows, host.shape.rounded(rows), bool(work.keep), asides)
-        if shape not in self._made and shape not in self._seen:  # to capture a pass takes longer than to run it
-            self._seen[shape] = None
+        if shape not in self._made:
+            self._seen[shape] = self._seen.pop(shape, 0) + 1
             if len(self._seen) > _SEEN:
                 self._seen.popitem(last=False)
-            return None
-        if shape not in self._made:
+            if self._seen[shape] <= (1 if rows <= _ROWS[-1] else _LONGER_RUNS):  # capturing takes as long as some runs
+                return None
             self._made[shape] = _StaticPass(decoder, shape, work.asides, self._replayed)
             if len(self._made) > _SHAPES:
                 self._made.popitem(last=False)

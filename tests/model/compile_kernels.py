@@ -97,10 +97,10 @@ def main(arch: int, kept: str) -> dict[str, dict[str, float]]:
     found["merge"] = facts(compile_for(triton_kernels.merge_kernel, rows, merging, arch, num_warps=1))
     laying = triton_laid.lay_constants(spec, kinds)
     found["lay"] = facts(compile_for(triton_laid_kernels.lay_kernel, rows, laying, arch))
-    tiling = triton_laid.tiling_of(rows, cores=132)
-    for told in (False, True):
+    for num_rows, told in ((100, False), (1600, False), (1600, True)):
+        tiling = triton_laid.tiling_of(spec, num_rows, rows, cores=132)
         constants = triton_laid.laid_constants(spec, tiling, rows, told=told)
-        name = "laid, by blocks" if told else "laid"
+        name = f"laid {tiling.queries}, by blocks" if told else f"laid {tiling.queries}"
         found[name] = facts(compile_for(triton_laid_kernels.laid_kernel, rows, constants, arch, **_options(tiling)))
     ops = TritonOps(spec, Rope.of(spec, 16))
     for name, kernel, constants in (

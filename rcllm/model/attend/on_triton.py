@@ -41,9 +41,15 @@ class Tilings:
     laid: Tiling
 
     @classmethod
-    def of(cls, spec: ModelSpec, groups: Sequence[Group], dtype: torch.dtype, device: torch.device) -> Tilings:
-        cores, num_rows = num_cores(device), max((group.num_rows for group in groups), default=1)
-        return cls(triton_in_place.tiling_of(spec, num_rows, dtype, cores), triton_laid.tiling_of(dtype, cores))
+    def of(
+        cls, spec: ModelSpec, few: Sequence[Group], many: Sequence[Group], dtype: torch.dtype, device: torch.device
+    ) -> Tilings:
+        """few, many: groups that are read in place, and laid."""
+        cores, num_rows = num_cores(device), max((group.num_rows for group in few), default=1)
+        return cls(
+            triton_in_place.tiling_of(spec, num_rows, dtype, cores),
+            triton_laid.tiling_of(spec, sum(group.num_rows for group in many), dtype, cores),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +81,15 @@ class HostTables:
         """dtype: of the rows; tilings: None for what suits groups and device."""
         starts = list(accumulate((group.num_rows for group in groups), initial=0))
         is_laid = _laid(spec, groups, dtype)
-        few, many = ([i for i, laid in enumerate(is_laid) if laid == which] for which in (False, True))
-        tilings = tilings or Tilings.of(spec, [groups[i] for i in few], dtype, device)
+        placed = list(zip(groups, starts, is_laid, strict=False))
+        few, many = ([group for group, _, laid in placed if laid == which] for which in (False, True))
+        tilings = tilings or Tilings.of(spec, few, many, dtype, device)
         self.in_place: InPlaceTables | None = None
         self.laid: LaidTables | None = None
         if few:
-            self.in_place = InPlaceTables(spec, [groups[i] for i in few], [starts[i] for i in few], tilings.in_place)
+            self.in_place = InPlaceTables(spec, few, [at for _, at, laid in placed if not laid], tilings.in_place)
         if many:
-            self.laid = LaidTables(spec, [groups[i] for i in many], [starts[i] for i in many], tilings.laid)
+            self.laid = LaidTables(spec, many, [at for _, at, laid in placed if laid], tilings.laid)
         self.shape = PassShape(
             None if self.in_place is None else self.in_place.shape, None if self.laid is None else self.laid.shape
         )

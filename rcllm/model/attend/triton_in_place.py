@@ -36,7 +36,7 @@ from rcllm.model.spec import INT8_GROUP, ModelSpec, kv_row_bytes
 
 _KERNELS, _LANGUAGE = Late("rcllm.model.attend.triton_kernels"), Late("triton.language")  # triton is optional
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}  # of rows
-_PROGRAMS_PER_CORE = 4  # that a pass is divided into, at least, where it has the keys
+_PROGRAMS_PER_CORE = 2  # that a pass is divided into, at least, where it has the keys
 _LEAST_TILES = 4  # of keys, in one task: below, merging costs more than it gains
 
 

@@ -41,17 +41,18 @@ from rcllm.model.spec import ModelSpec
 _KERNELS = Late("rcllm.model.attend.triton_laid_kernels")  # triton is optional
 _FRESH = len(KINDS)  # the kind of keys that are rows of the pass
 _TOKENS = 64  # that one program lays
-_PROGRAMS_PER_CORE = 2  # that a pass is divided into, at least, where it has the keys
 _LEAST_TILES = 4  # of keys, in one task: below, merging costs more than it gains
 
 
-def tiling_of(dtype: torch.dtype, cores: int) -> Tiling:
-    """As large as fits the registers."""
+def tiling_of(spec: ModelSpec, num_rows: int, dtype: torch.dtype, cores: int) -> Tiling:
+    """For `num_rows` rows in all: the tiles that were quickest on an H200. Smaller ones share a core."""
     if interpreting():  # which takes its time for each program, however much that computes
-        return Tiling(256, 64, _PROGRAMS_PER_CORE * cores)
+        return Tiling(256, 64, 2 * cores)
     if dtype == torch.float32:
-        return Tiling(32, 32, _PROGRAMS_PER_CORE * cores)
-    return Tiling(128, 64, _PROGRAMS_PER_CORE * cores, num_warps=8)
+        return Tiling(32, 32, 2 * cores)
+    if num_rows * share_of(spec) // 128 * spec.num_kv_heads >= cores:  # enough for all cores
+        return Tiling(64, 64, cores, num_warps=4)
+    return Tiling(128, 64, cores, num_warps=8)
 
 
 @dataclass(frozen=True, slots=True)
