@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -92,8 +93,12 @@ def test_a_batch_of_all_read_outs_is_read_in_one_copy_before_which_receipts_are_
     ]
     alone = [any_engine.rank(asked).scores for asked in requests]
     order = list[str]()
-    to_host, receipt = torch.Tensor.cpu, rank._receipt
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (order.append("copy"), to_host(tensor))[1])
+    receipt = rank._receipt
+
+    def downloaded(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: (order.append("copy"), values)[1]
+
+    monkeypatch.setattr("rcllm.decode.rank.download", downloaded)
     monkeypatch.setattr(rank, "_receipt", lambda *args: (order.append("receipt"), receipt(*args))[1])
     together = answered(any_engine.rank_batch(requests))
     assert order == ["receipt"] * len(requests) + ["copy"]
