@@ -323,12 +323,14 @@ def beam(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
                 tasks, codes = beam_tasks(decoder, width, 1, tokens, scale.codes, chosen.seed)
                 choosing = OnDevice(codes, scale.device)
                 search = BeamSearch(decoder, choosing, width)
+                for _ in range(4):  # its passes are captured
+                    searched(search, decoder, tasks)
                 passes, floors = list[float](), list[float]()
                 for work in steps_of_search(search, decoder, tasks):
                     floors.append(ceilings.of_pass(decoder.spec, work, scale.dtype.itemsize))
                     if len(work.token_ids) == width:
                         passes.append(timer.device_seconds(partial(decoder.forward, work), 2))
-                times = [timer.wall(partial(searched, search, decoder, tasks)) for _ in range(2 + scale.repeats)][2:]
+                times = [timer.wall(partial(searched, search, decoder, tasks)) for _ in range(scale.repeats)]
                 step, floor = statistics.median(times) / len(passes), sum(floors) / len(passes)
                 choose = timer.device_seconds(partial(_choose, choosing, tasks, codes), scale.repeats) / len(codes.ids)
                 name, passed = f"beam_{shape}_t{tokens}_w{width}", statistics.median(passes)

@@ -14,12 +14,16 @@ import numpy as np
 import torch
 
 from rcllm.core.ranking import IntArray
-from rcllm.model.attend.contract import Attended
+from rcllm.late import Late
+from rcllm.model.attend.contract import Attended, merge
+from rcllm.model.attend.on_triton import triton_fits
 from rcllm.model.attend.segments import Group, Segment, copy_segments
+from rcllm.model.attend.triton_tables import padded, share_of
 from rcllm.model.kv_int8 import num_values
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
+_KERNELS = Late("rcllm.decode.beam_kernels")  # triton is optional
 SCRAP = 32  # tokens of a segment, on average, below which a prompt is joined before beams read it again and again
 
 
@@ -36,6 +40,7 @@ class StepBuffer:
         shape = (spec.num_layers, 2, num_rows, num_steps, spec.num_kv_heads, spec.head_dim)
         self._kv = torch.empty(shape, dtype=dtype, device=device)
         self.num_rows, self.num_steps = 0, 0  # in use
+        self._is_fused = device.type == "cuda" and triton_fits(spec, device)
 
     def fits(self, num_rows: int) -> bool:
         return num_rows <= self._kv.shape[2]
@@ -72,6 +77,35 @@ class StepBuffer:
             used[:, :, : self.num_rows] = used.index_select(2, parents)
         else:
             reorder_in_place(used, parents, dim=2)
+
+    def join(self, layer: int, qkv: torch.Tensor, attended: Attended) -> None:
+        """Joins the attention of every beam over its own earlier steps to what it got of the prompt, in place."""
+        if self._is_fused:
+            self._join_fused(layer, qkv, attended)
+            return
+        both = merge([attended, self(layer, qkv)])
+        attended.output.copy_(both.output)
+        attended.lse.copy_(both.lse)
+
+    def _join_fused(self, layer: int, qkv: torch.Tensor, attended: Attended) -> None:
+        """In one launch."""
+        spec, (_, _, rows, steps, *_) = self._spec, self._kv.shape
+        _KERNELS.join_steps_kernel[self.num_rows, spec.num_kv_heads](
+            *(qkv, *attended, self._kv, layer, self.num_steps, rows, steps),
+            *(1 / math.sqrt(spec.head_dim), qkv.stride(0)),
+            **self.constants(spec),
+        )
+
+    @staticmethod
+    def constants(spec: ModelSpec) -> dict[str, object]:
+        """What the kernel is compiled for."""
+        return {
+            "H": spec.num_heads,
+            "KV": spec.num_kv_heads,
+            "WIDTH": spec.head_dim,
+            "WIDTH_PADDED": padded(spec.head_dim),
+            "SHARE_PADDED": share_of(spec),
+        }
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
         """Attention of every beam over its own earlier steps, in fp32 inside."""

@@ -17,7 +17,7 @@ import torch
 
 from rcllm.model.attend.choose import check_kept, native_fits, prepare, resolved
 from rcllm.model.attend.compiled import NativeSegmented
-from rcllm.model.attend.contract import Attend, Attended, Beside, merge
+from rcllm.model.attend.contract import Attend, Attended, Beside
 from rcllm.model.attend.native import kernels
 from rcllm.model.attend.segments import Group
 from rcllm.model.layers import CompiledLayer, Copied, Layer, LayerParts, Linear
@@ -290,8 +290,7 @@ class Decoder:
         attended = attend(number, qkv)
         for aside in work.asides:
             rows = slice(aside.start, aside.stop)
-            here = Attended(attended.output[rows], attended.lse[rows])
-            attended.output[rows] = merge([here, aside.keys(number, qkv[rows])]).output
+            aside.keys.join(number, qkv[rows], Attended(attended.output[rows], attended.lse[rows]))
         return attended.output
 
     def _embedded(self, work: Pass) -> torch.Tensor:

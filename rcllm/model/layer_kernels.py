@@ -70,7 +70,7 @@ def rotate_kernel(
     tl.store(at + HALF, (high * c + low * s).to(qkv.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_kept"])
 def keep_kernel(
     qkv,
     rows,

@@ -13,6 +13,7 @@ from rcllm.core.ranking import ItemId
 from rcllm.core.receipts import BeamRule
 from rcllm.decode.beam import BeamSearch, choosing_of, items_of
 from rcllm.decode.beam_kv import StepBuffer, joined
+from rcllm.model.attend.contract import Attended
 from tests.decode.beam_cases import FAMILIES, SAFE, VOCAB, Case, find, make_case, make_prompt, make_task, models, run
 from tests.reference.beam import hugging_face_beam, model_log_probs, slow_beam
 
@@ -214,3 +215,26 @@ def test_the_buffer_follows_its_beams() -> None:
         attended = buffer(1, torch.zeros(len(beams), spec.q_size + 2 * spec.kv_size))
         assert attended.output[:, 0].tolist() == pytest.approx([np.mean(beam) for beam in beams], abs=1e-6)
         assert attended.lse[:, 0].tolist() == pytest.approx([np.log(3)] * len(beams), abs=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 32), (14, 2, 64), (3, 3, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_steps_are_joined_in_one_launch_as_in_many(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """Close: fp32, 1e-5; bf16, a step of its own. In Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'rcllm[gpu]'")
+    spec = replace(models("qwen3")[0].spec, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    buffer = StepBuffer(spec, 9, 3, dtype, torch.device("cpu"))
+    for _ in range(2):
+        buffer.append(torch.randn(spec.num_layers, 2, kv_heads, 7, head_dim).to(dtype))
+    qkv = torch.randn(7, spec.q_size + 2 * spec.kv_size).to(dtype)
+    output, lse = torch.randn(7, spec.q_size).to(dtype), torch.randn(7, heads)
+    expected, got = (Attended(output.clone(), lse.clone()) for _ in range(2))
+    buffer.join(1, qkv, expected)
+    assert not torch.equal(expected.output, output)
+    buffer._is_fused = True
+    buffer.join(1, qkv, got)
+    step = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(got.output, expected.output, atol=step, rtol=step)
+    torch.testing.assert_close(got.lse, expected.lse, atol=1e-5, rtol=1e-5)

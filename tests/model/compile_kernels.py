@@ -20,6 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rcllm.decode import beam_kernels
+from rcllm.decode.beam_kv import StepBuffer
 from rcllm.model import layer_kernels, level_kernels
 from rcllm.model.attend import triton_in_place, triton_kernels, triton_laid, triton_laid_kernels
 from rcllm.model.attend.triton_tables import KINDS, Tiling
@@ -32,7 +34,20 @@ from tests.model.test_attention import SPEC
 QWEN3_8B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096, "qk_norm": True}
 NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-COUNTS = ("layer", "size", "inner", "groups", "steps", "num_keys", "num_kept", "num_rows", "num_splits")
+COUNTS = (
+    "layer",
+    "num_steps",
+    "most_rows",
+    "most_steps",
+    "size",
+    "inner",
+    "groups",
+    "steps",
+    "num_keys",
+    "num_kept",
+    "num_rows",
+    "num_splits",
+)
 INTS = dict.fromkeys((*COUNTS, "pitch", "qkv_pitch", "x_pitch"), "i32") | {"scale": "fp32", "eps": "fp32"}
 TABLES = dict.fromkeys(("tasks", "visits", "rows_table", "keys_table", "merges"), "*i32")
 TABLES |= {"tiles": "*i64", "bits": "*u8"}
@@ -95,6 +110,8 @@ def main(arch: int, kept: str) -> dict[str, dict[str, float]]:
         found[name] = facts(compile_for(triton_kernels.attend_kernel, rows, constants, arch, **_options(tiling)))
     merging = triton_in_place.merge_constants(spec, 4)
     found["merge"] = facts(compile_for(triton_kernels.merge_kernel, rows, merging, arch, num_warps=1))
+    joining = StepBuffer.constants(spec)
+    found["join"] = facts(compile_for(beam_kernels.join_steps_kernel, rows, joining, arch))
     laying = triton_laid.lay_constants(spec, kinds)
     found["lay"] = facts(compile_for(triton_laid_kernels.lay_kernel, rows, laying, arch))
     for num_rows, told in ((100, False), (1600, False), (1600, True)):

@@ -189,7 +189,7 @@ def compiled(*arguments: str) -> dict[str, dict[str, float]]:
 def test_the_kernels_compile_for_a_gpu() -> None:
     """To its machine code, which needs none: bf16 rows and KV in Qwen3-8B's shape, few rows and many."""
     found = compiled("90", "bf16")
-    attending = {"attend 16", "attend 128", "attend nothing cached", "merge", "lay"}
+    attending = {"attend 16", "attend 128", "attend nothing cached", "merge", "lay", "join"}
     attending |= {"laid 128", "laid 64", "laid 64, by blocks"}
     products = {f"product {bits} {rows}" for bits in (8, 4) for rows in (16, 32, 64, 128)}
     assert set(found) == attending | products | {"add_norm", "rotate", "keep", "swiglu", "widen 8", "widen 4", "sum"}
@@ -202,7 +202,7 @@ def test_the_kernels_compile_for_a_gpu() -> None:
         assert found[name]["warp_group_products"] > 0, "levels are widened in the registers of the tensor cores"
         assert found[name]["bytes_per_load"] == 16, "rows are read in whole vectors"
         assert found[name]["bytes_per_copy"] >= 4, "levels and scales are read ahead, 32 threads in whole lines"
-        assert found[name]["other_loads"] <= 1, "hardly anything is read that was not copied ahead"
+        assert found[name]["other_loads"] <= 2, "hardly anything is read that was not copied ahead"
 
 
 @pytest.mark.slow

@@ -39,8 +39,8 @@ class Beside(Protocol):
     def state(self) -> Hashable:
         """As long as it is equal, a call does the same to the same memory; so a pass with it may be replayed."""
 
-    def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
-        """Attention over those keys alone; `qkv` [rows, (H + 2·KV)·D] is already turned. Rows without any: lse -inf."""
+    def join(self, layer: int, qkv: torch.Tensor, attended: Attended) -> None:
+        """Joins attention over those keys to what rows got of others, in place; qkv [rows, (H + 2·KV)·D] is turned."""
 
 
 def merge(parts: Sequence[Attended]) -> Attended:
