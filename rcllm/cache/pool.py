@@ -112,7 +112,7 @@ class Pool:
     def was_erased(self, owner: str | None, since: int) -> bool:
         """Whether an owner was erased after a look-up, whose `erasures` is `since`."""
         with self._lock:
-            return self._erasures.hit(one_name(owner), since)
+            return self._erasures.now > since and self._erasures.hit(one_name(owner), since)
 
     def _on_device(self, keys: Iterable[ContentKey]) -> dict[ContentKey, Located]:
         with self._lock:

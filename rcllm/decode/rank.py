@@ -112,18 +112,17 @@ def _compared(
     logits = list[torch.Tensor]()
     for by_prompt in rows.values():
         columns = next(sent)
-        products = [decoder.logits(hidden[some], columns) for some in islice(sent, len(by_prompt))]
-        logits.append(torch.cat(products))
+        logits += [decoder.logits(hidden[some], columns).view(-1) for some in islice(sent, len(by_prompt))]
 
     def scores_of(values: torch.Tensor) -> list[Scores]:
-        parts = values.double().split([each.numel() for each in logits])
+        sizes = [len(token_ids) * sum(map(len, by_prompt.values())) for token_ids, by_prompt in rows.items()]
         among = {
             token_ids: iter(figures(part.view(-1, len(token_ids))).tolist())
-            for token_ids, part in zip(rows, parts, strict=True)
+            for token_ids, part in zip(rows, values.double().split(sizes), strict=True)
         }
         return [scores(asked.prompt, among) for asked in batch]
 
-    return Launched(torch.cat([each.flatten() for each in logits]), scores_of)
+    return Launched(torch.cat(logits), scores_of)
 
 
 def _likelihood(decoder: Decoder, hidden: torch.Tensor, batch: Sequence[Asked]) -> Launched:

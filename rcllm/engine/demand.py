@@ -34,41 +34,38 @@ def demands_of(
     planned: Planned, found: Mapping[ContentKey, Located], kv_bytes_per_token: int, num_layers: int
 ) -> Demands:
     """`found`: which tier has what the plan reads; what none has is computed first."""
-    prompt, share = planned.prompt, _fresh_share(planned, num_layers)
-    parts = [[0.0] * 5 for _ in range(1 + prompt.num_candidates)]
-    parts[0][_PASSES] = 2.0 if evidence_of(planned) == "blocks_pass" else 1.0
-    borrowed = {each.key for each in planned.borrowed.values()}
-    fetch_ms, counted = 0.0, set[ContentKey]()
+    blocks, share = planned.prompt.blocks, _fresh_share(planned, num_layers)
+    times = 2.0 if evidence_of(planned) == "blocks_pass" else 1.0  # that the fresh rows run
+    parts = [[0.0] * 5 for _ in range(1 + planned.prompt.num_candidates)]
+    parts[0][_PASSES] = times
+    fetch_ms, counted = 0.0, {each.key for each in planned.borrowed.values()}  # what is borrowed is there
     for piece in planned.plan.pieces:
-        block, size = prompt.blocks[piece.block], piece.stop - piece.start
+        block, size = blocks[piece.block], piece.stop - piece.start
         part = parts[0 if block.slot is None else 1 + block.slot]
-        if rows := size * share(piece):
+        if rows := size * (times if piece.key is None else share(piece)):
             part[_ROWS] += rows
             part[_PAIRS] += rows * (block.base + piece.start + size / 2)  # a row attends to about what precedes it
         if piece.key is None:
             continue
         part[_KV_BYTES] += size * kv_bytes_per_token
-        if piece.key in counted or piece.key in borrowed:
+        if piece.key in counted:
             continue
         counted.add(piece.key)
         if (there := found.get(piece.key)) is not None:
             fetch_ms += there.ms
         else:
-            part[_MISSING] += len(block)
+            part[_MISSING] += len(block.token_ids)
     array = np.array(parts)
     return Demands(array, Demand(*array.sum(axis=0).tolist()), fetch_ms)
 
 
 def _fresh_share(planned: Planned, num_layers: int) -> Callable[[Piece], float]:
-    """How much of a piece runs through the layers; of what `corrected` has yet to choose, what it will."""
+    """How much of a reused piece runs through the layers; of what `corrected` has yet to choose, what it will."""
     evidence, level = evidence_of(planned), planned.level
     layers = planned.prompt.options.selection.check_layer + 1 if evidence == "check_layer" else 0
     before = layers / num_layers if evidence == "check_layer" else 0.0
-    again = 2.0 if evidence == "blocks_pass" else 1.0
 
     def share(piece: Piece) -> float:
-        if piece.key is None:
-            return again
         if evidence == "none" or not is_inexact(planned.prompt, piece):
             return before
         is_item = planned.prompt.blocks[piece.block].kind is BlockKind.ITEM

@@ -180,7 +180,7 @@ def _chat_formats() -> dict[str, dict[str, Any]]:
 
 def render(parts: Parts, values: Mapping[str, str]) -> str:
     """Joins the parts all of whose placeholders have a value that is not empty."""
-    return "".join(part.format_map(values) for part in parts if all(map(values.get, placeholders(part))))
+    return "".join([part.format_map(values) for part in parts if all(map(values.get, placeholders(part)))])
 
 
 def _names(parts: Parts) -> tuple[str, ...]:

@@ -71,7 +71,10 @@ class _Rows:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.starts: list[int] = []  # of each prompt, its first row
-        self._runs: list[tuple[int, int, int, int]] = []  # block, its base, the first token's offset, how many
+        self._blocks: list[int] = []  # of each run, as the next three
+        self._bases: list[int] = []  # position of the block's token 0
+        self._offsets: list[int] = []  # of the run's first token in its block
+        self._lengths: list[int] = []
 
     def add(self, planned: Planned) -> dict[int, int]:
         """By block, the row of its token 0, were that in the last of the block's runs."""
@@ -82,16 +85,19 @@ class _Rows:
                 block = blocks[piece.block]
                 first[piece.block] = len(self.tokens) - piece.start
                 self.tokens += block.token_ids[piece.start : piece.stop]
-                self._runs.append((piece.block, block.base, piece.start, piece.stop - piece.start))
+                self._blocks.append(piece.block)
+                self._bases.append(block.base)
+                self._offsets.append(piece.start)
+                self._lengths.append(piece.stop - piece.start)
         return first
 
     def columns(self) -> tuple[IntArray, IntArray, IntArray]:
         """Of each row its block, its offset in that, and its position; [rows] each."""
-        runs = np.array(self._runs, dtype=np.int32).reshape(-1, 4)
-        lengths = runs[:, 3]
-        ends = np.cumsum(lengths, dtype=np.int32)
-        block, base, shift = np.repeat(np.stack((runs[:, 0], runs[:, 1], runs[:, 2] - ends + lengths)), lengths, axis=1)
-        offset = shift + np.arange(len(shift), dtype=np.int32)
+        lengths = np.array(self._lengths, dtype=np.int32)
+        starts = np.cumsum(lengths, dtype=np.int32) - lengths
+        shift = np.array(self._offsets, dtype=np.int32) - starts
+        offset = np.repeat(shift, lengths) + np.arange(len(self.tokens), dtype=np.int32)
+        block, base = (np.repeat(np.array(each, dtype=np.int32), lengths) for each in (self._blocks, self._bases))
         return block, offset, base + offset
 
 
