@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcllm.core.ranking import Item, ItemId, TokenIds, order
+from rcllm.decode import rank as read_outs
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs import rank
 from rcllm.engine.jobs.bias import RunningMean, centre
@@ -92,16 +93,16 @@ def test_a_batch_of_all_read_outs_is_read_in_one_copy_before_which_receipts_are_
         for i, readout in enumerate(["likelihood", "label", "pointwise", "label", "likelihood"])
     ]
     alone = [any_engine.rank(asked).scores for asked in requests]
-    order = list[str]()
-    receipt = rank._receipt
+    order, receipt = list[str](), rank._receipt
 
-    def downloaded(values: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return lambda: (order.append("copy"), values)[1]
+    def copied(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        order.append("launched")
+        return lambda: (order.append("waited"), values)[1]
 
-    monkeypatch.setattr("rcllm.decode.rank.download", downloaded)
+    monkeypatch.setattr(read_outs, "download", copied)
     monkeypatch.setattr(rank, "_receipt", lambda *args: (order.append("receipt"), receipt(*args))[1])
     together = answered(any_engine.rank_batch(requests))
-    assert order == ["receipt"] * len(requests) + ["copy"]
+    assert order == ["launched"] + ["receipt"] * len(requests) + ["waited"]
     for response, scores, asked in zip(together, alone, requests, strict=True):
         assert np.allclose(response.scores, scores, atol=1e-5)
         assert response.request_id == asked.request_id
