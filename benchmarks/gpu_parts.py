@@ -39,6 +39,7 @@ from rcllm.decode.beam_task import BeamTask, Choosing
 from rcllm.drafts.draft import EMPTY, DraftTree
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.sequences import next_pass
+from rcllm.metrics import Trace
 from rcllm.model.attend.on_triton import HostTables, Tilings, TritonAttend
 from rcllm.model.attend.segments import Group, Segment
 from rcllm.model.attend.triton_tables import Tiling
@@ -288,22 +289,49 @@ def batch(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]
 
 
 def saturation(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
-    """All rankings at once: the loop chooses its batches."""
+    """All rankings at once: the loop chooses its batches. At `blocks` also with one pass after the other.
+
+    `overlap_share`: of the host's work on passes, by its trace, what was done while another pass was under way.
+    """
     found, rows = dict[str, float](), []
     for shape in scale.shapes:
         engine, timer = _warm_engine(_decoder(shape, scale), scale.main, scale), Timer(scale.device)
-        for level in LEVELS[1:]:
-            count = scale.saturation if level == "blocks" else max(2, scale.saturation // 4)
+        rates = {}
+        for name, level, count in (
+            ("exact", "exact", max(2, scale.saturation // 4)),
+            ("blocks", "blocks", scale.saturation),
+            ("one_by_one", "blocks", scale.saturation),
+        ):
+            engine.loop._flies = name != "one_by_one" and scale.device.type == "cuda"
             for seed in range(97, 100) if level == "blocks" else (99,):  # passes of most lengths are captured
                 engine.rank_batch(rankings(scale.main, count if level == "blocks" else 2, level, seed))
-            seconds = timer.wall(partial(engine.rank_batch, rankings(scale.main, count, level, 101)))
-            found[f"saturation_{shape}_{level}_per_s"] = count / seconds
-        gain = found[f"saturation_{shape}_blocks_per_s"] / found[f"saturation_{shape}_exact_per_s"]
-        found[f"saturation_{shape}_blocks_vs_exact"] = gain
-        rows.append([shape, *(f"{found[f'saturation_{shape}_{level}_per_s']:.1f}" for level in LEVELS[1:])])
+            trace = engine.loop._trace = Trace()
+            rates[name] = count / timer.wall(partial(engine.rank_batch, rankings(scale.main, count, level, 101)))
+            found[f"saturation_{shape}_{name}_per_s"] = rates[name]
+            found[f"saturation_{shape}_{name}_overlap_share"] = _overlap(trace)
+        found[f"saturation_{shape}_blocks_vs_exact"] = rates["blocks"] / rates["exact"]
+        found[f"saturation_{shape}_blocks_vs_one_by_one"] = rates["blocks"] / rates["one_by_one"]
+        rows.append([shape, *(f"{rate:.1f}" for rate in rates.values())])
+        rows[-1].append(f"{found[f'saturation_{shape}_blocks_overlap_share']:.2f}")
         clean(engine)
-    show(f"Rankings/s of {scale.main}, all at once", ["shape", *LEVELS[1:]], rows)
+    columns = ["shape", "exact", "blocks", "blocks, one pass after the other", "overlapped share"]
+    show(f"Rankings/s of {scale.main}, all at once", columns, rows)
     return found
+
+
+def _overlap(trace: Trace) -> float:
+    """Of the time of stages before a pass is launched, and of launching it: what lies in the flight of another."""
+    launched = {span.batch: span.end_s for span in trace.spans if span.stage == "forward"}
+    read = {span.batch: span.end_s for span in trace.spans if span.stage == "readout"}
+    flights = [(batch, launched[batch], read[batch]) for batch in launched if batch in read]
+    host = [span for span in trace.spans if span.stage != "readout"]
+    inside = sum(
+        max(0.0, min(span.end_s, end) - max(span.start_s, start))
+        for span in host
+        for batch, start, end in flights
+        if batch != span.batch
+    )
+    return inside / max(1e-9, sum(span.end_s - span.start_s for span in host))
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
