@@ -19,7 +19,7 @@ from rcllm.cli.kept import Finding, Looked, build_for_probes, look_at_store, pro
 from rcllm.cli.options import EngineOptions, StoreOptions
 from rcllm.cli.screen import busy, console
 from rcllm.cli.tables import facts_table
-from rcllm.config import Config, context_samples
+from rcllm.config import MIB, Config, context_samples
 from rcllm.engine.engine import Engine
 from rcllm.errors import RcllmError
 from rcllm.model.attend.choose import native_fits
@@ -128,7 +128,7 @@ def _model(engine: Engine) -> dict[str, str]:
         "computes in": f"{config.model.dtype} on {config.model.device}",
         "weights": _weights(engine.decoder),
         "cached KV": f"{per_token:,} bytes per token in {config.cache.kv_dtype}",
-        "budget": f"{budget / 1e6:,.0f} MB for cached KV, of {config.cache.memory_mb:,} MB for the process",
+        "budget": f"{budget / 1e6:,.0f} MB for cached KV, of {config.cache.memory_mb * MIB / 1e6:,.0f} MB for the process",
         "fits": f"{fitting:,} items of {_ITEM_TOKENS} tokens as candidates; half as many as candidates and as events",
     }
 
