@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rcllm.store.sealed import finish, open_sealed, seal
+from rcllm.store.sealed import begin, finish, open_sealed, sealed_bytes
 
 # by the names of the configuration; int8 is for KV alone, with its scales in each row
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -18,15 +18,28 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def encode(kv: torch.Tensor) -> memoryview:
     """`kv` [layers, 2, kv_heads, len, columns], fp32, fp16, bf16 or int8 with its scales, on any device."""
-    out, room = seal(_NAMES[kv.dtype], kv.shape)
-    if kv.numel():
-        torch.frombuffer(room, dtype=kv.dtype).view(kv.shape).copy_(kv.detach())
+    out = memoryview(bytearray(encoded_bytes(kv)))
+    place(kv, out).copy_(kv.detach())
     return finish(out)
 
 
-def decode(data: memoryview) -> torch.Tensor:
-    """The block on the CPU, where `data` lies: it keeps `data` alive. Never write to it. Raises CorruptBlockError."""
-    sealed = open_sealed(data)
+def encoded_bytes(kv: torch.Tensor) -> int:
+    """How many bytes `encode` gives."""
+    return sealed_bytes(_NAMES[kv.dtype], kv.shape)
+
+
+def place(kv: torch.Tensor, out: memoryview) -> torch.Tensor:
+    """Where the numbers of a block like `kv` belong in `out`, whose header it writes; `sealed.finish` it afterwards."""
+    room = begin(out, _NAMES[kv.dtype], kv.shape)
+    return torch.frombuffer(room, dtype=kv.dtype).view(kv.shape) if kv.numel() else torch.empty_like(kv, device="cpu")
+
+
+def decode(data: memoryview, *, checked: bool = False) -> torch.Tensor:
+    """The block on the CPU, where `data` lies: it keeps `data` alive. Never write to it. Raises CorruptBlockError.
+
+    checked: the bytes were seen to be whole, and have not been out of this process's memory since.
+    """
+    sealed = open_sealed(data, checked=checked)
     raw = np.asarray(_Bytes(sealed.kv)) if sealed.kv.nbytes else np.empty(0, dtype=np.uint8)
     return torch.from_numpy(raw).view(DTYPES[sealed.dtype]).reshape(sealed.shape)
 

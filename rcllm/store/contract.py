@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
+from rcllm.store.arena import Lent
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +26,25 @@ class Stored:
     cost: float  # of computing it again, in FLOPs
     owner: str | None  # item or user, by whom it is erased
     space: str = ""  # names the model, adapter, template and dtypes that it was made by; see prompt/keys.py
+    checked: bool = False  # it was made, or seen to be whole, in this process, whose memory it has not left since
 
     @property
     def num_bytes(self) -> int:
         return self.data.nbytes
 
+    @property
+    def is_owned(self) -> bool:
+        """Whether nobody else may take away or change its bytes."""
+        return isinstance(self.data.obj, bytes | bytearray | Lent)
+
     def owned(self) -> Stored:
-        """The same block with bytes that nobody else may take away or change: a copy, unless they are so already."""
-        if isinstance(self.data.obj, bytes | bytearray):
-            return self
-        return replace(self, data=memoryview(bytes(self.data)))
+        """The same block with bytes that are: a copy, unless they are so already."""
+        return self if self.is_owned else replace(self, data=memoryview(bytes(self.data)))
+
+    def copied_to(self, room: memoryview) -> Stored:
+        """The same block in other bytes, of as many."""
+        np.copyto(np.frombuffer(room, np.uint8), np.frombuffer(self.data, np.uint8))
+        return replace(self, data=room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +100,11 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Ends what it began; what it had taken by then is kept where it lasts. Nothing is asked of it afterwards."""
+
+
+@runtime_checkable
+class Roomy(Protocol):
+    """A store whose nearest tier lends memory of its own, so that what is put there need not be copied."""
+
+    def room_for(self, num_bytes: int) -> memoryview | None:
+        """Bytes that nobody else writes to, to be filled and put; None where there are none to lend."""

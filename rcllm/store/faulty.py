@@ -88,7 +88,7 @@ class FaultyStore:
             data = bytearray(block.data)
             bit = self._rng.randrange(8 * len(data))
             data[bit // 8] ^= 1 << bit % 8
-            return replace(block, data=memoryview(data))
+            return replace(block, data=memoryview(data), checked=False)
         if block.num_bytes and self._happens(self.faults.truncated):
-            return replace(block, data=block.data[: self._rng.randrange(block.num_bytes)])
+            return replace(block, data=block.data[: self._rng.randrange(block.num_bytes)], checked=False)
         return block

@@ -101,12 +101,18 @@ class Index:
             )
         gone = []
         while self.used + num_bytes > self.budget:
-            victim = self._order.pop(self._pins)
+            victim = self.evict()
             assert victim is not None, "unpinned bytes without an entry to evict"
-            self.used -= self._entries.pop(victim).num_bytes
-            self.evictions += 1
             gone.append(victim)
         return gone
+
+    def evict(self) -> ContentKey | None:
+        """Drops the entry that is missed least; None where all are pinned."""
+        victim = self._order.pop(self._pins)
+        if victim is not None:
+            self.used -= self._entries.pop(victim).num_bytes
+            self.evictions += 1
+        return victim
 
     def add(self, key: ContentKey, entry: Entry) -> None:
         """Adds an entry for which room was made."""

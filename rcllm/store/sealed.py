@@ -42,28 +42,37 @@ class Sealed:
 
 def seal(dtype: str, shape: Sequence[int]) -> tuple[bytearray, memoryview]:
     """Room for a block, and the part of it that the KV belongs in; `finish` it afterwards."""
-    out = bytearray(HEADER_BYTES + math.prod(shape) * ITEM_BYTES[dtype])
+    out = bytearray(sealed_bytes(dtype, shape))
+    return out, begin(memoryview(out), dtype, shape)
+
+
+def sealed_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """How large a block is, with its header."""
+    return HEADER_BYTES + math.prod(shape) * ITEM_BYTES[dtype]
+
+
+def begin(out: memoryview, dtype: str, shape: Sequence[int]) -> memoryview:
+    """The same as `seal` in room that is there already, whose KV it returns."""
     _HEADER.pack_into(out, 0, _MAGIC, FORMAT_VERSION, _DTYPES.index(dtype), *shape, 0)
-    return out, memoryview(out)[HEADER_BYTES:]
+    return out[HEADER_BYTES:]
 
 
-def finish(out: bytearray) -> memoryview:
+def finish(out: bytearray | memoryview) -> memoryview:
     """Writes the checksum of a block whose KV is in its place."""
     _CHECKSUM.pack_into(out, _CHECKED, _checksum(memoryview(out)))
     return memoryview(out)
 
 
-def open_sealed(data: memoryview) -> Sealed:
-    """Raises CorruptBlockError for what is not whole, or not as it was written."""
+def open_sealed(data: memoryview, *, checked: bool = False) -> Sealed:
+    """Raises CorruptBlockError for what is not whole, or not as it was written; `checked`: its KV was seen to be."""
     if data.nbytes < HEADER_BYTES:
         raise CorruptBlockError(f"{data.nbytes} bytes are no KV block; its header alone has {HEADER_BYTES}")
     magic, version, code, *shape, checksum = _HEADER.unpack_from(data)
     if magic != _MAGIC or version != FORMAT_VERSION or code >= len(_DTYPES):
         raise CorruptBlockError(f"expected a KV block of format {FORMAT_VERSION}, got {magic!r}, format {version}")
     dtype = _DTYPES[code]
-    num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-    if data.nbytes != HEADER_BYTES + num_bytes or _checksum(data) != checksum:
-        raise CorruptBlockError(f"a KV block of {num_bytes} bytes is not whole, or not as it was written")
+    if data.nbytes != sealed_bytes(dtype, shape) or not (checked or _checksum(data) == checksum):
+        raise CorruptBlockError(f"a KV block of {data.nbytes} bytes is not whole, or not as it was written")
     return Sealed(dtype, tuple(shape), data[HEADER_BYTES:])
 
 

@@ -28,6 +28,7 @@ from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
 from rcllm.errors import ErasureError
 from rcllm.metrics import Clock
+from rcllm.store.arena import Arena
 from rcllm.store.behind import Batch, Waiting, WriteBehind
 from rcllm.store.contract import Found, Store, Stored, TierStats
 from rcllm.store.guarded import GuardedStore
@@ -64,11 +65,13 @@ class Tiered:
         lasting: Mapping[Source, Store],
         *,
         memory_bytes: int = 0,
+        arena: Arena | None = None,
         queue_bytes: int,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._memory = MemoryStore(memory_bytes)
-        self._memory_bytes = memory_bytes
+        """arena: host memory that blocks lie in, in place of `memory_bytes`."""
+        self._memory = MemoryStore(memory_bytes) if arena is None else MemoryStore.within(arena)
+        self._memory_bytes = self._memory.budget
         self._lasting = tuple(GuardedStore(store, tier, clock) for tier, store in lasting.items())
         self._behind = WriteBehind(partial(_write, self._lasting), queue_bytes)
         self._lock = threading.Lock()  # orders what changes memory and queue; no lasting tier is asked under it
@@ -127,10 +130,16 @@ class Tiered:
                 if not self._is_copied(placed):
                     found[key] = placed
                 elif is_whole(block.data):
-                    found[key] = _Placed(place, _copied(block))
+                    found[key] = _Placed(place, replace(self._kept(block), checked=True))
                 else:
                     tier.note_corrupt()
         return found
+
+    def _kept(self, block: Stored) -> Stored:
+        """The block under its owner's one name, in bytes of its own: of host memory, where that has room."""
+        named = replace(block, owner=one_name(block.owner))
+        room = None if block.is_owned else self._memory.room_for(block.num_bytes)
+        return named.owned() if room is None else named.copied_to(room)
 
     def _is_copied(self, placed: _Placed) -> bool:
         """Whether nearer tiers are to have it."""
@@ -151,9 +160,13 @@ class Tiered:
         if self._lasting:
             self._behind.add_many({key: Waiting(block, 1, anew=False) for key, block in evicted.items()})
 
+    def room_for(self, num_bytes: int) -> memoryview | None:
+        """Bytes of host memory, as `contract.Roomy` says."""
+        return self._memory.room_for(num_bytes)
+
     def put_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
         """Never waits for a lasting tier."""
-        copies = {key: _copied(block) for key, block in blocks.items()}
+        copies = {key: self._kept(block) for key, block in blocks.items()}
         with self._lock:
             for read in self._reads:
                 read.replaced.update(copies)
@@ -213,10 +226,6 @@ class Tiered:
         """Asserts that memory and queue agree with themselves."""
         self._memory.check()
         self._behind.check()
-
-
-def _copied(block: Stored) -> Stored:
-    return replace(block.owned(), owner=one_name(block.owner))
 
 
 def _not_erased(owner: str, failed: Mapping[Source, Exception]) -> ErasureError:

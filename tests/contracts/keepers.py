@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+import numpy as np
+
 from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
+from rcllm.store.arena import Arena
 from rcllm.store.contract import Store, Stored
 from rcllm.store.disk import DiskStore
 from rcllm.store.faulty import Faults, FaultyStore
@@ -41,6 +44,10 @@ class Place:
         return ValkeyStore(f"valkey://127.0.0.1:{self.port()}/0", prefix=self.prefix, read_s=10.0)
 
 
+def arena(num_blocks: int) -> Arena:
+    return Arena(np.zeros(num_blocks * BLOCK_BYTES, np.uint8), page_bytes=32)
+
+
 def memory() -> MemoryStore:
     return MemoryStore(BUDGET)
 
@@ -57,11 +64,13 @@ def over_a_server(place: Place) -> Tiered:
 KEEPERS: dict[str, Callable[[Place], Store]] = {
     "null": lambda place: NullStore(),
     "memory": lambda place: memory(),
+    "memory, in an arena": lambda place: MemoryStore.within(arena(12)),
     "memory, no room": lambda place: MemoryStore(BLOCK_BYTES - 1),
     "disk": Place.disk,
     "valkey": Place.valkey,
     "tiered": tiered,
     "tiered, behind alone": lambda place: Tiered({"disk": memory()}, queue_bytes=4 * BUDGET),
+    "tiered, over an arena": lambda place: Tiered({"disk": memory()}, arena=arena(6), queue_bytes=4 * BUDGET),
     "tiered, memory alone": lambda place: Tiered({}, memory_bytes=BUDGET, queue_bytes=0),
     NO_QUEUE: lambda place: Tiered({"disk": memory()}, memory_bytes=BUDGET, queue_bytes=0),
     "tiered, over a server": over_a_server,
