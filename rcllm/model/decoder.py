@@ -15,6 +15,7 @@ from itertools import accumulate, islice
 
 import torch
 
+from rcllm.model.arrivals import Arrivals
 from rcllm.model.attend.choose import check_kept, native_fits, prepare, resolved
 from rcllm.model.attend.compiled import NativeSegmented
 from rcllm.model.attend.contract import Attend, Attended, Beside
@@ -60,6 +61,12 @@ class Pass:
     wanted: torch.Tensor  # [wanted], int64: rows whose final hidden state is read
     keep: Sequence[Keep] = ()
     asides: Sequence[Aside] = ()
+    arrivals: Sequence[Arrivals] = ()  # of its segments
+
+    def wait(self, layer: int) -> None:
+        """What the device is given from here on may read the segments up to a layer."""
+        for arrivals in self.arrivals:
+            arrivals.wait(layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +105,7 @@ def joined(passes: Sequence[Pass]) -> Pass:
         torch.cat([work.wanted + at for work, at in placed]),
         [replace(each, start=each.start + at, stop=each.stop + at) for work, at in placed for each in work.keep],
         [replace(each, start=each.start + at, stop=each.stop + at) for work, at in placed for each in work.asides],
+        [each for work in passes for each in work.arrivals],
     )
 
 
@@ -231,6 +239,7 @@ class Decoder:
         for i in layers:
             if between is not None:
                 between(len(work.token_ids))
+            work.wait(i)
             if i != layers[-1]:
                 delta = self._run(i, residual, delta, work, attend, kept, observe)
         attended = self._mix(layers[-1], residual, delta, work, attend, kept, observe)
@@ -244,9 +253,11 @@ class Decoder:
         assert 0 < num_layers < self.spec.num_layers
         attend, kept = self._attend(work), self.keeping(work, range(num_layers))
         residual = self._embedded(work)
+        work.wait(0)
         attended = self._mix(0, residual, None, work, attend, kept, observe)
         for i in range(1, num_layers):
             delta = self._layers[i - 1].feed(residual, attended)
+            work.wait(i)
             attended = self._mix(i, residual, delta, work, attend, kept, observe)
         return Carried(residual, attended, kept.blocks() if kept else [], num_layers)
 

@@ -21,11 +21,7 @@ _CHUNK = 32  # tokens that are quantised at once: what is between stays in the c
 
 def quantise(kv: torch.Tensor) -> torch.Tensor:
     """[…, len, head_dim] in floats → […, len, columns] in int8, contiguous. A group with NaN or infinity is all NaN."""
-    columns = kv_row_bytes(kv.shape[-1], torch.int8.itemsize)
-    block = torch.empty(*kv.shape[:-1], columns, dtype=torch.int8, device=kv.device)
-    for some, to in zip(kv.split(_CHUNK, dim=-2), block.split(_CHUNK, dim=-2), strict=True):
-        _quantise(some, to)
-    return block
+    return fill(empty_for(kv, torch.int8, kv.device), kv)
 
 
 def _quantise(kv: torch.Tensor, block: torch.Tensor) -> None:
@@ -55,13 +51,29 @@ def num_values(block: torch.Tensor) -> int:
 
 def kept(kv: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A contiguous copy in `dtype`, which is int8 or floats. `kv` is in floats, or in int8 where `dtype` is."""
-    assert kv.dtype != torch.int8 or dtype == torch.int8, "a block is never widened to be kept"
-    if dtype == torch.int8 and kv.dtype != torch.int8:
-        return quantise(kv).to(device)
-    return kv.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    return fill(empty_for(kv, dtype, device), kv)
+
+
+def fill(to: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    """Copies `kv` into `to`, which `empty_for` made for it; returns `to`."""
+    assert kv.dtype != torch.int8 or to.dtype == torch.int8, "a block is never widened to be kept"
+    if to.dtype == kv.dtype or to.dtype != torch.int8:
+        return to.copy_(kv)
+    for some, block in zip(kv.split(_CHUNK, dim=-2), to.split(_CHUNK, dim=-2), strict=True):
+        _quantise(some, block)
+    return to
+
+
+def empty_for(kv: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for a copy of `kv` in `dtype`."""
+    return torch.empty((*kv.shape[:-1], kept_columns(kv, dtype)), dtype=dtype, device=device)
+
+
+def kept_columns(kv: torch.Tensor, dtype: torch.dtype) -> int:
+    """Of a copy of `kv` in `dtype`: levels and scales, or values."""
+    return kv_row_bytes(num_values(kv), dtype.itemsize) // dtype.itemsize
 
 
 def kept_bytes(kv: torch.Tensor, dtype: torch.dtype) -> int:
     """Of what `kept` gives."""
-    rows = kv.numel() // max(1, kv.shape[-1])
-    return rows * kv_row_bytes(num_values(kv), dtype.itemsize)
+    return kv.numel() // max(1, kv.shape[-1]) * kept_columns(kv, dtype) * dtype.itemsize

@@ -28,6 +28,10 @@ _LONGER_RUNS = 2  # of a longer shape before it is captured: launching it takes 
 _SHAPES = 32  # that are kept; each holds its KV
 STATIC_ROWS = _SHAPES * _ROWS[-1]  # at most, whose KV and activations are held
 _SEEN = 1024  # shapes that are remembered
+# KV of each layer that is still to come, from which on a short pass is launched, and not replayed once all is there.
+# To launch a layer takes the host about .28 ms, and its weights the device .14 (8B): a replay is as late where copying
+# a layer takes the difference, 8 MB at 55 GB/s. Beyond _ROWS a layer takes longer than its launch. To be measured.
+_LAUNCHED_BYTES = 8 << 20
 Run = Callable[[], torch.Tensor]  # the whole pass over its buffers: hidden states of all rows, [rows, d]
 
 
@@ -49,11 +53,11 @@ class StaticPasses:
         self._seen = OrderedDict[_Shape, int]()  # how often
 
     def forward(self, work: Pass) -> Passed | None:
-        """None: not for this pass, which is long, or the first of its shape."""
+        """None: not for this pass, which is long, or the first of its shape, or reads much that is still to come."""
         lengths = _ROWS if work.keep else _ROWS + _LONGER
-        if len(work.token_ids) > lengths[-1]:
-            return None
         decoder = self._decoder
+        if len(work.token_ids) > lengths[-1] or self._is_sooner_launched(work):
+            return None
         host = HostTables(decoder.spec, work.groups, decoder.dtype, decoder.device)
         rows = next(length for length in lengths if length >= len(work.token_ids))
         asides = tuple((aside.start, aside.stop, aside.keys.state) for aside in work.asides)
@@ -68,7 +72,13 @@ class StaticPasses:
             if len(self._made) > _SHAPES:
                 self._made.popitem(last=False)
         self._made.move_to_end(shape)
+        work.wait(decoder.spec.num_layers - 1)  # also before a capture, in which nothing else may be waited for
         return self._made[shape].forward(work, host)
+
+    def _is_sooner_launched(self, work: Pass) -> bool:
+        """Whether its layers had better wait, each for its own part of what is still to come."""
+        least = self._decoder.spec.num_layers * _LAUNCHED_BYTES if len(work.token_ids) <= _ROWS[-1] else 0
+        return sum(arrivals.num_bytes for arrivals in work.arrivals) > least
 
 
 class _StaticPass:

@@ -27,6 +27,8 @@ from rcllm.decode.beam_task import BeamPrompt, BeamTask
 from rcllm.drafts.draft import DraftTree
 from rcllm.engine.jobs.sequences import tree_group
 from rcllm.errors import ConfigError
+from rcllm.model import static_passes
+from rcllm.model.arrivals import Arrivals, Arriving, Part
 from rcllm.model.attend import on_triton
 from rcllm.model.attend.choose import resolved
 from rcllm.model.attend.on_triton import HostTables, Tilings, TritonAttend
@@ -245,6 +247,42 @@ def within(group: Group, positions: int) -> Group:
     """The same with bases that a small model knows."""
     segments = [dataclasses.replace(segment, base=segment.base % positions) for segment in group.segments]
     return dataclasses.replace(group, segments=tuple(segments))
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_what_is_still_to_come_is_waited_for_before_a_replay_or_layer_by_layer(
+    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By how much it is: a launched pass takes longer, and waits for less."""
+    decoder = Decoder(*load_model(tiny_model("qwen3", tmp_path)), "triton")
+    static, asked = StaticPasses(decoder, lambda run: run), list[int]()
+    work = static_example(3, decoder)
+    for _ in range(2):
+        static.forward(work)
+    num_bytes = int(share * static_passes._LAUNCHED_BYTES)  # of each layer
+    parts = tuple(Part(layer, num_bytes, Passing(layer, asked)) for layer in range(decoder.spec.num_layers))
+    late = dataclasses.replace(work, arrivals=[Arrivals([Arriving(parts)])])
+    assert (static.forward(late) is None) == (share > 1)
+    assert asked == ([] if share > 1 else list(range(decoder.spec.num_layers)))
+    monkeypatch.setattr(static_passes, "_ROWS", (len(work.token_ids) - 1,))  # beyond these, no layer waits for the host
+    assert static.forward(late) is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Passing:
+    """A mark that has not been passed, and notes who waits for it."""
+
+    number: int
+    asked: list[int]
+
+    def wait(self) -> None:
+        self.asked.append(self.number)
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        raise AssertionError("the host waits for nothing")
 
 
 def test_long_passes_run_as_they_are(tmp_path: Path) -> None:
