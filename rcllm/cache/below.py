@@ -19,8 +19,9 @@ from rcllm.cache.rates import Rates
 from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
 from rcllm.metrics import Clock
-from rcllm.store.codec import decode, encode
-from rcllm.store.contract import Found, Store, Stored, TierStats
+from rcllm.model.arrivals import Arriving
+from rcllm.store.codec import decode
+from rcllm.store.contract import Found, Roomy, Store, Stored, TierStats
 from rcllm.store.null import NullStore
 from rcllm.store.owners import one_name
 from rcllm.store.sealed import CorruptBlockError
@@ -35,6 +36,7 @@ class Block:
     kv: torch.Tensor  # [layers, 2, kv_heads, len, columns], in the pool's dtype
     cost: float  # of computing it again, in FLOPs
     owner: str | None  # by the one name that tiers know; see store/owners.py
+    arriving: Arriving | None = None  # what it is copied in with, unless that is long over
 
     @property
     def num_bytes(self) -> int:
@@ -85,13 +87,19 @@ class Below:
             read |= {key: (block, tier) for key, block in blocks.items()}
         return read
 
-    def write_many(self, blocks: Mapping[ContentKey, Block]) -> None:
+    def room_for(self, num_bytes: int) -> memoryview | None:
+        """Memory of the store's own, for a block that is about to be handed down; None where it has none to lend."""
+        store = self.store
+        return self._asking(lambda: store.room_for(num_bytes)) if isinstance(store, Roomy) else None
+
+    def sealed(self, data: memoryview, block: Block) -> Stored:
+        """A block whose sealed bytes are `data`."""
+        return Stored(data, block.cost, block.owner, self.space, checked=True)
+
+    def write_many(self, blocks: Mapping[ContentKey, Stored]) -> None:
         """Hands blocks down."""
-        self._asking(
-            lambda: self.store.put_many(
-                {key: Stored(encode(block.kv), block.cost, block.owner, self.space) for key, block in blocks.items()}
-            )
-        )
+        if blocks:
+            self._asking(lambda: self.store.put_many(blocks))
 
     def stats(self) -> tuple[TierStats, ...]:
         return tuple(self._asking(self.store.stats) or ())
@@ -111,9 +119,9 @@ class Below:
         blocks = {}
         for key, block in stored.items():
             try:
-                blocks[key] = Block(decode(block.data), block.cost, one_name(block.owner))
+                blocks[key] = Block(decode(block.data, checked=block.checked), block.cost, one_name(block.owner))
             except CorruptBlockError:
-                self._count_error()
+                self.count_errors()
         return blocks
 
     def _asking(self, ask: Callable[[], T]) -> T | None:
@@ -121,9 +129,10 @@ class Below:
         try:
             return ask()
         except Exception:
-            self._count_error()
+            self.count_errors()
             return None
 
-    def _count_error(self) -> None:
+    def count_errors(self, count: int = 1) -> None:
+        """Blocks or calls that failed: misses, for whoever asked."""
         with self._lock:
-            self.errors += 1
+            self.errors += count

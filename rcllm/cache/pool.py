@@ -12,22 +12,28 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
 from rcllm.cache.below import Below, Block
+from rcllm.cache.erasures import Erasures
 from rcllm.cache.heap import hand_back
+from rcllm.cache.held import Acquired, Held
+from rcllm.cache.lanes import Copy, Lanes, lanes_of
+from rcllm.cache.leaving import Leaving
 from rcllm.cache.lookup import Located, Lookup
 from rcllm.cache.rates import Rates
 from rcllm.cache.room import Loose, Paged, Room
 from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
 from rcllm.metrics import Clock
-from rcllm.model.kv_int8 import kept
+from rcllm.model.arrivals import Arriving, Part
+from rcllm.model.kv_int8 import empty_for, fill, kept
 from rcllm.store.codec import encode
 from rcllm.store.contract import Store, Stored, TierStats
 from rcllm.store.disk.store import Erased
@@ -62,21 +68,23 @@ class Pool:
         *,
         space: str = "",
         page_bytes: int = 0,
+        lanes: Lanes | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
         """`space`: names what the blocks are made by, so that a store can tell which ones nobody reads any more.
 
         `page_bytes`: of the pages of one tensor, of the budget's size, in which all blocks lie, as a GPU wants it; 0:
-        each has memory of its own.
+        each has memory of its own. `lanes`: that blocks are copied on; None for what the device has.
         """
         self.dtype, self.device = dtype, device
-        self.rates = Rates()
+        self.rates = Rates(on_gpu=device.type == "cuda")
         self._below = Below(store if store is not None else NullStore(), space, self.rates, clock)
         self._index = Index(budget)
         self._room: Room = Paged(budget, dtype, device, page_bytes) if page_bytes else Loose(dtype, device)
+        self.lanes = lanes or lanes_of(device, self.rates.up)
+        self._leaving = Leaving(self._below, self.lanes.down)
         self._blocks: dict[ContentKey, Block] = {}
-        self._unlisted: list[tuple[ContentKey, torch.Tensor]] = []  # erased, and still held by somebody
-        self._unwritten: dict[ContentKey, Block] = {}  # published, and not handed down yet
+        self._unlisted: list[tuple[ContentKey, Block]] = []  # erased, and still held by somebody
         self._lock = threading.Lock()
         self._erasures = Erasures()
         self._hits: Counter[Source] = Counter()
@@ -121,7 +129,7 @@ class Pool:
     def beside(self, num_bytes: int) -> Pool:
         """An empty pool of this size over the same store: for blocks that are computed for the store alone."""
         other = Pool(num_bytes, self.dtype, self.device)
-        other._below, other.rates = self._below, self.rates
+        other._below, other.rates, other._leaving = self._below, self.rates, self._leaving
         return other
 
     @contextmanager
@@ -151,7 +159,7 @@ class Pool:
         owned = self._index.owned_by(owner)
         for key in owned:
             self._unlist(key)
-        self._unwritten = {key: block for key, block in self._unwritten.items() if block.owner != owner}
+        self._leaving.forget(owner)
         return owned
 
     def heed(self, erased: Erased) -> None:
@@ -171,13 +179,11 @@ class Pool:
         """What there is of `keys`, here or below, as a store keeps it: for whoever has no part in this memory."""
         with self.hold() as held:
             held.fetch(keys)
-            blocks = {key: block for key, (block, _) in held._in_place.items()}
+            blocks = {key: block for key, (block, _) in held.in_place.items()}
             with self._lock:
-                blocks |= {key: self._blocks[key] for key in held.blocks if key in self._blocks}
-            return {
-                key: Stored(encode(block.kv), block.cost, block.owner, self._below.space)
-                for key, block in blocks.items()
-            }
+                listed = {key: self._blocks[key] for key in held.blocks if key in self._blocks}
+            blocks |= {key: replace(block, kv=held.blocks[key]) for key, block in listed.items()}
+            return {key: self._below.sealed(encode(block.kv), block) for key, block in blocks.items()}
 
     def clear(self) -> None:
         """Drops every block from the pool (not from the store). A running request that holds one finishes with it."""
@@ -186,26 +192,17 @@ class Pool:
                 self._unlist(key)
 
     def write_through(self) -> None:
-        """Hands down what was published since the last time; takes back what was erased meanwhile.
+        """Hands down what was published, once it is copied; takes back what was erased meanwhile.
 
-        Called between passes, so that no request waits for a store.
+        Called between passes, so that no request waits for a store. It waits for no copy either: those that it begins,
+        a later call hands down, or `settle`.
         """
-        with self._lock:
-            blocks, self._unwritten, now = self._unwritten, {}, self._erasures.now
-            listed = [key for key in blocks if key in self._index and self._room.reuses]
-            for key in listed:  # its memory must stay while it is written
-                self._index.pin(key)
-        try:
-            if not blocks:
-                return
-            self._below.write_many(blocks)
-        finally:
-            self._release(listed)
-        with self._lock:
-            erased = {block.owner for block in blocks.values() if self._erasures.hit(block.owner, now)}
-        for owner in erased:
-            assert owner is not None
-            self.store.delete_owner(owner)
+        self._leaving.begin()
+        self._leaving.land()
+
+    def settle(self) -> None:
+        """Hands down all that was published; waits for its copies."""
+        self._leaving.settle()
 
     def tidy(self) -> None:
         """Lets the system have what evicted blocks left between others, now and then. Called between passes."""
@@ -230,11 +227,11 @@ class Pool:
             assert set(self._index) == set(self._blocks)
             for key, block in self._blocks.items():
                 assert self._room.num_bytes(block.kv) == self._index[key].num_bytes
-            self._room.check([block.kv for block in self._blocks.values()] + [kv for _, kv in self._unlisted])
+            self._room.check(block.kv for block in (*self._blocks.values(), *(each for _, each in self._unlisted)))
 
     # ---- for Held ----
 
-    def _acquire(self, keys: Iterable[ContentKey], dear: Container[ContentKey]) -> Acquired:
+    def acquire(self, keys: Iterable[ContentKey], dear: Container[ContentKey]) -> Acquired:
         """Pins what there is of `keys`; what only the store has is read, but for what is `dear`.
 
         It is copied in where there is room. Where there is none, it is read where it lies: the system keeps what is
@@ -242,77 +239,148 @@ class Pool:
         """
         wanted = list(keys)
         with self._lock:
-            since = self._erasures.now
-            got = Acquired(since)
+            got = Acquired(self._erasures.now)
             for key in self._index.take(wanted):
-                got.pinned[key] = (self._blocks[key].kv, "device")
+                got.pinned[key] = (self._found(key), "device")
         try:
             below = [key for key in wanted if key not in got.pinned and key not in dear]
-            for key, (block, tier) in self._below.read_many(below).items():
-                if self._readable_in_place(block):
-                    if not self.was_erased(block.owner, since):
-                        got.in_place[key] = (block, tier)
-                elif (kv := self._insert(key, block, since)) is not None:
-                    got.pinned[key] = (kv, tier)
+            self._bring_up(self._below.read_many(below), got)
         except BaseException:
-            self._release(got.pinned)
+            self.release(got.pinned)
             raise
         with self._lock:
             self._hits.update(source for _, source in (*got.pinned.values(), *got.in_place.values()))
             self._misses += len(wanted) - len(got.pinned) - len(got.in_place)
         return got
 
+    def _found(self, key: ContentKey) -> Block:
+        """A listed block, which has arrived where that is known. The lock is held."""
+        block = self._blocks[key]
+        if block.arriving is not None and block.arriving.is_over:
+            block = self._blocks[key] = replace(block, arriving=None)
+        return block
+
+    def _bring_up(self, read: Mapping[ContentKey, tuple[Block, Source]], got: Acquired) -> None:
+        """Begins to copy in what was read, and pins it, or leaves it in place. Raises CapacityError."""
+        sources = self._sources(read)
+        with self._lock:
+            new = dict[ContentKey, Copy]()
+            try:
+                for key, source in sources.items():
+                    block, tier = read[key]
+                    if self._erasures.hit(block.owner, got.erasures):
+                        continue
+                    if self._readable_in_place(block):
+                        got.in_place[key] = (block, tier)
+                        continue
+                    if key not in self._index:
+                        new[key] = Copy(self._listed(key, block).kv, source)
+                    self._index.pin(key)
+                    got.pinned[key] = (self._found(key), tier)
+            finally:
+                self._send(new, got)
+
+    def _sources(self, read: Mapping[ContentKey, tuple[Block, Source]]) -> dict[ContentKey, torch.Tensor]:
+        """KV as it is copied in; without those that there is no memory for, which are misses that are counted."""
+        sources = {}
+        for key, (block, _) in read.items():
+            kv = block.kv if block.kv.dtype == self.dtype else kept(block.kv, self.dtype, block.kv.device)
+            try:
+                sources[key] = self.lanes.up.ready(kv)
+            except RuntimeError:
+                self._below.count_errors()
+        return sources
+
     def _readable_in_place(self, block: Block) -> bool:
         fits = block.num_bytes <= self.free_bytes
         return not fits and self.device.type == "cpu" and block.kv.dtype == self.dtype
 
-    def _insert(
-        self, key: ContentKey, block: Block, since: int | None = None, *, written: bool = True
-    ) -> torch.Tensor | None:
+    def _send(self, new: Mapping[ContentKey, Copy], got: Acquired) -> None:
+        """Begins to copy blocks that were listed; where that fails, they are misses, counted. The lock is held."""
+        if not new:
+            return
+        try:
+            arriving = self._arriving(list(new.values()))
+        except RuntimeError:
+            self._below.count_errors(len(new))
+            for key in new:
+                self._index.unpin(key)
+                self._unlist(key)
+                got.pinned.pop(key, None)
+            return
+        for key in new:
+            self._blocks[key] = replace(self._blocks[key], arriving=arriving)
+            got.pinned[key] = (self._blocks[key], got.pinned[key][1])
+
+    def _arriving(self, copies: Sequence[Copy]) -> Arriving | None:
+        """Begins copies, some layers of all blocks before the next ones; None: they have ended. Raises RuntimeError."""
+        lane, num_layers = self.lanes.up, len(copies[0].to)
+        firsts = sorted({num_layers * number // lane.num_parts for number in range(lane.num_parts)})
+        parts = [
+            [Copy(copy.to[first:end], copy.source[first:end]) for copy in copies]
+            for first, end in pairwise([*firsts, num_layers])
+        ]
+        if not (marks := lane.send(parts)):
+            return None
+        sizes = [sum(copy.to.nbytes for copy in part) for part in parts]
+        return Arriving(tuple(Part(*each) for each in zip(firsts, sizes, marks, strict=True)))
+
+    def insert(self, key: ContentKey, block: Block, since: int | None = None, *, written: bool = True) -> Block | None:
         """Copies a block in, evicting others, and pins it; None: its owner was erased after `since`."""
         with self._lock:
             if since is not None and self._erasures.hit(block.owner, since):
                 return None
             if key not in self._index:
-                num_bytes = self._room.num_bytes(block.kv)
-                for victim in self._index.make_room(num_bytes):
-                    self._let_go(victim)
-                kv = self._placed(block.kv)
-                self._blocks[key] = Block(kv, block.cost, block.owner)
-                self._index.add(key, Entry(num_bytes, block.cost, block.owner))
+                fill(self._listed(key, block).kv, block.kv)
                 if not written and not self._below.keeps_nothing:
-                    self._unwritten[key] = self._blocks[key]
+                    self._leaving.note(key, self._blocks[key])
             self._index.pin(key)
-            return self._blocks[key].kv
+            return self._found(key)
 
-    def _placed(self, kv: torch.Tensor) -> torch.Tensor:
-        """A copy in the pool's memory, where there is room by now. The lock is held."""
-        placed = self._room.put(kv)
-        if placed is None:
-            movable = {key: block.kv for key, block in self._blocks.items() if not self._index.is_pinned(key)}
-            for key, moved in self._room.compacted(movable).items():
-                self._blocks[key] = replace(self._blocks[key], kv=moved)
-                if key in self._unwritten:
-                    self._unwritten[key] = self._blocks[key]
-            placed = self._room.put(kv)
-        return placed if placed is not None else kept(kv, self.dtype, self.device)  # held blocks lie in the way
+    def _listed(self, key: ContentKey, block: Block) -> Block:
+        """The same block with memory of the pool, which is to be filled. Raises CapacityError. The lock is held."""
+        num_bytes = self._room.num_bytes(block.kv)
+        for victim in self._index.make_room(num_bytes):
+            self._free(victim, self._blocks.pop(victim))
+        listed = self._blocks[key] = replace(block, kv=self._memory_for(block.kv))
+        self._index.add(key, Entry(num_bytes, block.cost, block.owner))
+        return listed
 
-    def _let_go(self, key: ContentKey) -> None:
-        """Of a block that nobody holds and that is listed no more. The lock is held."""
-        block = self._blocks.pop(key)
-        if key in self._unwritten and self._room.reuses:  # still to be handed down
-            self._unwritten[key] = replace(block, kv=block.kv.to("cpu", copy=True))
-        self._room.free(block.kv)
+    def _memory_for(self, kv: torch.Tensor) -> torch.Tensor:
+        """Of the pool, where there is room by now; beside it, where held blocks lie in the way. The lock is held."""
+        if (memory := self._room.take(kv)) is None:
+            self._compact()
+            memory = self._room.take(kv)
+        return memory if memory is not None else empty_for(kv, self.dtype, self.device)
+
+    def _compact(self) -> None:
+        """Moves together what nobody holds, after all copies from or to it. The lock is held."""
+        movable = {key: block for key, block in self._blocks.items() if not self._index.is_pinned(key)}
+        self._leaving.wait()
+        for arriving in {block.arriving for block in movable.values() if block.arriving is not None}:
+            arriving.wait()
+        for key, moved in self._room.compacted({key: block.kv for key, block in movable.items()}).items():
+            self._blocks[key] = replace(self._blocks[key], kv=moved, arriving=None)
+            self._leaving.moved(key, moved)
 
     def _unlist(self, key: ContentKey) -> None:
         """Takes a block out; its memory stays until those who hold it release it. The lock is held."""
         self._index.remove(key)
+        block = self._blocks.pop(key)
         if self._index.is_pinned(key):
-            self._unlisted.append((key, self._blocks.pop(key).kv))
+            self._unlisted.append((key, block))
         else:
-            self._let_go(key)
+            self._free(key, block)
 
-    def _pin_again(self, keys: Iterable[ContentKey]) -> list[ContentKey]:
+    def _free(self, key: ContentKey, block: Block) -> None:
+        """Gives back the memory of a block that nobody holds: it may be used anew after all copies from or to it."""
+        if self._room.reuses:
+            self._leaving.gone(key)
+        if block.arriving is not None:
+            block.arriving.wait()
+        self._room.free(block.kv)
+
+    def pin_again(self, keys: Iterable[ContentKey]) -> list[ContentKey]:
         """Pins those of `keys`, all of them pinned, that are still listed: what was erased is nobody's to keep."""
         with self._lock:
             listed = [key for key in keys if key in self._index]
@@ -320,101 +388,19 @@ class Pool:
                 self._index.pin(key)
             return listed
 
-    def _release(self, keys: Iterable[ContentKey]) -> None:
+    def release(self, keys: Iterable[ContentKey]) -> None:
+        """Unpins."""
         with self._lock:
             for key in keys:
                 self._index.unpin(key)
-            still = [(key, kv) for key, kv in self._unlisted if self._index.is_pinned(key)]
-            for key, kv in self._unlisted:
-                if not self._index.is_pinned(key):
-                    self._room.free(kv)
-            self._unlisted = still
+            unlisted, self._unlisted = self._unlisted, []
+            for key, block in unlisted:
+                if self._index.is_pinned(key):
+                    self._unlisted.append((key, block))
+                else:
+                    self._free(key, block)
 
 
 @lru_cache(maxsize=1024)  # blocks have few sizes
 def _near(num_bytes: int) -> Located:
     return Located("device", num_bytes, 0.0)
-
-
-class Erasures:
-    """When each owner was last erased, so that whatever was under way meanwhile is not kept. The pool locks."""
-
-    def __init__(self) -> None:
-        self.now = 0
-        self._last: dict[str, int] = {}
-
-    def add(self, owner: str) -> None:
-        self.now += 1
-        self._last[owner] = self.now
-
-    def hit(self, owner: str | None, since: int) -> bool:
-        """Whether the owner was erased after `since`, a former `now`."""
-        return owner is not None and self._last.get(owner, 0) > since
-
-
-@dataclass(frozen=True, slots=True)
-class Acquired:
-    """What there is of the blocks that were asked for."""
-
-    erasures: int  # how many owners had been erased by then
-    pinned: dict[ContentKey, tuple[torch.Tensor, Source]] = field(default_factory=dict)
-    in_place: dict[ContentKey, tuple[Block, Source]] = field(default_factory=dict)  # read where a tier keeps them
-
-
-class Held:
-    """The blocks that one batch works with, pinned. Get one from `Pool.hold`."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self.blocks: dict[ContentKey, torch.Tensor] = {}
-        self.sources: dict[ContentKey, Source] = {}
-        self._lent: set[ContentKey] = set()
-        self._in_place: dict[ContentKey, tuple[Block, int]] = {}  # with the erasures when it was read
-
-    def fetch(self, keys: Iterable[ContentKey], dear: Container[ContentKey] = ()) -> list[ContentKey]:
-        """Gets those of `keys` that exist, and returns those that do not; of `dear` ones, the store is not asked."""
-        new = [key for key in dict.fromkeys(keys) if key not in self.blocks]
-        got = self._pool._acquire(new, dear)
-        for key, (kv, source) in got.pinned.items():
-            self.blocks[key], self.sources[key] = kv, source
-        for key, (block, source) in got.in_place.items():
-            self.blocks[key], self.sources[key] = block.kv, source
-            self._in_place[key] = (block, got.erasures)
-        return [key for key in new if key not in self.blocks]
-
-    def publish(self, key: ContentKey, kv: torch.Tensor, cost: float, owner: str | None) -> None:
-        """Copies `kv` into the pool in its dtype, pinned. Raises CapacityError when pinned blocks leave no room."""
-        if key not in self.blocks:
-            kv_kept = self._pool._insert(key, Block(kv, cost, one_name(owner)), written=False)
-            assert kv_kept is not None
-            self.blocks[key] = kv_kept
-            self.sources[key] = "computed"
-
-    def lend(self, key: ContentKey, kv: torch.Tensor, source: Source) -> None:
-        """Adds a block for this batch alone, in place: the pool never has it, and it ends with the release."""
-        assert key not in self.blocks or key in self._lent, "a lent block never stands in for a published one"
-        self.blocks[key], self.sources[key] = kv, source
-        self._lent.add(key)
-
-    def also(self, keys: Iterable[ContentKey]) -> Held:
-        """Another holder of some of the same blocks, which may outlive this one. Blocks that were lent are not kept.
-
-        What is read in place is copied in first, for a tier keeps it in place for a short time only. Raises
-        CapacityError, with nothing kept, where there is no room for that.
-        """
-        other = Held(self._pool)
-        wanted = [key for key in dict.fromkeys(keys) if key not in self._lent]
-        try:
-            for key in (key for key in wanted if key in self._in_place):
-                if (kv := self._pool._insert(key, *self._in_place[key])) is not None:
-                    other.blocks[key], other.sources[key] = kv, self.sources[key]
-        except BaseException:
-            other.release()
-            raise
-        for key in self._pool._pin_again(key for key in wanted if key not in self._in_place):
-            other.blocks[key], other.sources[key] = self.blocks[key], self.sources[key]
-        return other
-
-    def release(self) -> None:
-        self._pool._release(key for key in self.blocks if key not in self._lent and key not in self._in_place)
-        self.blocks, self.sources, self._lent, self._in_place = {}, {}, set(), {}

@@ -19,6 +19,8 @@ _KEPT = 0.9  # of the weight of what was timed before, each time
 _HOPE = 1.01
 _FIRST_BYTES_PER_S: dict[Source, float] = {"host": 10e9, "disk": 1e9, "peer": 1e9, "shared": 100e6}
 _FIRST_FLOPS_PER_S = 100e9
+_FIRST_UP_BYTES_PER_S = 20e9
+_FIRST_LOCKED_BYTES_PER_S = 1e12  # of page-locked memory: it is read where it is, and then goes up
 
 
 @dataclass(slots=True)
@@ -46,19 +48,29 @@ class Rate:
 
 
 class Rates:
-    """Bytes per second of each tier below the device, and FLOPs per second of the device. One thread writes each."""
+    """Bytes per second of each tier below the device, and FLOPs per second of the device. One thread writes each.
 
-    def __init__(self) -> None:
+    up: bytes per second from the host to a GPU, beside what a tier takes; None on the CPU, which reads where it is.
+    """
+
+    def __init__(self, *, on_gpu: bool = False) -> None:
         self.bytes_of: dict[Source, Rate] = {tier: Rate(first) for tier, first in _FIRST_BYTES_PER_S.items()}
         self.flops = Rate(_FIRST_FLOPS_PER_S)
+        if on_gpu:
+            self.bytes_of["host"] = Rate(_FIRST_LOCKED_BYTES_PER_S)
+        self.up = Rate(_FIRST_UP_BYTES_PER_S) if on_gpu else None
 
     def fetch_ms(self, tier: Source, num_bytes: int) -> float:
         """Until a block of a tier is on the device; nothing for what is."""
-        return 0.0 if tier == "device" else self.bytes_of[tier].ms(num_bytes)
+        if tier == "device":
+            return 0.0
+        return self.bytes_of[tier].ms(num_bytes) + (self.up.ms(num_bytes) if self.up is not None else 0.0)
 
     def told(self) -> str:
         """For people: «disk 1.10 GB/s, computing 95 GFLOP/s»; what nothing was timed of is called a guess."""
-        tiers = (f"{tier} {rate.per_s / 1e9:,.2f} GB/s{_guessed(rate)}" for tier, rate in self.bytes_of.items())
+        ways: list[tuple[str, Rate]] = list(self.bytes_of.items())
+        ways += [] if self.up is None else [("host to GPU", self.up)]
+        tiers = (f"{way} {rate.per_s / 1e9:,.2f} GB/s{_guessed(rate)}" for way, rate in ways)
         return ", ".join([*tiers, f"computing {self.flops.per_s / 1e9:,.0f} GFLOP/s{_guessed(self.flops)}"])
 
     def timed(self) -> dict[str, float]:
@@ -85,6 +97,8 @@ class Rates:
     def _named(self) -> Iterator[tuple[str, Rate]]:
         yield from ((f"{tier}_bytes_per_s", rate) for tier, rate in self.bytes_of.items())
         yield "flops_per_s", self.flops
+        if self.up is not None:
+            yield "up_bytes_per_s", self.up
 
 
 def _guessed(rate: Rate) -> str:

@@ -155,6 +155,11 @@ class Plan:
     publish: tuple[int, ...]  # wholly fresh blocks whose KV is exact under their chain key
 
     @property
+    def read(self) -> tuple[ContentKey, ...]:
+        """Of the KV that pieces are read from, each once."""
+        return tuple(dict.fromkeys(piece.key for piece in self.pieces if piece.key is not None))
+
+    @property
     def num_fresh(self) -> int:
         return sum(piece.stop - piece.start for piece in self.pieces if piece.key is None)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from rcllm.cache.pool import Held
+from rcllm.cache.held import Held
 from rcllm.core.ranking import Level, RankOptions
 from rcllm.engine.materialise import Materialiser
 from rcllm.engine.rankings import Rankings
@@ -100,7 +100,8 @@ class Corrector:
         return Selected(chosen, seen, carried.of_rows(rows), notes)
 
     def _after_blocks_pass(self, batch: Sequence[Planned], held: Held) -> Selected:
-        seen = blocks_pass(self._decoder, batch, held.blocks)
+        early = held.blocks.early(key for planned in batch for key in planned.plan.read)
+        seen = blocks_pass(self._decoder, batch, early.kv, early.arrivals)
         notes = [(f"a first pass at level blocks computed {planned.plan.num_fresh} tokens",) for planned in batch]
         return Selected(_chosen(batch, seen), seen, None, notes)
 

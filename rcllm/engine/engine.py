@@ -128,7 +128,10 @@ class Engine:
         prototypes = open_prototypes(config, decoder, prompter)
         admitting = admission(identity(config, prompter, model_id, prototypes), prompter.context_name)
         space = space_of(prompter.namespace)
-        tiers = open_tiers(config.store, space, about(config, model_id), peers) if store is None else Tiers()
+        tiers = Tiers()
+        if store is None:
+            on_gpu = config.model.device == "cuda"
+            tiers = open_tiers(config.store, space, about(config, model_id), peers, on_gpu=on_gpu)
         pool = make_pool(config, decoder, tiers.store if store is None else store, space)
         tiers.load_rates(pool.rates)
         return cls(config, decoder, prompter, pool, model_id, admitting, prototypes, tiers=tiers, node=node)
@@ -323,7 +326,7 @@ class Engine:
     def close(self) -> None:
         """Hands the store what it does not have yet, and ends it. An engine without a store need not be closed."""
         with self.loop.alone():
-            self.pool.write_through()
+            self.pool.settle()
             self.tiers.close(self.pool.rates)
 
     def __enter__(self) -> Engine:

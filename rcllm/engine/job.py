@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from rcllm.cache.held import Held
 from rcllm.cache.lookup import Lookup
-from rcllm.cache.pool import Held
 from rcllm.core.ranking import IntArray, Prompt
 from rcllm.core.receipts import Step
 from rcllm.engine.demand import Demands

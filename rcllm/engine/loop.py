@@ -208,7 +208,9 @@ class RequestLoop:
             self._yields, self._given_rows = turn.yields and self.scheduler.limits.other_rows < NO_LIMIT, 0.0
         entering, running = self._take_turn(turn)
         if not entering and not running:
-            return self._land_all()
+            landed = self._land_all()
+            self._pool.settle()  # nobody waits, so that copies may be waited for
+            return landed
         numbers = frozenset(ticket.number for ticket in (*entering, *running))
         self._in_pass |= numbers
         try:

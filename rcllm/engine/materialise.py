@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rcllm.cache.pool import Held
+from rcllm.cache.held import Held
 from rcllm.core.ranking import ContentKey, TokenIds
 from rcllm.model.decoder import Between, Decoder
 from rcllm.prompt.keys import Context, content_key, token_bytes

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rcllm.cache.pool import Held
+from rcllm.cache.held import Held
 from rcllm.engine.correct import Selected
 from rcllm.engine.job import Answer, Entered, Job, Ticket
 from rcllm.engine.prefill import Prefill, whole_prompts

@@ -13,8 +13,9 @@ from itertools import islice
 
 import torch
 
+from rcllm.cache.held import Held
 from rcllm.cache.lookup import Lookup
-from rcllm.cache.pool import Held, Pool
+from rcllm.cache.pool import Pool
 from rcllm.config import CacheConfig
 from rcllm.core.ranking import Borrowed, ContentKey, Level, Mask, Prompt, RankOptions, Scores
 from rcllm.decode.rank import Asked, score
@@ -166,8 +167,9 @@ class Prefill:
         return self.corrector.select(batch, held) if batch else Selected(())
 
     def assemble(self, batch: Sequence[Planned], held: Held, going_on: Sequence[bool] = ()) -> Assembled:
-        """The pass over the fresh rows of the batch."""
-        return assemble(batch, held.blocks, self._decoder.device, going_on)
+        """The pass over the fresh rows of the batch; its layers wait for what is still on its way."""
+        early = held.blocks.early(key for planned in batch for key in planned.plan.read)
+        return assemble(batch, early.kv, self._decoder.device, going_on, early.arrivals)
 
     def publish(self, batch: Sequence[Planned], kept: Iterable[torch.Tensor], held: Held) -> None:
         """Keeps the history that was computed exactly; a full cache is no reason to fail a request."""

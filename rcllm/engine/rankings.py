@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rcllm.cache.pool import Held
+from rcllm.cache.held import Held
 from rcllm.core.ranking import Block, ContentKey, Piece, Plan, Prompt, RankOptions, TokenIds
 from rcllm.core.receipts import BlockKind
 from rcllm.engine.materialise import Materialiser

@@ -13,12 +13,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rcllm.cache.pinned import page_locked
 from rcllm.cache.pool import Pool
 from rcllm.cache.rates import Rates
 from rcllm.config import MIB, StoreConfig
 from rcllm.core.receipts import Source
 from rcllm.errors import StoreError, StoreWarning
 from rcllm.fetch import cache_dir
+from rcllm.store.arena import Arena
 from rcllm.store.contract import Store
 from rcllm.store.disk import DiskStore, SharedDisk
 from rcllm.store.null import NullStore
@@ -65,10 +67,18 @@ class Tiers:
                     warnings.warn(f"{self.folder}: {error}", StoreWarning, stacklevel=2)
 
 
-def open_tiers(config: StoreConfig, space: str, made_by: Mapping[str, str], peers: Store | None = None) -> Tiers:
+def open_tiers(
+    config: StoreConfig,
+    space: str,
+    made_by: Mapping[str, str],
+    peers: Store | None = None,
+    *,
+    on_gpu: bool = False,
+) -> Tiers:
     """A disk that cannot be used is told of, and the others go on; `made_by`: what is said of the space.
 
     `peers`: what other machines have, which is asked after the disk, and kept in memory or on disk where there is room.
+    `on_gpu`: what is in host memory is copied to a GPU, so that it is page-locked.
 
     Raises ConfigError for an address that means nothing.
     """
@@ -88,9 +98,9 @@ def open_tiers(config: StoreConfig, space: str, made_by: Mapping[str, str], peer
         lasting["shared"] = ValkeyStore(config.shared)
     if not lasting and not (config.enabled and config.host_mb):
         return Tiers()
-    store = Tiered(
-        lasting, memory_bytes=config.host_mb * MIB if config.enabled else 0, queue_bytes=config.queue_mb * MIB
-    )
+    host_bytes = config.host_mb * MIB if config.enabled else 0
+    arena = Arena(page_locked(host_bytes)) if on_gpu and host_bytes else None
+    store = Tiered(lasting, memory_bytes=host_bytes, arena=arena, queue_bytes=config.queue_mb * MIB)
     erasures = disk.erased_since(0).now if disk is not None else 0
     return Tiers(store, disk, folder if disk is not None else None, erasures)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from rcllm.core.ranking import ContentKey, IntArray, TokenIds
+from rcllm.model.arrivals import Arrivals
 from rcllm.model.attend.segments import Group, Segment
 from rcllm.model.decoder import Keep, Pass
 from rcllm.model.upload import upload
@@ -34,9 +35,11 @@ def assemble(
     kv: Mapping[ContentKey, torch.Tensor],
     device: torch.device,
     going_on: Sequence[bool] = (),
+    arrivals: Sequence[Arrivals] = (),
 ) -> Assembled:
     """One pass for a batch of planned prompts; `kv` holds every block that their plans read.
 
+    `arrivals`: of those blocks that are still on their way.
     `going_on`: per prompt, whether decoding continues it, so that the KV of its fresh rows is kept too; empty: none.
     """
     rows = _Rows()
@@ -61,7 +64,8 @@ def assemble(
         Group(_segments(planned, kv), block[start:stop], offset[start:stop], planned.prompt.sees)
         for planned, start, stop in zip(batch, starts, stops, strict=True)
     ]
-    work = Pass(token_ids, on_device, groups, wanted_rows, [*keep, *(run for runs in fresh for run in runs)])
+    kept = [*keep, *(run for runs in fresh for run in runs)]
+    work = Pass(token_ids, on_device, groups, wanted_rows, kept, arrivals=arrivals)
     return Assembled(work, tuple(read_rows), len(keep), tuple(fresh))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from rcllm.core.ranking import BoolArray, ContentKey, IntArray, Reduction
+from rcllm.model.arrivals import Arrivals
 from rcllm.model.decoder import Decoder
 from rcllm.model.kv_int8 import widen
 from rcllm.reuse.assemble import assemble
@@ -135,9 +136,12 @@ def _l1(x: torch.Tensor) -> torch.Tensor:
 # ---- a pass over blocks ---------------------------------------------------------------------------------------------
 
 
-def blocks_pass(decoder: Decoder, batch: Sequence[Planned], kv: KV) -> list[Seen]:
-    """Runs prompts with what their plans reuse; the attention of each one's question, a mean over all layers."""
-    work = assemble(batch, kv, decoder.device).work
+def blocks_pass(decoder: Decoder, batch: Sequence[Planned], kv: KV, arrivals: Sequence[Arrivals] = ()) -> list[Seen]:
+    """Runs prompts with what their plans reuse; the attention of each one's question, a mean over all layers.
+
+    `arrivals`: of blocks in `kv` that are still on their way; what watches a layer reads no other.
+    """
+    work = assemble(batch, kv, decoder.device, arrivals=arrivals).work
     watchers = [_Watcher(decoder, planned, kv) for planned in batch]
     ends = np.cumsum([planned.plan.num_fresh for planned in batch]).tolist()
 

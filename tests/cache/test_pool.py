@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
+from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rcllm.cache.pool import Held, Pool
+from rcllm.cache.held import Held
+from rcllm.cache.lanes import Lanes
+from rcllm.cache.pool import Pool
 from rcllm.core.ranking import ContentKey
 from rcllm.errors import CapacityError
-from rcllm.store.codec import encode
-from rcllm.store.contract import Stored
+from rcllm.store.arena import Arena
+from rcllm.store.codec import decode, encode
+from rcllm.store.contract import Store, Stored
 from rcllm.store.memory import MemoryStore
+from rcllm.store.owners import one_name
+from tests.cache.lazily import Elsewhere, lazy_lanes
 from tests.engine.test_capacity import BrokenStore
 
 CPU = torch.device("cpu")
 BUDGET_TOKENS = 20
-TOKEN_BYTES = 2 * 2 * 4  # [1 layer, K and V, 1 head, 1 token, 2 dims] in fp32
+NUM_LAYERS = 2
+TOKEN_BYTES = NUM_LAYERS * 2 * 2 * 4  # [layers, K and V, 1 head, 1 token, 2 dims] in fp32
 
 
 def key(number: int) -> ContentKey:
@@ -29,7 +38,7 @@ def key(number: int) -> ContentKey:
 
 def kv(number: int, size: int | None = None) -> torch.Tensor:
     """Block `number`: its contents tell which it is, its length is fixed."""
-    return torch.full((1, 2, 1, number % 6 + 1 if size is None else size, 2), float(number))
+    return torch.full((NUM_LAYERS, 2, 1, number % 6 + 1 if size is None else size, 2), float(number))
 
 
 def owner(number: int) -> str:
@@ -39,12 +48,28 @@ def owner(number: int) -> str:
 class PoolMachine(RuleBasedStateMachine):
     """What must hold: contents are right, held blocks stay, erased ones go, and the budget is kept."""
 
-    @initialize(tier=st.sampled_from(["none", "memory", "broken"]), page_tokens=st.sampled_from([0, 1, 2]))
-    def make(self, tier: str, page_tokens: int) -> None:
+    budget_tokens, kind = BUDGET_TOKENS, Pool
+
+    @initialize(
+        tier=st.sampled_from(["none", "memory", "broken"]),
+        page_tokens=st.sampled_from([0, 1, 2]),
+        late=st.booleans(),
+    )
+    def make(self, tier: str, page_tokens: int, late: bool) -> None:
         stores = {"none": None, "memory": MemoryStore(4 * len(encode(kv(0, 3)))), "broken": BrokenStore()}
-        self.store = stores[tier]
+        self.begin(stores[tier], page_tokens, lazy_lanes() if late else None)
+
+    def begin(self, store: Store | None, page_tokens: int, lanes: Lanes | None) -> None:
+        self.store = store
         page_bytes = page_tokens * TOKEN_BYTES  # of one tensor for all blocks; 0: each has its own
-        self.pool = Pool(BUDGET_TOKENS * TOKEN_BYTES, torch.float32, CPU, self.store, page_bytes=page_bytes)
+        self.pool = self.kind(
+            self.budget_tokens * TOKEN_BYTES,
+            torch.float32,
+            CPU,
+            self.store,
+            page_bytes=page_bytes,
+            lanes=lanes,
+        )
         self.held: list[tuple[Held, set[int]]] = []
         self.published: set[int] = set()  # ever, and not erased since: what may be found
 
@@ -83,6 +108,20 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.held)
     @rule(who=st.integers(0, 9))
+    def read(self, who: int) -> None:
+        held, mine = self.held[who % len(self.held)]
+        for number in mine:
+            assert torch.equal(held.blocks[key(number)], kv(number))
+
+    @rule(waits=st.booleans())
+    def hand_down(self, waits: bool) -> None:
+        if waits:
+            self.pool.settle()
+        else:
+            self.pool.write_through()
+
+    @precondition(lambda self: self.held)
+    @rule(who=st.integers(0, 9))
     def release(self, who: int) -> None:
         self.held.pop(who % len(self.held))[0].release()
 
@@ -108,27 +147,63 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.check()
         if isinstance(self.store, MemoryStore):
             self.store.check()
-        assert self.pool.budget - self.pool.free_bytes <= BUDGET_TOKENS * TOKEN_BYTES
+        assert self.pool.budget - self.pool.free_bytes <= self.budget_tokens * TOKEN_BYTES
         for held, mine in self.held:
             assert held.blocks.keys() == set(map(key, mine))
             for number in mine:
-                assert torch.equal(held.blocks[key(number)], kv(number)), "what is held never changes"
+                early = held.blocks.early([key(number)])
+                if not any(each.num_bytes for each in early.arrivals):
+                    assert torch.equal(early.kv[key(number)], kv(number)), "what is held never changes"
         for number in range(12):
-            if key(number) in self.pool._blocks:
+            if (block := self.pool._blocks.get(key(number))) is not None:
                 assert number in self.published
-                assert torch.equal(self.pool._blocks[key(number)].kv, kv(number))
-        pins = sum(len(mine) for _, mine in self.held)
+                if block.arriving is None or block.arriving.is_over:
+                    assert torch.equal(block.kv, kv(number))
+        if isinstance(self.store, MemoryStore):
+            for name, stored in self.store.get_many(map(key, range(12))).items():
+                assert name[0] in self.published
+                assert torch.equal(decode(stored.data), kv(name[0])), "and nothing else goes below"
+        pins = sum(len(mine) - len(held.in_place) for held, mine in self.held)
         assert sum(self.pool._index._pins.values()) == pins
 
     def teardown(self) -> None:
         for held, _ in getattr(self, "held", []):
             held.release()
         if hasattr(self, "pool"):
+            self.held = []
             assert not self.pool._index._pins
+            self.pool.settle()
+            self.whole()
+
+
+class CopyingMachine(PoolMachine):
+    """The same beside a GPU, as it were: pages, copies that end late or at any time, and all blocks in an arena below.
+
+    There is little room, and passes come and go without a look at what they fetch and publish.
+    """
+
+    budget_tokens, kind = 8, Elsewhere
+
+    @initialize(rng=st.one_of(st.none(), st.randoms(use_true_random=False)), page_tokens=st.sampled_from([1, 2]))
+    def make(self, rng: Random | None, page_tokens: int) -> None:  # type: ignore[override]
+        store = MemoryStore.within(Arena(np.zeros(60 * len(encode(kv(0, 3))), np.uint8), page_bytes=64))
+        store.put_many({key(n): Stored(encode(kv(n)), 1.0 + n, one_name(owner(n))) for n in range(12)})
+        self.begin(store, page_tokens, lazy_lanes(rng))
+        self.published = set(range(12))
+
+    @rule(fetched=st.lists(st.integers(0, 11), max_size=3), published=st.lists(st.integers(0, 11), max_size=2))
+    def run(self, fetched: list[int], published: list[int]) -> None:
+        with self.pool.hold() as held, contextlib.suppress(CapacityError):
+            missing = set(held.fetch(map(key, fetched)))
+            for number in (*(n for n in fetched if key(n) in missing), *published):
+                held.publish(key(number), kv(number), 1.0 + number, owner(number))
+                self.published.add(number)
 
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCopyingMachine = CopyingMachine.TestCase
+TestCopyingMachine.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 
 
 def pool(tokens: int, store: object = None, dtype: torch.dtype = torch.float32) -> Pool:

@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rcllm.cache.held import Held
 from rcllm.cache.lookup import Located, Lookup
-from rcllm.cache.pool import Held, Pool
+from rcllm.cache.pool import Pool
 from rcllm.core.ranking import ContentKey, Item, ItemId, RankRequest, UserId
 from rcllm.core.receipts import BlockKind
 from rcllm.engine.engine import Engine

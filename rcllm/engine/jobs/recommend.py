@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from rcllm.cache.pool import Held
+from rcllm.cache.held import Held
 from rcllm.codes.allowed import Allowed
 from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
 from rcllm.config import nearest
@@ -92,7 +92,7 @@ class Recommender:
                 for each, some in zip(entered, allowed, strict=True)
             ]
         search = self._idle.pop() if self._idle else BeamSearch(self.engine.decoder, self._choosing, self.beam_rows)
-        read = [piece.key for each in entered for piece in each.planned.plan.pieces if piece.key is not None]
+        read = [key for each in entered for key in each.planned.plan.read]
         self._searching.append(_Searched(entered, tasks, search, entered[0].held.also(read)))
         search.begin(tasks, stage)
         yield from self._ended(stage)
