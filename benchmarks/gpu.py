@@ -39,7 +39,7 @@ def run(chosen: Options) -> None:
     """Runs the parts that were chosen. Imports Triton, whose interpreter is chosen before."""
     if chosen.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
-    from benchmarks import gpu_checks, gpu_parts, gpu_weights  # noqa: PLC0415 (see above)
+    from benchmarks import gpu_checks, gpu_parts, gpu_prefetch, gpu_weights  # noqa: PLC0415 (see above)
     from benchmarks.gpu_setup import MINI, REAL  # noqa: PLC0415
 
     scale = MINI if chosen.dry_run else REAL
@@ -55,9 +55,10 @@ def run(chosen: Options) -> None:
         return {**metrics, f"seconds_{name}": time.monotonic() - begun}
 
     ceilings = gpu_parts.ceilings_of(scale)
+    others = {"prefetch": gpu_prefetch, "weights": gpu_weights}
     parts: dict[str, Callable[[], Mapping[str, float]]] = {"ceilings": ceilings.metrics}
     for name in PARTS[1:]:
-        module = gpu_checks if name in CHECKS else gpu_weights if name == "weights" else gpu_parts
+        module = gpu_checks if name in CHECKS else others.get(name, gpu_parts)
         arguments = (scale, chosen) if name in CHECKS else (scale, ceilings, chosen)
         parts[name] = partial(getattr(module, name), *arguments)
     run_parts("gpu", QUESTION, chosen, {name: partial(in_time, name, part) for name, part in parts.items()})

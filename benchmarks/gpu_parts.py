@@ -207,7 +207,7 @@ def ttft(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
     """One ranking at a time, by size: items warm, every user new. Of the main size also with weights in int8."""
     found, rows = dict[str, float](), []
     for shape, form, sizes in _variants(scale, scale.sizes):
-        decoder = _decoder(shape, scale, form)
+        decoder = decoder_of(shape, scale, form)
         for size in sizes:
             engine, timer = _warm_engine(decoder, size, scale), Timer(scale.device)
             name = f"ttft_{shape}{_SUFFIXES[form]}_{size}"
@@ -249,7 +249,7 @@ def _pass_of_blocks(
     prompt = engine.prompter.build(rankings(size, 1, "blocks")[0])
     planned = Planned(prompt, plan(prompt, Level("blocks"), ()))
     with engine.pool.hold() as held:
-        missing = held.fetch(piece.key for piece in planned.plan.pieces if piece.key is not None)
+        missing = held.fetch(planned.plan.read)
         assert not missing, "items and events are warm"
         work = assemble([planned], held.blocks, scale.device).work
         decoder.forward(work)  # a shape is captured when it comes again
@@ -269,7 +269,7 @@ def batch(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]
     """Rankings that are asked together; requests/s, and TTFT of each."""
     found, rows = dict[str, float](), []
     for shape, form, _ in _variants(scale, ()):
-        engine, timer = _warm_engine(_decoder(shape, scale, form), scale.main, scale), Timer(scale.device)
+        engine, timer = _warm_engine(decoder_of(shape, scale, form), scale.main, scale), Timer(scale.device)
         for count in scale.batches if form == "full" else scale.batches[:: max(1, len(scale.batches) - 1)]:
             case = f"batch_{shape}{_SUFFIXES[form]}_b{count}"
             for level in LEVELS[1:]:
@@ -295,7 +295,7 @@ def saturation(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, f
     """
     found, rows = dict[str, float](), []
     for shape in scale.shapes:
-        engine, timer = _warm_engine(_decoder(shape, scale), scale.main, scale), Timer(scale.device)
+        engine, timer = _warm_engine(decoder_of(shape, scale), scale.main, scale), Timer(scale.device)
         rates = {}
         for name, level, count in (
             ("exact", "exact", max(2, scale.saturation // 4)),
@@ -345,7 +345,7 @@ def beam(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
     """
     found, rows = dict[str, float](), []
     for shape in scale.shapes:
-        decoder, timer = _decoder(shape, scale), Timer(scale.device)
+        decoder, timer = decoder_of(shape, scale), Timer(scale.device)
         for tokens in scale.beam_prompts:
             for width in scale.beams:
                 tasks, codes = beam_tasks(decoder, width, 1, tokens, scale.codes, chosen.seed)
@@ -387,7 +387,7 @@ def speculation(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, 
     """
     found, rows = dict[str, float](), []
     for shape in scale.shapes:
-        decoder, timer = _decoder(shape, scale), Timer(scale.device)
+        decoder, timer = decoder_of(shape, scale), Timer(scale.device)
         spec, count = decoder.spec, scale.new_tokens
         plain = answers(decoder, scale.main, count, [None], chosen)
         known = partial(answers, decoder, scale.main, count)
@@ -417,55 +417,7 @@ def _chain(nodes: int) -> DraftTree:
     )
 
 
-# ---- host memory, and others -----------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def prefetch(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
-    """Blocks that lie in pinned host memory: copied before the pass, and on a stream beside it, layer by layer."""
-    found, rows = dict[str, float](), []
-    for shape in scale.shapes:
-        decoder, timer, on_gpu = _decoder(shape, scale), Timer(scale.device), scale.device.type == "cuda"
-        spec, keys, fresh = decoder.spec, (2000 if on_gpu else 20), (100 if on_gpu else 3)
-        layers = (spec.num_layers, 2, spec.num_kv_heads, keys, spec.head_dim)
-        host = torch.randn(layers).to(scale.dtype)
-        host = host.pin_memory() if on_gpu else host
-        there = torch.empty_like(host, device=scale.device)
-        group = Group((Segment(there, 0, 0, keys, 0),), *_after(fresh))
-        tokens = torch.zeros(fresh, dtype=torch.int64, device=scale.device)
-        work = Pass(tokens, torch.arange(keys, keys + fresh, device=scale.device), [group], tokens[:1])
-        decoder.static = None  # a replayed pass waits for nothing between its layers
-        copy = timer.device_seconds(lambda h=host, t=there: t.copy_(h, non_blocking=True), 5)  # type: ignore[misc]
-        alone = timer.device_seconds(partial(decoder.forward, work), 5)
-        both = timer.device_seconds(partial(_beside, decoder, work, host, there), 5)
-        name = f"prefetch_{shape}"
-        found |= {f"{name}_gb_per_s": host.nbytes / copy / 1e9, f"{name}_copy_ms": copy * 1e3}
-        found |= {f"{name}_pass_ms": alone * 1e3, f"{name}_overlapped_ms": both * 1e3}
-        found[f"{name}_hidden_share"] = (copy + alone - both) / min(copy, alone)
-        rows.append([shape, *(f"{value * 1e3:.2f}" for value in (copy, alone, both))])
-        clean(decoder)
-    show("Blocks from host memory, ms", ["shape", "copy", "pass", "both, overlapped"], rows)
-    return found
-
-
-def _after(fresh: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.ones(fresh, np.int32), np.arange(fresh, dtype=np.int32), np.tri(2, k=-1, dtype=bool)
-
-
-def _beside(decoder: Decoder, work: Pass, host: torch.Tensor, there: torch.Tensor) -> None:
-    """A layer of the pass waits for its own KV alone."""
-    if host.device == there.device:
-        there.copy_(host)
-        decoder.forward(work)
-        return
-    stream, arrived = torch.cuda.Stream(), [torch.cuda.Event() for _ in range(len(host))]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for layer, event in enumerate(arrived):
-            there[layer].copy_(host[layer], non_blocking=True)
-            event.record(stream)
-    waiting = iter(arrived)
-    decoder.forward(work, between=lambda rows: torch.cuda.current_stream().wait_event(next(waiting)))
+# ---- others ---------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -501,7 +453,7 @@ def peers(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]
     return found
 
 
-def _decoder(shape: str, scale: Scale, kept: str = "full") -> Decoder:
+def decoder_of(shape: str, scale: Scale, kept: str = "full") -> Decoder:
     weights = random_weights(SHAPES[shape], scale.dtype, scale.device)
     return Decoder(SHAPES[shape], weights, "triton" if scale.device.type == "cuda" else "auto", kept=kept)
 

@@ -41,6 +41,7 @@ from rcllm.model.spec import ModelSpec, RopeSpec
 from rcllm.model.static_passes import Graphs
 from rcllm.model.weights import LayerWeights, Weights
 from rcllm.store.codec import DTYPES
+from rcllm.store.contract import Store
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = tuple(f"{a}{b}{c}" for a in ("ka", "lo", "mi", "tu") for b in "bdfgklmnprst" for c in ("an", "el", "is", "or"))
@@ -208,15 +209,15 @@ def catalogue(size: Size, count: int) -> dict[ItemId, Item]:
     return {item.item_id: item for item in items}
 
 
-def engine_of(decoder: Decoder, size: Size, kv_dtype: str, pool_bytes: int) -> Engine:
-    """An engine with an empty pool over three requests' worth of items."""
+def engine_of(decoder: Decoder, size: Size, kv_dtype: str, pool_bytes: int, store: Store | None = None) -> Engine:
+    """An engine with an empty pool, perhaps over a store, for three requests' worth of items."""
     config = Config(
         ModelConfig(path=str(folder()), device="cuda" if decoder.device.type == "cuda" else "cpu", dtype="auto"),
         PromptConfig(template=str(folder() / "sizes.toml"), max_candidates=1000),
         CacheConfig(kv_dtype=kv_dtype, pool_mb=max(1, pool_bytes >> 20), pass_tokens=8192),  # type: ignore[arg-type]
     )
     config = declared_mask(resolve(config, this_machine()))
-    pool = Pool(pool_bytes, DTYPES[kv_dtype], decoder.device, page_bytes=PAGE_BYTES)
+    pool = Pool(pool_bytes, DTYPES[kv_dtype], decoder.device, store, page_bytes=PAGE_BYTES)
     prompter = make_prompter(
         config, folder(), b"random", decoder, fit(catalogue(size, 3 * size.candidates), config), ()
     )
@@ -305,6 +306,8 @@ class Scale:
     new_tokens: int  # of an answer
     trees: tuple[int, ...]  # nodes of drafts
     pool_bytes: int
+    below: tuple[Size, ...]  # rankings whose blocks lie in host memory
+    host_bytes: int
 
 
 REAL = Scale(
@@ -324,6 +327,8 @@ REAL = Scale(
     new_tokens=64,
     trees=(15, 31, 63),
     pool_bytes=16 << 30,
+    below=(Size(2500, 20), Size(5000, 100)),
+    host_bytes=12 << 30,
 )
 MINI = Scale(
     device=torch.device("cpu"),
@@ -342,6 +347,8 @@ MINI = Scale(
     new_tokens=4,
     trees=(3,),
     pool_bytes=64 << 20,
+    below=(Size(160, 3),),
+    host_bytes=64 << 20,
 )
 
 

@@ -112,7 +112,7 @@ def blocks(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
         prompt = engine.prompter.build(asked[0])
         planned = Planned(prompt, plan(prompt, Level("blocks"), ()))
         with engine.pool.hold() as held:
-            held.fetch(piece.key for piece in planned.plan.pieces if piece.key is not None)
+            held.fetch(planned.plan.read)
             ratios[name] = floor_ratio(name, decoder, assemble([planned], held.blocks, decoder.device).work, sizes)
     return summed("blocks", times, ratios, chosen.seed) | {"num_requests_blocks": len(asked)}
 

@@ -128,7 +128,7 @@ def floor_of_blocks(engine: Engine, requests: list[RankRequest]) -> dict[str, fl
         prompt = engine.prompter.build(dataclasses.replace(request, options=RankOptions(level=Level("blocks"))))
         planned = Planned(prompt, plan(prompt, Level("blocks"), ()))
         with engine.pool.hold() as held:
-            assert not held.fetch(piece.key for piece in planned.plan.pieces if piece.key is not None)
+            assert not held.fetch(planned.plan.read)
             work = assemble([planned], held.blocks, decoder.device).work
             took = median_seconds(decoder.forward, work, 5)
             copied += decoder.forward(work).bytes_copied

@@ -32,7 +32,9 @@ METRICS = {
     *("saturation_mini_exact_per_s", "saturation_mini_blocks_per_s", "saturation_mini_blocks_vs_exact"),
     *(f"beam_mini_t20_w4_{name}" for name in ("step_ms", "step_device_ms", "step_over_floor", "choose_ms")),
     *("speculation_mini_plain_per_s", "speculation_mini_known_per_s", "speculation_mini_tree3_pass_ms"),
-    *(f"prefetch_mini_{name}" for name in ("gb_per_s", "copy_ms", "pass_ms", "overlapped_ms", "hidden_share")),
+    *(f"prefetch_mini_t160_c3_{way}_p50_ms" for way in ("pool", "overlapped", "before", "launched")),
+    *(f"prefetch_mini_t160_c3_{name}" for name in ("host_share", "copy_ms", "gb_per_s", "hidden_share", "max_error")),
+    *(f"prefetch_mini_t160_c3_exact_{way}_p50_ms" for way in ("alone", "handing_down")),
     *(f"weights_mini_r{rows}_{name}" for rows in (1, 5, 24) for name in WEIGHTS),
     *(f"weights_mini_{name}_r3_{how}us" for name in ("o", "gate_up") for how in ("", "best_", "widened_", "full_")),
     *("weights_mini_mb", "weights_mini_made_s", "weights_mini_making_mb"),
@@ -53,6 +55,8 @@ def test_the_dry_run_has_every_metric_and_its_checks_hold(tmp_path: Path) -> Non
     assert not [name for name in metrics if name.startswith("left_out")]
     assert max(metrics[f"levels_fp32_max_error_{level}"] for level in LEVELS) < 1e-4
     assert metrics["logits_fp32_max_error"] < 1e-4
+    assert metrics["prefetch_mini_t160_c3_max_error"] < 1e-4
+    assert metrics["prefetch_mini_t160_c3_host_share"] == 1.0
     assert max(metrics[f"weights_mini_r{rows}_logits_max_error"] for rows in (1, 5, 24)) < 1e-4
     shares = ("beams_equal_share", "beams_without_waits", "drafts_plain_equal_share", "drafts_strict_equal_share")
     assert [metrics[name] for name in shares] == [1.0] * 4
