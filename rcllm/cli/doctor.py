@@ -120,7 +120,7 @@ def _load(config: Config) -> tuple[Engine | None, str]:
 def _model(engine: Engine) -> dict[str, str]:
     spec, config = engine.decoder.spec, engine.config
     per_token = spec.kv_bytes_per_token(engine.pool.dtype.itemsize)
-    budget = engine.stats().budget_bytes
+    budget, limit = engine.stats().budget_bytes, config.cache.memory_mb * MIB
     fitting = budget // (per_token * _ITEM_TOKENS)
     return {
         "model": f"{config.model.path}: {spec.family}, {spec.num_weights / 1e6:,.0f} M weights, "
@@ -128,7 +128,7 @@ def _model(engine: Engine) -> dict[str, str]:
         "computes in": f"{config.model.dtype} on {config.model.device}",
         "weights": _weights(engine.decoder),
         "cached KV": f"{per_token:,} bytes per token in {config.cache.kv_dtype}",
-        "budget": f"{budget / 1e6:,.0f} MB for cached KV, of {config.cache.memory_mb * MIB / 1e6:,.0f} MB for the process",
+        "budget": f"{budget / 1e6:,.0f} MB for cached KV, of {limit / 1e6:,.0f} MB for the process",
         "fits": f"{fitting:,} items of {_ITEM_TOKENS} tokens as candidates; half as many as candidates and as events",
     }
 
