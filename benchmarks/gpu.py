@@ -4,7 +4,7 @@ One prepared call, `python -m benchmarks.gpu`, for at most 8 minutes on one GPU 
 computes what the CPU does: `logits`, `levels`, `beams`, `drafts`. The others measure, in the shapes of Qwen3-0.6B and
 Qwen3-8B with random weights in bf16: `ttft` by size of the prompt, `batch`, `attention` alone, `beam` steps,
 `saturation`, `prefetch` from host memory, `speculation`, the same prompts on `peers`, and `weights` in int8. They run
-in the order of PARTS, each is written as it ends, and none begins after `MINUTES`.
+in the order of PARTS, each is written as it ends, none begins after `MINUTES`, and one that fails is told of.
 
 Ceiling: bytes that must be read over the bandwidth, or FLOPs over the rate of a large product, whichever takes longer;
 both are measured in the same call. `floor_share` is that over the time, so 1 is the ceiling.
@@ -50,7 +50,11 @@ def run(chosen: Options) -> None:
             console.print(f"[yellow]{name} is left out: {MINUTES:.0f} minutes are over")
             return {f"left_out_{name}": 1}
         begun = time.monotonic()
-        metrics = part()
+        try:
+            metrics = part()
+        except Exception:  # one call is all that there may be: the other parts go on
+            console.print_exception(max_frames=8)
+            return {f"failed_{name}": 1}
         console.print(f"{name}: {time.monotonic() - begun:.1f} s")
         return {**metrics, f"seconds_{name}": time.monotonic() - begun}
 
