@@ -25,8 +25,8 @@ from benchmarks.harness import Options, console, options, run_parts
 QUESTION = "TTFT, throughput, beams, drafts and attention on a GPU, each beside its ceiling, and that results are right"
 CHECKS = ("logits", "levels", "beams", "drafts")
 PARTS = (  # in this order: what decides most comes first
-    *("ceilings", "logits", "levels", "ttft", "batch", "attention", "weights", "beam", "beams", "drafts"),
-    *("saturation", "prefetch", "speculation", "peers"),
+    *("ceilings", "logits", "levels", "ttft", "batch", "beam", "beams", "drafts", "attention", "saturation"),
+    *("prefetch", "weights", "speculation", "peers"),
 )
 MINUTES = 7.0
 

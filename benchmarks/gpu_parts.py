@@ -212,7 +212,8 @@ def ttft(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
             engine, timer = _warm_engine(decoder, size, scale), Timer(scale.device)
             name = f"ttft_{shape}{_SUFFIXES[form]}_{size}"
             for level in LEVELS:
-                asked = rankings(size, scale.warming + scale.repeats, level, chosen.seed)
+                repeats = scale.repeats if level != "full" else max(2, scale.repeats // 4)
+                asked = rankings(size, scale.warming + repeats, level, chosen.seed)
                 times = [timer.wall(partial(engine.rank, request)) for request in asked][scale.warming :]
                 found |= spread(f"{name}_{level}", times)
             tokens, passed, launched, floor = _pass_of_blocks(engine, size, scale, ceilings, _ITEM_BYTES[form])

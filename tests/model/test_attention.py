@@ -23,6 +23,7 @@ from tests.reference import attend as reference
 from tests.reference import bf16
 
 BACKENDS = ("native", "native gather", "segmented", "gather", "triton in place", "triton laid")  # in its interpreter
+QUICK = (*BACKENDS[:4], pytest.param("triton in place", marks=pytest.mark.slow), "triton laid")  # by default
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # of cached KV
 SPEC = ModelSpec(
     family="llama",
@@ -106,7 +107,7 @@ def test_backend_is_close_to_the_reference(backend: str, dtype: torch.dtype, see
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(4, 4, 32), (8, 2, 64), (14, 2, 64), (16, 1, 128), (32, 1, 96)]
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_every_grouping_of_heads(dtype: torch.dtype, backend: str, heads: int, kv_heads: int, head_dim: int) -> None:
     spec = dataclasses.replace(SPEC, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
@@ -116,7 +117,7 @@ def test_every_grouping_of_heads(dtype: torch.dtype, backend: str, heads: int, k
     torch.testing.assert_close(got.output.double(), expected.output, atol=3e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK)
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000))

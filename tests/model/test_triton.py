@@ -69,7 +69,7 @@ def close_to_reference(groups: list[Group], qkv: torch.Tensor, tiling: Tiling | 
 
 @both_ways
 @pytest.mark.parametrize("tiling", [SMALL, DIVIDED, Tiling(64, 32, 30)])
-@pytest.mark.parametrize("seed", [1, 9])
+@pytest.mark.parametrize("seed", [pytest.param(1, marks=pytest.mark.slow), 9])
 def test_however_a_pass_is_cut(tiling: Tiling, seed: int) -> None:
     groups = [random_group(seed, rows=30), random_group(seed + 1, dtype=torch.int8)]
     close_to_reference(groups, random_rows(groups), tiling)
