@@ -313,10 +313,10 @@ class RequestLoop:
 
     def _has_let_in(self, loop: RequestLoop) -> bool:
         """Whether rankings of a loop ran in between."""
-        start, ends_s = self._clock(), self._pass_ends_s
+        start, ends_s, landed_s = self._clock(), self._pass_ends_s, self._landed_s
         with self._pass_clock.away():
             entered = loop.interlude(self._given_rows) if loop is self else loop.turn_between(self._given_rows)
-        self._pass_ends_s = ends_s + self._clock() - start
+        self._pass_ends_s, self._landed_s = ends_s + self._clock() - start, landed_s
         return entered
 
     def turn_between(self, given_rows: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +74,26 @@ def test_a_ranking_that_comes_during_a_pass_of_others_is_answered_within_it(
         assert ("yield" in stages) == (ticket is interrupted)
     engine.loop.scheduler.check()
     assert_no_pins(engine)
+
+
+def test_what_an_interrupted_pass_costs_is_learned_without_what_came_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A regression: it was counted from the end of the ranking on, by a clock that stands still meanwhile: below 0."""
+    made, ticks, seen = tiny.fresh(other_rows=1), itertools.count(), list[tuple[float, float]]()
+    clock = lambda: float(next(ticks))  # noqa: E731
+    engine = Engine(made.config, made.decoder, made.prompter, made.pool, made.model_id, clock=clock)
+    arrivals, interrupted = Arrivals(engine, monkeypatch), engine.submit(*others(engine, "text"))
+    assert isinstance(interrupted, Ticket)
+    before = dict(interrupted.stage_ms)
+    arrivals.call = lambda: engine.submit(engine.rank_job, RANKING)
+    monkeypatch.setattr(engine.loop.costs, "observe", lambda demand, ms: seen.append((demand.rows, ms)))
+    assert engine.step()
+    stages = {name: ms - before.get(name, 0.0) for name, ms in interrupted.stage_ms.items()}
+    assert stages.pop("yield") > 0
+    stages.pop("wait", None)
+    (_, between_ms), (rows, ms) = seen
+    assert rows > 20, "the text's own pass ends last"
+    assert between_ms > 0
+    assert ms >= sum(stages.values())
 
 
 def test_a_pass_of_another_model_makes_way_unless_its_rankings_are_computed_elsewhere(
