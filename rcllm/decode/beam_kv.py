@@ -18,7 +18,7 @@ from rcllm.late import Late
 from rcllm.model.attend.contract import Attended, merge
 from rcllm.model.attend.on_triton import triton_fits
 from rcllm.model.attend.segments import Group, Segment, copy_segments
-from rcllm.model.attend.triton_tables import padded, share_of
+from rcllm.model.attend.triton_way import head_constants
 from rcllm.model.kv_int8 import num_values
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
@@ -93,19 +93,8 @@ class StepBuffer:
         _KERNELS.join_steps_kernel[self.num_rows, spec.num_kv_heads](
             *(qkv, *attended, self._kv, layer, self.num_steps, rows, steps),
             *(1 / math.sqrt(spec.head_dim), qkv.stride(0)),
-            **self.constants(spec),
+            **head_constants(spec),
         )
-
-    @staticmethod
-    def constants(spec: ModelSpec) -> dict[str, object]:
-        """What the kernel is compiled for."""
-        return {
-            "H": spec.num_heads,
-            "KV": spec.num_kv_heads,
-            "WIDTH": spec.head_dim,
-            "WIDTH_PADDED": padded(spec.head_dim),
-            "SHARE_PADDED": share_of(spec),
-        }
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> Attended:
         """Attention of every beam over its own earlier steps, in fp32 inside."""

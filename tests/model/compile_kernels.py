@@ -21,9 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rcllm.decode import beam_kernels
-from rcllm.decode.beam_kv import StepBuffer
 from rcllm.model import layer_kernels, level_kernels
-from rcllm.model.attend import triton_in_place, triton_kernels, triton_laid, triton_laid_kernels
+from rcllm.model.attend import triton_in_place, triton_kernels, triton_laid, triton_laid_kernels, triton_way
 from rcllm.model.attend.triton_tables import KINDS, Tiling
 from rcllm.model.level_products import LevelProduct, ProductTiling
 from rcllm.model.ops import TritonOps
@@ -108,9 +107,9 @@ def main(arch: int, kept: str) -> dict[str, dict[str, float]]:
         constants = triton_in_place.constants(spec, tiling, read, rows)
         name = f"attend {tiling.queries}" if read else "attend nothing cached"
         found[name] = facts(compile_for(triton_kernels.attend_kernel, rows, constants, arch, **_options(tiling)))
-    merging = triton_in_place.merge_constants(spec, 4)
+    merging = triton_way.merge_constants(spec, 4)
     found["merge"] = facts(compile_for(triton_kernels.merge_kernel, rows, merging, arch, num_warps=1))
-    joining = StepBuffer.constants(spec)
+    joining = triton_way.head_constants(spec)
     found["join"] = facts(compile_for(beam_kernels.join_steps_kernel, rows, joining, arch))
     laying = triton_laid.lay_constants(spec, kinds)
     found["lay"] = facts(compile_for(triton_laid_kernels.lay_kernel, rows, laying, arch))

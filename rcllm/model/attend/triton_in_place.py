@@ -7,7 +7,6 @@ Invariant: every key that a row sees is in exactly one task of its row tile.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +19,6 @@ from rcllm.model.attend.segments import Group, Keys
 from rcllm.model.attend.triton_tables import (
     KINDS,
     UNIT,
-    DeviceTables,
     IntTable,
     Shape,
     Tiling,
@@ -31,13 +29,12 @@ from rcllm.model.attend.triton_tables import (
     share_of,
     slots_of,
 )
+from rcllm.model.attend.triton_way import Way, reading_constants, row_constants
 from rcllm.model.rope import Rope
-from rcllm.model.spec import INT8_GROUP, ModelSpec, kv_row_bytes
+from rcllm.model.spec import ModelSpec
 
-_KERNELS, _LANGUAGE = Late("rcllm.model.attend.triton_kernels"), Late("triton.language")  # triton is optional
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}  # of rows
+_KERNELS = Late("rcllm.model.attend.triton_kernels")  # triton is optional
 _PROGRAMS_PER_CORE = 2  # that a pass is divided into, at least, where it has the keys
-_LEAST_TILES = 4  # of keys, in one task: below, merging costs more than it gains
 
 
 def tiling_of(spec: ModelSpec, num_rows: int, dtype: torch.dtype, cores: int) -> Tiling:
@@ -102,7 +99,6 @@ class InPlaceTables:
         self.shape = InPlaceShape(tiling, self._kinds, *lengths, slots=self._num_slots)
 
     def arrays(self, anchor: int) -> list[npt.NDArray[np.generic]]:
-        """As they are sent. anchor: the address that the distances of cached KV are counted from."""
         return [self._tiles - np.array([anchor, 0, 0, 0, 0]), self._tasks, self._rows, self._merges, self._bits]
 
     def _add(
@@ -144,7 +140,7 @@ class InPlaceTables:
     def _divide(self, row_tiles: IntTable, num_kv_heads: int, tiling: Tiling) -> None:
         """Tasks of about equal length, and which of them are merged."""
         num_visits, fresh = row_tiles[:, 15], -(-(row_tiles[:, 8] - row_tiles[:, 7]) // tiling.keys)
-        of, begin, end = divided(num_visits + fresh, num_kv_heads, tiling, _LEAST_TILES)
+        of, begin, end = divided(num_visits + fresh, num_kv_heads, tiling)
         tasks = row_tiles[of]
         visit_from = tasks[:, 2].copy()
         limits = (visit_from + np.minimum(begin, num_visits[of]), visit_from + np.minimum(end, num_visits[of]))
@@ -156,82 +152,30 @@ class InPlaceTables:
         self._tasks, self._num_slots = tasks, int((tasks[:, 15] >= 0).sum())
 
 
-class InPlace:
-    """Of one shape: tables on the device, and the launches of a layer."""
+class InPlace(Way):
+    """The launches of a layer, for passes of one shape."""
 
     def __init__(self, spec: ModelSpec, rope: Rope, shape: InPlaceShape) -> None:
-        self._spec, self._rope, self._shape, device = spec, rope, shape, rope.cos.device
-        self._tables = DeviceTables(shape.tables, device)
-        slots = (max(1, shape.slots), shape.tiling.rows(spec), spec.num_heads)
-        self._parts = torch.empty(*slots, spec.head_dim, device=device), torch.empty(slots, device=device)
-
-    def send(self, host: InPlaceTables) -> None:
-        assert self._rope.cos.data_ptr() % UNIT == 0
-        self._tables.send(host.arrays(self._rope.cos.data_ptr()))
+        super().__init__(spec, rope, shape)
+        self._shape = shape
 
     def __call__(self, layer: int, qkv: torch.Tensor, output: torch.Tensor, lse: torch.Tensor) -> None:
         spec, rope, tiling = self._spec, self._rope, self._shape.tiling
         tiles, tasks, rows, merges, bits = self._tables.views
-        scale = math.log2(math.e) / math.sqrt(spec.head_dim)  # the kernel's exponential is base 2
         _KERNELS.attend_kernel[len(tasks), spec.num_kv_heads](
             *(qkv, output, lse, *self._parts, rope.cos, tiles, tasks, rows, bits),
-            *(rope.cos, rope.sin, layer, scale, qkv.stride(0)),
+            *(rope.cos, rope.sin, layer, self._scale, qkv.stride(0)),
             **constants(spec, tiling, self._shape.kinds, qkv.dtype),
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
         )
-        merge(spec, tiling, self._parts, output, lse, merges)
-
-
-def merge(
-    spec: ModelSpec,
-    tiling: Tiling,
-    parts: tuple[torch.Tensor, torch.Tensor],
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    merges: torch.Tensor,
-) -> None:
-    """Joins what tasks of one row tile found, `parts`: outputs and logsumexps, by slot."""
-    if len(merges):
-        _KERNELS.merge_kernel[len(merges), tiling.rows(spec), spec.num_heads](
-            *(*parts, output, lse, merges), **merge_constants(spec, tiling.rows(spec)), num_warps=1
-        )
+        self._merge(output, lse, merges)
 
 
 def constants(spec: ModelSpec, tiling: Tiling, kinds: int, dtype: torch.dtype) -> dict[str, object]:
     """What `attend_kernel` is compiled for."""
-    return {
-        "H": spec.num_heads,
-        "SHARE_PADDED": share_of(spec),
-        "ROWS": tiling.queries,
-        "KEYS": tiling.keys,
-        **reading_constants(spec, kinds),
-        **row_constants(dtype),
-    }
-
-
-def reading_constants(spec: ModelSpec, kinds: int) -> dict[str, object]:
-    """What reading cached KV is compiled for."""
-    half = spec.head_dim // 2
-    return {
-        "KV": spec.num_kv_heads,
-        "HALF": half,
-        "HALF_PADDED": max(16, padded(half)),
-        "KINDS": kinds,
-        "GROUP": INT8_GROUP,
-        "ALIGNED": math.gcd(16, kv_row_bytes(spec.head_dim, 1)),
-    }
-
-
-def row_constants(dtype: torch.dtype) -> dict[str, object]:
-    """What products of rows are compiled for."""
-    return {"DTYPE": getattr(_LANGUAGE, _DTYPES[dtype]), "EMULATE": interpreting()}
-
-
-def merge_constants(spec: ModelSpec, tile_rows: int) -> dict[str, object]:
-    """What `merge_kernel` is compiled for."""
-    width = spec.head_dim
-    return {"H": spec.num_heads, "WIDTH": width, "WIDTH_PADDED": padded(width), "TILE_ROWS": tile_rows}
+    heads = {"H": spec.num_heads, "SHARE_PADDED": share_of(spec)}
+    return {**heads, **reading_constants(spec, kinds), **row_constants(tiling, dtype)}
 
 
 def key_tiles(group: Group, keys: int) -> tuple[IntTable, IntTable, IntTable]:

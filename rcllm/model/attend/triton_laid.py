@@ -10,7 +10,6 @@ sees is in exactly one task of its row tile.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,10 +20,9 @@ import torch
 
 from rcllm.late import Late
 from rcllm.model.attend.segments import Group
-from rcllm.model.attend.triton_in_place import key_tiles, merge, reading_constants, row_constants
+from rcllm.model.attend.triton_in_place import key_tiles
 from rcllm.model.attend.triton_tables import (
     KINDS,
-    DeviceTables,
     IntTable,
     Shape,
     Tiling,
@@ -35,13 +33,13 @@ from rcllm.model.attend.triton_tables import (
     share_of,
     slots_of,
 )
+from rcllm.model.attend.triton_way import Way, head_constants, reading_constants, row_constants
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
 _KERNELS = Late("rcllm.model.attend.triton_laid_kernels")  # triton is optional
 _FRESH = len(KINDS)  # the kind of keys that are rows of the pass
 _TOKENS = 64  # that one program lays
-_LEAST_TILES = 4  # of keys, in one task: below, merging costs more than it gains
 
 
 def tiling_of(spec: ModelSpec, num_rows: int, dtype: torch.dtype, cores: int) -> Tiling:
@@ -163,7 +161,6 @@ class LaidTables:
         self.shape = LaidShape(tiling, self._kinds, *lengths, len(self._merges), len(self._bits), slots=self._num_slots)
 
     def arrays(self, anchor: int) -> list[npt.NDArray[np.generic]]:
-        """As they are sent. anchor: the address that the distances of cached KV are counted from."""
         tiles = self._tiles.copy()
         tiles[tiles[:, 5] != _FRESH, 0] -= anchor
         return [tiles, self._tasks, self._visits, self._rows, self._keys, self._merges, self._bits]
@@ -220,7 +217,7 @@ class LaidTables:
     def _divide(self, row_tiles: IntTable, num_kv_heads: int, tiling: Tiling) -> None:
         """Tasks of about equal length, the longest first, and which of them are merged."""
         whole, visits = (row_tiles[:, 3] - row_tiles[:, 2]) // tiling.keys, row_tiles[:, 9]
-        of, begin, end = divided(whole + visits, num_kv_heads, tiling, _LEAST_TILES)
+        of, begin, end = divided(whole + visits, num_kv_heads, tiling)
         tasks = row_tiles[of]
         key_from, visit_from = tasks[:, 2].copy(), tasks[:, 4].copy()
         for column, to in ((2, begin), (3, end)):
@@ -257,17 +254,12 @@ def _visited(
     return visited & (seen.astype(np.float32) @ covers.astype(np.float32) > 0)
 
 
-class Laid:
-    """Of one shape: tables on the device, and the launches of a layer."""
+class Laid(Way):
+    """The launches of a layer, for passes of one shape."""
 
     def __init__(self, spec: ModelSpec, rope: Rope, shape: LaidShape) -> None:
-        self._spec, self._rope, self._shape, device = spec, rope, shape, rope.cos.device
-        self._tables = DeviceTables(shape.tables, device)
-        slots = (max(1, shape.slots), shape.tiling.rows(spec), spec.num_heads)
-        self._parts = torch.empty(*slots, spec.head_dim, device=device), torch.empty(slots, device=device)
-
-    def send(self, host: LaidTables) -> None:
-        self._tables.send(host.arrays(self._rope.cos.data_ptr()))
+        super().__init__(spec, rope, shape)
+        self._shape = shape
 
     def __call__(self, layer: int, qkv: torch.Tensor, output: torch.Tensor, lse: torch.Tensor) -> None:
         spec, rope, shape = self._spec, self._rope, self._shape
@@ -277,15 +269,14 @@ class Laid:
             *(qkv, keys, values, rope.cos, tiles, rope.cos, rope.sin, layer, shape.keys, qkv.stride(0)),
             **lay_constants(spec, shape.kinds),
         )
-        scale = math.log2(math.e) / math.sqrt(spec.head_dim)  # the kernel's exponential is base 2
         _KERNELS.laid_kernel[len(tasks), spec.num_kv_heads](
             *(qkv, output, lse, *self._parts, keys, values, tasks, visits, rows, told, bits),
-            *(shape.keys, scale, qkv.stride(0)),
+            *(shape.keys, self._scale, qkv.stride(0)),
             **laid_constants(spec, shape.tiling, qkv.dtype, told=bool(shape.told)),
             num_warps=shape.tiling.num_warps,
             num_stages=shape.tiling.num_stages,
         )
-        merge(spec, shape.tiling, self._parts, output, lse, merges)
+        self._merge(output, lse, merges)
 
 
 def lay_constants(spec: ModelSpec, kinds: int) -> dict[str, object]:
@@ -295,14 +286,4 @@ def lay_constants(spec: ModelSpec, kinds: int) -> dict[str, object]:
 
 def laid_constants(spec: ModelSpec, tiling: Tiling, dtype: torch.dtype, *, told: bool) -> dict[str, object]:
     """What `laid_kernel` is compiled for."""
-    return {
-        "H": spec.num_heads,
-        "KV": spec.num_kv_heads,
-        "WIDTH": spec.head_dim,
-        "WIDTH_PADDED": padded(spec.head_dim),
-        "SHARE_PADDED": share_of(spec),
-        "ROWS": tiling.queries,
-        "KEYS": tiling.keys,
-        "TOLD": told,
-        **row_constants(dtype),
-    }
+    return {**head_constants(spec), **row_constants(tiling, dtype), "TOLD": told}

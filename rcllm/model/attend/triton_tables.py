@@ -23,6 +23,7 @@ Shape = tuple[np.dtype[np.generic], tuple[int, ...]]  # of a table
 KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # of cached KV, as the kernels number them
 UNIT = 16  # bytes at which every table, and every KV block, begins
 _INTERPRETED_PROGRAMS = 4
+_LEAST_TILES = 4  # of keys, in one task: below, merging costs more than it gains
 
 
 def padded(count: int) -> int:
@@ -92,12 +93,12 @@ def shape_of(dtype: type[np.generic], *lengths: int) -> Shape:
     return np.dtype(dtype), lengths
 
 
-def divided(units: IntTable, num_kv_heads: int, tiling: Tiling, least: int) -> tuple[IntTable, IntTable, IntTable]:
-    """Row tiles of so many `units` of work as tasks of about equal length, of `least` units or more.
+def divided(units: IntTable, num_kv_heads: int, tiling: Tiling) -> tuple[IntTable, IntTable, IntTable]:
+    """Row tiles that visit so many tiles of keys, their `units`, as tasks of about equal length.
 
     Per task its row tile, its first unit and its last; a row tile without work has one task.
     """
-    each = max(least, -(-int(units.sum()) * num_kv_heads // tiling.num_programs))
+    each = max(_LEAST_TILES, -(-int(units.sum()) * num_kv_heads // tiling.num_programs))
     counts = np.maximum(1, -(-units // each))
     of = np.repeat(np.arange(len(units)), counts)
     begin = (np.arange(len(of)) - (np.cumsum(counts) - counts)[of]) * each
