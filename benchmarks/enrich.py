@@ -16,11 +16,13 @@ from __future__ import annotations
 import statistics
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from benchmarks.baselines import Baseline, Neighbours, Popularity, training_pool
 from benchmarks.fidelity_setup import FULL, POINTWISE, QUICK, SETS, TARGETS, Sizes, scored
@@ -71,7 +73,7 @@ WAYS = (
 
 
 def main() -> None:
-    chosen = options("enrich", QUESTION, tuple(PARTS))
+    chosen = options("enrich", QUESTION, tuple(PARTS), precision=True)
     with RecordFile(cache_dir() / "benchmarks" / "enrich.jsonl") as kept:
         run_parts("enrich", QUESTION, chosen, {name: partial(part, chosen, kept) for name, part in PARTS.items()})
 
@@ -92,7 +94,7 @@ def quality(name: str, kind: Negatives, chosen: Options, kept: RecordFile) -> di
         if (folder := way.folder) is None:
             console.print(f"[yellow]{way.name}: no adapter {way.adapter}; left out")
             continue
-        with engine_of(way.template, data, folder) as engine:
+        with engine_of(way.template, data, folder, model=chosen.model) as engine:
             validation, held_out = (both(data, engine, some, kept) for some in (choosing, test))
         fused = f"{way.name} + item-kNN"
         weights[fused] = best_weight(validation)
@@ -154,11 +156,17 @@ def place(request: RankRequest) -> int:
 
 @contextmanager
 def engine_of(
-    template: str, data: Dataset, adapter: Path, pool_mb: int = 3000, *, max_item_tokens: int = 0
+    template: str,
+    data: Dataset,
+    adapter: Path,
+    pool_mb: int = 3000,
+    *,
+    max_item_tokens: int = 0,
+    model: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Engine]:
-    """`max_item_tokens`: 0 keeps the template's."""
+    """`max_item_tokens`: 0 keeps the template's; `model`: fields of ModelConfig."""
     prompt = PromptConfig(template, max_item_tokens=max_item_tokens)
-    config = Config(ModelConfig(adapter=str(adapter)), prompt, CacheConfig(pool_mb=pool_mb), POINTWISE)
+    config = Config(ModelConfig(adapter=str(adapter), **model), prompt, CacheConfig(pool_mb=pool_mb), POINTWISE)
     engine = Engine.build(data.catalogue, config)
     yield engine
     engine.pool.clear()
@@ -181,8 +189,9 @@ def costs(name: str, chosen: Options, kept: RecordFile) -> dict[str, float]:
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore", TextWarning)  # the adapter was tuned on other prompts
         shapes = shapes_of(data)
+        made = partial(engine_of, model=chosen.model)
         engines = {
-            who: stack.enter_context(engine_of(shape.template, shape.data, folder, 800, max_item_tokens=shape.limit))
+            who: stack.enter_context(made(shape.template, shape.data, folder, 800, max_item_tokens=shape.limit))
             for who, shape in shapes.items()
         }
         for engine in engines.values():

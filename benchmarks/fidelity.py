@@ -87,7 +87,7 @@ TTFT_TURN = 3  # requests that one engine answers before the other one does
 
 
 def main() -> None:
-    chosen = options("fidelity", QUESTION, tuple(PARTS))
+    chosen = options("fidelity", QUESTION, tuple(PARTS), precision=True)
     sizes = QUICK if chosen.quick else FULL
     if chosen.requests is not None:
         sizes = Sizes(**{name: min(count, chosen.requests) for name, count in asdict(sizes).items()})
@@ -122,7 +122,7 @@ def quality(name: str, variant: str, sizes: Sizes, chosen: Options, kept: Record
     """The table of levels of one variant on one set, with both kinds of negatives."""
     data = dataset(SETS[name])
     metrics: dict[str, float] = {}
-    with engine_of(variant, TEMPLATES[variant], data, chosen.seed) as engine:
+    with engine_of(variant, TEMPLATES[variant], data, chosen.seed, model=chosen.model) as engine:
         for kind, suffix, count in kinds(sizes):
             requests = held_out(data, name, kind, count, chosen.seed)
             rows = []
@@ -161,7 +161,7 @@ def rankers(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[
     requests = {kind: held_out(data, name, kind, count, chosen.seed) for kind, _, count in kinds(sizes)}
     gains: dict[tuple[str, str], list[float]] = {}
     for variant, level in (("blocks", "blocks"), ("causal", "full")):
-        with engine_of(variant, TEMPLATES[variant], data, chosen.seed) as engine:
+        with engine_of(variant, TEMPLATES[variant], data, chosen.seed, model=chosen.model) as engine:
             for kind, some in requests.items():
                 records = scored(engine, [level], some, kept)[level]
                 gains[variant, kind] = [
@@ -191,7 +191,7 @@ def policies(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict
     metrics: dict[str, float] = {}
     rows: list[list[str]] = []
     requests = held_out(data, name, "uniform", sizes.policies, chosen.seed)
-    with engine_of("causal", "titles", data, chosen.seed) as engine:
+    with engine_of("causal", "titles", data, chosen.seed, model=chosen.model) as engine:
         full = scored(engine, ["full"], requests, kept)["full"]
         for share in POLICY_BUDGETS:
             for policy in POLICIES:
@@ -222,7 +222,7 @@ def budgets(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[
     metrics: dict[str, float] = {}
     rows: list[list[str]] = []
     requests = held_out(data, name, "uniform", sizes.policies, chosen.seed)
-    with engine_of("causal", "titles", data, chosen.seed) as engine:
+    with engine_of("causal", "titles", data, chosen.seed, model=chosen.model) as engine:
         full = scored(engine, ["full"], requests, kept)["full"]
         for share in BUDGETS:
             asked = replace(POINTWISE, level=Level("corrected", share, share))
@@ -255,7 +255,7 @@ def untuned(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]
     metrics: dict[str, float] = {}
     rows: list[list[str]] = []
     for context in ("instruction", CONTEXT["untuned"]):
-        with engine_of("untuned", "shopping", data, chosen.seed, context, RankOptions()) as engine:
+        with engine_of("untuned", "shopping", data, chosen.seed, context, RankOptions(), model=chosen.model) as engine:
             requests = paper_shaped(engine, data, "scientific", 20, sizes.agreement, chosen.seed)
             found = scored(engine, LEVELS["untuned"], requests, kept, RankOptions())
             for level, records in found.items():
@@ -276,7 +276,7 @@ def contexts(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float
     metrics: dict[str, float] = {}
     rows: list[list[str]] = []
     for context in CONTEXTS:
-        with engine_of("untuned", "shopping", data, chosen.seed, context, RankOptions()) as engine:
+        with engine_of("untuned", "shopping", data, chosen.seed, context, RankOptions(), model=chosen.model) as engine:
             requests = paper_shaped(engine, data, "scientific", 20, sizes.contexts, chosen.seed)
             found = scored(engine, ["full", "blocks"], requests, kept, RankOptions())
             tau = summarise(found["blocks"], found["full"]).measures["tau"]
@@ -312,8 +312,8 @@ def ttft(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str
     data = dataset(SETS[name])
     num_candidates = TTFT_CANDIDATES[name]
     with (
-        engine_of("causal", LONG_TEMPLATES["causal"], data, chosen.seed) as causal,
-        engine_of("blocks", LONG_TEMPLATES["blocks"], data, chosen.seed) as blocks,
+        engine_of("causal", LONG_TEMPLATES["causal"], data, chosen.seed, model=chosen.model) as causal,
+        engine_of("blocks", LONG_TEMPLATES["blocks"], data, chosen.seed, model=chosen.model) as blocks,
     ):
         requests = paper_shaped(causal, data, name, num_candidates, sizes.timed, chosen.seed)
         found: dict[tuple[str, str], list[Record]] = defaultdict(list)

@@ -25,6 +25,12 @@ Metrics = Mapping[str, float]
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # real data sets that may not be redistributed, where this machine has them
 console = Console(width=140)
+PRECISIONS: Mapping[str, Mapping[str, Any]] = {  # fields of ModelConfig
+    "fp32": {},
+    "bf16": {"dtype": "bf16"},
+    "int8_weights": {"weights": "int8"},  # products in fp32
+    "int8": {"weights": "int8", "dtype": "bf16"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +42,18 @@ class Options:
     requests: int | None = None  # at most, in each part; None: what the benchmark takes
     update: bool = False  # keep what `out` has of other parts
     dry_run: bool = False  # of a benchmark for machines of another kind: prove the script here, at mini size
+    precision: str = "fp32"  # of PRECISIONS
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """Fields of ModelConfig."""
+        return PRECISIONS[self.precision]
 
 
-def options(name: str, question: str, parts: Sequence[str] = (), *, dry_run: bool = False) -> Options:
-    """`parts`: names of what can be run alone, for a benchmark that takes hours; `dry_run`: whether it knows that."""
+def options(
+    name: str, question: str, parts: Sequence[str] = (), *, dry_run: bool = False, precision: bool = False
+) -> Options:
+    """`parts`: names of what can be run alone, for a benchmark that takes hours; the others: whether it knows that."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=question)
     parser.add_argument("--quick", action="store_true", help="a smaller run that ends within 5 minutes on 2 cores")
     parser.add_argument("--seed", type=int, default=0)
@@ -50,6 +64,9 @@ def options(name: str, question: str, parts: Sequence[str] = (), *, dry_run: boo
         parser.add_argument("--requests", type=int, help="at most so many requests in each part")
     if dry_run:
         parser.add_argument("--dry-run", action="store_true", help="every part at mini size; times mean nothing")
+    if precision:
+        told = "of weights and products; all but fp32 mark their metrics by their name"
+        parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help=told)
     given = parser.parse_args()
     chosen = Options(
         given.quick,
@@ -59,6 +76,7 @@ def options(name: str, question: str, parts: Sequence[str] = (), *, dry_run: boo
         getattr(given, "requests", None),
         getattr(given, "update", False),
         getattr(given, "dry_run", False),
+        getattr(given, "precision", "fp32"),
     )
     if (kept := _kept(chosen)) and (kept["seed"], kept["quick"]) != (chosen.seed, chosen.quick):
         parser.error(f"{chosen.out} was made with other settings; leave out --update")
@@ -127,9 +145,14 @@ def run_parts(
     metrics: dict[str, float] = {}
     for part, measure in parts.items():
         if part in chosen.only and not (chosen.quick and part in slow):
-            metrics |= measure()
+            found = measure()
+            metrics |= found if chosen.precision == "fp32" else marked(found, chosen.precision)
             _write(name, question, chosen, metrics)
     report(name, question, chosen, metrics)
+
+
+def marked(metrics: Metrics, mark: str) -> dict[str, float]:
+    return {f"{key}_{mark}": value for key, value in metrics.items()}
 
 
 def report(name: str, question: str, chosen: Options, metrics: Metrics) -> None:

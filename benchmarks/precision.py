@@ -4,9 +4,10 @@ Regime: SmolLM2-135M on the CPU, one request at a time, our own fp32 and every o
 in one run; speed-ups are medians of the ratios of neighbours. `int8_weights`: weights in int8, products in fp32;
 `int8`: products in bf16 as well. `blocks`: rankings of paper-shaped prompts at level `blocks`, all but the end of the
 prompt warm; `prefill`: a cold prefill of 2,000 tokens; `decode`: one row over a prompt of 500, with the logits of the
-vocabulary; `beam`: 128 rows over one of 250; `peers`: plain decoding of whole texts beside OpenVINO; `tau`: the untuned
-model's labels at `full`; `ndcg`: the block-mask ranker at `blocks` on held-out users, paired with fp32; `strict`: texts
-with and without drafts, token by token.
+vocabulary; `beam`: 128 rows over one of 250; `peers`: whole texts, with drafts and without, beside OpenVINO and
+llama.cpp (benchmarks/decoding_peers.py says what they need); `tau`: the untuned model's labels at `full`; `ndcg`: the
+block-mask ranker at `blocks` on held-out users, paired with fp32; `recommend`: the same of the decoder in decoders/
+over its whole catalogue; `strict`: texts with and without drafts, token by token.
 
 Ceiling: FLOPs over the rate that this variant's products reach here (`measure_gemm`, torch's or ours, whichever is
 faster), plus bytes of KV over the bandwidth; printed beside. Where bf16 is imitated the speed-ups are below 1.
@@ -16,32 +17,33 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.describe import exact
-from benchmarks.describe_setup import Workbench, user_scenarios
+from benchmarks.decoding_peers import Peer, Took, llama, openvino
+from benchmarks.describe import Spent, exact, run
+from benchmarks.describe_setup import NONE, STRICT, Workbench, user_scenarios
 from benchmarks.fidelity_setup import SETS, TEMPLATES, engine_of, held_out, paper_shaped, scored
-from benchmarks.harness import Options, console, dataset, options, run_parts, show, timed, turns
+from benchmarks.harness import PRECISIONS, ROOT, Options, console, dataset, options, run_parts, show, timed, turns
 from benchmarks.kv_dtype import warm
-from benchmarks.openvino_peer import openvino
+from benchmarks.recall import MEASURES, SETTINGS, cases, generated, measured
 from benchmarks.ttft import floor_seconds
 from rcllm.config import CacheConfig, Config, ModelConfig
-from rcllm.core.decoding import GenerateOptions
-from rcllm.core.ranking import Level, RankOptions
-from rcllm.core.texts import TextRequest
+from rcllm.core.ranking import Level, RankOptions, UserId
 from rcllm.data import Dataset
 from rcllm.decode.beam_kv import beam_group
+from rcllm.describe.profiles import Profile
+from rcllm.describe.writer import GeneratorWriter
 from rcllm.drafts.draft import EMPTY
 from rcllm.engine.engine import Engine
-from rcllm.engine.jobs.generate import Generator
 from rcllm.engine.jobs.sequences import next_pass
-from rcllm.errors import answered
 from rcllm.fetch import cache_dir
 from rcllm.fidelity.intervals import bootstrap
 from rcllm.fidelity.measures import agreement
@@ -54,15 +56,10 @@ from rcllm.reuse.assemble import assemble
 from rcllm.reuse.plan import Planned, plan
 
 QUESTION = "Speed, score shift and NDCG@10 of the precisions of products on this CPU, against our own fp32"
-VARIANTS: dict[str, dict[str, Any]] = {  # fields of ModelConfig
-    "fp32": {},
-    "bf16": {"dtype": "bf16"},
-    "int8_weights": {"weights": "int8"},  # products in fp32
-    "int8": {"weights": "int8", "dtype": "bf16"},
-}
 # whose measured rate is the floor
 PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8_weights": torch.float32, "int8": torch.bfloat16}
 SET = "scientific"
+DECODER = ROOT / "decoders" / "movielens"
 PREFILL_TOKENS, DECODE_TOKENS, BEAM_TOKENS, BEAMS = 2000, 500, 250, 128
 PEER_TOKENS = 65  # of an answer
 POOL_MB = 2000
@@ -80,16 +77,17 @@ class Sizes:
     quality: int
     other_quality: int  # of all but the block-mask ranker in fp32 and bf16
     texts: int
+    peers: int  # texts, of each way
 
 
-FULL, QUICK = Sizes(12, 5, 60, 6, 1000, 300, 200), Sizes(2, 2, 10, 2, 6, 6, 8)
+FULL, QUICK = Sizes(12, 5, 60, 6, 1000, 300, 200, 24), Sizes(2, 2, 10, 2, 6, 6, 8, 2)
 
 
 def main() -> None:
     chosen = options("precision", QUESTION, tuple(PARTS))
     sizes = QUICK if chosen.quick else FULL
     if (most := chosen.requests) is not None:
-        fewer = {name: min(most, getattr(sizes, name)) for name in ("timed", "agreement", "quality")}
+        fewer = {name: min(most, getattr(sizes, name)) for name in ("timed", "agreement", "quality", "peers")}
         sizes = dataclasses.replace(sizes, **fewer)
     with RecordFile(cache_dir() / "benchmarks" / "precision.jsonl") as kept:
         parts = {name: partial(part, sizes, chosen, kept) for name, part in PARTS.items()}
@@ -141,33 +139,65 @@ def decode(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
 
 
 def peers(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
-    """Plain decoding through the whole engine, and OpenVINO GenAI on the same file, by turns; tokens a second."""
-    engines = engines_of(dataset(SETS[SET]))
-    words = " ".join(f"film {number}, about space travel and old friends;" for number in range(DECODE_TOKENS // 11))
-    prompt = tuple(engines["fp32"].prompter.tokenizer.encode(words))
+    """Tokens a second of answers about users, one at a time, by turns with OpenVINO GenAI and llama.cpp.
 
-    def token(engine: Engine) -> float:
-        """Seconds: of an answer without its first token, by the tokens that it has more."""
-        took = []
-        for most in (1, PEER_TOKENS):
-            request = TextRequest("", parts=(prompt,), options=GenerateOptions(max_tokens=most))
-            seconds, [answer] = timed(partial(engine.run, Generator(engine)), [request])
-            took.append((seconds, len(answered([answer])[0].token_ids)))
-        (first_s, _), (all_s, count) = took
-        return (all_s - first_s) / (count - 1)
+    Plain, and with drafts: ours from a pool of earlier answers, llama.cpp's from what it has read of the same answers,
+    OpenVINO's from the prompt. The prompt's own pass does not count.
+    """
+    data = dataset("movielens_100k")
+    scenario = user_scenarios(data, sizes.peers + 1, EARLIER)["refresh"]
+    works: dict[str, Callable[[Profile], Took]] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rcllm-pools-")))
+        for name, model in PRECISIONS.items():
+            bench = Workbench("user", PEER_TOKENS, data, ModelConfig(**model))
+            pools = bench.warm_pools(scenario, folder / name)
+            for way, speculation in (("plain", NONE), ("drafts", STRICT)):
+                works[f"{name}_{way}"] = partial(answered_alone, bench, bench.writer(speculation, 1, pools))
+        prompt_of, eos_ids = bench.writer(NONE, 1).prompt_ids, bench.engine.decoder.spec.eos_ids
+        earlier = zip(scenario.earlier, bench.answers(scenario.earlier, NONE), strict=True)
+        learned = [(*prompt_of(profile), *answer.token_ids) for profile, answer in earlier]
+        opened = {
+            "openvino_plain": openvino(eos_ids, lookup=False),
+            "openvino_drafts": openvino(eos_ids, lookup=True),
+            "llama_plain": llama(learned=None),
+            "llama_drafts": llama(learned=learned),
+        }
+        for name, opening in opened.items():
+            if peer := stack.enter_context(opening):
+                works[name] = partial(_ask, peer, prompt_of)
+            else:
+                console.print(f"[yellow]{name} is not here (see benchmarks/decoding_peers.py): left out")
+        seconds, tokens = defaultdict[str, float](float), defaultdict[str, int](int)
+        for number, (profile, turn) in enumerate(zip(scenario.tested, turns(works), strict=False)):
+            for name in turn:
+                took = works[name](profile)
+                if number:  # the first warms what is compiled and allocated
+                    seconds[name] += took.seconds
+                    tokens[name] += took.tokens
+    rates = {name: tokens[name] / seconds[name] for name in works}
+    metrics = {f"peers_tokens_per_s_{name}": rate for name, rate in rates.items()}
+    for way in ("plain", "drafts"):
+        for peer_name in ("openvino", "llama"):
+            if (of := f"{peer_name}_{way}") in rates:
+                metrics[f"peers_int8_over_{of}"] = rates[f"int8_{way}"] / rates[of]
+    rows = [
+        [name, *(f"{rates[f'{name}_{way}']:.0f}" if f"{name}_{way}" in rates else "" for way in ("plain", "drafts"))]
+        for name in (*PRECISIONS, "openvino", "llama")
+    ]
+    show(f"Answers about {sizes.peers} users, {PEER_TOKENS} tokens", ["tokens a second", "plain", "with drafts"], rows)
+    return metrics | {"peers_answers": sizes.peers}
 
-    with openvino(words, PEER_TOKENS) as peer:
-        if peer is None:
-            console.print("[yellow]OpenVINO GenAI is not here (see benchmarks/openvino_peer.py): left out")
-        works: dict[str, Callable[[], float]] = {name: partial(token, engine) for name, engine in engines.items()}
-        if peer is not None:
-            works["openvino"] = peer
-        times = defaultdict[str, list[float]](list)
-        told_by_turns(works, sizes.rounds, times)
-    metrics = {f"peers_tokens_per_s_{name}": 1 / statistics.median(seconds) for name, seconds in times.items()}
-    rows = [[name, f"{metrics[f'peers_tokens_per_s_{name}']:.0f}"] for name in works]
-    show(f"Plain decoding after a prompt of {len(prompt)} tokens", ["", "tokens a second"], rows)
-    return metrics
+
+def answered_alone(bench: Workbench, writer: GeneratorWriter, profile: Profile) -> Took:
+    bench.engine.erase_user(UserId(profile.name))
+    spent = Spent()
+    run(writer, [profile], spent)
+    return Took(spent.wall_s - spent.prompt_s, spent.tokens)
+
+
+def _ask(peer: Peer, prompt_of: Callable[[Profile], Sequence[int]], profile: Profile) -> Took:
+    return peer(prompt_of(profile), PEER_TOKENS)
 
 
 def beam(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
@@ -188,7 +218,7 @@ def tau(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     """Scores of the untuned model with everything computed anew, so that no KV is rounded between passes."""
     data = dataset(SETS[SET])
     found = {}
-    for name, model in VARIANTS.items():
+    for name, model in PRECISIONS.items():
         with engine_of("untuned", "shopping", data, chosen.seed, base=RankOptions(), model=model) as engine:
             requests = paper_shaped(engine, data, SET, 20, sizes.agreement, chosen.seed)
             found[name] = scored(engine, ["full"], requests, kept, RankOptions())["full"]
@@ -213,7 +243,7 @@ def strict(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     scenario = user_scenarios(data, sizes.texts, EARLIER)["new_users"]
     for name in others():
         console.print(name)
-        found = exact(Workbench("user", TEXT_TOKENS, data, ModelConfig(**VARIANTS[name])), scenario)
+        found = exact(Workbench("user", TEXT_TOKENS, data, ModelConfig(**PRECISIONS[name])), scenario)
         metrics |= {f"{metric}_{name}": value for metric, value in found.items()}
     return metrics
 
@@ -223,7 +253,7 @@ def ndcg(variant: str, level: str, sizes: Sizes, chosen: Options, kept: RecordFi
     data = dataset(SETS[SET])
     requests = held_out(data, SET, "uniform", sizes.quality, chosen.seed)
     found = {}
-    for name, model in VARIANTS.items():
+    for name, model in PRECISIONS.items():
         many = variant == "blocks" and name in ("fp32", "bf16")
         with engine_of(variant, TEMPLATES[variant], data, chosen.seed, model=model) as engine:
             found[name] = scored(engine, [level], requests[: None if many else sizes.other_quality], kept)[level]
@@ -244,8 +274,28 @@ def ndcg(variant: str, level: str, sizes: Sizes, chosen: Options, kept: RecordFi
     return metrics
 
 
+def recommend(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
+    """Quality of the committed decoder of semantic IDs: paired differences to fp32, with 95 % intervals."""
+    test = cases(dataset("movielens_100k"), "test")[: sizes.quality]
+    most = SETTINGS["movielens"].train.sequences.max_items
+    found = {name: measured(generated(DECODER, most, model), test) for name, model in PRECISIONS.items()}
+    metrics: dict[str, float] = {"num_requests_recommend": len(test)}
+    rows = []
+    for name, table in found.items():
+        own, apart = bootstrap(table, seed=chosen.seed), bootstrap(table - found["fp32"], seed=chosen.seed)
+        for measure, value, delta in zip(MEASURES, own, apart, strict=True):
+            metrics[f"recommend_{measure}_{name}"] = value.mean
+            if name != "fp32":
+                at = f"{measure}_{name}"
+                metrics |= {f"recommend_delta_{at}": delta.mean, f"recommend_delta_lo_{at}": delta.low}
+                metrics[f"recommend_delta_hi_{at}"] = delta.high
+        rows.append([name, *map(str, own), str(apart[-1])])
+    show(f"Recommender, {len(test)} held-out users", ["products", *MEASURES, f"Δ fp32 of {MEASURES[-1]}"], rows)
+    return metrics
+
+
 def others() -> list[str]:
-    return [name for name in VARIANTS if name != "fp32"]
+    return [name for name in PRECISIONS if name != "fp32"]
 
 
 def decoders_of() -> dict[str, Decoder]:
@@ -255,7 +305,9 @@ def decoders_of() -> dict[str, Decoder]:
 def engines_of(data: Dataset) -> dict[str, Engine]:
     """One for each variant, over one prompter, so that a block has one key in every pool."""
     cache = CacheConfig(pool_mb=POOL_MB)
-    built = {name: Engine.build(data.catalogue, Config(ModelConfig(**m), cache=cache)) for name, m in VARIANTS.items()}
+    built = {
+        name: Engine.build(data.catalogue, Config(ModelConfig(**m), cache=cache)) for name, m in PRECISIONS.items()
+    }
     prompter = built["fp32"].prompter
     return {name: Engine(e.config, e.decoder, prompter, e.pool, e.model_id) for name, e in built.items()}
 
@@ -329,6 +381,7 @@ PARTS: dict[str, Callable[[Sizes, Options, RecordFile], dict[str, float]]] = {
     "strict": strict,
     "ndcg": partial(ndcg, "blocks", "blocks"),
     "ndcg_causal": partial(ndcg, "causal", "full"),
+    "recommend": recommend,
 }
 
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -153,9 +155,9 @@ def embeddings(data: Dataset) -> FloatArray:
     return np.asarray(np.load(path), dtype=np.float32)
 
 
-def generated(folder: Path, most: int) -> Rank:
-    """By the engine's beam search, which reads the last `most` items."""
-    recommender = load_recommender(Config(model=ModelConfig(path=str(folder)), cache=CacheConfig(pool_mb=256)))
+def generated(folder: Path, most: int, model: Mapping[str, Any] = MappingProxyType({})) -> Rank:
+    """By the engine's beam search, which reads the last `most` items; `model`: other fields of ModelConfig."""
+    recommender = load_recommender(Config(model=ModelConfig(path=str(folder), **model), cache=CacheConfig(pool_mb=256)))
 
     def rank(asked: Sequence[Case]) -> list[Sequence[ItemId]]:
         requests = [
