@@ -138,6 +138,7 @@ def test_everything_is_reached_by_the_keyboard(seen: Seen) -> None:
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.id") == "tab-playground"
+    page.locator("#viewer").wait_for()  # it shows once the server has told of the data set's viewers
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "viewer"
     page.keyboard.press("Tab")
