@@ -1,8 +1,9 @@
 """The part `simulated` of `benchmarks.cluster`: the same requests, arrivals, placement and policy, run and simulated.
 
 The cost of a pass is fitted to requests that are asked one at a time at the beginning of the same run, and what a
-request spends outside of passes is the rest of their time. Then two are asked at a time: by how much their passes are
-slower, one node slows down the other. Nothing is fitted to the loads themselves.
+request spends outside of passes is the rest of their time, which is taken for work of one core. Then two are asked at a
+time: by how much their passes are slower, one node slows down the other. Cores are shared by all that runs at once.
+Nothing is fitted to the loads themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 
 from benchmarks.cluster_setup import (
     KV_DTYPE_BYTES,
@@ -29,6 +31,7 @@ from benchmarks.cluster_setup import (
 from benchmarks.harness import Options, console, percentile, show
 from rcllm.cluster.route import make_route
 from rcllm.cluster.view import FixedHoldings
+from rcllm.config import num_usable_cores
 from rcllm.core.requests import Level
 from rcllm.sim.cluster import Simulation
 from rcllm.sim.cost import Fitted, Point, fit
@@ -46,8 +49,10 @@ _PER_TOKEN = _MODEL.kv_bytes_per_token(KV_DTYPE_BYTES)
 _REUSE = Reuse(Level("blocks"))
 _PASS_STAGES = ("plan", "materialise", "select", "assemble", "forward", "publish", "read", "reply")
 _SIZES = (1, 2, 4, 8, 12, 16)  # candidates of the requests that costs are fitted to
+_RATED = 9  # requests whose passes say what the rates of the loads are
 _FIRST = 20  # requests of a load that do not count
 _PASS_ROWS = 2048
+_IDLE_S = 5.0  # in which nobody asks
 _APART_S = 10.0  # in the simulation, between requests of which no two were under way
 
 
@@ -57,6 +62,7 @@ class Costed:
 
     fitted: Fitted
     outside_s: float  # of a request, beside its pass
+    cores: float  # of the machine, less what the cluster keeps busy while nobody asks
     crowding: float  # by how much a node that computes slows the other one down
 
 
@@ -69,12 +75,14 @@ def simulated(chosen: Options) -> dict[str, float]:
 
 
 def _by(route: str, chosen: Options) -> dict[str, float]:
-    num_requests = chosen.requests or (60 if chosen.quick else 300)
+    num_requests = chosen.requests or (60 if chosen.quick else 500)
     items = Items(60 if chosen.quick else 120, chosen.seed)
     bodies = items.bodies(num_requests, 1)
     with served(items, 2, COPIES, route=route, peers=False) as client:
         costed, before = _costs(client, items, 60 if chosen.quick else 100)
-        mean_s = costed.fitted.pass_s(_shape_of(ask(client, bodies[0], 0)))
+        first = [ask(client, body, number) for number, body in enumerate(bodies[:_RATED])]
+        mean_s = statistics.median(costed.fitted.pass_s(_shape_of(reply)) for reply in first)
+        before += first
         rates = [use * 2 / mean_s for use in USE]
         measured = [ask_at_rate(client, bodies, rate, chosen.seed) for rate in rates]
     asked = [(reply, _APART_S * place) for place, reply in enumerate(before, 1)]  # what caches hold is of these, too
@@ -100,6 +108,7 @@ def _costs(client: httpx.Client, items: Items, count: int) -> tuple[Costed, list
 
     And the replies that it is from.
     """
+    cores = num_usable_cores() * (1.0 - psutil.cpu_percent(interval=_IDLE_S) / 100)
     random = np.random.default_rng([7, items.num_items])
     bodies = []
     for number in range(count):
@@ -116,9 +125,10 @@ def _costs(client: httpx.Client, items: Items, count: int) -> tuple[Costed, list
     console.print(
         f"{len(alone)} alone: {fitted.overhead_s * 1e3:.1f} ms + {fitted.row_s * 1e6:.0f} µs a row + "
         f"{fitted.pair_s * 1e9:.1f} ns a pair + {fitted.byte_s * 1e12:.0f} ps a byte, residual {fitted.residual:.1%}; "
-        f"outside {outside_s * 1e3:.1f} ms. Two at a time: {slower:.2f} times, in a pass {beside:.0%} of the time"
+        f"outside {outside_s * 1e3:.1f} ms, {cores:.2f} cores free. "
+        f"Two at a time: {slower:.2f} times, in a pass {beside:.0%} of the time"
     )
-    return Costed(fitted, outside_s, max(0.0, slower - 1.0) / beside), [*alone, *both]
+    return Costed(fitted, outside_s, cores, max(0.0, slower - 1.0) / beside), [*alone, *both]
 
 
 def _pass_s(reply: Reply) -> float:
@@ -172,6 +182,7 @@ def _simulate(costed: Costed, items: Items, route: str, asked: Sequence[tuple[Re
         ingress_s=costed.outside_s / 2,
         egress_s=costed.outside_s / 2,
         per_machine=2,
+        cores=costed.cores,
         crowding=costed.crowding,
     )
     requests = [_request(items, number, reply, float(due_s)) for number, (reply, due_s) in enumerate(asked)]
@@ -216,5 +227,6 @@ def _told(costed: Costed) -> dict[str, float]:
         "ps_per_byte": fitted.byte_s * 1e12,
         "fit_residual": fitted.residual,
         "outside_ms": costed.outside_s * 1e3,
+        "cores": costed.cores,
         "crowding": costed.crowding,
     }

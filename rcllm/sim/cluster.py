@@ -59,7 +59,7 @@ class Simulation:
         self._free_s = np.zeros(spec.num_nodes)  # when a node's pass ends
         self._waiting_s = np.zeros(spec.num_nodes)  # estimated for what waits there
         num_machines = -(-spec.num_nodes // spec.per_machine)
-        self._machines = [Machine(self.loop, spec.crowding, self._free_s) for _ in range(num_machines)]
+        self._machines = [Machine(self.loop, spec.cores, spec.crowding, self._free_s) for _ in range(num_machines)]
         self._slow = dict(spec.slow)
         self._view = first_view(spec, self.holdings)
         self._requests: Iterator[SimRequest] = iter(())

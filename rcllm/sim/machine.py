@@ -1,7 +1,8 @@
-"""Work that shares a machine: each pass that runs there slows everything else down.
+"""Work that shares a machine: tasks beyond its cores wait for one another, and each pass slows everything else down.
 
 Knows nothing of requests. Cores share memory, caches and, where two of them are threads of one, what computes; so a
-pass goes on more slowly beside another one, and so does what comes in and goes out. Invariant: a task ends once, when
+pass goes on more slowly beside another one, and so does what comes in and goes out. Tasks that outnumber the cores
+have equal shares of them. Invariant: a task ends once, when
 it has done its seconds at the paces that it had.
 """
 
@@ -30,11 +31,11 @@ class Task:
 
 
 class Machine:
-    """`crowding`: by how much each pass slows another task down."""
+    """`cores`: tasks that run at once; `crowding`: by how much each pass slows another task down."""
 
-    def __init__(self, loop: Loop, crowding: float, free_s: npt.NDArray[np.float64]) -> None:
+    def __init__(self, loop: Loop, cores: float, crowding: float, free_s: npt.NDArray[np.float64]) -> None:
         """`free_s`: [nodes], where it is noted when the pass of a node will end."""
-        self._loop, self._crowding, self._free_s = loop, crowding, free_s
+        self._loop, self._cores, self._crowding, self._free_s = loop, cores, crowding, free_s
         self._tasks: list[Task] = []
 
     def begin(self, seconds: float, kind: EventKind, action: Callable[[], None], node: int | None = None) -> Task:
@@ -52,8 +53,9 @@ class Machine:
 
     def _set_paces(self, new: Task | None = None) -> None:
         now, num_passes = self._loop.now, sum(task.node is not None for task in self._tasks)
+        waits = max(1.0, len(self._tasks) / self._cores)
         for task in self._tasks:
-            pace = 1.0 + self._crowding * (num_passes - (task.node is not None))
+            pace = waits * (1.0 + self._crowding * (num_passes - (task.node is not None)))
             if pace == task.pace and task is not new:
                 continue
             task.left_s -= (now - task.since_s) / task.pace

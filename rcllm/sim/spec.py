@@ -5,6 +5,7 @@ Knows nothing of time. Invariant: a router is told of a request what the pass th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rcllm.cluster.view import ClusterView, Holdings, NodeState, RoutedBlock, RoutedRequest
@@ -47,6 +48,7 @@ class ClusterSpec:
     ingress_s: float = 0.0  # on the first machine, before a request is routed: HTTP, tokenising, the way
     egress_s: float = 0.0  # on the node's machine, until its answer is told
     per_machine: int = 1  # nodes that share a machine
+    cores: float = math.inf  # of a machine: tasks that run there at once, each on one
     crowding: float = 0.0  # by how much each pass slows down what else runs on its machine
 
 

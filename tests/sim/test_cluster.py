@@ -80,6 +80,17 @@ def test_what_comes_in_is_slowed_down_by_a_pass_as_well() -> None:
     assert ttft(outcome) == {0: 0.3 + PASS_S, 1: 0.2 + (0.3 - 0.2 / 1.5) + PASS_S}
 
 
+def test_tasks_that_outnumber_the_cores_of_a_machine_share_them() -> None:
+    """Both passes run from 0.3 s, each on a core; from 0.5 s what comes in for 0.3 s is a third task on two cores.
+
+    Each then takes 1.5 times as long, until that is in at 0.95 s. The passes then have done 0.5 s of 1.1.
+    """
+    shared = spec(2, ingress_s=0.3, cores=2, per_machine=2)
+    asked = [request(0, 0.0), request(1, 0.0), request(2, 0.5)]
+    outcome = Simulation(shared, placed([0], [0]), shortest_queue).run(asked)
+    assert ttft(outcome)[0] == ttft(outcome)[1] == pytest.approx(0.3 + 0.2 + 0.45 + (PASS_S - 0.2 - 0.3))
+
+
 def test_an_answer_takes_its_time_to_be_told() -> None:
     asked = [request(0, 0.0), request(1, 0.0)]
     outcome = Simulation(spec(egress_s=0.4), placed([0]), prefer(0)).run(asked)
