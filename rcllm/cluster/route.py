@@ -2,8 +2,7 @@
 
 Each is a pure function of a `ClusterView` and a request (`view.Route`); what it leaves to chance is drawn by the
 request's number. Knows nothing of queues or networks. Invariant: a node that is down is never chosen; of nodes with
-equal scores the one wins that holds most of the user's history, then (where the policy asks what nodes hold) most of
-the items, then the one with the shortest queue, and then they take turns.
+equal scores the one wins that holds most of the user's history, then the one with the shortest queue, then the first.
 """
 
 from __future__ import annotations
@@ -40,16 +39,11 @@ class Affinity:
 class LeastTime:
     """The least estimated time to the first token: queue, then blocks and rows.
 
-    A user's history counts like any other block, so that users stay where theirs is unless that takes longer. Times
-    that differ by less than `margin` are equal: rates are measured under way, and a node that seems a little quicker
-    would otherwise draw every request that finds all idle, and in the end hold alone what is asked for.
+    A user's history counts like any other block, so that users stay where theirs is unless that takes longer.
     """
 
-    margin: float = 0.1
-
     def __call__(self, view: ClusterView, request: RoutedRequest) -> Decision:
-        seconds, hits = view.queue_s + ready_s(view, request), count_held(view, request.items)
-        return decide(view, request, -seconds, "ttft", "seconds", hits, self.margin)
+        return decide(view, request, -(view.queue_s + ready_s(view, request)), "ttft", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +109,17 @@ def decide(
     policy: str,
     unit: str,
     hits: FloatArray | None = None,
-    margin: float = 0.0,
 ) -> Decision:
-    """The node with the largest score of those that are up, or one within `margin` of it, as a share of it.
-
-    `hits`: given where they tell nodes of equal scores apart. Raises CapacityError where no node is up.
-    """
+    """The node with the largest score of those that are up. Raises CapacityError where none is."""
     if not view.up.any():
         raise CapacityError(f"none of {view.num_nodes} nodes is up; start one, or wait until one is back")
     scores = np.where(view.up, scores, -np.inf)
     best = scores.max()
-    tied = np.flatnonzero(scores >= best - max(_SAME, margin * abs(best)))
+    tied = np.flatnonzero(scores >= best - _SAME)
     if len(tied) > 1:
         history = count_held(view, request.history)[tied]
-        holds = np.zeros(len(tied)) if hits is None else hits[tied]
         turn = (tied - request.number) % view.num_nodes  # nodes that nothing tells apart take turns
-        tied = tied[np.lexsort((turn, view.queue_s[tied], -holds, -history))]
+        tied = tied[np.lexsort((turn, view.queue_s[tied], -history))]
     if hits is None:
         hits = count_held(view, request.items)
     return Decision(int(tied[0]), policy, hits, scores, unit, len(request.items), view.names, view.up)

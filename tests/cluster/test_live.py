@@ -126,6 +126,15 @@ def test_the_queue_grows_with_what_is_sent_and_drains_with_time() -> None:
     assert live.view().queue_s[0] == 0.0
 
 
+def test_nodes_of_one_kind_count_as_equally_quick() -> None:
+    """Idle nodes that hold what is asked for take turns, although one measured a fifth more; a straggler gets none."""
+    live, _ = cluster(route="ttft")
+    for node, rate in enumerate((834.0, 699.0, 300.0)):
+        live.heard(report(node, 1, {0}, tokens_per_s=rate, read_bytes_per_s=rate * 1e9))
+    assert [live.choose({0, 1, 2}, request(0, number=number, rows=64))[0] for number in range(6)] == [0, 1, 0, 0, 1, 0]
+    assert live.view().tokens_per_s.tolist() == [699.0, 699.0, 300.0]
+
+
 def test_a_reported_queue_counts_until_it_is_over() -> None:
     live, clock = cluster(2)
     live.heard(report(0, 1, queue_s=2.0))

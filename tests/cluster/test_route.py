@@ -87,25 +87,14 @@ def test_affinity_weighs_hits_against_load() -> None:
 
 def test_least_time_leaves_the_best_holder_when_its_queue_is_longer_than_fetching() -> None:
     """x reads two blocks in 2 s; y reads one and fetches one in 5 s."""
-    near, far = (view(slow_network("x", queue), slow_network("y"), slow_network("z")) for queue in (2.9, 3.7))
+    near, far = (view(slow_network("x", queue), slow_network("y"), slow_network("z")) for queue in (2.9, 3.1))
     assert LeastTime()(near, asked("a", "b")).node == 0
     assert LeastTime()(far, asked("a", "b")).node == 1
 
 
-def test_nodes_that_seem_a_little_quicker_do_not_draw_every_request() -> None:
-    """All hold the item and are idle; rates are 5 % apart, and then 20 %."""
-
-    def nodes(rate: float) -> ClusterView:
-        return view(*(NodeState(name, tokens_per_s=rate if name == "x" else 1.0) for name in "xyz"))
-
-    requests = [asked("hot", number=number, rows=10) for number in range(6)]
-    assert [LeastTime()(nodes(1.05), request).node for request in requests] == [0, 1, 2, 0, 1, 2]
-    assert {LeastTime()(nodes(1.2), request).node for request in requests} == {0}
-
-
 def test_a_user_stays_where_the_history_is_unless_that_takes_longer() -> None:
     """The history is on z: reading takes 1 s, fetching 4."""
-    for queue, node in ((2.9, 2), (3.7, 0)):
+    for queue, node in ((2.9, 2), (3.1, 0)):
         at = view(slow_network("x"), slow_network("y"), slow_network("z", queue))
         assert LeastTime()(at, asked("hot", history=("user",))).node == node
     assert Affinity()(view(), asked("hot", history=("user",))).node == 2
