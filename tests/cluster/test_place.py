@@ -195,7 +195,7 @@ def test_every_item_is_placed_and_budgets_hold(
     held = held_table(placement).any(axis=1)
     assert (held == ~placement.evicted).all()
     roomy = room.node_bytes >= 2 * statistics.num_bytes.sum() / num_nodes + statistics.num_bytes.max()
-    assert not (roomy and placement.evicted.any())
+    assert policy == "hash" or not (roomy and placement.evicted.any())  # hashes deal without looking at room
 
 
 @settings(deadline=None)
