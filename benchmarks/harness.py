@@ -30,6 +30,7 @@ PRECISIONS: Mapping[str, Mapping[str, Any]] = {  # fields of ModelConfig
     "bf16": {"dtype": "bf16"},
     "int8_weights": {"weights": "int8"},  # products in fp32
     "int8": {"weights": "int8", "dtype": "bf16"},
+    "int8_products": {"weights": "int8", "dtype": "int8"},
 }
 
 

@@ -2,15 +2,16 @@
 
 Regime: SmolLM2-135M on the CPU, one request at a time, our own fp32 and every other variant in turns on the same work
 in one run; speed-ups are medians of the ratios of neighbours. `int8_weights`: weights in int8, products in fp32;
-`int8`: products in bf16 as well. `blocks`: rankings of paper-shaped prompts at level `blocks`, all but the end of the
-prompt warm; `prefill`: a cold prefill of 2,000 tokens; `decode`: one row over a prompt of 500, with the logits of the
-vocabulary; `beam`: 128 rows over one of 250; `peers`: whole texts, with drafts and without, beside OpenVINO and
-llama.cpp (benchmarks/decoding_peers.py says what they need); `tau`: the untuned model's labels at `full`; `ndcg`: the
-block-mask ranker at `blocks` on held-out users, paired with fp32; `recommend`: the same of the decoder in decoders/
-over its whole catalogue; `strict`: texts with and without drafts, token by token.
+`int8`: products in bf16 as well; `int8_products`: what matrices multiply in 8 bits, all else as in bf16. `blocks`:
+rankings of paper-shaped prompts at level `blocks`, all but the end of the prompt warm; `prefill`: a cold prefill of
+2,000 tokens; `decode`: one row over a prompt of 500, with the logits of the vocabulary; `beam`: 128 rows over one of
+250; `peers`: whole texts, with drafts and without, beside OpenVINO and llama.cpp (benchmarks/decoding_peers.py says
+what they need); `tau`: the untuned model's labels at `full`; `ndcg`: the block-mask ranker at `blocks` on held-out
+users, paired with fp32; `recommend`: the same of the decoder in decoders/ over its whole catalogue; `strict`: texts
+with and without drafts, token by token.
 
 Ceiling: FLOPs over the rate that this variant's products reach here (`measure_gemm`, torch's or ours, whichever is
-faster), plus bytes of KV over the bandwidth; printed beside. Where bf16 is imitated the speed-ups are below 1.
+faster), plus bytes of KV over the bandwidth; printed beside. Where products are imitated the speed-ups are below 1.
 """
 
 from __future__ import annotations
@@ -57,7 +58,13 @@ from rcllm.reuse.plan import Planned, plan
 
 QUESTION = "Speed, score shift and NDCG@10 of the precisions of products on this CPU, against our own fp32"
 # whose measured rate is the floor
-PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8_weights": torch.float32, "int8": torch.bfloat16}
+PRODUCTS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8_weights": torch.float32,
+    "int8": torch.bfloat16,
+    "int8_products": torch.int8,
+}
 SET = "scientific"
 DECODER = ROOT / "decoders" / "movielens"
 PREFILL_TOKENS, DECODE_TOKENS, BEAM_TOKENS, BEAMS = 2000, 500, 250, 128

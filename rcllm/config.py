@@ -25,6 +25,7 @@ else:
     tomllib = Late("tomllib")
 
 MIB = 1 << 20
+_KV_BESIDE: Mapping[str, Literal["fp16", "bf16"]] = {"fp32": "fp16", "bf16": "bf16", "fp16": "fp16", "int8": "bf16"}
 CONTEXTS = ("none", "bos", "instruction", "typical", "mean(n)")
 _PREFIX = "RCLLM_"
 _NOT_CONFIG = ("RCLLM_HOME", "RCLLM_NATIVE")  # variables that other rooms read
@@ -69,10 +70,11 @@ class ModelConfig:
     ] = "smollm2-135m-instruct"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
+        Literal["auto", "fp32", "bf16", "fp16", "int8"],
         Opt(
-            "What products are computed in; on a CPU, bf16 rounds their operands and sums in fp32. Calibrate it first.",
-            metavar="fp32|bf16|fp16",
+            "What products are computed in; on a CPU, bf16 rounds their operands and sums in fp32. int8: on a CPU with "
+            "--weights int8, what matrices multiply is rounded to 8 bits, all else as in bf16. Calibrate them first.",
+            metavar="fp32|bf16|fp16|int8",
             panel=_PANEL,
         ),
     ] = "auto"  # fp32 on CPU, bf16 on CUDA
@@ -99,6 +101,11 @@ class ModelConfig:
     threads: Annotated[int, Ge(0), Rule(_check_threads), Opt("Cores to use; default all.", panel=_PANEL)] = (
         0  # torch's default
     )
+
+
+def products_of(model: ModelConfig) -> str:
+    """What matrices and attention multiply: on a CPU rows stay in fp32 beside bf16 and int8. `model`: resolved."""
+    return model.dtype if model.device == "cpu" and model.dtype in ("bf16", "int8") else "fp32"
 
 
 def rounds(model: ModelConfig) -> bool:
@@ -152,7 +159,7 @@ class CacheConfig:
         0  # 0: the default
     )
     pool_mb: Annotated[int, Ge(0)] = 0  # 0: what memory_mb leaves
-    # auto: fp16 beside fp32 compute, else the compute dtype
+    # auto: fp16 beside fp32 compute, bf16 beside int8, else the compute dtype
     kv_dtype: Annotated[
         Literal["auto", "fp32", "fp16", "bf16", "int8"],
         Opt("How cached KV is stored.", metavar="fp32|fp16|bf16|int8", panel=_PANEL),
@@ -367,8 +374,15 @@ def resolve(config: Config, hardware: Hardware) -> Config:
         raise ConfigError("model.device is cuda, but torch sees no GPU; use device = 'auto' or 'cpu'")
     dtype = ("bf16" if device == "cuda" else "fp32") if model.dtype == "auto" else model.dtype
     if model.weights == "int8" and (device, dtype) == ("cpu", "fp16"):
-        raise ConfigError("model.weights int8 on a CPU is for dtype fp32 or bf16, got fp16; use weights = 'full'")
-    kv_dtype = ("fp16" if dtype == "fp32" else dtype) if cache.kv_dtype == "auto" else cache.kv_dtype
+        raise ConfigError("model.weights int8 on a CPU is for dtype fp32, bf16 or int8, got fp16; use weights = 'full'")
+    if dtype == "int8" and device == "cuda":
+        raise ConfigError("model.dtype int8 is for CPUs, got device cuda; use dtype = 'auto', 'bf16' or 'fp16' there")
+    if dtype == "int8" and model.weights == "full":
+        raise ConfigError(
+            "model.dtype int8 multiplies weights in levels, got model.weights full; set weights = 'int8' as well "
+            "(--weights int8)"
+        )
+    kv_dtype = _KV_BESIDE[dtype] if cache.kv_dtype == "auto" else cache.kv_dtype
     memory_mb = cache.memory_mb or int(hardware.memory_bytes * 0.6) // MIB
     check(config)
     check_options(config.rank)

@@ -119,6 +119,8 @@ def test_resolving_keeps_what_is_given() -> None:
     given = Config(ModelConfig(device="cpu", dtype="bf16"), cache=CacheConfig(memory_mb=7, kv_dtype="fp32"))
     assert resolve(given, LARGE) == given
     assert resolve(replace(given, cache=CacheConfig(memory_mb=7)), LARGE).cache.kv_dtype == "bf16"
+    levels = ModelConfig(device="cpu", dtype="int8", weights="int8")
+    assert resolve(Config(levels), LARGE).cache.kv_dtype == "bf16"
     for hardware in (SMALL, LARGE):
         assert resolve(Config(cache=CacheConfig(kv_dtype="int8")), hardware).cache.kv_dtype == "int8"
 
@@ -127,6 +129,10 @@ def test_resolving_keeps_what_is_given() -> None:
     ("config", "message"),
     [
         (Config(ModelConfig(device="cuda")), "torch sees no GPU"),
+        (
+            Config(ModelConfig(dtype="int8")),
+            r"weights in levels, got model\.weights full; set weights = 'int8' as well",
+        ),
         (Config(ModelConfig(max_positions=0)), r"model\.max_positions must be at least 1, got 0"),
         (Config(prompt=PromptConfig(max_candidates=0)), r"prompt\.max_candidates must be at least 1"),
         (Config(cache=CacheConfig(pass_tokens=-1)), r"cache\.pass_tokens must be at least 1"),
@@ -137,6 +143,11 @@ def test_resolving_keeps_what_is_given() -> None:
 def test_what_cannot_work_is_refused(config: Config, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve(config, SMALL)
+
+
+def test_products_in_int8_are_for_cpus() -> None:
+    with pytest.raises(ConfigError, match=r"int8 is for CPUs, got device cuda; use dtype = 'auto'"):
+        resolve(Config(ModelConfig(dtype="int8", weights="int8")), LARGE)
 
 
 @pytest.mark.parametrize(

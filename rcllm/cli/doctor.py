@@ -23,8 +23,8 @@ from rcllm.config import MIB, Config, context_samples
 from rcllm.engine.engine import Engine
 from rcllm.errors import RcllmError
 from rcllm.model.attend.choose import native_fits
-from rcllm.model.attend.native import find_compiler, kernels
-from rcllm.model.ceilings import Machine, describe_hardware, measure_bandwidth, measure_bf16, measure_gemm
+from rcllm.model.attend.native import INSTRUCTIONS, find_compiler, kernels
+from rcllm.model.ceilings import Machine, describe_hardware, measure_bandwidth, measure_gemm, measure_narrow
 from rcllm.model.decoder import Decoder
 from rcllm.model.pull import local_folder
 from rcllm.store.codec import DTYPES
@@ -157,7 +157,8 @@ def _native(engine: Engine) -> tuple[str, list[Finding]]:
         why = f"do not fit this model ({engine.config.model.dtype}, heads of {decoder.spec.head_dim})"
         return why, [
             Finding(
-                "advice", f"the native kernels {why}: they need fp32 or bf16, and heads of a multiple of 32; {slower}"
+                "advice",
+                f"the native kernels {why}: they need fp32, bf16 or int8, and heads of a multiple of 32; {slower}",
             )
         ]
     if os.environ.get("RCLLM_NATIVE") == "0":
@@ -175,21 +176,23 @@ def _rates(engine: Engine) -> dict[str, str]:
     decoder = engine.decoder
     dtype: torch.dtype = DTYPES[engine.config.model.dtype]
     rates = {rows: measure_gemm(rows, decoder.spec, dtype, decoder.device) for rows in _ROWS}
-    bf16 = {"products in bf16": _bf16(decoder)} if decoder.device.type == "cpu" else {}
-    return bf16 | {
+    narrow = INSTRUCTIONS if decoder.device.type == "cpu" else ()
+    return {f"products in {products}": _narrow(decoder, products) for products in narrow} | {
         "matrix products": ", ".join(f"{rate:,.0f} GFLOP/s at {rows:,} fresh tokens" for rows, rate in rates.items()),
         "memory": f"read at {measure_bandwidth(decoder.device) / 1e9:,.1f} GB/s",
     }
 
 
-def _bf16(decoder: Decoder) -> str:
-    """What this processor would gain by model.dtype bf16, or gains."""
-    quick = {rows: measure_bf16(decoder.spec, rows, decoder.kernels) for rows in _ROWS}
+def _narrow(decoder: Decoder, products: str) -> str:
+    """What this processor would gain by model.dtype bf16 or int8, or gains."""
+    quick = {rows: measure_narrow(products, decoder.spec, rows, decoder.kernels) for rows in _ROWS}
     times = ", ".join(f"{ratio:.2f} at {rows:,} fresh tokens" for rows, ratio in quick.items())
-    if decoder.kernels is None or not decoder.kernels.has_bf16:
-        return f"imitated, without AVX512-BF16 or native kernels; times the speed of fp32: {times}"
-    use = "" if decoder.products == "bf16" else "; rcllm calibrate --dtype bf16 tells what it costs in quality"
-    return f"AVX512-BF16; times the speed of fp32: {times}{use}"
+    instruction = INSTRUCTIONS[products]
+    if decoder.kernels is None or products not in decoder.kernels.products:
+        return f"imitated, without {instruction} or native kernels; times the speed of fp32: {times}"
+    option = "--dtype int8 --weights int8" if products == "int8" else f"--dtype {products}"
+    use = "" if decoder.products == products else f"; rcllm calibrate {option} tells what it costs in quality"
+    return f"{instruction}; times the speed of fp32: {times}{use}"
 
 
 def _report(findings: list[Finding], screen: Console) -> None:

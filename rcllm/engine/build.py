@@ -18,7 +18,7 @@ import torch
 
 from rcllm.cache.pool import Pool
 from rcllm.cache.room import PAGE_BYTES
-from rcllm.config import MIB, CacheConfig, Config, Hardware, PromptConfig
+from rcllm.config import MIB, CacheConfig, Config, Hardware, PromptConfig, products_of
 from rcllm.core.ranking import RankRequest
 from rcllm.data.live import LiveCatalogue
 from rcllm.engine.fit import Fitted
@@ -26,8 +26,9 @@ from rcllm.engine.space import chosen_chat, namespace_of
 from rcllm.errors import ConfigError, ModelError, ModelWarning
 from rcllm.model.adapter import load_adapter, merge_layer
 from rcllm.model.adapter_config import base_difference, load_config
+from rcllm.model.attend.native import INSTRUCTIONS
 from rcllm.model.attend.on_triton import LAID_BYTES
-from rcllm.model.ceilings import measure_bf16
+from rcllm.model.ceilings import measure_narrow
 from rcllm.model.decoder import Decoder
 from rcllm.model.spec import ModelSpec
 from rcllm.model.static_passes import STATIC_ROWS
@@ -52,12 +53,12 @@ def this_machine() -> Hardware:
 def load_decoder(config: Config, folder: Path) -> Decoder:
     """Layer by layer, so that no matrix as loaded is held beside those that the decoder packs.
 
-    Warns where the adapter names another base model, and where bf16 is only imitated. Raises ModelError.
+    Warns where the adapter names another base model, and where products are only imitated. Raises ModelError.
     """
     if different := _other_base(config, folder):
         warnings.warn(different, ModelWarning, stacklevel=3)  # at the line that calls Engine.build
-    rounds = config.model.device == "cpu" and config.model.dtype == "bf16"  # in products; all else is in fp32
-    products, rows = ("bf16", torch.float32) if rounds else ("fp32", DTYPES[config.model.dtype])
+    products = products_of(config.model)
+    rows = DTYPES[config.model.dtype] if products == "fp32" else torch.float32
     loaded, change = rows if config.model.weights == "full" else None, None  # levels are made of what the files hold
     if config.model.adapter:
         change = partial(merge_layer, load_adapter(Path(config.model.adapter), load_spec(folder)))
@@ -74,14 +75,13 @@ def load_decoder(config: Config, folder: Path) -> Decoder:
 
 
 def _emulated(decoder: Decoder) -> str:
-    """What bf16 costs where it is imitated, measured now."""
-    quick = measure_bf16(decoder.spec, _PROBE_ROWS, decoder.kernels)
-    why = (
-        "this processor has no AVX512-BF16" if decoder.kernels else "torch alone computes this model, which is in fp32"
-    )
+    """What products cost where they are imitated, measured now."""
+    quick = measure_narrow(decoder.products, decoder.spec, _PROBE_ROWS, decoder.kernels)
+    missing = f"this processor has no {INSTRUCTIONS[decoder.products]}"
+    why = missing if decoder.kernels else "torch alone computes this model, which is in fp32"
     return (
-        f"model.dtype is bf16, but {why}: products are imitated, with the same scores, at {quick:.2f} times the speed "
-        f"of fp32 (measured here, {_PROBE_ROWS} rows). Use model.dtype = 'fp32', unless memory is short"
+        f"model.dtype is {decoder.products}, but {why}: products are imitated, with the same scores, at {quick:.2f} "
+        f"times the speed of fp32 (measured here, {_PROBE_ROWS} rows). Use model.dtype = 'fp32', unless memory is short"
     )
 
 

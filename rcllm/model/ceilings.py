@@ -27,8 +27,8 @@ from rcllm.model.spec import ModelSpec
 _BEYOND_CACHES = 192 << 20  # bytes of weights that a pass streams, so that it finds none of them in a cache
 _READ_BYTES = 256 << 20
 _REPEATS = 5
-_PACKINGS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-_PAIRS = 15  # products in bf16 and in fp32, in turn
+_PACKINGS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+_PAIRS = 15  # products in a narrow dtype and in fp32, in turn
 _SECONDS = 0.6  # per shape and way: enough repetitions for a median, few enough for `rcllm doctor`
 
 
@@ -63,9 +63,9 @@ def measure_gemm(rows: int, spec: ModelSpec, dtype: torch.dtype, device: torch.d
     """GFLOP/s of the model's four linear shapes (qkv, o, gate_up, down) at `rows` fresh tokens, as in one layer.
 
     For each shape the faster of two ways counts: `F.linear`, and on the CPU the kernels' product with a packed matrix,
-    in fp32 or bf16. The rate is the FLOPs of a layer over the sum of the shapes' median times, so shapes weigh by what
-    they cost. As in a forward pass, weights come from memory: successive products use different
-    copies of them.
+    in fp32, bf16 or int8, where torch has none. The rate is the FLOPs of a layer over the sum of the shapes' median
+    times, so shapes weigh by what they cost. As in a forward pass, weights come from memory: successive products use
+    different copies of them.
     """
     shapes = {
         "qkv": (spec.q_size + 2 * spec.kv_size, spec.hidden_size),
@@ -94,27 +94,33 @@ def _fastest(rows: int, shape: tuple[int, int], num_layers: int, dtype: torch.dt
     """Median seconds of one product [rows, in] · [in, out] by the fastest way."""
     out, inner = shape
     copies = min(num_layers, math.ceil(_BEYOND_CACHES / (out * inner * dtype.itemsize)))
-    weights = [torch.randn(out, inner, device=device).to(dtype) for _ in range(copies)]
-    x = torch.randn(rows, inner, device=device).to(dtype)
-    seconds = _median_seconds([torch_linear(weight, None) for weight in weights], x, device)
-    if dtype in _PACKINGS and device.type == "cpu" and (compiled := kernels()) is not None:
-        pack = PACKINGS[_PACKINGS[dtype]]
-        packed: list[Linear] = [pack(compiled, weight, None) for weight in weights]
-        seconds = min(seconds, _median_seconds(packed, x.float(), device))
-    return seconds
+    weights, x = (
+        [torch.randn(out, inner, device=device) for _ in range(copies)],
+        torch.randn(rows, inner, device=device),
+    )
+    seconds = []
+    if dtype.is_floating_point:
+        narrow = [torch_linear(weight.to(dtype), None) for weight in weights]
+        seconds.append(_median_seconds(narrow, x.to(dtype), device))
+    if dtype in _PACKINGS and device.type == "cpu":
+        packed = [_product(weight, _PACKINGS[dtype], kernels()) for weight in weights]
+        seconds.append(_median_seconds(packed, x, device))
+    return min(seconds)
+
+
+def _product(weight: torch.Tensor, packing: str, compiled: Kernels | None) -> Linear:
+    """Of the kernels, or of torch where there are none."""
+    return PACKINGS[packing](compiled, weight, None) if compiled else torch_linear(weight, None, packing)
 
 
 @torch.inference_mode()
-def measure_bf16(spec: ModelSpec, rows: int, compiled: Kernels | None) -> float:
-    """How many times as quick as in fp32 the model's largest product is in bf16 on this CPU; the median of pairs.
+def measure_narrow(products: str, spec: ModelSpec, rows: int, compiled: Kernels | None) -> float:
+    """How many times as quick as in fp32 the model's largest product is in bf16 or int8 here; the median of pairs.
 
     compiled: the kernels, or None where torch alone computes the model.
     """
     weight, x = torch.randn(2 * spec.ffn_size, spec.hidden_size), torch.randn(rows, spec.hidden_size)
-    wide, narrow = (
-        PACKINGS[name](compiled, weight, None) if compiled else torch_linear(weight, None, name)
-        for name in ("fp32", "bf16")
-    )
+    wide, narrow = (_product(weight, name, compiled) for name in ("fp32", products))
     cpu = torch.device("cpu")
     for product in (wide, narrow):
         product(x)

@@ -134,10 +134,12 @@ class Decoder:
     ) -> None:
         """products: bf16 rounds matrices, and what they and attention multiply; all else is in fp32 on the CPU.
 
+        int8 rounds inputs of matrices to levels of 8 bits, and attention as bf16 does; matrices are kept in levels.
         kept: int8 keeps matrices in levels of at most 8 bits. dtype: of hidden states and fresh KV; None for that of
         the weights, which those in levels need not share. Layers are read one after the other, once: where they come
         from files, none is held beside what is made of it. Raises ConfigError for a backend that cannot run here.
         """
+        assert products != "int8" or kept == "int8", "levels are multiplied by levels"
         self.spec, self.products, self.kept = spec, products, kept
         self.device, self.dtype = weights.embed.device, dtype or weights.embed.dtype
         self.backend = resolved(backend, spec, self.device)
@@ -159,17 +161,22 @@ class Decoder:
 
     @property
     def emulates(self) -> bool:
-        """Whether products in bf16 are asked for that this processor, or torch alone, only imitates."""
-        return self.products == "bf16" and not (self.kernels is not None and self.kernels.has_bf16)
+        """Whether products are asked for that this processor, or torch alone, only imitates."""
+        return self.products not in (self.kernels.products if self.kernels else ("fp32",))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether operands are rounded while rows are in fp32."""
+        return self.products != "fp32"
 
     @property
     def sequence_dtype(self) -> torch.dtype:
         """Of KV that is read again and again: that which attention would round it to anyway, as it reads it."""
-        return torch.bfloat16 if self.products == "bf16" and self.kernels else self.dtype
+        return torch.bfloat16 if self.rounds and self.kernels else self.dtype
 
     def _table(self, weight: torch.Tensor) -> Matrix:
         """Of a row for each token."""
-        rounded = weight.bfloat16() if self.products == "bf16" and self.kept == "full" else weight
+        rounded = weight.bfloat16() if self.rounds and self.kept == "full" else weight
         return self._as_kept(rounded, rounded.itemsize)
 
     def _as_kept(self, weight: torch.Tensor, item_bytes: int) -> Matrix:
@@ -183,7 +190,7 @@ class Decoder:
         return matrix
 
     def _layer(self, w: LayerWeights) -> Layer:
-        item_bytes = 2 if self.products == "bf16" and self.kernels else w.qkv.itemsize
+        item_bytes = 2 if self.rounds and self.kernels else w.qkv.itemsize
 
         def rounded(vector: torch.Tensor | None) -> torch.Tensor | None:
             return None if vector is None else vector.to(self.dtype)

@@ -17,7 +17,7 @@ from rcllm.model.attend.triton_tables import padded
 from rcllm.model.layers import CompiledLayer, Layer, LayerParts, Linear, Norm, Workspace
 from rcllm.model.level_products import LevelProduct, Scratch
 from rcllm.model.packed import PACKINGS, QuantisedMatrix
-from rcllm.model.quantised import Quantised
+from rcllm.model.quantised import Quantised, round_rows
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
@@ -27,10 +27,15 @@ _COLUMNS = 1024  # of one program of SwiGLU
 
 
 def torch_linear(weight: torch.Tensor, bias: torch.Tensor | None, packing: str = "fp32") -> Linear:
-    """packing: bf16 beside activations in fp32 is their rounding alone, and no quicker."""
+    """packing: bf16 or int8 beside activations in fp32 is their rounding alone, and no quicker.
+
+    int8: the matrix has the values of its levels already.
+    """
     if packing == "bf16":
         rounded = weight.bfloat16().float()
         return lambda x: F.linear(x.bfloat16().float(), rounded, bias)
+    if packing == "int8":
+        return lambda x: F.linear(round_rows(x), weight, bias)
     return lambda x: F.linear(x, weight, bias)
 
 
@@ -86,7 +91,7 @@ class TorchOps:
     """Plain torch, any dtype, any device."""
 
     def __init__(self, spec: ModelSpec, rope: Rope, packing: str = "fp32") -> None:
-        """packing: fp32 for the dtype of the weights, whatever it is, or bf16."""
+        """packing: fp32 for the dtype of the weights, whatever it is; bf16 or int8."""
         self.spec, self.rope, self._packing = spec, rope, packing
 
     def linear(self, weight: Matrix, bias: torch.Tensor | None) -> Linear:
@@ -130,7 +135,7 @@ class TritonOps(TorchOps):
         self._scratch: Scratch | None = None  # made with the first matrix in levels
 
     def linear(self, weight: Matrix, bias: torch.Tensor | None) -> Linear:
-        if not isinstance(weight, Quantised) or self._packing == "bf16":
+        if not isinstance(weight, Quantised) or self._packing != "fp32":
             return super().linear(weight, bias)
         self._scratch = self._scratch or Scratch(weight.device)
         return LevelProduct(weight, bias, self._scratch)

@@ -75,6 +75,19 @@ def quantise(weight: torch.Tensor) -> Quantised:
     return found
 
 
+def round_rows(x: torch.Tensor) -> torch.Tensor:
+    """Inputs [rows, in] as values of levels of 8 bits, a scale in fp32 for each GROUP of a row.
+
+    An input that is not finite makes its group NaN. Where 127 / largest overflows a group is taken for zeros.
+    """
+    groups = F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    inverse = (torch.tensor(127.0) / largest).nan_to_num(0.0, posinf=0.0)  # a number would be times 1 / largest
+    scale = torch.where(largest.isfinite(), largest / 127, torch.nan)
+    rounded: torch.Tensor = (groups * inverse).round() * scale
+    return rounded.flatten(1)[:, : x.shape[1]]
+
+
 # ---- a way for each kind of file: what its scales would be if the values came from it ----
 
 

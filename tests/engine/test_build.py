@@ -17,7 +17,7 @@ from rcllm.config import Config
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, ModelError, ModelWarning
 from rcllm.model.adapter import MODULES, Adapter, LowRank, module_shape, save_adapter
-from rcllm.model.attend.native import kernels
+from rcllm.model.attend.native import INSTRUCTIONS, kernels
 from rcllm.model.weights import load_spec
 from tests.engine import tiny
 
@@ -118,19 +118,21 @@ def test_an_adapter_of_other_shapes_is_refused(folder: Path, tmp_path: Path) -> 
         Engine.build(tiny.catalogue(), configured(folder, adapter))
 
 
-def test_bf16_that_is_imitated_says_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch alone imitates it, and so do kernels without the instruction, with a warning."""
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_products_that_are_imitated_say_what_they_cost(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch alone imitates them, and so do kernels without the instruction, with a warning."""
+    model = tiny.computing_in(dtype)
     with pytest.warns(
-        ModelWarning, match=r"torch alone .* imitated, .* at \d+\.\d\d times the speed of fp32 \(measured"
+        ModelWarning, match=rf"{dtype}, but torch alone .* imitated, .* at \d+\.\d\d times the speed of fp32 \(measured"
     ):
-        slow = tiny.build(tiny.TORCH, dtype="bf16")
+        slow = tiny.build(tiny.TORCH, **model)
     assert slow.decoder.dtype == torch.float32
-    assert slow.decoder.embed.dtype == torch.bfloat16
+    assert dtype == "int8" or slow.decoder.embed.dtype == torch.bfloat16
     if (compiled := kernels()) is not None:
-        monkeypatch.setattr(compiled, "has_bf16", False)
-        with pytest.warns(ModelWarning, match=r"no AVX512-BF16: products are imitated"):
-            tiny.build(tiny.NATIVE, dtype="bf16")
-        monkeypatch.setattr(compiled, "has_bf16", True)
+        monkeypatch.setattr(compiled, "products", {"fp32"})
+        with pytest.warns(ModelWarning, match=rf"no {INSTRUCTIONS[dtype]}: products are imitated"):
+            tiny.build(tiny.NATIVE, **model)
+        monkeypatch.setattr(compiled, "products", {"fp32", dtype})
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            tiny.build(tiny.NATIVE, dtype="bf16")
+            tiny.build(tiny.NATIVE, **model)

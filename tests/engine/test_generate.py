@@ -32,7 +32,7 @@ from rcllm.model.pull import pull
 from rcllm.schedule.draft_budget import DraftBudget, Drafted, PassCosts, Trust
 from tests.conftest import assert_no_pins
 from tests.engine.opening import opened
-from tests.engine.tiny import IDS, NATIVE, TORCH, VOCAB, catalogue, fresh, model_folder
+from tests.engine.tiny import IDS, NATIVE, TORCH, VOCAB, catalogue, computing_in, fresh, model_folder
 from tests.reference.generate import decode, distribution, likeliest
 
 NONE = Speculation("none")
@@ -243,7 +243,13 @@ def _random_tree(rng: np.random.Generator, right: Sequence[int]) -> DraftTree:
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 @pytest.mark.parametrize(
     ("family", "options"),
-    [(NATIVE, {}), (NATIVE, {"dtype": "bf16"}), (NATIVE, {"weights": "int8"}), (TORCH, {})],
+    [
+        (NATIVE, {}),
+        (NATIVE, {"dtype": "bf16"}),
+        (NATIVE, {"weights": "int8"}),
+        (NATIVE, computing_in("int8")),
+        (TORCH, {}),
+    ],
 )
 def test_any_drafts_give_the_plain_answers(family: str, options: dict[str, Any], temperature: float) -> None:
     engine, requests = fresh(family, **options), several(temperature=temperature, seed=5)
@@ -437,10 +443,10 @@ def test_the_buffer_equals_the_kv_of_a_full_recompute(any_engine: Engine) -> Non
     assert ancestors(tree)[5].tolist() == [True, True, False, True, False, False]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_a_draft_changes_no_bit_of_what_plain_decoding_computes(dtype: str) -> None:
     """Compiled kernels: logits and KV of a tree's path, in a batch, are those of one token after the other, alone."""
-    engine = fresh(NATIVE, dtype=dtype)
+    engine = fresh(NATIVE, **computing_in(dtype))
     decoder, rng = engine.decoder, np.random.default_rng(0)
     prompt = rng.integers(0, VOCAB, 90).tolist()  # what follows crosses the end of a tile of keys
     right = rng.integers(0, VOCAB, 30).tolist()

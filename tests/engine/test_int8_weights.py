@@ -95,7 +95,7 @@ def test_what_is_made_by_other_weights_is_never_read_or_believed() -> None:
 
 def test_where_int8_saves_nothing_it_is_refused() -> None:
     model, hardware = ModelConfig(device="cpu", dtype="fp16", weights="int8"), Hardware(True, 1 << 33)
-    with pytest.raises(ConfigError, match="fp32 or bf16, got fp16; use weights = 'full'"):
+    with pytest.raises(ConfigError, match="fp32, bf16 or int8, got fp16; use weights = 'full'"):
         resolve(Config(model, cache=CacheConfig()), hardware)
     assert resolve(Config(replace(model, device="cuda")), hardware).model.dtype == "fp16"
     gpu, cpu = torch.device("cuda"), torch.device("cpu")

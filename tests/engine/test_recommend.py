@@ -8,7 +8,6 @@ import itertools
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownI
 from rcllm.model.decoder import Between, Pass, Passed
 from rcllm.schedule.cost import Demand
 from rcllm.sid.vocabulary import Vocabulary, items_of_codes
-from tests.engine.tiny import folder
+from tests.engine.tiny import computing_in, folder
 from tests.tiny_models import tiny_model
 
 SIZES = (6, 7, 5)
@@ -48,16 +47,16 @@ def _model() -> Path:
 
 
 @functools.cache
-def _engine(dtype: Literal["fp32", "bf16"] = "fp32") -> Engine:
+def _engine(dtype: str = "fp32") -> Engine:
     config = Config(
-        ModelConfig(path=str(_model()), device="cpu", dtype=dtype),
+        ModelConfig(path=str(_model()), device="cpu", **computing_in(dtype)),
         PromptConfig(template="sid"),
         CacheConfig(pool_mb=64, kv_dtype="fp32"),
     )
     return Engine.build(items_of_codes(_code_index()), config)
 
 
-def _recommender(beam_rows: int = BEAM_ROWS, dtype: Literal["fp32", "bf16"] = "fp32") -> Recommender:
+def _recommender(beam_rows: int = BEAM_ROWS, dtype: str = "fp32") -> Recommender:
     return Recommender(_engine(dtype), LiveCodes(_code_index()), Vocabulary(SIZES).code_tokens, beam_rows=beam_rows)
 
 
@@ -112,8 +111,8 @@ def test_the_exact_prompt_does_not_depend_on_what_is_cached() -> None:
 
 
 @pytest.mark.parametrize("beam_rows", [BEAM_ROWS, 50, 1])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_batches_answer_as_each_request_alone(beam_rows: int, dtype: Literal["fp32", "bf16"]) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_batches_answer_as_each_request_alone(beam_rows: int, dtype: str) -> None:
     requests = _many(12)
     alone = _recommender(dtype=dtype)
     together = answered(_recommender(beam_rows, dtype).recommend_batch(requests))

@@ -64,6 +64,11 @@ max_event_tokens = 24
 """
 
 
+def computing_in(dtype: str) -> dict[str, Any]:
+    """Fields of ModelConfig; int8 multiplies weights in levels."""
+    return {"dtype": dtype, "weights": "int8" if dtype == "int8" else "full"}
+
+
 def _titles() -> list[str]:
     nouns = ("lamp", "kettle", "Stuhl", "自転車", "книга", "crème brûlée", "chair 🪑", "tea")
     return [f"{('red', 'blue', 'old', 'new')[i % 4]} {nouns[i % len(nouns)]} {i}" for i in range(60)]

@@ -22,7 +22,7 @@ SPEC = ModelSpec.from_hf(
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_gemm_rate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rcllm.model.ceilings._SECONDS", 0.0)
     assert 0.001 < measure_gemm(8, SPEC, dtype) < 100_000

@@ -17,9 +17,10 @@ from rcllm.errors import ModelError, UnsupportedModelError
 from rcllm.model.decoder import Decoder
 from rcllm.model.gguf_file import convert_gguf
 from rcllm.model.pull import pull
+from rcllm.model.quantised import quantise
 from rcllm.model.weights import load_model
 from rcllm.prompt.tokenizer import Tokenizer
-from tests.reference import bf16
+from tests.reference import attend, bf16, quantised
 from tests.tiny_models import FAMILIES, VOCAB, reference_logits, tiny_gguf, tiny_model
 
 TOLERANCE = 1e-4  # close, fp32
@@ -68,6 +69,33 @@ def test_bf16_is_the_model_with_rounded_operands(family: str, tmp_path: Path) ->
     print(f"{family}: {off.mean():.1e}, max {off.max():.1e}, from the twin, which is {cost.mean():.1e} from fp32")
     assert 0 < cost.mean() < 0.02
     assert off.mean() < (0.05 if narrow.kernels else 1.0) * cost.mean()  # torch alone attends in fp32
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-biased", "llama-head-dim", "qwen2"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_int8_is_the_model_with_rounded_operands(
+    family: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Close to the twin, which attends as the kernels do, or as torch alone does.
+
+    Up to an input at a tie between levels, which may fall either way, and moves all rows that attend to its own.
+    """
+    if not compiled:
+        monkeypatch.setattr("rcllm.model.decoder.kernels", lambda: None)
+    spec, weights = load_model(tiny_model(family, tmp_path))
+    narrow = Decoder(spec, weights, products="int8", kept="int8")
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return quantised.product(quantise(weight), x.float(), bias, "int8").double()
+
+    ids, attended = tokens()[:40], bf16.attend if narrow.kernels else attend.attend
+    twin = bf16.full_logits(spec, weights, ids, linear, lambda table: quantise(table).widen().double(), attended)
+    ours, wide = (each.full_logits(ids).double() for each in (narrow, Decoder(spec, weights, kept="int8")))
+    off, cost = (ours - twin).abs(), (twin - wide).abs()
+    print(f"{family}: {off.mean():.1e}, max {off.max():.1e}, from the twin, which is {cost.mean():.1e} from fp32")
+    assert 0 < cost.mean() < 0.05
+    assert off.amax(1).quantile(0.25) < 1e-5
+    assert off.mean() < cost.mean()
 
 
 def test_the_last_position_of_dynamic_rope_is_still_exact(tmp_path: Path) -> None:

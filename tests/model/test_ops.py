@@ -236,7 +236,7 @@ def test_without_a_compiler_there_are_no_kernels() -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ("-mno-avx512bf16",),
+        ("-mno-avx512bf16", "-mno-avx512vnni"),
         ("-mno-avx512f",),
         ("-mno-avx",),
         ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-fno-sanitize=alignment"),
@@ -268,19 +268,21 @@ def test_kernels_of_other_processors(
     torch.testing.assert_close(
         NativeOps(SPEC, rope, narrow).linear(weight, None)(x), x @ weight.T, atol=1e-4, rtol=1e-4
     )
-    _check_bf16(compiled, narrow, groups, qkv)
+    _check_rounding(compiled, narrow, groups, qkv)
 
 
-def _check_bf16(compiled: Kernels, narrow: Kernels, groups: list[Group], qkv: torch.Tensor) -> None:
+def _check_rounding(compiled: Kernels, narrow: Kernels, groups: list[Group], qkv: torch.Tensor) -> None:
     """Emulated or not: equal bits on all processors that fuse a product with its sum."""
     weight, x, rope = torch.randn(100, 80), torch.randn(9, 80), Rope.of(SPEC, SPEC.max_positions)
-    ours, theirs = (PACKINGS["bf16"](each, weight, None)(x) for each in (compiled, narrow))
+    pairs = [[PACKINGS[name](each, weight, None)(x) for each in (compiled, narrow)] for name in ("bf16", "int8")]
     attended = [prepare("segmented", SPEC, rope, groups, each, products="bf16")(1, qkv) for each in (compiled, narrow)]
     if narrow.panel == 12:  # four lanes: no AVX, and nothing is fused
-        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+        for ours, theirs in pairs:
+            torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
         assert (attended[0].output - attended[1].output).abs().mean() < 1e-4
     else:
-        assert torch.equal(theirs, ours)
+        for ours, theirs in pairs:
+            assert torch.equal(theirs, ours)
         assert torch.equal(attended[0].output, attended[1].output)
 
 

@@ -1,4 +1,7 @@
-"""Matrices in 8 and 4 bits: exact where they come from such a file; products are those of the widened matrix."""
+"""Matrices in 8 and 4 bits: exact where they come from such a file; products are those of the widened matrix.
+
+Or, of rows that are rounded to levels as well, those of the rounded rows.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import torch
 
 from rcllm.errors import ModelError
 from rcllm.model.attend.native import Kernels, kernels
+from rcllm.model.ops import torch_linear
 from rcllm.model.packed import Bf16Matrix, Fp32Matrix, QuantisedMatrix
-from rcllm.model.quantised import GROUP, Quantised, quantise
+from rcllm.model.quantised import GROUP, Quantised, quantise, round_rows
 from tests.reference import quantised as reference
 
 KINDS = ("Q8_0", "Q4_0", "Q4_1")
@@ -96,13 +100,68 @@ def test_a_product_is_that_of_the_widened_matrix(
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("products", ["fp32", "bf16"])
+@pytest.mark.parametrize(("size", "inner"), [(5, 32), (48, 96), (100, 75), (200, 576)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_product_of_levels_is_that_of_rounded_rows(
+    compiled: Kernels, bits: int, size: int, inner: int, with_bias: bool
+) -> None:
+    """Close: sums inside a group are exact; on torch alone as well."""
+    levels, bias, x = made(bits, size, inner), torch.randn(size) if with_bias else None, torch.randn(30, inner)
+    x[3], x[4, :32] = 0, 0
+    x[5:8] *= torch.tensor([1e-30, 1e-4, 1e30])[:, None]
+    expected = reference.product(levels, x, bias, "int8")
+    largest = (x.abs() @ levels.widen().abs().T).amax(1, keepdim=True)
+    for product in (QuantisedMatrix(compiled, levels, bias, "int8"), torch_linear(levels.widen(), bias, "int8")):
+        assert ((product(x) - expected).abs() <= 1e-6 * largest + 1e-6).all()
+
+
+def test_rows_are_rounded_to_the_nearest_level(compiled: Kernels) -> None:
+    """Exact: by the kernels, by torch and value by value; seen through a matrix that is one."""
+    inner = 96
+    one = Quantised(inner, torch.eye(inner).char(), torch.ones(inner, 3).half(), None, is_exact=True)
+    ties = torch.arange(-47.5, 48.5)
+    ties[[0, 40, 80]] = 127
+    x = torch.cat([ties[None], torch.randn(400, inner) * torch.logspace(-38, 37, 400)[:, None]])
+    x[7], x[8] = 0, -0.0
+    expected = reference.rounded_rows(x)
+    assert torch.equal(round_rows(x), expected)
+    assert torch.equal(QuantisedMatrix(compiled, one, None, "int8")(x), expected)
+    assert expected[0, 1:4].tolist() == [-46, -46, -44]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so_in_its_row_alone(compiled: Kernels, bits: int, value: float) -> None:
+    levels, x = made(bits, 100, 75), torch.randn(9, 75)
+    clean = x.clone()
+    x[2, 40] = x[6, 74] = value
+    for product in (QuantisedMatrix(compiled, levels, None, "int8"), torch_linear(levels.widen(), None, "int8")):
+        got = product(x)
+        assert got[[2, 6]].isnan().all()
+        others = [0, 1, 3, 4, 5, 7, 8]
+        torch.testing.assert_close(got[others], product(clean)[others])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("products", ["fp32", "bf16", "int8"])
 def test_a_row_does_not_depend_on_the_others(compiled: Kernels, bits: int, products: str) -> None:
-    product = QuantisedMatrix(compiled, made(bits, 100, 576), None, products)
-    x = torch.randn(500, 576)
-    together = product(x)
-    for first, stop in ((0, 1), (3, 8), (100, 133), (190, 207), (300, 500)):
-        assert torch.equal(product(x[first:stop]), together[first:stop])
+    for inner in (75, 576):
+        product = QuantisedMatrix(compiled, made(bits, 100, inner), None, products)
+        x = torch.randn(500, inner)
+        together = product(x)
+        for first, stop in (
+            (0, 1),
+            (4, 6),
+            (3, 6),
+            (3, 8),
+            (2, 10),
+            (0, 9),
+            (7, 37),
+            (100, 133),
+            (190, 207),
+            (300, 500),
+        ):
+            assert torch.equal(product(x[first:stop]), together[first:stop])
 
 
 def test_bytes(compiled: Kernels) -> None:

@@ -7,7 +7,7 @@ values, and weights over a power of two. The embedding is kept rounded; norms, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,14 +44,27 @@ def attend(spec: ModelSpec, groups: Sequence[Group], layer: int, qkv: torch.Tens
     return reference.attend(spec, groups, layer, qkv, over)
 
 
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # of inputs, a matrix and its bias
+
+
 @torch.inference_mode()
-def full_logits(spec: ModelSpec, weights: Weights, token_ids: Sequence[int]) -> torch.Tensor:
-    """Logits of every position of one causal sequence; [n, vocab]. Of `weights` in fp32, without scaled RoPE."""
+def full_logits(
+    spec: ModelSpec,
+    weights: Weights,
+    token_ids: Sequence[int],
+    linear: Linear = linear,
+    table: Callable[[torch.Tensor], torch.Tensor] = rounded,
+    attend: Callable[[ModelSpec, Sequence[Group], int, torch.Tensor], Attended] = attend,
+) -> torch.Tensor:
+    """Logits of every position of one causal sequence; [n, vocab]. Of `weights` in fp32, without scaled RoPE.
+
+    `linear`, `table` and `attend`: for products, the embedding and attention that are not those of bf16.
+    """
 
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.rms_eps) * weight
 
-    x = rounded(weights.embed[torch.tensor(token_ids)])
+    x = table(weights.embed)[torch.tensor(token_ids)]
     q_size, kv_size = spec.q_size, spec.kv_size
     for layer in weights.layers:
         qkv = linear(norm(x, layer.input_norm), layer.qkv, layer.qkv_bias)
@@ -63,6 +76,6 @@ def full_logits(spec: ModelSpec, weights: Weights, token_ids: Sequence[int]) -> 
         qkv = torch.cat((turned.flatten(1), qkv[:, q_size + kv_size :]), dim=1)
         attended = attend(spec, [Group.causal(len(token_ids))], 0, qkv).output
         x = x + linear(attended, layer.o, layer.o_bias)
-        gate, up = linear(norm(x, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
-        x = x + linear(F.silu(gate) * up, layer.down)
-    return linear(norm(x, weights.final_norm), weights.lm_head)
+        gate, up = linear(norm(x, layer.post_norm), layer.gate_up, None).chunk(2, dim=-1)
+        x = x + linear(F.silu(gate) * up, layer.down, None)
+    return linear(norm(x, weights.final_norm), weights.lm_head, None)

@@ -34,10 +34,26 @@ def to_four_bits(weight: torch.Tensor) -> torch.Tensor:
     return (levels * scale + least).flatten(1)[:, :inner].contiguous()
 
 
+def rounded_rows(x: torch.Tensor) -> torch.Tensor:
+    """Group by group to the nearest of 255 levels, ties to even; a group with an input that is not finite is NaN."""
+    out = x.numpy().copy()
+    with np.errstate(all="ignore"):
+        for row in out:
+            for start in range(0, len(row), GROUP):
+                group = row[start : start + GROUP]
+                largest, steps = np.abs(group).max(), np.float32(127)
+                inverse = steps / largest
+                levels = np.rint(group * inverse) if np.isfinite(inverse) else np.zeros_like(group)
+                group[:] = levels * (largest / steps) if np.isfinite(largest) else np.nan
+    return torch.from_numpy(out)
+
+
 def product(matrix: Quantised, x: torch.Tensor, bias: torch.Tensor | None, products: str) -> torch.Tensor:
-    """W x + bias; with products in bf16 both are rounded first."""
+    """W x + bias; with products in bf16 both are rounded first, in int8 the inputs."""
     weight = matrix.widen()
     if products == "bf16":
         weight, x = weight.bfloat16().float(), x.bfloat16().float()
+    if products == "int8":
+        x = rounded_rows(x)
     out = x.double() @ weight.double().T
     return (out if bias is None else out + bias.double()).float()

@@ -67,7 +67,7 @@ def prepare(
 ) -> Attend:
     """The attention of one pass. `name`: one of BACKENDS, `resolved`; `kernels`: None where they do not fit or exist.
 
-    `products`: what the kernels multiply in, fp32 or bf16; torch multiplies in the dtype of the rows, `dtype`.
+    `products`: of the model; beside all but fp32 the kernels attend in bf16. Torch does in `dtype`, that of the rows.
 
     `merged`: per group, whether its output is merged with more keys, for which a backend that knows its logsumexp is
     needed; empty: none is. Each group is read as it would be alone, so that what else is in the pass changes no bit.
@@ -109,7 +109,7 @@ class Several:
 def _backend(way: str, kernels: Kernels | None, products: str) -> Callable[[ModelSpec, Rope, Sequence[Group]], Attend]:
     if kernels:
         compiled = NativeSegmented if way == "segmented" else NativeGather
-        return partial(compiled, kernels=kernels, bf16=products == "bf16")
+        return partial(compiled, kernels=kernels, bf16=products != "fp32")
     return TORCH_BACKENDS[way]
 
 

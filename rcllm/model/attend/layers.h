@@ -12,14 +12,18 @@ namespace {
 // A packed matrix W [size, inner], as Python describes it.
 struct Matrix {
   int64_t bits;    // of a weight: 32, 16 (bf16), or 8 or 4 (levels)
-  int64_t rounds;  // whether inputs are rounded to bf16
+  int64_t inputs;  // bits of an input as it is multiplied: 32, 16 (bf16) or 8 (levels, of a matrix in levels)
   const char* packed;
   const float* bias;  // [size], or null
   int64_t size, inner;
   int64_t given;  // inputs; the others, up to inner, are zeros
 
-  int64_t cells() const { return (inner + 1) / 2; }                      // of a rounded row
-  int64_t room() const { return rounds ? cells() : given < inner ? inner : 0; }  // values of 32 bits that a row needs
+  int64_t cells() const { return (inner + 1) / 2; }        // of a row in bf16
+  int64_t groups() const { return inner / WEIGHT_GROUP; }  // of a row in levels
+  int64_t room() const {                                   // values of 32 bits that a row needs
+    if (inputs == 8) return groups() * sizeof(InputGroup) / 4;
+    return inputs == 16 ? cells() : given < inner ? inner : 0;
+  }
 };
 
 struct Layer {
@@ -30,7 +34,9 @@ struct Layer {
 // out[r] = W x[r] + bias; room: [rows, W.room()].
 inline void product(const Matrix& w, const float* x, int64_t rows, float* room, float* out, int64_t num_threads) {
   auto* rounded = reinterpret_cast<int32_t*>(room);
-  if (w.rounds) round_rows(x, rows, w.given, rounded, w.cells());
+  auto* grouped = reinterpret_cast<InputGroup*>(room);
+  if (w.inputs == 8) round_rows(x, rows, w.given, grouped, w.groups());
+  else if (w.inputs == 16) round_rows(x, rows, w.given, rounded, w.cells());
   else if (w.room()) fill_up(x, rows, w.given, room, w.inner), x = room;
   auto levels = [&](auto p, const auto* cells) {
     typedef decltype(p) P;
@@ -40,7 +46,8 @@ inline void product(const Matrix& w, const float* x, int64_t rows, float* room, 
     linear<Fp32>(x, rows, w.inner, reinterpret_cast<const float*>(w.packed), w.bias, w.size, out, num_threads);
   else if (w.bits == 16)
     linear<Bf16>(rounded, rows, w.cells(), reinterpret_cast<const int32_t*>(w.packed), w.bias, w.size, out, num_threads);
-  else if (w.rounds) levels(Bf16{}, rounded);
+  else if (w.inputs == 8) levels(Int8{}, grouped);
+  else if (w.inputs == 16) levels(Bf16{}, rounded);
   else levels(Fp32{}, x);
 }
 

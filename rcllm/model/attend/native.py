@@ -27,12 +27,14 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 HEADERS = (
     "attention.h",
     "cached.h",
+    "integers.h",
     "layers.h",
     "products.h",
     "quantised.h",
     "tiles.h",
     "vectors.h",
 )  # that it includes, beside it
+INSTRUCTIONS = {"bf16": "AVX512-BF16", "int8": "VNNI"}  # that products of less than fp32 are for
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi")
 
 
@@ -42,7 +44,8 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self.panel: int = library.rcllm_panel()  # outputs of a packed matrix that are stored together
-        self.has_bf16: bool = library.rcllm_has_bf16() == 1  # else products in bf16 are emulated, to the same bits
+        has = {"fp32": 1, "bf16": library.rcllm_has_bf16(), "int8": library.rcllm_has_vnni()}
+        self.products = frozenset(name for name in has if has[name])  # the processor's; others are imitated, to the bit
         self.row_tile: int = library.rcllm_row_tile()  # rows, times heads per KV head, that attention computes together
         self.int8_group: int = library.rcllm_int8_group()
         assert self.int8_group == INT8_GROUP, "blocks have one layout"

@@ -4,18 +4,26 @@
 // its inputs, [WEIGHT_GROUP, PANEL] (of 4 bits: two inputs to a byte, the even one in the low half).
 // Invariant: a product is that of `products.h` with the widened matrix, bit for bit. So it does not matter to a row whether
 // levels are widened on their way into the registers (few rows, which wait for memory) or first into a tile that many rows use.
+//
+// For rows in levels, those of the matrix lie in cells of 32 bits, a byte for each of 4 inputs, [WEIGHT_GROUP / 4, PANEL].
+// Those of 8 bits are raised by 128, into 0 … 255. Those of 4 bits share a cell: inputs 0 … 3 in the low halves of its
+// bytes, 4 … 7 in the high ones.
 
 #pragma once
 
-#include "products.h"
+#include "integers.h"
 
 namespace {
 
-constexpr int WEIGHT_GROUP = 32;  // inputs that share a scale
 constexpr int TILE_GROUPS = 48;   // that are widened at once: such a tile of a panel stays in the L2 cache
 constexpr int DIRECT = 3 * MR;    // rows up to which widening anew for each register tile is the quicker way
 
-// One group of a panel. `value`: VL weights of input k, outputs n · VL and on.
+inline ivec load_cells(const char* levels, int k, int n) {
+  return load(reinterpret_cast<const int32_t*>(levels) + k * PANEL + n * VL);
+}
+
+// One group of a panel. `value`: VL weights of input k, outputs n · VL and on. Of levels in cells, `cell`: four inputs of
+// such outputs; `start` and `add`: where the sum of their products begins, and what it adds to a sum of fp32.
 struct Int8Group {  // level · scale
   static constexpr int BYTES = PANEL * (2 + WEIGHT_GROUP);
   vec scale[NR];
@@ -24,6 +32,11 @@ struct Int8Group {  // level · scale
     for (int n = 0; n < NR; n++) scale[n] = load_fp16(at + 2 * n * VL);
   }
   vec value(int k, int n) const { return to_floats(load_int8(levels + k * PANEL + n * VL)) * scale[n]; }
+  ivec cell(int k, int n) const { return load_cells(levels, k, n); }
+  static ivec start(const InputGroup& x) { return splat(-128 * x.sum); }
+  vec add(vec sum, ivec products, const InputGroup& x, int n) const {
+    return sum + to_floats(products) * scale[n] * splat(x.scale);
+  }
 };
 
 struct Int4Group {  // level · scale + least
@@ -36,6 +49,12 @@ struct Int4Group {  // level · scale + least
   vec value(int k, int n) const {
     const ivec two = load_uint8(levels + k / 2 * PANEL + n * VL);
     return to_floats(k % 2 ? two >> 4 : two & 15) * scale[n] + least[n];
+  }
+  ivec cell(int k, int n) const { return load_cells(levels, k / 2, n) >> (k % 2 ? 4 : 0) & 0x0f0f0f0f; }
+  static ivec start(const InputGroup&) { return ivec{}; }
+  vec add(vec sum, ivec products, const InputGroup& x, int n) const {
+    sum += to_floats(products) * scale[n] * splat(x.scale);
+    return sum + least[n] * splat(x.total);
   }
 };
 
@@ -117,6 +136,51 @@ void quantised_panel(int M, int64_t cells, const typename P::Cell* A, const char
   }
 }
 
+// C[M, PANEL] = A[M, groups] B, both in levels.
+template <class W, int M>
+void levels_tile(int64_t groups, const InputGroup* A, int64_t sm, const char* B, float* C, int64_t ldc) {
+  vec acc[M][NR] = {};
+  for (int64_t g = 0; g < groups; g++, A++, B += W::BYTES) {
+    const W group(B);
+    ivec sum[M][NR];
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < NR; n++) sum[m][n] = W::start(A[m * sm]);
+#pragma GCC unroll 8
+    for (int k = 0; k < WEIGHT_GROUP / 4; k++) {
+      ivec b[NR];
+      for (int n = 0; n < NR; n++) b[n] = group.cell(k, n);
+      for (int m = 0; m < M; m++) {
+        const ivec a = splat(A[m * sm].cells[k]);
+        for (int n = 0; n < NR; n++) sum[m][n] = add_levels(sum[m][n], b[n], a);
+      }
+    }
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < NR; n++) acc[m][n] = group.add(acc[m][n], sum[m][n], A[m * sm], n);
+  }
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < NR; n++) store(C + m * ldc + n * VL, acc[m][n]);
+}
+
+constexpr int LEVEL_ROWS = MR / 2;  // of a tile in levels, which has two sums for each output
+
+// Levels of 4 bits are widened anew for each tile, whatever the rows: the quicker way here, where it takes two operations.
+template <class W>
+void levels_panel(int M, int64_t groups, const InputGroup* A, const char* B, float* C, int64_t ldc) {
+  const int tiles = (M + LEVEL_ROWS - 1) / LEVEL_ROWS;
+  for (int t = 0; t < tiles; t++) {
+    const int m = M * t / tiles, num = M * (t + 1) / tiles - m;
+    const InputGroup* a = A + m * groups;
+    float* c = C + m * ldc;
+    switch (num) {
+      case 4: levels_tile<W, std::min(4, LEVEL_ROWS)>(groups, a, groups, B, c, ldc); break;
+      case 3: levels_tile<W, std::min(3, LEVEL_ROWS)>(groups, a, groups, B, c, ldc); break;
+      case 2: levels_tile<W, 2>(groups, a, groups, B, c, ldc); break;
+      case 1: levels_tile<W, 1>(groups, a, groups, B, c, ldc); break;
+    }
+  }
+}
+
+// out[r] = W x[r] + bias. x: [rows, cells], W: in levels of `bits`.
 template <class P>
 void linear_quantised(const typename P::Cell* x, int64_t rows, int64_t cells, const char* packed, int64_t bits,
                       const float* bias, int64_t size, float* out, int64_t num_threads) {
@@ -126,7 +190,10 @@ void linear_quantised(const typename P::Cell* x, int64_t rows, int64_t cells, co
       product(num, cells, x + first * cells, packed + panel * panel_bytes, y, stride);
     });
   };
-  bits == 8 ? run(quantised_panel<P, Int8Group>, Int8Group::BYTES) : run(quantised_panel<P, Int4Group>, Int4Group::BYTES);
+  if constexpr (std::is_same_v<P, Int8>)
+    bits == 8 ? run(levels_panel<Int8Group>, Int8Group::BYTES) : run(levels_panel<Int4Group>, Int4Group::BYTES);
+  else
+    bits == 8 ? run(quantised_panel<P, Int8Group>, Int8Group::BYTES) : run(quantised_panel<P, Int4Group>, Int4Group::BYTES);
 }
 
 }  // namespace
@@ -141,9 +208,9 @@ int64_t rcllm_quantised_bytes(int64_t size, int64_t inner, int64_t bits) {
 }
 
 // Lays levels [size, inner · bits / 8] bytes, scales and (4 bits) least values [size, inner / WEIGHT_GROUP] in fp16 out in
-// panels; zeros fill up the last.
+// panels, `together` bytes of an output side by side; zeros fill up the last.
 void rcllm_pack_quantised(const uint8_t* levels, const uint16_t* scales, const uint16_t* least, int64_t size, int64_t inner,
-                          int64_t bits, char* packed, int64_t num_threads) {
+                          int64_t bits, int64_t together, char* packed, int64_t num_threads) {
   const int64_t groups = inner / WEIGHT_GROUP, step = WEIGHT_GROUP * bits / 8, heads = bits == 8 ? 1 : 2;
   const int64_t bytes = PANEL * (2 * heads + step);
 #pragma omp parallel for num_threads(num_threads)
@@ -154,7 +221,9 @@ void rcllm_pack_quantised(const uint8_t* levels, const uint16_t* scales, const u
       for (int64_t n = 0; n < PANEL; n++) {
         const int64_t row = panel * PANEL + n, at = row * groups + g;
         head[n] = row < size ? scales[at] : 0, head[PANEL + n] = row < size && least ? least[at] : 0;
-        for (int64_t k = 0; k < step; k++) to[2 * heads * PANEL + k * PANEL + n] = row < size ? levels[at * step + k] : 0;
+        char* own = to + 2 * heads * PANEL + n * together;
+        for (int64_t k = 0; k < step; k++)
+          own[k / together * together * PANEL + k % together] = row < size ? levels[at * step + k] : 0;
       }
       std::memcpy(to, head, 2 * heads * PANEL);
     }

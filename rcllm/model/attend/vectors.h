@@ -3,10 +3,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -58,6 +60,13 @@ inline ivec lanes() {
   return load(NUMBERS);
 }
 
+// All lanes by an operation of two vectors that knows no order.
+template <class Operation>
+inline int32_t fold(ivec x, const Operation& of) {
+  for (int step = 1; step < VL; step *= 2) x = of(x, __builtin_shuffle(x, lanes() ^ step));
+  return x[0];
+}
+
 // Lane j of vector i and lane i of vector j change places.
 inline void transpose(vec (&x)[VL]) {
   for (int step = 1; step < VL; step *= 2) {
@@ -71,7 +80,7 @@ inline void transpose(vec (&x)[VL]) {
   }
 }
 
-// ---- VL narrow values, widened; written out because GCC 12 makes __builtin_convertvector of them one value at a time ----
+// ---- VL narrow values, widened and back; written out because GCC 12 makes __builtin_convertvector of them one at a time ----
 
 inline vec to_floats(ivec x) { return __builtin_convertvector(x, vec); }
 
@@ -80,11 +89,18 @@ inline ivec load_int8(const char* p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loa
 inline ivec load_uint8(const char* p) { return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i_u*)p)); }
 inline ivec load_uint16(const char* p) { return (ivec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i_u*)p)); }
 inline vec load_fp16(const char* p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i_u*)p)); }
+inline ivec nearest(vec x) { return (ivec)_mm512_cvtps_epi32((__m512)x); }  // ties to even
+inline void store_int8(char* p, ivec x) { _mm_storeu_si128((__m128i_u*)p, _mm512_cvtepi32_epi8((__m512i)x)); }
 #elif defined(__AVX2__) && defined(__F16C__)
 inline ivec load_int8(const char* p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i_u*)p)); }
 inline ivec load_uint8(const char* p) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i_u*)p)); }
 inline ivec load_uint16(const char* p) { return (ivec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i_u*)p)); }
 inline vec load_fp16(const char* p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u*)p)); }
+inline ivec nearest(vec x) { return (ivec)_mm256_cvtps_epi32((__m256)x); }
+inline void store_int8(char* p, ivec x) {
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  _mm_storel_epi64((__m128i_u*)p, _mm_packs_epi16(halves, halves));
+}
 #else
 typedef uint8_t ubvec __attribute__((vector_size(VL)));
 typedef ubvec ubvec_u __attribute__((aligned(1), may_alias));
@@ -92,6 +108,12 @@ inline ivec load_int8(const char* p) { return __builtin_convertvector(*reinterpr
 inline ivec load_uint8(const char* p) { return __builtin_convertvector(*reinterpret_cast<const ubvec_u*>(p), ivec); }
 inline ivec load_uint16(const char* p) { return __builtin_convertvector(*reinterpret_cast<const hvec_u*>(p), ivec); }
 inline vec load_fp16(const char* p) { return __builtin_convertvector((f16vec)*reinterpret_cast<const hvec_u*>(p), vec); }
+inline ivec nearest(vec x) {
+  ivec rounded;
+  for (int i = 0; i < VL; i++) rounded[i] = std::lrint(x[i]);
+  return rounded;
+}
+inline void store_int8(char* p, ivec x) { *reinterpret_cast<bvec_u*>(p) = __builtin_convertvector(x, bvec); }
 #endif
 
 constexpr float MAGIC = 12582912.f;  // 1.5 · 2^23: adding it rounds to a whole number, which the low bits then hold
