@@ -128,7 +128,8 @@ def _costs(client: httpx.Client, items: Items, count: int) -> tuple[Costed, list
         f"outside {outside_s * 1e3:.1f} ms, {cores:.2f} cores free. "
         f"Two at a time: {slower:.2f} times, in a pass {beside:.0%} of the time"
     )
-    return Costed(fitted, outside_s, cores, max(0.0, slower - 1.0) / beside), [*alone, *both]
+    waits = max(1.0, 2 / cores)  # which two tasks do for a core, and the simulated ones as well
+    return Costed(fitted, outside_s, cores, max(0.0, slower / waits - 1.0) / beside), [*alone, *both]
 
 
 def _pass_s(reply: Reply) -> float:
