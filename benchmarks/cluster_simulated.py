@@ -1,6 +1,6 @@
 """The part `simulated` of `benchmarks.cluster`: the same requests, arrivals, placement and policy, run and simulated.
 
-The cost of a pass is fitted to requests that are asked one at a time at the beginning of the same run, and what a
+The cost of a pass is fitted to requests that are asked one at a time before the loads of the first route, and what a
 request spends outside of passes is the rest of their time, which is taken for work of one core. Then two are asked at a
 time: by how much their passes are slower, one node slows down the other. Cores are shared by all that runs at once.
 Nothing is fitted to the loads themselves.
@@ -69,17 +69,21 @@ class Costed:
 def simulated(chosen: Options) -> dict[str, float]:
     """Two replicas of one core each at three loads: times that were measured beside those that were simulated."""
     figures: dict[str, float] = {}
+    costed: Costed | None = None  # of the machine, whatever the route; `ttft` seldom lets two passes run side by side
     for route in ROUTES[:1] if chosen.quick else ROUTES:
-        figures |= {f"simulated_{route}_{name}": each for name, each in _by(route, chosen).items()}
+        costed, found = _by(route, chosen, costed)
+        figures |= {f"simulated_{route}_{name}": each for name, each in found.items()}
     return figures
 
 
-def _by(route: str, chosen: Options) -> dict[str, float]:
+def _by(route: str, chosen: Options, costed: Costed | None = None) -> tuple[Costed, dict[str, float]]:
+    """`costed`: measured before, else here."""
     num_requests = chosen.requests or (60 if chosen.quick else 500)
     items = Items(60 if chosen.quick else 120, chosen.seed)
     bodies = items.bodies(num_requests, 1)
     with served(items, 2, COPIES, route=route, peers=False) as client:
-        costed, before = _costs(client, items, 60 if chosen.quick else 100)
+        own, before = _costs(client, items, 60 if chosen.quick else 100)
+        costed = costed or own
         first = [ask(client, body, number) for number, body in enumerate(bodies[:_RATED])]
         mean_s = statistics.median(costed.fitted.pass_s(_shape_of(reply)) for reply in first)
         before += first
@@ -97,7 +101,7 @@ def _by(route: str, chosen: Options) -> dict[str, float]:
         rows.append([f"{use:.0%}", *(f"{each:,.2f}" for each in compared.values())])
     columns = [name.split("_", 1)[1] for name in list(figures)[-len(rows[0]) + 1 :]]
     show(f"{num_requests} rankings, two replicas of one core, route {route}", ["in use", *columns], rows)
-    return figures
+    return costed, figures
 
 
 # ---- what a pass costs ----------------------------------------------------------------------------------------------
