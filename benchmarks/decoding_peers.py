@@ -106,7 +106,7 @@ def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def _main() -> None:
-    genai, tensors = importlib.import_module("openvino_genai"), importlib.import_module("openvino")
+    genai, tensors, numpy = map(importlib.import_module, ("openvino_genai", "openvino", "numpy"))
     lookup = sys.argv[2] == "lookup"
     pipeline = genai.LLMPipeline(sys.argv[1], "CPU", **({"prompt_lookup": True} if lookup else {}))
     config = genai.GenerationConfig(do_sample=False, **(LOOKUP if lookup else {}))
@@ -114,9 +114,7 @@ def _main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         prompt, config.max_new_tokens = json.loads(line)
-        metrics = pipeline.generate(
-            tensors.Tensor(importlib.import_module("numpy").array([prompt])), config
-        ).perf_metrics
+        metrics = pipeline.generate(tensors.Tensor(numpy.array([prompt])), config).perf_metrics
         seconds = (metrics.get_generate_duration().mean - metrics.get_ttft().mean) / 1e3
         print(json.dumps([seconds, metrics.get_num_generated_tokens() - 1]), flush=True)
 

@@ -189,9 +189,10 @@ def costs(name: str, chosen: Options, kept: RecordFile) -> dict[str, float]:
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore", TextWarning)  # the adapter was tuned on other prompts
         shapes = shapes_of(data)
-        made = partial(engine_of, model=chosen.model)
         engines = {
-            who: stack.enter_context(made(shape.template, shape.data, folder, 800, max_item_tokens=shape.limit))
+            who: stack.enter_context(
+                engine_of(shape.template, shape.data, folder, 800, max_item_tokens=shape.limit, model=chosen.model)
+            )
             for who, shape in shapes.items()
         }
         for engine in engines.values():

@@ -332,19 +332,10 @@ def cached(decoder: Decoder, num_tokens: int) -> Segment:
 
 
 def by_turns(works: Mapping[str, Callable[[], object]], rounds: int, times: dict[str, list[float]]) -> None:
-    """Adds the seconds that each takes to `times`; see `told_by_turns`."""
-
-    def seconds(work: Callable[[], object]) -> float:
-        return timed(lambda work: work(), work)[0]
-
-    told_by_turns({name: partial(seconds, work) for name, work in works.items()}, rounds, times)
-
-
-def told_by_turns(works: Mapping[str, Callable[[], float]], rounds: int, times: dict[str, list[float]]) -> None:
-    """Adds the seconds that each tells to `times`; who begins rotates, and one round before does not count."""
+    """Adds the seconds that each takes to `times`; who begins rotates, and one round before does not count."""
     for number, turn in zip(range(rounds + 1), turns(works), strict=False):
         for name in turn:
-            seconds = works[name]()
+            seconds, _ = timed(lambda work: work(), works[name])
             if number:
                 times[name].append(seconds)
 

@@ -290,8 +290,8 @@ class LiveCluster:
 
     def _view(self) -> ClusterView:
         view = ClusterView.of([self._state(node) for node in self._nodes], self.holdings)
-        rates = view.tokens_per_s, view.read_bytes_per_s, view.fetch_bytes_per_s
-        tokens, reads, fetches = (_alike(each, view.up) for each in rates)
+        rates = np.stack((view.tokens_per_s, view.read_bytes_per_s, view.fetch_bytes_per_s))
+        tokens, reads, fetches = _alike(rates, view.up)
         return replace(view, tokens_per_s=tokens, read_bytes_per_s=reads, fetch_bytes_per_s=fetches)
 
     def _state(self, node: _Node) -> NodeState:
@@ -309,14 +309,14 @@ class LiveCluster:
 
 
 def _alike(rates: FloatArray, up: BoolArray) -> FloatArray:
-    """Nodes whose rates are near the median of the living have that rate.
+    """[rates, nodes]: nodes whose rates are near the median of the living have that rate.
 
     Rates are measured under way, and those of two equal nodes differ by a fifth from one moment to the next. The one
     that seems quicker would draw every request that finds all idle, and at last hold alone what is asked for.
     """
     if not up.any():
         return rates
-    middle = np.median(rates[up])
+    middle = np.median(rates[:, up], axis=1, keepdims=True)
     return np.where((rates < middle * _NEAR) & (middle < rates * _NEAR), middle, rates)
 
 

@@ -94,18 +94,17 @@ def _fastest(rows: int, shape: tuple[int, int], num_layers: int, dtype: torch.dt
     """Median seconds of one product [rows, in] · [in, out] by the fastest way."""
     out, inner = shape
     copies = min(num_layers, math.ceil(_BEYOND_CACHES / (out * inner * dtype.itemsize)))
-    weights, x = (
-        [torch.randn(out, inner, device=device) for _ in range(copies)],
-        torch.randn(rows, inner, device=device),
-    )
-    seconds = []
+    x, compiled = torch.randn(rows, inner, device=device), kernels()
+
+    def seconds(make: Callable[[torch.Tensor], Linear], inputs: torch.Tensor) -> float:
+        return _median_seconds([make(torch.randn(out, inner, device=device)) for _ in range(copies)], inputs, device)
+
+    found = []
     if dtype.is_floating_point:
-        narrow = [torch_linear(weight.to(dtype), None) for weight in weights]
-        seconds.append(_median_seconds(narrow, x.to(dtype), device))
-    if dtype in _PACKINGS and device.type == "cpu":
-        packed = [_product(weight, _PACKINGS[dtype], kernels()) for weight in weights]
-        seconds.append(_median_seconds(packed, x, device))
-    return min(seconds)
+        found.append(seconds(lambda weight: torch_linear(weight.to(dtype), None), x.to(dtype)))
+    if dtype in _PACKINGS and device.type == "cpu" and (compiled or not found):  # else torch has been asked already
+        found.append(seconds(lambda weight: _product(weight, _PACKINGS[dtype], compiled), x))
+    return min(found)
 
 
 def _product(weight: torch.Tensor, packing: str, compiled: Kernels | None) -> Linear:

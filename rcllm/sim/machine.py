@@ -2,8 +2,7 @@
 
 Knows nothing of requests. Cores share memory, caches and, where two of them are threads of one, what computes; so a
 pass goes on more slowly beside another one, and so does what comes in and goes out. Tasks that outnumber the cores
-have equal shares of them. Invariant: a task ends once, when
-it has done its seconds at the paces that it had.
+have equal shares of them. Invariant: a task ends once, when it has done its seconds at the paces that it had.
 """
 
 from __future__ import annotations
