@@ -7,7 +7,7 @@ beams and answers equal; what bf16 shifts is told beside.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -143,10 +143,10 @@ def drafts(scale: Scale, chosen: Options) -> dict[str, float]:
     """Greedy answers in fp32, plain and drafted: the share of tokens that equal the CPU's plain answer."""
     spec, weights, size = _twins(chosen)
     count = scale.new_tokens
-    twin = answers(Decoder(spec, weights), size, count, [None, None], chosen)
+    twin = answering(Decoder(spec, weights), size, count, chosen)([None, None])
     decoder = Decoder(spec, moved(weights, torch.float32, scale.device), "triton")
-    plain = answers(decoder, size, count, [None, None], chosen)
-    drafted = answers(decoder, size, count, [Known(each, spec.vocab_size) for each in twin], chosen)
+    plain = answering(decoder, size, count, chosen)([None, None])
+    drafted = answering(decoder, size, count, chosen)([Known(each, spec.vocab_size) for each in twin])
     return {"drafts_plain_equal_share": _equal(twin, plain), "drafts_strict_equal_share": _equal(twin, drafted)}
 
 
@@ -170,19 +170,25 @@ class Known(NoDrafter):
         self._done = min(self._done + len(token_ids), len(self._answer))
 
 
-def answers(
-    decoder: Decoder, size: Size, count: int, known: Sequence[Known | None], chosen: Options
-) -> list[tuple[int, ...]]:
+Answers = Callable[[Sequence[Known | None]], list[tuple[int, ...]]]  # tokens, by what is drafted for each prompt
+
+
+def answering(decoder: Decoder, size: Size, count: int, chosen: Options) -> Answers:
     """`count` tokens after a prompt of each own, together. Whatever is drafted is verified: passes cost the same."""
     engine = engine_of(decoder, size, "fp32" if decoder.dtype == torch.float32 else "bf16", 256 << 20)
-    by_name = {str(number): drafter for number, drafter in enumerate(known)}
     budget = DraftBudget(PassCosts({1: 1.0, 64: 1.0}))
-    generator = Generator(engine, lambda request, prompt: by_name[request.request_id], budget=budget)
     options = GenerateOptions(max_tokens=count, speculation=Speculation("strict"))
     length = 10 if chosen.dry_run else 100
-    prompts = torch.randint(5, 250, (len(known), length), generator=torch.Generator().manual_seed(chosen.seed)).tolist()
-    asked = [TextRequest(str(n), options=options, parts=(tuple(prompt),)) for n, prompt in enumerate(prompts)]
-    return [answered([each])[0].token_ids for each in engine.run(generator, asked)]
+
+    def answers(known: Sequence[Known | None]) -> list[tuple[int, ...]]:
+        by_name = {str(number): drafter for number, drafter in enumerate(known)}
+        generator = Generator(engine, lambda request, prompt: by_name[request.request_id], budget=budget)
+        random = torch.Generator().manual_seed(chosen.seed)
+        prompts = torch.randint(5, 250, (len(known), length), generator=random).tolist()
+        asked = [TextRequest(str(n), options=options, parts=(tuple(prompt),)) for n, prompt in enumerate(prompts)]
+        return [answered([each])[0].token_ids for each in engine.run(generator, asked)]
+
+    return answers
 
 
 def _equal(some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu_checks import Known, answers
+from benchmarks.gpu_checks import Known, answering
 from benchmarks.gpu_setup import (
     SHAPES,
     Scale,
@@ -158,7 +158,7 @@ def _attention_case(
     num_rows = sum(group.num_rows for group in groups)
     qkv = torch.randn(num_rows, spec.q_size + 2 * spec.kv_size, device=scale.device).to(scale.dtype)
     is_laid = HostTables(spec, groups, scale.dtype, scale.device).laid is not None
-    usual = Tilings.of(spec, groups, groups, scale.dtype, scale.device)
+    usual = Tilings.of(spec, groups, scale.dtype, scale.device)
     way = "laid" if is_laid else "in_place"
     num_bytes = qkv.nbytes + num_rows * spec.q_size * qkv.itemsize
     num_bytes += sum(segment.num_bytes for group in groups for segment in group.segments) // spec.num_layers
@@ -290,24 +290,26 @@ def batch(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]
 
 
 def saturation(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, float]:
-    """All rankings at once: the loop chooses its batches. At `blocks` also with one pass after the other.
+    """All rankings at once, again and again: the loop chooses its batches. At `blocks` also one pass after the other.
 
     `overlap_share`: of the host's work on passes, by its trace, what was done while another pass was under way.
     """
     found, rows = dict[str, float](), []
     for shape in scale.shapes:
         engine, timer = _warm_engine(decoder_of(shape, scale), scale.main, scale), Timer(scale.device)
-        rates = {}
-        for name, level, count in (
-            ("exact", "exact", max(2, scale.saturation // 4)),
-            ("blocks", "blocks", scale.saturation),
-            ("one_by_one", "blocks", scale.saturation),
+        rates, most = {}, min(scale.saturation, 24)
+        for count in [count for count in range(1, most + 1) for _ in range(3)]:  # passes of all lengths are captured
+            engine.rank_batch(rankings(scale.main, count, "blocks", 1000 + count))
+        for name, level, count, repeats in (
+            ("exact", "exact", max(2, scale.saturation // 4), 1),
+            ("blocks", "blocks", scale.saturation, 5),
+            ("one_by_one", "blocks", scale.saturation, 5),
         ):
             engine.loop._flies = name != "one_by_one" and scale.device.type == "cuda"
-            for seed in range(97, 100) if level == "blocks" else (99,):  # passes of most lengths are captured
-                engine.rank_batch(rankings(scale.main, count if level == "blocks" else 2, level, seed))
+            engine.rank_batch(rankings(scale.main, count if level == "blocks" else 2, level, 99))
             trace = engine.loop._trace = Trace()
-            rates[name] = count / timer.wall(partial(engine.rank_batch, rankings(scale.main, count, level, 101)))
+            asked = [rankings(scale.main, count, level, 101 + number) for number in range(repeats)]
+            rates[name] = count / statistics.median(timer.wall(partial(engine.rank_batch, each)) for each in asked)
             found[f"saturation_{shape}_{name}_per_s"] = rates[name]
             found[f"saturation_{shape}_{name}_overlap_share"] = _overlap(trace)
         found[f"saturation_{shape}_blocks_vs_exact"] = rates["blocks"] / rates["exact"]
@@ -390,10 +392,12 @@ def speculation(scale: Scale, ceilings: Ceilings, chosen: Options) -> dict[str, 
     for shape in scale.shapes:
         decoder, timer = decoder_of(shape, scale), Timer(scale.device)
         spec, count = decoder.spec, scale.new_tokens
-        plain = answers(decoder, scale.main, count, [None], chosen)
-        known = partial(answers, decoder, scale.main, count)
-        known([Known(plain[0], spec.vocab_size)], chosen)
-        seconds = [timer.wall(partial(known, [each], chosen)) for each in (None, Known(plain[0], spec.vocab_size))]
+        answers = answering(decoder, scale.main, count, chosen)
+        [plain] = answers([None])
+        seconds = []
+        for drafters in ([None] * 6, [Known(plain, spec.vocab_size) for _ in range(6)]):
+            walls = [timer.wall(partial(answers, [each])) for each in drafters]
+            seconds.append(statistics.median(walls[3:]))  # what is captured is captured by then
         found |= {f"speculation_{shape}_plain_per_s": count / seconds[0]}
         found |= {f"speculation_{shape}_known_per_s": count / seconds[1]}
         tokens = scale.beam_prompts[0]

@@ -69,6 +69,8 @@ def options(
         told = "of weights and products; all but fp32 mark their metrics by their name"
         parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help=told)
     given = parser.parse_args()
+    if given.out.is_dir() or not given.out.parent.is_dir():
+        parser.error(f"--out {given.out}: expected a file in a folder that is there")
     chosen = Options(
         given.quick,
         given.seed,

@@ -322,8 +322,7 @@ class Pool:
         ]
         if not (marks := lane.send(parts)):
             return None
-        sizes = [sum(copy.to.nbytes for copy in part) for part in parts]
-        return Arriving(tuple(Part(*each) for each in zip(firsts, sizes, marks, strict=True)))
+        return Arriving(tuple(map(Part, firsts, marks)))
 
     def insert(self, key: ContentKey, block: Block, since: int | None = None, *, written: bool = True) -> Block | None:
         """Copies a block in, evicting others, and pins it; None: its owner was erased after `since`."""

@@ -30,7 +30,6 @@ class Part:
     """Some layers of several blocks."""
 
     first_layer: int
-    num_bytes: int
     mark: Mark  # behind their copies
 
 
@@ -57,11 +56,12 @@ class Arrivals:
         self._left = deque(sorted(parts, key=lambda part: part.first_layer))
 
     @property
-    def num_bytes(self) -> int:
-        """Of what is not there yet."""
-        return sum(part.num_bytes for part in self._left if not part.mark.query())
+    def starts(self) -> frozenset[int]:
+        """The first layers of its parts, while any of them is not there yet."""
+        is_there = all(part.mark.query() for part in self._left)
+        return frozenset() if is_there else frozenset(part.first_layer for part in self._left)
 
     def wait(self, layer: int) -> None:
-        """To be called before each layer, and once with the last one where a pass has no steps between its layers."""
+        """To be called before each layer, or before several with the last of them."""
         while self._left and self._left[0].first_layer <= layer:
             self._left.popleft().mark.wait()

@@ -84,6 +84,14 @@ class Carried:
 
 
 @dataclass(frozen=True, slots=True)
+class Stream:
+    """All rows of a pass between two layers."""
+
+    residual: torch.Tensor  # [rows, d], which layers change in place
+    delta: torch.Tensor | None  # [rows, d], what the last layer adds to it; None: no layer is done
+
+
+@dataclass(frozen=True, slots=True)
 class Passed:
     hidden: torch.Tensor  # [wanted, d], after the final norm
     kept: list[torch.Tensor]  # per Keep: [layers, 2, kv_heads, len, D], K turned to block-local positions
@@ -240,17 +248,50 @@ class Decoder:
     ) -> torch.Tensor:
         """The hidden states of the wanted rows, [wanted, d]; KV of rows to keep goes to `kept`."""
         layers = range(carried.num_layers if carried else 0, self.spec.num_layers)
-        residual, delta = self._embedded(work) if carried is None else carried.residual, None
-        if carried:
-            delta = self._layers[layers.start - 1].feed(residual, carried.attended)
+        stream = self.through_layers(layers[:-1], self.begin(work, carried), work, attend, kept, observe, between)
+        return self.end(stream, work, attend, kept, observe, between)
+
+    def begin(self, work: Pass, carried: Carried | None = None) -> Stream:
+        """Rows before their first layer, or before the one that follows where `carried` stands."""
+        if carried is None:
+            return Stream(self._embedded(work), None)
+        delta = self._layers[carried.num_layers - 1].feed(carried.residual, carried.attended)
+        return Stream(carried.residual, delta)
+
+    def through_layers(
+        self,
+        layers: range,
+        stream: Stream,
+        work: Pass,
+        attend: Attend,
+        kept: Kept | None,
+        observe: Observe | None = None,
+        between: Between | None = None,
+    ) -> Stream:
+        """Some layers, of which the last one of the model is none."""
         for i in layers:
             if between is not None:
                 between(len(work.token_ids))
             work.wait(i)
-            if i != layers[-1]:
-                delta = self._run(i, residual, delta, work, attend, kept, observe)
-        attended = self._mix(layers[-1], residual, delta, work, attend, kept, observe)
-        residual = residual[work.wanted]
+            stream = Stream(stream.residual, self._run(i, stream, work, attend, kept, observe))
+        return stream
+
+    def end(
+        self,
+        stream: Stream,
+        work: Pass,
+        attend: Attend,
+        kept: Kept | None,
+        observe: Observe | None = None,
+        between: Between | None = None,
+    ) -> torch.Tensor:
+        """The last layer, and the final norm of the wanted rows, [wanted, d]."""
+        if between is not None:
+            between(len(work.token_ids))
+        last = self.spec.num_layers - 1
+        work.wait(last)
+        attended = self._mix(last, stream, work, attend, kept, observe)
+        residual = stream.residual[work.wanted]
         delta = self._layers[-1].feed(residual, attended[work.wanted])
         return self._ops.add_norm(residual, delta, self.final_norm)
 
@@ -259,20 +300,15 @@ class Decoder:
         """Runs the first `num_layers` layers, the last of them up to its attention, over every row of `work`."""
         assert 0 < num_layers < self.spec.num_layers
         attend, kept = self._attend(work), self.keeping(work, range(num_layers))
-        residual = self._embedded(work)
-        work.wait(0)
-        attended = self._mix(0, residual, None, work, attend, kept, observe)
-        for i in range(1, num_layers):
-            delta = self._layers[i - 1].feed(residual, attended)
-            work.wait(i)
-            attended = self._mix(i, residual, delta, work, attend, kept, observe)
-        return Carried(residual, attended, kept.blocks() if kept else [], num_layers)
+        stream = self.through_layers(range(num_layers - 1), self.begin(work), work, attend, kept, observe)
+        work.wait(num_layers - 1)
+        attended = self._mix(num_layers - 1, stream, work, attend, kept, observe)
+        return Carried(stream.residual, attended, kept.blocks() if kept else [], num_layers)
 
     def _run(
         self,
         number: int,
-        residual: torch.Tensor,
-        delta: torch.Tensor | None,
+        stream: Stream,
         work: Pass,
         attend: Attend,
         kept: Kept | None,
@@ -286,21 +322,20 @@ class Decoder:
         is_plain = observe is None and not work.asides and (kept is None or kept.back is None)
         if is_plain and isinstance(layer, CompiledLayer) and type(attend) is NativeSegmented:
             copied = None if kept is None else kept.of_layer(number)
-            return layer.run(residual, delta, work.positions, number, attend.reads, copied)
-        return layer.feed(residual, self._mix(number, residual, delta, work, attend, kept, observe))
+            return layer.run(stream.residual, stream.delta, work.positions, number, attend.reads, copied)
+        return layer.feed(stream.residual, self._mix(number, stream, work, attend, kept, observe))
 
     def _mix(
         self,
         number: int,
-        residual: torch.Tensor,
-        delta: torch.Tensor | None,
+        stream: Stream,
         work: Pass,
         attend: Attend,
         kept: Kept | None,
         observe: Observe | None,
     ) -> torch.Tensor:
         """The first half of a layer: residual += delta, and what attention over it gives; [rows, H·D]."""
-        qkv = self._layers[number].project(residual, delta, work.positions)
+        qkv = self._layers[number].project(stream.residual, stream.delta, work.positions)
         if kept is not None:
             kept.take(number, qkv)
         if observe is not None:

@@ -19,7 +19,8 @@ FloatArray = npt.NDArray[np.float64]
 
 MARGIN = 1.25  # what an estimate is taken times where being late matters: a tenth more or less is its usual error
 _WINDOW = 64  # passes that rates are fitted to
-_REFIT = 8  # passes between two fits once the window is full: one takes a third of a millisecond
+_EAGER = 16  # passes after each of which rates are fitted
+_REFIT = 8  # passes between two later fits: one takes a third of a millisecond
 _TRUST = 0.2  # weight of the first values beside the passes, each of which weighs 1
 _RECENT = 9  # passes whose median tells how loaded the machine is now
 _ERRORS = 64  # passes that the reported error is the median of
@@ -115,7 +116,7 @@ class CostModel:
         self._demands.append(demand.array())
         self._ms.append(ms)
         self.num_passes += 1
-        if self.num_passes <= _WINDOW or self.num_passes % _REFIT == 0:
+        if self.num_passes <= _EAGER or self.num_passes % _REFIT == 0:
             self._fit()
         self._weigh()
 

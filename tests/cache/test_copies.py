@@ -80,12 +80,12 @@ def test_a_pass_waits_for_each_part_before_the_layer_that_reads_it() -> None:
         held.fetch([key(1), key(2)])
         early = held.blocks.early([key(1), key(2), key(1)])
         [arrivals] = early.arrivals
-        assert arrivals.num_bytes == 2 * 4 * TOKEN_BYTES
+        assert arrivals.starts == {0, 1}
         for layer in range(2):
             arrivals.wait(layer)
             for number in (1, 2):
                 assert torch.equal(early.kv[key(number)][: layer + 1], kv(number, 4)[: layer + 1])
-            assert arrivals.num_bytes == (1 - layer) * 4 * TOKEN_BYTES
+            assert arrivals.starts == ({1} if layer == 0 else set())
         assert held.blocks.early([key(1)]).arrivals, "the device may not have come so far"
     with case.pool.hold() as held:
         held.fetch([key(1), key(2)])
@@ -371,4 +371,4 @@ def test_passes_with_nothing_on_its_way_wait_for_nothing() -> None:
     blocks = Blocks()
     blocks.add(key(1), kv(1))
     assert blocks.early([key(1)]).arrivals == ()
-    assert Arrivals(()).num_bytes == 0
+    assert Arrivals(()).starts == frozenset()

@@ -152,7 +152,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert held.blocks.keys() == set(map(key, mine))
             for number in mine:
                 early = held.blocks.early([key(number)])
-                if not any(each.num_bytes for each in early.arrivals):
+                if not any(each.starts for each in early.arrivals):
                     assert torch.equal(early.kv[key(number)], kv(number)), "what is held never changes"
         for number in range(12):
             if (block := self.pool._blocks.get(key(number))) is not None:

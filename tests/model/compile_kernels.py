@@ -113,8 +113,8 @@ def main(arch: int, kept: str) -> dict[str, dict[str, float]]:
     found["join"] = facts(compile_for(beam_kernels.join_steps_kernel, rows, joining, arch))
     laying = triton_laid.lay_constants(spec, kinds)
     found["lay"] = facts(compile_for(triton_laid_kernels.lay_kernel, rows, laying, arch))
-    for num_rows, told in ((100, False), (1600, False), (1600, True)):
-        tiling = triton_laid.tiling_of(spec, num_rows, rows, cores=132)
+    tiling = triton_laid.tiling_of(rows, cores=132)
+    for told in (False, True):
         constants = triton_laid.laid_constants(spec, tiling, rows, told=told)
         name = f"laid {tiling.queries}, by blocks" if told else f"laid {tiling.queries}"
         found[name] = facts(compile_for(triton_laid_kernels.laid_kernel, rows, constants, arch, **_options(tiling)))

@@ -27,7 +27,6 @@ from rcllm.decode.beam_task import BeamPrompt, BeamTask
 from rcllm.drafts.draft import DraftTree
 from rcllm.engine.jobs.sequences import tree_group
 from rcllm.errors import ConfigError
-from rcllm.model import static_passes
 from rcllm.model.arrivals import Arrivals, Arriving, Part
 from rcllm.model.attend import on_triton
 from rcllm.model.attend.choose import resolved
@@ -36,7 +35,7 @@ from rcllm.model.attend.segments import Group, Segment
 from rcllm.model.attend.triton_tables import Tiling
 from rcllm.model.decoder import Decoder, Keep, Pass
 from rcllm.model.rope import Rope
-from rcllm.model.static_passes import StaticPasses
+from rcllm.model.static_passes import Run, StaticPasses
 from rcllm.model.weights import load_model
 from tests.model.test_attention import DTYPES, SPEC, random_group, random_rows
 from tests.reference import attend as reference
@@ -192,10 +191,10 @@ def test_the_kernels_compile_for_a_gpu() -> None:
     """To its machine code, which needs none: bf16 rows and KV in Qwen3-8B's shape, few rows and many."""
     found = compiled("90", "bf16")
     attending = {"attend 16", "attend 128", "attend nothing cached", "merge", "lay", "join"}
-    attending |= {"laid 128", "laid 64", "laid 64, by blocks"}
+    attending |= {"laid 64", "laid 64, by blocks"}
     products = {f"product {bits} {rows}" for bits in (8, 4) for rows in (16, 32, 64, 128)}
     assert set(found) == attending | products | {"add_norm", "rotate", "keep", "swiglu", "widen 8", "widen 4", "sum"}
-    for name in ("attend 16", "attend 128", "laid 64", "laid 128"):
+    for name in ("attend 16", "attend 128", "laid 64"):
         assert found[name]["bytes_per_load"] == 16, "K and V are read in whole vectors"
         assert found[name]["spilled_bytes"] <= 32
         assert found[name]["shared_bytes"] <= 227 * 1024
@@ -249,34 +248,41 @@ def within(group: Group, positions: int) -> Group:
     return dataclasses.replace(group, segments=tuple(segments))
 
 
-@pytest.mark.parametrize("share", [0.5, 2.0])
-def test_what_is_still_to_come_is_waited_for_before_a_replay_or_layer_by_layer(
-    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By how much it is: a launched pass takes longer, and waits for less."""
-    decoder = Decoder(*load_model(tiny_model("qwen3", tmp_path)), "triton")
-    static, asked = StaticPasses(decoder, lambda run: run), list[int]()
-    work = static_example(3, decoder)
-    for _ in range(2):
-        static.forward(work)
-    num_bytes = int(share * static_passes._LAUNCHED_BYTES)  # of each layer
-    parts = tuple(Part(layer, num_bytes, Passing(layer, asked)) for layer in range(decoder.spec.num_layers))
-    late = dataclasses.replace(work, arrivals=[Arrivals([Arriving(parts)])])
-    assert (static.forward(late) is None) == (share > 1)
-    assert asked == ([] if share > 1 else list(range(decoder.spec.num_layers)))
-    monkeypatch.setattr(static_passes, "_ROWS", (len(work.token_ids) - 1,))  # beyond these, no layer waits for the host
-    assert static.forward(late) is None
+def test_a_replay_in_parts_waits_for_what_each_part_reads(tmp_path: Path) -> None:
+    """And gives what a replay at once gives, as soon as its shape has come before."""
+    decoder, events = Decoder(*load_model(tiny_model("qwen3", tmp_path, num_hidden_layers=5)), "triton"), list[str]()
+
+    def replayed(run: Run) -> Run:
+        def told() -> object:
+            events.append("run")
+            return run()
+
+        return told
+
+    static, work = StaticPasses(decoder, replayed), static_example(3, decoder)
+    expected = [static.forward(work) for _ in range(2)][-1]
+    assert expected is not None
+    assert events == ["run"]
+    parts = tuple(Part(layer, Passing(str(layer), events)) for layer in (0, 2, 4))
+    for number in range(3):
+        events.clear()
+        got = static.forward(dataclasses.replace(work, arrivals=[Arrivals([Arriving(parts)])]))
+        assert (got is None) == (number == 0), "the first of a shape runs as it is"
+        if got is not None:
+            torch.testing.assert_close(got.hidden, expected.hidden, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(got.kept, expected.kept, atol=1e-6, rtol=1e-6)
+    assert events == ["0", "run", "2", "run", "4", "run"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Passing:
     """A mark that has not been passed, and notes who waits for it."""
 
-    number: int
-    asked: list[int]
+    name: str
+    events: list[str]
 
     def wait(self) -> None:
-        self.asked.append(self.number)
+        self.events.append(self.name)
 
     def query(self) -> bool:
         return False

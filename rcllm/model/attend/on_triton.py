@@ -41,15 +41,10 @@ class Tilings:
     laid: Tiling
 
     @classmethod
-    def of(
-        cls, spec: ModelSpec, few: Sequence[Group], many: Sequence[Group], dtype: torch.dtype, device: torch.device
-    ) -> Tilings:
-        """few, many: groups that are read in place, and laid."""
+    def of(cls, spec: ModelSpec, few: Sequence[Group], dtype: torch.dtype, device: torch.device) -> Tilings:
+        """few: groups that are read in place."""
         cores, num_rows = num_cores(device), max((group.num_rows for group in few), default=1)
-        return cls(
-            triton_in_place.tiling_of(spec, num_rows, dtype, cores),
-            triton_laid.tiling_of(spec, sum(group.num_rows for group in many), dtype, cores),
-        )
+        return cls(triton_in_place.tiling_of(spec, num_rows, dtype, cores), triton_laid.tiling_of(dtype, cores))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +78,7 @@ class HostTables:
         is_laid = _laid(spec, groups, dtype)
         placed = list(zip(groups, starts, is_laid, strict=False))
         few, many = ([group for group, _, laid in placed if laid == which] for which in (False, True))
-        tilings = tilings or Tilings.of(spec, few, many, dtype, device)
+        tilings = tilings or Tilings.of(spec, few, dtype, device)
         self.in_place: InPlaceTables | None = None
         self.laid: LaidTables | None = None
         if few:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from rcllm.late import Late
-from rcllm.model.attend.segments import Group, Keys
+from rcllm.model.attend.segments import Group, Keys, Segment
 from rcllm.model.attend.triton_tables import (
     KINDS,
     UNIT,
@@ -34,6 +34,7 @@ from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
 _KERNELS = Late("rcllm.model.attend.triton_kernels")  # triton is optional
+_NUMBERS = {dtype: number for number, dtype in enumerate(KINDS)}
 _PROGRAMS_PER_CORE = 2  # that a pass is divided into, at least, where it has the keys
 
 
@@ -187,21 +188,7 @@ def key_tiles(group: Group, keys: int) -> tuple[IntTable, IntTable, IntTable]:
     if not segments:
         return np.zeros((0, 5), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
     assert all(segment.kv.is_contiguous() for segment in segments), "KV blocks are contiguous"
-    table = np.array(
-        [
-            (
-                s.kv.data_ptr(),
-                s.kv.shape[3],
-                s.kv.shape[4] * s.kv.itemsize,
-                s.start,
-                len(s),
-                s.base,
-                KINDS.index(s.kv.dtype),
-            )
-            for s in segments
-        ],
-        dtype=np.int64,
-    )
+    table = np.array([_told(segment) for segment in segments], np.int64)
     assert not (table[:, 0] % UNIT).any(), "KV blocks begin at multiples of 16 bytes"
     order = np.argsort(table[:, 6], kind="stable")
     counts = -(-table[order, 4] // keys)
@@ -212,6 +199,14 @@ def key_tiles(group: Group, keys: int) -> tuple[IntTable, IntTable, IntTable]:
         [address + (start + place) * row_bytes, block_len, np.minimum(length - place, keys), base, of]
     )
     return tiles, kind, place
+
+
+def _told(segment: Segment) -> tuple[int, ...]:
+    """Address and tokens of its block, bytes of a row, its own first token, its tokens, base, dtype."""
+    kv = segment.kv
+    *_, length, width = kv.shape
+    row_bytes, own = width * kv.itemsize, segment.stop - segment.start
+    return kv.data_ptr(), length, row_bytes, segment.start, own, segment.base, _NUMBERS[kv.dtype]
 
 
 def _rows_table(group: Group) -> IntTable:

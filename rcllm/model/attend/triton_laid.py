@@ -30,7 +30,6 @@ from rcllm.model.attend.triton_tables import (
     interpreting,
     padded,
     shape_of,
-    share_of,
     slots_of,
 )
 from rcllm.model.attend.triton_way import Way, head_constants, reading_constants, row_constants
@@ -42,15 +41,13 @@ _FRESH = len(KINDS)  # the kind of keys that are rows of the pass
 _TOKENS = 64  # that one program lays
 
 
-def tiling_of(spec: ModelSpec, num_rows: int, dtype: torch.dtype, cores: int) -> Tiling:
-    """For `num_rows` rows in all: the tiles that were quickest on an H200. Smaller ones share a core."""
+def tiling_of(dtype: torch.dtype, cores: int) -> Tiling:
+    """The tiles that were quickest on an H200, for one ranking and for many: two of them share a core."""
     if interpreting():  # which takes its time for each program, however much that computes
         return Tiling(256, 64, 2 * cores)
     if dtype == torch.float32:
         return Tiling(32, 32, 2 * cores)
-    if num_rows * share_of(spec) // 128 * spec.num_kv_heads >= cores:  # enough for all cores
-        return Tiling(64, 64, cores, num_warps=4)
-    return Tiling(128, 64, cores, num_warps=8)
+    return Tiling(64, 64, 2 * cores)
 
 
 @dataclass(frozen=True, slots=True)

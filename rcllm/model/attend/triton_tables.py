@@ -99,10 +99,10 @@ def divided(units: IntTable, num_kv_heads: int, tiling: Tiling) -> tuple[IntTabl
     Per task its row tile, its first unit and its last; a row tile without work has one task.
     """
     each = max(_LEAST_TILES, -(-int(units.sum()) * num_kv_heads // tiling.num_programs))
-    counts = np.maximum(1, -(-units // each))
+    counts = np.maximum(1, (units + each // 2) // each)  # the nearest, so that there are not many more than programs
     of = np.repeat(np.arange(len(units)), counts)
-    begin = (np.arange(len(of)) - (np.cumsum(counts) - counts)[of]) * each
-    return of, begin, np.minimum(begin + each, units[of])
+    number = np.arange(len(of)) - (np.cumsum(counts) - counts)[of]
+    return of, number * units[of] // counts[of], (number + 1) * units[of] // counts[of]
 
 
 def slots_of(of: IntTable, first_row: IntTable, num_rows: IntTable) -> tuple[IntTable, IntTable]:
