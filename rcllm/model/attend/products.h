@@ -22,7 +22,7 @@ struct Fp32 {
   static constexpr int VALUES = 1;  // of a cell
   static Cell cell(const float* x, float scale) { return *x * scale; }
   static void put(Cell* row, int at, vec x) { store(row + at, x); }
-  static vec add(vec sum, Cells a, Cells b) { return sum + a * b; }
+  static vec add(vec sum, Cells a, Cells b) { return fused(sum, a, b); }
 };
 
 struct Bf16 {
@@ -36,8 +36,7 @@ struct Bf16 {
 #if defined(__AVX512BF16__)
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
-    sum += (vec)(a & HIGH) * (vec)(b & HIGH);
-    return sum + (vec)(a << 16) * (vec)(b << 16);
+    return fused(fused(sum, (vec)(a & HIGH), (vec)(b & HIGH)), (vec)(a << 16), (vec)(b << 16));
 #endif
   }
 };

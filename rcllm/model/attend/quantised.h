@@ -35,7 +35,7 @@ struct Int8Group {  // level · scale
   ivec cell(int k, int n) const { return load_cells(levels, k, n); }
   static ivec start(const InputGroup& x) { return splat(-128 * x.sum); }
   vec add(vec sum, ivec products, const InputGroup& x, int n) const {
-    return sum + to_floats(products) * scale[n] * splat(x.scale);
+    return fused(sum, to_floats(products) * scale[n], splat(x.scale));
   }
 };
 
@@ -53,8 +53,7 @@ struct Int4Group {  // level · scale + least
   ivec cell(int k, int n) const { return load_cells(levels, k / 2, n) >> (k % 2 ? 4 : 0) & 0x0f0f0f0f; }
   static ivec start(const InputGroup&) { return ivec{}; }
   vec add(vec sum, ivec products, const InputGroup& x, int n) const {
-    sum += to_floats(products) * scale[n] * splat(x.scale);
-    return sum + least[n] * splat(x.total);
+    return fused(fused(sum, to_floats(products) * scale[n], splat(x.scale)), least[n], splat(x.total));
   }
 };
 

@@ -41,6 +41,18 @@ inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
 inline ivec load(const int32_t* p) { return *reinterpret_cast<const ivec_u*>(p); }
 inline void store(float* p, vec x) { *reinterpret_cast<vec_u*>(p) = x; }
 inline void store(int32_t* p, ivec x) { *reinterpret_cast<ivec_u*>(p) = x; }
+// sum + a · b, rounded once where the processor can. Written out, for in some chains of such sums, and for some processors
+// (Zen 2 and 3), GCC takes product and sum apart: two shapes of a tile would round differently.
+inline vec fused(vec sum, vec a, vec b) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return sum + a * b;
+#endif
+}
+
 inline vec vmax(vec a, vec b) { return a > b ? a : b; }
 
 inline float as_float(uint32_t bits) {
