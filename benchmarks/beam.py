@@ -25,7 +25,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks.harness import Options, dataset, options, percentile, run_parts, show, timed
+from benchmarks.harness import Options, dataset, options, percentile, run_parts, show, timed, transformers_model
 from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
 from rcllm.codes.updates import Update
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
@@ -144,9 +144,7 @@ class Peer:
     """`generate` under `prefix_allowed_tokens_fn`, with look-ups by dict."""
 
     def __init__(self, folder: Path, code_index: CodeIndex, tokens: CodeTokens) -> None:
-        from transformers import AutoModelForCausalLM  # noqa: PLC0415 (a peer, not a dependency)
-
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = transformers_model(folder)
         self.model.generation_config.eos_token_id = None
         self.children: dict[tuple[int, ...], set[int]] = {}
         columns = [ids[code_index.codes[:, level]].tolist() for level, ids in enumerate(tokens.ids)]

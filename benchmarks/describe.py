@@ -38,7 +38,7 @@ from benchmarks.describe_setup import (
     user_profile,
     user_scenarios,
 )
-from benchmarks.harness import Options, console, dataset, options, run_parts, show, timed
+from benchmarks.harness import Options, console, dataset, options, run_parts, show, timed, transformers_model
 from rcllm.core.decoding import Generated
 from rcllm.core.ranking import ItemId, UserId
 from rcllm.data import Dataset
@@ -291,10 +291,8 @@ def groups(bench: Workbench, scenario: Scenario, chosen: Options) -> dict[str, f
 
 def peer(bench: Workbench, scenario: Scenario, count: int) -> dict[str, float]:
     """Our strict decoding and Hugging Face's prompt lookup: same prompts and weights, batch 1, prompts included."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (a peer, not a dependency)
-
     folder = pull(bench.engine.config.model.path)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = transformers_model(folder)
     seconds, tokens, equal = defaultdict[str, float](float), defaultdict[str, int](int), list[bool]()
     with tempfile.TemporaryDirectory(prefix="rcllm-pools-") as name:
         writer = bench.writer(STRICT, 1, bench.warm_pools(scenario, Path(name) / "pools"))

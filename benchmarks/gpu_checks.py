@@ -25,7 +25,7 @@ from benchmarks.gpu_setup import (
     searched,
     steps_of_search,
 )
-from benchmarks.harness import ROOT, Options, console, show
+from benchmarks.harness import ROOT, Options, console, show, transformers_model
 from rcllm.core.decoding import GenerateOptions, Speculation
 from rcllm.core.texts import TextRequest
 from rcllm.decode.beam import BeamSearch
@@ -49,15 +49,13 @@ LARGER = qwen3(4, 256, 8, 2, 512, head_dim=64)  # small enough for a CPU, and se
 
 def logits(scale: Scale, chosen: Options) -> dict[str, float]:
     """A trained model against transformers in fp32: SmolLM2 where it is here, else the decoder of this tree."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (a peer, not a dependency)
-
     smollm2 = cache_dir() / "models" / "smollm2-135m-instruct"
     is_small = chosen.dry_run or not (smollm2 / "config.json").is_file()
     folder = ROOT / "decoders" / "movielens" if is_small else smollm2
     spec, weights = load_model(folder)
     count = 12 if chosen.dry_run else 400
     ids = torch.randint(0, spec.vocab_size, (count,), generator=torch.Generator().manual_seed(chosen.seed))
-    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    peer = transformers_model(folder)
     with torch.inference_mode():
         expected = peer(ids[None]).logits[0]
     found = {"logits_is_smollm2": float(not is_small)}

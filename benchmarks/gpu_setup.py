@@ -37,6 +37,7 @@ from rcllm.engine.fit import fit
 from rcllm.engine.space import declared_mask
 from rcllm.model.attend.segments import Segment
 from rcllm.model.decoder import Decoder, Pass
+from rcllm.model.quantised import wide
 from rcllm.model.spec import ModelSpec, RopeSpec
 from rcllm.model.static_passes import Graphs
 from rcllm.model.weights import LayerWeights, Weights
@@ -142,8 +143,8 @@ def moved(weights: Weights, dtype: torch.dtype, device: torch.device) -> Weights
     for layer in weights.layers:
         tensors = {field.name: move(getattr(layer, field.name)) for field in dataclasses.fields(LayerWeights)}
         layers.append(LayerWeights(**tensors))  # type: ignore[arg-type]  # those that are None may be
-    embed = weights.embed.to(device, dtype)
-    head = embed if weights.lm_head is weights.embed else weights.lm_head.to(device, dtype)
+    embed = wide(weights.embed).to(device, dtype)
+    head = embed if weights.lm_head is weights.embed else wide(weights.lm_head).to(device, dtype)
     return Weights(embed, layers, weights.final_norm.to(device, dtype), head)
 
 

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from rcllm.data import Dataset, fetch_movielens, load_dataset
 from rcllm.model.ceilings import describe_hardware
+from rcllm.model.gguf_tensors import GGUF
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -100,6 +102,14 @@ def dataset(name: str) -> Dataset:
         return load_dataset("common", SHARED / name)
     console.print(f"[yellow]{name} is not here; using MovieLens-100K: the prompts are shorter than the paper's")
     return fetch_movielens()
+
+
+def transformers_model(folder: Path) -> Any:
+    """A model's folder in transformers and fp32: a peer, not a dependency."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (see above)
+
+    of_gguf = {"gguf_file": GGUF} if (folder / GGUF).is_file() else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **of_gguf).eval()
 
 
 def timed(run: Callable[[A], R], argument: A) -> tuple[float, R]:

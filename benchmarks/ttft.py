@@ -23,7 +23,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Options, console, dataset, median_seconds, options, percentile, report, show, timed
+from benchmarks.harness import (
+    Options,
+    console,
+    dataset,
+    median_seconds,
+    options,
+    percentile,
+    report,
+    show,
+    timed,
+    transformers_model,
+)
 from rcllm.config import CacheConfig, Config, PromptConfig
 from rcllm.core.ranking import Level, RankOptions, RankRequest, UserId
 from rcllm.data import Dataset, build_requests, named_items
@@ -159,10 +170,8 @@ def floor_seconds(spec: ModelSpec, work: Pass, flops_per_s: float, bytes_per_s: 
 
 def cold(engine: Engine, chosen: Options) -> dict[str, float]:
     """Cold prefill against its floor, and at 2,000 tokens against transformers on the same weights."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (a peer, not a dependency)
-
     decoder, spec, metrics = engine.decoder, engine.decoder.spec, {}
-    peer = AutoModelForCausalLM.from_pretrained(pull(engine.config.model.path), dtype=torch.float32).eval()
+    peer = transformers_model(pull(engine.config.model.path))
     rows = []
     for size in COLD:
         ids = torch.randint(0, spec.vocab_size, (size,), generator=torch.Generator().manual_seed(chosen.seed))

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from rcllm.model.gguf_tensors import GGUF
+
 VOCAB = 256
 _SHAPE = {
     "vocab_size": VOCAB,
@@ -86,11 +88,16 @@ def tiny_model(family: str, folder: Path, *, max_shard_size: str = "5GB", seed: 
     return target
 
 
+def their_model(folder: Path) -> Any:
+    """What transformers makes of a model's folder, in fp32 with its plainest attention."""
+    of_gguf = {"gguf_file": GGUF} if (folder / GGUF).is_file() else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **of_gguf)
+
+
 @torch.inference_mode()
 def reference_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
     """Logits [tokens, vocab] of transformers, in fp32 with its plainest attention."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    logits = model(torch.tensor([token_ids])).logits
+    logits = their_model(folder)(torch.tensor([token_ids])).logits
     assert isinstance(logits, torch.Tensor)
     return logits[0]
 
@@ -100,14 +107,14 @@ def tiny_gguf(
     path: Path,
     *,
     arch: str | None = None,
-    quantised: bool = False,
+    quantised: str = "",
     tokenizer: str = "gpt2",
     pre: str = "smollm",
     **meta: int | float | str,
 ) -> Path:
     """Writes the tiny `model` as llama.cpp's converter would: its names, its order of wq and wk, byte-level BPE.
 
-    arch: instead of the model's own. quantised: Q4_1 where rows allow it, else fp32.
+    arch: instead of the model's own. quantised: how matrices are kept whose rows allow it, Q4_1 for example; else fp32.
     tokenizer, pre: what the file says of its tokenizer. meta: more metadata, by key of the architecture.
     """
     config = json.loads((model / "config.json").read_text())
@@ -134,8 +141,8 @@ def tiny_gguf(
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             values = _permuted(values, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
         if quantised and values.ndim == 2 and values.shape[1] % 32 == 0:
-            q4_1 = gguf.GGMLQuantizationType.Q4_1
-            writer.add_tensor(_gguf_name(name), gguf.quantize(values, q4_1), raw_dtype=q4_1)
+            kind = gguf.GGMLQuantizationType[quantised]
+            writer.add_tensor(_gguf_name(name), gguf.quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(_gguf_name(name), values)
     if config["rope_parameters"]["rope_type"] == "llama3":

@@ -20,6 +20,7 @@ from rcllm.core.ranking import Mask
 from rcllm.durable import renamed, write
 from rcllm.errors import ModelError
 from rcllm.model.adapter_config import CONFIG, LoraConfig, load_config
+from rcllm.model.quantised import wide
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, Weights, check_finite
 from rcllm.plain_json import read_json, to_json, without_nan
@@ -157,26 +158,27 @@ def merge(weights: Weights, adapter: Adapter) -> Weights:
 
 
 def merge_layer(adapter: Adapter, number: int, layer: LayerWeights) -> LayerWeights:
-    """The adapted layer: the given one, changed in place. Raises ModelError."""
+    """The adapted layer: the given one, changed in place but for what is in levels. Raises ModelError."""
+    qkv, o, gate_up, down = map(wide, (layer.qkv, layer.o, layer.gate_up, layer.down))
+    parts = _parts(qkv, o, gate_up, down)
     for module in MODULES:
         if low_rank := adapter.layers.get((number, module)):
             delta = (low_rank.up @ low_rank.down) * low_rank.scale
-            part = _part(layer, module).add_(delta.to(layer.qkv.dtype).to(layer.qkv.device))
+            part = parts[module].add_(delta.to(qkv.dtype).to(qkv.device))
             check_finite(part, f"layers.{number}.{_NAMES[module]} with the adapter added")
-    return layer
+    return replace(layer, qkv=qkv, o=o, gate_up=gate_up, down=down)
 
 
-def _part(layer: LayerWeights, module: str) -> torch.Tensor:
-    """The rows of a fused matrix that belong to a module, as a view."""
-    q, ffn = layer.o.shape[1], layer.down.shape[1]
-    kv = (layer.qkv.shape[0] - q) // 2
-    views = {
-        "q": layer.qkv[:q],
-        "k": layer.qkv[q : q + kv],
-        "v": layer.qkv[q + kv :],
-        "o": layer.o,
-        "gate": layer.gate_up[:ffn],
-        "up": layer.gate_up[ffn:],
-        "down": layer.down,
+def _parts(qkv: torch.Tensor, o: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By module, its rows of a fused matrix, as views."""
+    q, ffn = o.shape[1], down.shape[1]
+    kv = (qkv.shape[0] - q) // 2
+    return {
+        "q": qkv[:q],
+        "k": qkv[q : q + kv],
+        "v": qkv[q + kv :],
+        "o": o,
+        "gate": gate_up[:ffn],
+        "up": gate_up[ffn:],
+        "down": down,
     }
-    return views[module]

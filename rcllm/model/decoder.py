@@ -22,8 +22,8 @@ from rcllm.model.attend.contract import Attend, Attended, Beside
 from rcllm.model.attend.native import kernels
 from rcllm.model.attend.segments import Group
 from rcllm.model.layers import CompiledLayer, Copied, Layer, LayerParts, Linear
-from rcllm.model.ops import Matrix, NativeOps, Ops, TorchOps, TritonOps
-from rcllm.model.quantised import quantise
+from rcllm.model.ops import NativeOps, Ops, TorchOps, TritonOps
+from rcllm.model.quantised import Matrix, Quantised, quantise, wide
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 from rcllm.model.static_passes import Graphs, StaticPasses
@@ -143,13 +143,14 @@ class Decoder:
         """products: bf16 rounds matrices, and what they and attention multiply; all else is in fp32 on the CPU.
 
         int8 rounds inputs of matrices to levels of 8 bits, and attention as bf16 does; matrices are kept in levels.
-        kept: int8 keeps matrices in levels of at most 8 bits. dtype: of hidden states and fresh KV; None for that of
-        the weights, which those in levels need not share. Layers are read one after the other, once: where they come
-        from files, none is held beside what is made of it. Raises ConfigError for a backend that cannot run here.
+        kept: int8 keeps matrices in levels of at most 8 bits, those of the weights where these have any. dtype: of
+        hidden states and fresh KV; None for that of the weights, which those in levels need not share. Layers are read
+        one after the other, once: where they come from files, none is held beside what is made of it.
+        Raises ConfigError for a backend that cannot run here.
         """
         assert products != "int8" or kept == "int8", "levels are multiplied by levels"
         self.spec, self.products, self.kept = spec, products, kept
-        self.device, self.dtype = weights.embed.device, dtype or weights.embed.dtype
+        self.device, self.dtype = weights.embed.device, dtype or weights.final_norm.dtype
         self.backend = resolved(backend, spec, self.device)
         check_kept(kept, self.backend, self.device)
         self.max_positions = min(spec.max_positions, max_positions or spec.max_positions)
@@ -182,29 +183,32 @@ class Decoder:
         """Of KV that is read again and again: that which attention would round it to anyway, as it reads it."""
         return torch.bfloat16 if self.rounds and self.kernels else self.dtype
 
-    def _table(self, weight: torch.Tensor) -> Matrix:
+    def _table(self, weight: Matrix) -> Matrix:
         """Of a row for each token."""
-        rounded = weight.bfloat16() if self.rounds and self.kept == "full" else weight
-        return self._as_kept(rounded, rounded.itemsize)
+        return self._as_kept(wide(weight).bfloat16() if self._narrows and self.kept == "full" else weight)
 
-    def _as_kept(self, weight: torch.Tensor, item_bytes: int) -> Matrix:
-        """As it is, in `item_bytes` a value, or in levels; counted."""
+    @property
+    def _narrows(self) -> bool:
+        """Whether matrices take 2 bytes a value, whatever they were."""
+        return self.rounds and self.kernels is not None
+
+    def _as_kept(self, weight: Matrix) -> Matrix:
+        """As it is, or in levels; counted."""
         if self.kept == "full":
-            self.matrix_bytes += weight.numel() * item_bytes
+            weight = wide(weight)
+            self.matrix_bytes += weight.numel() * (2 if self._narrows else weight.itemsize)
             return weight
-        matrix = quantise(weight)
+        matrix = weight if isinstance(weight, Quantised) else quantise(weight)
         self.matrix_bytes += matrix.nbytes
         self.num_rounded += not matrix.is_exact
         return matrix
 
     def _layer(self, w: LayerWeights) -> Layer:
-        item_bytes = 2 if self.rounds and self.kernels else w.qkv.itemsize
-
         def rounded(vector: torch.Tensor | None) -> torch.Tensor | None:
             return None if vector is None else vector.to(self.dtype)
 
-        def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-            return self._ops.linear(self._as_kept(weight, item_bytes), rounded(bias))
+        def linear(weight: Matrix, bias: torch.Tensor | None) -> Linear:
+            return self._ops.linear(self._as_kept(weight), rounded(bias))
 
         matrices = linear(w.qkv, w.qkv_bias), linear(w.o, w.o_bias), linear(w.gate_up, None), linear(w.down, None)
         norms = w.input_norm.to(self.dtype), w.post_norm.to(self.dtype), rounded(w.q_norm), rounded(w.k_norm)

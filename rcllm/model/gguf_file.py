@@ -1,27 +1,27 @@
-"""Converts a GGUF file, once, into the Hugging Face folder that the loader and the tokenizer read.
+"""Makes of a GGUF file, once, a folder with what a Hugging Face model has beside its weights, and an index of these.
 
-Knows nothing of the decoder. Invariant: the folder appears whole, by one rename, and holds exactly the numbers that
-the GGUF stands for. Storage: a Q4_1 value d·q + m needs up to 15 bits of mantissa beside m, which fp16's 11 do not
-hold, so whatever is quantised is stored as the fp32 that dequantisation yields; 16-bit tensors keep their type.
+Knows nothing of the decoder. Invariant: the folder appears whole, by one rename. Weights stay as they are, in a copy of
+the file: a Q4_1 value d·q + m needs up to 15 bits of mantissa beside m, so that fp32 would take six times the room.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as BackendTokenizer
 
-from rcllm.errors import ConfigError, ModelError, UnsupportedModelError
+from rcllm.errors import ModelError, UnsupportedModelError
 from rcllm.model.frequencies import inverse_frequencies
+from rcllm.model.gguf_tensors import GGUF, INDEX, GgufTensors, Stored, gguf_package
 from rcllm.model.spec import ModelSpec, RopeSpec
 from rcllm.model.weights import check_finite, expected_shapes
 
@@ -64,7 +64,6 @@ _UNDERSTOOD = {  # keys of an architecture that are read here, or that say what 
     "vocab_size",
 }
 _ROPE_FACTORS = "rope_freqs.weight"  # how llama.cpp stores Llama 3.1's RoPE; becomes a field of the config
-_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
@@ -91,7 +90,7 @@ class _Gguf:
 
 
 def convert_gguf(path: Path, folder: Path) -> Path:
-    """Writes `folder` (config.json, model.safetensors, tokenizer.json, tokenizer_config.json) from the GGUF at `path`.
+    """Writes `folder` (config.json, tokenizer.json, tokenizer_config.json, model.gguf and its index) from `path`.
 
     Returns `folder`. Raises UnsupportedModelError for a variant that is not implemented, ModelError for a broken file
     or a folder that exists, ConfigError where the optional package is missing. Memory: the largest tensor.
@@ -111,7 +110,9 @@ def convert_gguf(path: Path, folder: Path) -> Path:
             raise
         except Exception as error:  # the tokenizers library raises bare Exception for what it cannot use
             raise ModelError(f"{path} has no whole tokenizer ({error!r}); fetch it again") from error
-        _write_weights(source, spec, partial / "model.safetensors")
+        _write_json(partial / INDEX, {"tensors": _index(source, spec)})
+        shutil.copyfile(path, partial / GGUF)
+        _check_values(source, partial)
         _write_json(partial / "config.json", config)
         try:
             partial.rename(folder)
@@ -122,7 +123,7 @@ def convert_gguf(path: Path, folder: Path) -> Path:
 
 
 def _read(path: Path) -> _Gguf:
-    gguf = _gguf_package()
+    gguf = gguf_package()
     if not path.is_file():
         raise ModelError(f"{path} is missing; expected a GGUF file")
     try:
@@ -131,14 +132,6 @@ def _read(path: Path) -> _Gguf:
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ModelError(f"{path} is not a whole GGUF file ({error}); fetch it again") from error
     return _Gguf(path, meta, {tensor.name: tensor for tensor in reader.tensors})
-
-
-def _gguf_package() -> Any:
-    try:
-        import gguf  # noqa: PLC0415 - optional: only those who read GGUF need it
-    except ImportError as error:
-        raise ConfigError("reading GGUF needs the gguf package: pip install 'rcllm[gguf]'") from error
-    return gguf
 
 
 # ---- config ---------------------------------------------------------------------------------------------------------
@@ -213,7 +206,8 @@ def _rope(source: _Gguf, head_dim: int) -> dict[str, Any]:
 
 def _llama3(source: _Gguf, theta: float, head_dim: int) -> dict[str, Any]:
     """Llama 3.1's parameters from the divisors of the frequencies, accepted only if they give these divisors back."""
-    divisors = _dequantised(source.tensors[_ROPE_FACTORS])  # [head_dim / 2]
+    tensor = source.tensors[_ROPE_FACTORS]
+    divisors = torch.from_numpy(np.array(gguf_package().dequantize(tensor.data, tensor.tensor_type)))  # [head_dim / 2]
     rope = RopeSpec(theta, "llama3", float(divisors.max()), original_max_positions=8192)
     expected = inverse_frequencies(RopeSpec(theta), head_dim)[0] / inverse_frequencies(rope, head_dim)[0]
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
@@ -237,59 +231,33 @@ def _shortest(value: float) -> float:
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
-def _write_weights(source: _Gguf, spec: ModelSpec, target: Path) -> None:
-    """Writes one safetensors file as a stream: its header follows from the shapes, so no more than a tensor is held."""
+def _index(source: _Gguf, spec: ModelSpec) -> dict[str, dict[str, Any]]:
+    """Where each tensor of the model lies, by its name. Raises ModelError where they are not those of the metadata."""
     shapes = dict(expected_shapes(spec))
     names = {_hf_name(name): name for name in source.tensors if name != _ROPE_FACTORS}
     if names.keys() != shapes.keys():
         missing, extra = sorted(shapes.keys() - names.keys()), sorted(names.keys() - shapes.keys())
         raise ModelError(f"{source.path} does not fit its metadata: missing {missing}, unexpected {extra}")
-    dtypes = {name: _dtype(source.tensors[names[name]]) for name in shapes}
-    order = sorted(shapes, key=lambda name: -dtypes[name].itemsize)  # wide types first keeps every tensor aligned
-    header, start = {}, 0
-    for name in order:
-        stop = start + math.prod(shapes[name]) * dtypes[name].itemsize
-        header[_full_name(name)] = {
-            "dtype": _STORED[dtypes[name]],
-            "shape": shapes[name],
-            "data_offsets": (start, stop),
-        }
-        start = stop
-    packed = json.dumps(header).encode()
-    packed += b" " * (-len(packed) % 8)
-    with target.open("wb") as out:
-        out.write(len(packed).to_bytes(8, "little") + packed)
-        for name in order:
-            _write_tensor(out, source, spec, names[name], name, shapes[name])
+    index = {}
+    for name, shape in shapes.items():
+        tensor = source.tensors[names[name]]
+        found = tuple(int(length) for length in reversed(tensor.shape))  # GGUF lists the fastest axis first
+        if found != shape:
+            raise ModelError(f"{source.path}: {names[name]} is {found}, expected {shape}")
+        heads = 0
+        if source.arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = spec.num_heads if "q_proj" in name else spec.num_kv_heads
+        stored = Stored(tensor.tensor_type.name, shape, int(tensor.data_offset), int(tensor.n_bytes), heads)
+        index[name] = asdict(stored)
+    return index
 
 
-def _write_tensor(
-    out: BinaryIO, source: _Gguf, spec: ModelSpec, gguf_name: str, name: str, shape: tuple[int, ...]
-) -> None:
-    tensor = source.tensors[gguf_name]
-    values = _dequantised(tensor)
-    if tuple(values.shape) != shape:
-        raise ModelError(f"{source.path}: {gguf_name} is {tuple(values.shape)}, expected {shape}")
-    check_finite(values, f"{source.path}: {gguf_name}")
-    if source.arch == "llama" and ("q_proj" in name or "k_proj" in name):
-        values = _unpermuted(values, spec.num_heads if "q_proj" in name else spec.num_kv_heads)
-    out.write(values.to(_dtype(tensor)).contiguous().view(torch.uint8).numpy().data)
-
-
-def _unpermuted(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Undoes llama.cpp's row order of Llama's wq and wk: it rotates rows 2i and 2i + 1 of a head, we i and i + D/2."""
-    pairs = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
-    return pairs.transpose(1, 2).reshape(rows.shape)
-
-
-def _dequantised(tensor: Any) -> torch.Tensor:
-    """The tensor in fp32, in the axis order of Hugging Face."""
-    values = _gguf_package().dequantize(tensor.data, tensor.tensor_type)  # fp32 tensors: a read-only view of the file
-    return torch.from_numpy(np.require(values, requirements="W"))
-
-
-def _dtype(tensor: Any) -> torch.dtype:
-    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(tensor.tensor_type.name, torch.float32)
+def _check_values(source: _Gguf, folder: Path) -> None:
+    """Raises ModelError where a tensor has values that are no numbers, by the name that the file has for it."""
+    tensors = GgufTensors(folder)
+    for name in source.tensors:
+        if name != _ROPE_FACTORS:
+            check_finite(tensors.values(_hf_name(name)), f"{source.path}: {name}")
 
 
 def _hf_name(name: str) -> str:
@@ -297,10 +265,6 @@ def _hf_name(name: str) -> str:
     *block, kind, suffix = name.split(".")
     prefix = f"layers.{block[1]}." if len(block) == 2 else ""
     return f"{prefix}{_TENSORS[kind]}.{suffix}" if kind in _TENSORS else name
-
-
-def _full_name(name: str) -> str:
-    return name if name.startswith("lm_head") else f"model.{name}"
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------

@@ -17,11 +17,10 @@ from rcllm.model.attend.triton_tables import padded
 from rcllm.model.layers import CompiledLayer, Layer, LayerParts, Linear, Norm, Workspace
 from rcllm.model.level_products import LevelProduct, Scratch
 from rcllm.model.packed import PACKINGS, QuantisedMatrix
-from rcllm.model.quantised import Quantised, round_rows
+from rcllm.model.quantised import Matrix, Quantised, round_rows, wide
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 
-Matrix = torch.Tensor | Quantised  # [out, in]
 _ON_GPU = Late("rcllm.model.layer_kernels")  # imports triton, which is optional
 _COLUMNS = 1024  # of one program of SwiGLU
 
@@ -96,7 +95,7 @@ class TorchOps:
 
     def linear(self, weight: Matrix, bias: torch.Tensor | None) -> Linear:
         """Levels are widened once: on torch alone they are the same numbers, and save nothing."""
-        return torch_linear(weight.widen() if isinstance(weight, Quantised) else weight, bias, self._packing)
+        return torch_linear(wide(weight), bias, self._packing)
 
     def layer(self, parts: LayerParts) -> Layer:
         return SteppedLayer(self, parts)

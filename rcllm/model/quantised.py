@@ -8,7 +8,7 @@ any other is rounded to 8 bits, where a value differs by half a step of its grou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,14 +55,33 @@ class Quantised:
         least = None if self.least is None else self.least[rows]
         return _values(self.levels[rows], self.scales[rows], least)[..., : self.inner].contiguous()
 
-    def cpu(self) -> Quantised:
-        """The same in host memory."""
-        least = None if self.least is None else self.least.cpu()
-        return replace(self, levels=self.levels.cpu(), scales=self.scales.cpu(), least=least)
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Quantised:
+        """With each part changed, for example moved, or its rows put in another order."""
+        least = None if self.least is None else change(self.least)
+        return replace(self, levels=change(self.levels), scales=change(self.scales), least=least)
 
     def widen(self) -> torch.Tensor:
         """All of it in fp32."""
         return _values(self.levels, self.scales, self.least)[:, : self.inner].contiguous()
+
+
+Matrix = torch.Tensor | Quantised  # [out, in]
+
+
+def wide(matrix: Matrix) -> torch.Tensor:
+    """As a tensor; in fp32 what is in levels."""
+    return matrix if isinstance(matrix, torch.Tensor) else matrix.widen()
+
+
+def in_host_memory(matrix: Matrix) -> Matrix:
+    return matrix.cpu() if isinstance(matrix, torch.Tensor) else matrix.map(torch.Tensor.cpu)
+
+
+def joined(matrices: Sequence[Quantised]) -> Quantised:
+    """Stacked by rows: matrices of as many inputs and bits."""
+    levels, scales, *least = (torch.cat(parts) for parts in zip(*(each.parts for each in matrices), strict=True))
+    is_exact = all(each.is_exact for each in matrices)
+    return Quantised(matrices[0].inner, levels, scales, least[0] if least else None, is_exact)
 
 
 def quantise(weight: torch.Tensor) -> Quantised:

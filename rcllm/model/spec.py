@@ -238,7 +238,7 @@ def _refuse_variants(config: Mapping[str, Any], family: str) -> None:
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "of unknown method") if isinstance(quantised, Mapping) else quantised
         raise UnsupportedModelError(
-            f"quantised weights ({method}) are not supported; supported are fp32, fp16 and bf16, and GGUF by conversion"
+            f"quantised weights ({method}) are not supported; supported are fp32, fp16 and bf16, and GGUF files"
         )
     if family == "llama" and config.get("mlp_bias"):
         raise UnsupportedModelError("mlp_bias is not supported; supported are biases of the attention (attention_bias)")

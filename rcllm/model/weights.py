@@ -1,4 +1,4 @@
-"""Loads a Hugging Face model folder (config.json and safetensors, whole or sharded) into fused matrices.
+"""Loads a model folder (config.json and safetensors, whole or sharded, or a GGUF file) into fused matrices.
 
 Knows nothing of how they are used. Invariant: every tensor in the files is either placed at its exact shape or
 named in an error; only what follows from the rest is skipped (a tied head stored again, RoPE buffers). Peak memory is
@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import torch
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from rcllm.errors import ModelError, UnsupportedModelError
+from rcllm.model.gguf_tensors import GGUF, INDEX, GgufTensors
+from rcllm.model.quantised import Matrix, Quantised, joined, wide
 from rcllm.model.spec import ModelSpec
 from rcllm.plain_json import read_json, read_json_if_there
 
@@ -51,15 +53,15 @@ class LayerWeights:
     """One decoder layer. H query heads and KV key-value heads of size D, hidden size d."""
 
     input_norm: torch.Tensor  # [d]
-    qkv: torch.Tensor  # [(H + 2·KV)·D, d]; rows q, k, v
+    qkv: Matrix  # [(H + 2·KV)·D, d]; rows q, k, v
     qkv_bias: torch.Tensor | None  # [(H + 2·KV)·D]
     q_norm: torch.Tensor | None  # [D]
     k_norm: torch.Tensor | None  # [D]
-    o: torch.Tensor  # [d, H·D]
+    o: Matrix  # [d, H·D]
     o_bias: torch.Tensor | None  # [d]
     post_norm: torch.Tensor  # [d]
-    gate_up: torch.Tensor  # [2·ffn, d]; rows gate, up
-    down: torch.Tensor  # [d, ffn]
+    gate_up: Matrix  # [2·ffn, d]; rows gate, up
+    down: Matrix  # [d, ffn]
 
 
 Change = Callable[[int, LayerWeights], LayerWeights]  # of a layer, by its number
@@ -69,10 +71,10 @@ Change = Callable[[int, LayerWeights], LayerWeights]  # of a layer, by its numbe
 class Weights:
     """All weights of a model, in one dtype on one device."""
 
-    embed: torch.Tensor  # [vocab, d]
+    embed: Matrix  # [vocab, d]
     layers: Sequence[LayerWeights]  # read when asked for, each time anew, where the model is `streamed`
     final_norm: torch.Tensor  # [d]
-    lm_head: torch.Tensor  # [vocab, d]; the same tensor as `embed` where embeddings are tied
+    lm_head: Matrix  # [vocab, d]; the same tensor as `embed` where embeddings are tied
 
 
 def load_spec(folder: Path) -> ModelSpec:
@@ -106,11 +108,11 @@ def streamed_model(
 ) -> Iterator[tuple[ModelSpec, Weights]]:
     """The same without its layers in memory: each is read when it is asked for, and changed. Files close with it.
 
-    dtype: None for that of the files, in which every value is kept.
+    dtype: None for that of the files, in which every value is kept; what they have in levels stays in levels.
     """
     spec = load_spec(folder)
     with contextlib.ExitStack() as stack:
-        source = _Source(folder, _open_all(folder, stack), dtype, torch.device(device))
+        source = _Source(folder, list(_open_all(folder, stack)), dtype, torch.device(device))
         _check(spec, source)
         yield spec, _assemble(spec, source, change)
 
@@ -129,21 +131,61 @@ def fingerprint(folder: Path) -> bytes:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+class _Tensors(Protocol):
+    """Those of one file, by name without the `model.` prefix that a bare backbone lacks."""
+
+    def names(self) -> Iterable[tuple[str, str]]:
+        """Of each tensor the name, and that by which errors tell of it."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> str:
+        """As safetensors names it: `F32`, `I8`."""
+
+    def values(self, name: str) -> torch.Tensor: ...
+
+    def levels(self, name: str) -> Quantised | None:
+        """None: the file has none of it."""
+
+
+class _Safetensors:
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._named = dict(self.names())
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        for stored in self._handle.keys():  # noqa: SIM118 - a handle is not a mapping
+            yield stored.removeprefix("model."), stored
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handle.get_slice(self._named[name]).get_shape())
+
+    def dtype(self, name: str) -> str:
+        return str(self._handle.get_slice(self._named[name]).get_dtype())
+
+    def values(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._handle.get_tensor(self._named[name])
+        return tensor
+
+    def levels(self, name: str) -> None:
+        return None
+
+
 class _Source:
-    """Tensors by name over all shards, without the `model.` prefix that a bare backbone lacks."""
+    """Tensors by name over all files of a folder."""
 
     def __init__(
-        self, folder: Path, files: Mapping[Path, Any], dtype: torch.dtype | None, device: torch.device
+        self, folder: Path, files: Sequence[_Tensors], dtype: torch.dtype | None, device: torch.device
     ) -> None:
         self.folder, self.device = folder, device
-        self._where: dict[str, tuple[Any, str]] = {}
-        for handle in files.values():
-            for stored in handle.keys():  # noqa: SIM118 - a handle is not a mapping
-                name = stored.removeprefix("model.")
+        self._where: dict[str, tuple[_Tensors, str]] = {}
+        for tensors in files:
+            for name, told in tensors.names():
                 if name in self._where:
                     raise ModelError(f"{folder}: {name} is stored twice; expected each tensor in one file")
-                if not stored.endswith(_IGNORED) and not stored.startswith(CATALOG_PREFIX):
-                    self._where[name] = (handle, stored)
+                if not told.endswith(_IGNORED) and not told.startswith(CATALOG_PREFIX):
+                    self._where[name] = (tensors, told)
+        self._keeps_levels = dtype is None
         self.dtype = dtype or self._narrowest()
 
     def _narrowest(self) -> torch.dtype:
@@ -156,15 +198,22 @@ class _Source:
         return set(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._where[name][0].shape(name)
 
     def stored_dtype(self, name: str) -> str:
-        """As the file names it: `F32`, `I8`."""
-        return str(self._slice(name).get_dtype())
+        return self._where[name][0].dtype(name)
 
-    def _slice(self, name: str) -> Any:
-        handle, stored = self._where[name]
-        return handle.get_slice(stored)
+    def matrix(self, *names: str) -> Matrix:
+        """The named matrices stacked by rows: in levels where the files have all of them so, and these are kept."""
+        if self._keeps_levels:
+            levels = [self._where[name][0].levels(name) for name in names]
+            stacked = [each for each in levels if each is not None]
+            if len(stacked) == len(names) and len({each.bits for each in stacked}) == 1:
+                for name, each in zip(names, stacked, strict=True):
+                    for part in each.parts[1:]:
+                        check_finite(part, self._told(name))
+                return joined(stacked).map(lambda part: part.to(self.device))
+        return self.read(*names)
 
     def read(self, *names: str) -> torch.Tensor:
         """The named tensors stacked by rows, in a memory of their own."""
@@ -172,16 +221,21 @@ class _Source:
         out = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=self.dtype, device=self.device)
         start = 0
         for name, shape in zip(names, shapes, strict=True):
-            handle, stored = self._where[name]
-            part = out[start : start + shape[0]].copy_(handle.get_tensor(stored))
-            check_finite(part, f"{self.folder}: {stored}")
+            part = out[start : start + shape[0]].copy_(self._where[name][0].values(name))
+            check_finite(part, self._told(name))
             start += shape[0]
         return out
+
+    def _told(self, name: str) -> str:
+        return f"{self.folder}: {self._where[name][1]}"
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if (whole := folder / "model.safetensors").exists() or not index.exists():
+    whole, gguf = folder / "model.safetensors", (folder / GGUF, folder / INDEX)
+    if not whole.exists() and gguf[0].exists():
+        return list(gguf)
+    if whole.exists() or not index.exists():
         return [whole]
     try:
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
@@ -189,19 +243,22 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ModelError(f"{index} has no weight_map from tensors to files; fetch it again") from error
 
 
-def _open_all(folder: Path, stack: contextlib.ExitStack) -> dict[Path, Any]:
-    files = {}
-    for path in _weight_files(folder):
+def _open_all(folder: Path, stack: contextlib.ExitStack) -> Iterator[_Tensors]:
+    paths = _weight_files(folder)
+    if paths[0].name == GGUF:
+        yield GgufTensors(folder)
+        return
+    for path in paths:
         if not path.is_file():
             raise ModelError(
                 f"{path} is missing; expected model.safetensors or the shards that its index names. Other formats "
                 "(pytorch_model.bin) are converted by transformers: load the model and call save_pretrained"
             )
         try:
-            files[path] = stack.enter_context(safe_open(path, framework="pt"))
+            handle = stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-    return files
+        yield _Safetensors(handle)
 
 
 # ---- names and shapes -----------------------------------------------------------------------------------------------
@@ -256,7 +313,7 @@ def _refuse_quantised(source: _Source, present: set[str]) -> None:
     if kinds:
         raise UnsupportedModelError(
             f"{source.folder} holds quantised weights ({', '.join(sorted(kinds))}) though config.json names none; "
-            "supported are fp32, fp16 and bf16, and GGUF by conversion"
+            "supported are fp32, fp16 and bf16, and GGUF files"
         )
 
 
@@ -265,9 +322,9 @@ def _told(problems: Sequence[str]) -> str:
     return "; ".join(problems[:_SHOWN]) + (f"; and {more:,} more" if more > 0 else "")
 
 
-def _same_head(source: _Source, embed: torch.Tensor) -> torch.Tensor:
+def _same_head(source: _Source, embed: Matrix) -> Matrix:
     """`embed`, which is the head as well. Raises ModelError where the files hold another head."""
-    if "lm_head.weight" in source.names and not torch.equal(source.read("lm_head.weight"), embed):
+    if "lm_head.weight" in source.names and not torch.equal(source.read("lm_head.weight"), wide(embed)):
         raise ModelError(
             f"{source.folder}: config.json says that embeddings and head are one (tie_word_embeddings), but "
             "lm_head.weight differs from embed_tokens.weight; set it to false if the head was trained apart"
@@ -295,12 +352,12 @@ class _Layers(Sequence[LayerWeights]):
 
 
 def _assemble(spec: ModelSpec, source: _Source, change: Change | None) -> Weights:
-    embed = source.read("embed_tokens.weight")
+    embed = source.matrix("embed_tokens.weight")
     return Weights(
         embed=embed,
         layers=_Layers(spec, source, change),
         final_norm=source.read("norm.weight"),
-        lm_head=_same_head(source, embed) if spec.tied_embeddings else source.read("lm_head.weight"),
+        lm_head=_same_head(source, embed) if spec.tied_embeddings else source.matrix("lm_head.weight"),
     )
 
 
@@ -311,13 +368,13 @@ def _layer(spec: ModelSpec, source: _Source, at: str) -> LayerWeights:
     attention = at + "self_attn."
     return LayerWeights(
         input_norm=source.read(at + "input_layernorm.weight"),
-        qkv=source.read(*(f"{attention}{part}_proj.weight" for part in "qkv")),
+        qkv=source.matrix(*(f"{attention}{part}_proj.weight" for part in "qkv")),
         qkv_bias=optional(spec.qkv_bias, *(f"{attention}{part}_proj.bias" for part in "qkv")),
         q_norm=optional(spec.qk_norm, attention + "q_norm.weight"),
         k_norm=optional(spec.qk_norm, attention + "k_norm.weight"),
-        o=source.read(attention + "o_proj.weight"),
+        o=source.matrix(attention + "o_proj.weight"),
         o_bias=optional(spec.o_bias, attention + "o_proj.bias"),
         post_norm=source.read(at + "post_attention_layernorm.weight"),
-        gate_up=source.read(at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight"),
-        down=source.read(at + "mlp.down_proj.weight"),
+        gate_up=source.matrix(at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight"),
+        down=source.matrix(at + "mlp.down_proj.weight"),
     )

@@ -26,7 +26,7 @@ from rcllm.durable import renamed
 from rcllm.errors import ConfigError, ModelError
 from rcllm.fields import parse
 from rcllm.model.decoder import Decoder
-from rcllm.model.ops import Matrix
+from rcllm.model.quantised import Matrix, in_host_memory
 from rcllm.model.rope import Rope
 from rcllm.prototypes.lookup import Matcher, PrototypeIndex
 from rcllm.prototypes.lsh import Canonical, Floats, Ints, Lsh, Rows, Words
@@ -133,7 +133,7 @@ def _key(matches: Matches) -> ContentKey:
 
 def embedding_rows(embed: Matrix) -> Rows:
     """Reads rows of the embedding matrix [vocab, d] as fp32; keeps a copy of a matrix that is on a GPU."""
-    here = embed.cpu()
+    here = in_host_memory(embed)
 
     def rows(token_ids: Ints) -> Floats:
         found: Floats = here[torch.from_numpy(token_ids)].float().numpy()

@@ -15,6 +15,7 @@ from torch import nn
 
 from rcllm.core.ranking import IntArray
 from rcllm.model.adapter import MODULES, Adapter, LowRank, module_shape
+from rcllm.model.quantised import Matrix, wide
 from rcllm.model.rope import Rope
 from rcllm.model.spec import ModelSpec
 from rcllm.model.weights import LayerWeights, Weights
@@ -86,7 +87,7 @@ class Network(nn.Module):
         self, i: int, layer: LayerWeights, x: torch.Tensor, positions: torch.Tensor, attend: list[_UnitAttention]
     ) -> torch.Tensor:
         spec = self.spec
-        fused = F.linear(x, layer.qkv, layer.qkv_bias)
+        fused = F.linear(x, wide(layer.qkv), layer.qkv_bias)
         fused = fused + torch.cat([self._low_rank(i, module, x) for module in "qkv"], dim=1)
         heads = fused.unflatten(1, (-1, spec.head_dim))
         q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
@@ -96,14 +97,12 @@ class Network(nn.Module):
         return torch.cat([unit(q, k, v) for unit in attend])
 
     def _ffn(self, i: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(x, layer.gate_up).chunk(2, dim=-1)
+        gate, up = F.linear(x, wide(layer.gate_up)).chunk(2, dim=-1)
         inner = F.silu(gate + self._low_rank(i, "gate", x)) * (up + self._low_rank(i, "up", x))
         return self._linear(i, "down", inner, layer.down, None)
 
-    def _linear(
-        self, i: int, module: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        return F.linear(x, weight, bias) + self._low_rank(i, module, x)
+    def _linear(self, i: int, module: str, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, wide(weight), bias) + self._low_rank(i, module, x)
 
     def _low_rank(self, layer: int, module: str, x: torch.Tensor) -> torch.Tensor:
         name = f"{layer}_{module}"

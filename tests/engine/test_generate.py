@@ -34,6 +34,7 @@ from tests.conftest import assert_no_pins
 from tests.engine.opening import opened
 from tests.engine.tiny import IDS, NATIVE, TORCH, VOCAB, catalogue, computing_in, fresh, model_folder
 from tests.reference.generate import decode, distribution, likeliest
+from tests.tiny_models import their_model
 
 NONE = Speculation("none")
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -509,7 +510,7 @@ def test_the_real_model_answers_as_transformers_with_and_without_drafts() -> Non
         ModelConfig(path=str(folder), device="cpu"), PromptConfig(template="describe_user"), CacheConfig(pool_mb=200)
     )
     engine = Engine.build(catalogue(), config)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = their_model(folder)
     requests = [ask(f"r{i}", range(i, i + 10), max_tokens=40) for i in range(4)]
     for generator in (Generator(engine), Generator(engine, lambda request, prompt: PromptLookup())):
         for request, answer in zip(requests, generator.generate(requests), strict=True):

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from rcllm import fetch
 from rcllm.errors import ModelError, UnsupportedModelError
+from rcllm.model import decoder as decoder_module
+from rcllm.model.adapter import Adapter, LowRank, merge_layer
 from rcllm.model.decoder import Decoder
 from rcllm.model.gguf_file import convert_gguf
+from rcllm.model.gguf_tensors import GGUF, GgufTensors
 from rcllm.model.pull import pull
-from rcllm.model.quantised import quantise
-from rcllm.model.weights import load_model
+from rcllm.model.quantised import quantise, wide
+from rcllm.model.weights import load_model, load_spec, streamed_model
 from rcllm.prompt.tokenizer import Tokenizer
 from tests.reference import attend, bf16, quantised
-from tests.tiny_models import FAMILIES, VOCAB, reference_logits, tiny_gguf, tiny_model
+from tests.tiny_models import FAMILIES, VOCAB, reference_logits, their_model, tiny_gguf, tiny_model
 
 TOLERANCE = 1e-4  # close, fp32
 REAL_TOLERANCE = 5e-4  # 30 layers, logits up to 36: transformers in fp32 is itself 1e-4 off transformers in fp64
@@ -141,25 +143,90 @@ def test_a_gguf_computes_what_it_was_made_from(family: str, tmp_path: Path) -> N
     assert_close(logits(folder), reference_logits(model, tokens()), family)
 
 
-def test_quantised_values_are_kept_exactly(tmp_path: Path) -> None:
+KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_1", "F16", "BF16")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_values_of_a_gguf_are_kept_exactly(kind: str, tmp_path: Path) -> None:
+    """Bit for bit those of the `gguf` package, rows in our order; levels where the file has some that we know."""
     model = tiny_model("llama", tmp_path, vocab_size=264)
-    source = tiny_gguf(model, tmp_path / "tiny.gguf", quantised=True)
-    converted = load_file(convert_gguf(source, tmp_path / "converted") / "model.safetensors")
-    q4_1, num_quantised = gguf.GGMLQuantizationType.Q4_1, 0
+    folder = convert_gguf(tiny_gguf(model, tmp_path / "tiny.gguf", quantised=kind), tmp_path / "converted")
+    tensors, stored, num_quantised = GgufTensors(folder), gguf.GGMLQuantizationType[kind], 0
     for name, tensor in load_file(model / "model.safetensors").items():
-        expected = tensor.numpy()
-        if expected.ndim == 2 and expected.shape[1] % 32 == 0:  # blocks lie along rows, so their order does not matter
-            expected = gguf.dequantize(gguf.quantize(expected, q4_1), q4_1)
+        name, expected, levels = name.removeprefix("model."), tensor, None
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:  # blocks lie along rows, so their order does not matter
+            expected = torch.from_numpy(gguf.dequantize(gguf.quantize(tensor.numpy(), stored), stored))
+            levels = tensors.levels(name)
+            assert (levels is not None) == (kind in ("Q8_0", "Q4_0", "Q4_1"))
             num_quantised += 1
-        np.testing.assert_array_equal(converted[name].numpy(), expected, err_msg=name)
+        assert torch.equal(tensors.values(name).float(), expected), name
+        assert levels is None or torch.equal(levels.widen(), expected), name
+        assert levels is None or levels.bits == int(kind[1])
     assert num_quantised > 10
-    assert any((tensor.half().float() != tensor).any() for tensor in converted.values()), "fp16 would do"
 
 
-def test_transformers_reads_a_converted_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_levels_of_a_gguf_are_kept_as_they_are_read(
+    kind: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the decoder computes what it computes from levels that are found again in the values."""
+    model = tiny_model(family, tmp_path, vocab_size=264, hidden_size=64, intermediate_size=96, num_attention_heads=4)
+    source = tiny_gguf(model, tmp_path / "tiny.gguf", quantised=kind)
+    folder, logits = convert_gguf(source, tmp_path / "converted"), []
+    for dtype in (torch.float32, None):
+        if dtype is None:
+            monkeypatch.setattr(decoder_module, "quantise", lambda _: pytest.fail("the file has levels of it"))
+        with streamed_model(folder, dtype, "cpu") as (spec, weights):
+            decoder = Decoder(spec, weights, kept="int8", dtype=torch.float32)
+        logits.append(decoder.full_logits(tokens()))
+        assert decoder.num_rounded == 0
+    assert torch.equal(*logits)
+
+
+def test_an_adapter_is_added_to_what_levels_stand_for(tmp_path: Path) -> None:
+    source = tiny_gguf(tiny_model("llama", tmp_path, vocab_size=264), tmp_path / "tiny.gguf", quantised="Q4_1")
+    folder = convert_gguf(source, tmp_path / "converted")
+    spec = load_spec(folder)
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(*shape, generator=generator) for shape in ((2, spec.hidden_size), (spec.q_size, 2)))
+    adapter = Adapter(2, 2.0, {(1, "q"): LowRank(down, up, 1.0)})
+    found = []
+    for dtype in (torch.float32, None):
+        with streamed_model(folder, dtype, "cpu", partial(merge_layer, adapter)) as (_, weights):
+            found.append(wide(weights.layers[1].qkv))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.gguf", b"GGUF", "model.gguf has 4 bytes of [0-9,]+; pull the model again"),
+        ("model.gguf", b"", "model.gguf"),
+        ("model.gguf.json", b"{", "model.gguf.json"),
+        ("model.gguf.json", b"{}", "model.gguf.json does not index model.gguf"),
+        ("model.gguf.json", b'{"tensors": {"norm.weight": {"kind": "F32"}}}', "does not index model.gguf"),
+        ("model.gguf.json", b'{"tensors": {}}', "the tensors do not fit config.json: missing"),
+        ("model.gguf.json", None, "model.gguf.json is missing"),
+    ],
+)
+def test_a_folder_whose_gguf_was_damaged_is_named(
+    name: str, content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    source = tiny_gguf(tiny_model("llama", tmp_path, vocab_size=264), tmp_path / "tiny.gguf")
+    folder = convert_gguf(source, tmp_path / "converted")
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        load_model(folder)
+
+
+def test_transformers_reads_the_gguf_of_a_folder(tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path, vocab_size=264)
-    folder = convert_gguf(tiny_gguf(model, tmp_path / "tiny.gguf"), tmp_path / "converted")
-    assert torch.equal(reference_logits(folder, tokens()), reference_logits(model, tokens()))
+    folder = convert_gguf(tiny_gguf(model, tmp_path / "tiny.gguf", quantised="Q8_0"), tmp_path / "converted")
+    assert (folder / GGUF).is_file()
+    assert_close(logits(folder), reference_logits(folder, tokens()), "a GGUF in both")
     tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode("hello 12<|im_end|>")
     assert tokenizer.decode(ids) == "hello 12<|im_end|>"
@@ -228,4 +295,4 @@ def test_pulling_the_default_model(tmp_path: Path) -> None:
     folder = pull(DEFAULT_MODEL, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "no partial work may stay"
     assert_default_model_is_right(folder)
-    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == 134_515_008
+    assert their_model(folder).num_parameters() == 134_515_008
