@@ -2,14 +2,15 @@
 
 Routing and copies depend on each other: copies follow the requests, and requests follow the copies. So both are found
 in rounds, from the owners alone. In the first rounds a request counts for all nodes that come close to its best one, in
-the last for its best alone (deterministic annealing; Rose 1998), which keeps rounds from ending where they began.
-Invariant: owners stay; copies of a node are in its room, most wanted first; equal arguments give equal copies.
+the last for its best alone (deterministic annealing; Rose 1998), which keeps rounds from ending where they began. An
+item's owner may drift to the holder that wants it most, and its old owner has room for another copy.
+Invariant: copies of a node are in its room, most wanted first; equal arguments give equal copies and owners.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from rcllm.cluster.statistics import IntArray, Statistics, incidence
 
 Table = npt.NDArray[np.float32]
 _COOLED = 4  # last rounds, in which a request counts for one node
+_SETTLED = 2  # last rounds, from which on owners stay
 _STEPS = 5  # by which prices follow the load, in each round
 _STEP, _SLOWER = 0.5, 0.9
 
@@ -34,34 +36,69 @@ class HaloConfig:
     temperature: float = 4.0  # items by which another node may be worse and still count, in the first round
     smoothing: float = 1.0  # weight of what is asked for together with what was missed
     spread: bool = False  # whether requests are priced away from nodes that would get more than their share
+    drifts: bool = True  # whether owners follow the requests
 
 
 @dataclass(frozen=True, slots=True)
 class Halos:
-    """By node the copies, most wanted first; and what a request pays for a node, in items."""
+    """By node the copies, most wanted first; the owners; and what a request pays for a node, in items."""
 
     items: tuple[IntArray, ...]
+    owner: IntArray  # [items]
     prices: Table  # [nodes]; zero where requests were not spread
 
 
 def grow(statistics: Statistics, division: Division, room: Room, config: HaloConfig) -> Halos:
     """The copies for all nodes. Takes tables of [requests, nodes] and [items, nodes] in 32 bits."""
+    division = replace(division, owner=division.owner.copy())
     owned = _owned(division, room)
     prices = np.zeros(room.num_nodes, dtype=np.float32)
     asked = incidence(statistics.sample, statistics.num_items).astype(np.float32)
     held, halos = owned, tuple(np.empty(0, np.int64) for _ in range(room.num_nodes))
     if not len(statistics.sample):
-        return Halos(halos, prices)
+        return Halos(halos, division.owner, prices)
     for number in range(config.rounds):
         hits = asked @ held
         if config.spread:
             prices = follow_load(hits, prices, _STEPS)
         wanted = asked.T @ _shares(hits - prices, _cooled(config, number))
-        if number == config.rounds - 1 and config.smoothing:
+        settled = config.rounds - _SETTLED
+        if config.drifts and 0 < number <= settled:
+            _drift(division, held, wanted)
+        if number >= settled and config.smoothing:
             wanted += config.smoothing * (_likely(statistics.near) @ wanted)
+        if config.drifts and number == settled:
+            _even_out(division, statistics.num_bytes, wanted)
+        owned = _owned(division, room)
         halos = _filled(statistics, owned, wanted, room)
         held = _with(owned, halos)
-    return Halos(halos, prices)
+    return Halos(halos, division.owner, prices)
+
+
+def _drift(division: Division, held: Table, wanted: Table) -> None:
+    """Gives each item to the holder that wants it most. No byte moves, and the old owner has room."""
+    sharded = np.flatnonzero(division.strata.sharded)
+    worth, places = np.where(held[sharded] > 0, wanted[sharded], -1.0), np.arange(len(sharded))
+    best, own = worth.argmax(axis=1), division.owner[sharded]
+    better = worth[places, best] > worth[places, own]
+    division.owner[sharded[better]] = best[better]
+
+
+def _even_out(division: Division, num_bytes: IntArray, wanted: Table) -> None:
+    """Gives what nodes own beyond their share of the bytes to others: what they want least to who wants it most."""
+    sharded = np.flatnonzero(division.strata.sharded)
+    loads = np.bincount(division.owner[sharded], num_bytes[sharded], wanted.shape[1]).astype(np.int64)
+    share = int(loads.mean()) + int(num_bytes.max())
+    for node in np.flatnonzero(loads > share).tolist():
+        own = sharded[division.owner[sharded] == node]
+        for item in own[np.argsort(wanted[own, node], kind="stable")].tolist():
+            if loads[node] <= share:
+                break
+            others = np.flatnonzero(loads + num_bytes[item] <= share)
+            to = others[np.lexsort((loads[others], -wanted[item, others]))[0]]  # of equal ones the emptiest
+            division.owner[item] = to
+            loads[node] -= num_bytes[item]
+            loads[to] += num_bytes[item]
 
 
 def _owned(division: Division, room: Room) -> Table:

@@ -3,7 +3,8 @@
     strata → parts (hash, random, popularity, METIS) → halo (none, one pass, in rounds, with load in mind) → owners
 
 With a halo, parts are cut with bytes in balance alone, and owners are chosen among holders, so that heat is too.
-Where copies are too few for that, parts are balanced in both from the start. Knows nothing of requests to come.
+Where copies are too few for that, parts are balanced in both from the start, and at last owners stay where they are.
+Knows nothing of requests to come.
 Invariant: a policy is a pure function, and what it returns passes `check`.
 """
 
@@ -37,11 +38,12 @@ class Composed:
     def __call__(self, statistics: Statistics, room: Room) -> Placement:
         if self.halo is None:
             return self.copied(statistics, self.divided(statistics, room), room)
-        best = replace(self, partition="cut")
-        placement = best.copied(statistics, best.divided(statistics, room), room)
-        if imbalance(placement, statistics.heat) <= IMBALANCE:
-            return placement
-        return self.copied(statistics, self.divided(statistics, room), room)  # too few copies to choose owners among
+        for partition, drifts in (("cut", True), ("metis", True), ("metis", False)):  # the best first
+            tried = replace(self, partition=partition, halo=replace(self.halo, drifts=drifts and self.halo.drifts))
+            placement = tried.copied(statistics, tried.divided(statistics, room), room)
+            if imbalance(placement, statistics.heat) <= IMBALANCE:
+                break  # else there are too few copies to choose owners among
+        return placement
 
     def divided(self, statistics: Statistics, room: Room) -> Division:
         """Strata and owners. Raises CapacityError, ConfigError."""
@@ -53,22 +55,24 @@ class Composed:
 
     def copied(self, statistics: Statistics, division: Division, room: Room) -> Placement:
         """The placement that a division becomes with its copies."""
-        none = tuple(np.empty(0, np.int64) for _ in range(room.num_nodes))
-        halos = none if self.halo is None else grow(statistics, division, room, self.halo).items
+        halos, owner = tuple(np.empty(0, np.int64) for _ in range(room.num_nodes)), division.owner
+        if self.halo is not None:
+            grown = grow(statistics, division, room, self.halo)
+            halos, owner = grown.items, grown.owner
         placement = Placement(
             statistics.item_ids,
             statistics.num_bytes,
             room,
             division.strata.replicated,
             division.strata.evicted,
-            division.owner,
+            owner,
             halos,
             self.name,
         )
         return placement if self.halo is None else relabelled(adopted(placement), statistics.heat)
 
 
-ONE_PASS = HaloConfig(rounds=1, temperature=0.0, smoothing=0.0)
+ONE_PASS = HaloConfig(rounds=1, temperature=0.0, smoothing=0.0, drifts=False)
 
 PLACES: dict[str, Callable[..., Composed]] = {
     "hash": lambda **given: Composed("hash", "hash", **given),

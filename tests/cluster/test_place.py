@@ -151,6 +151,31 @@ def test_smoothing_copies_what_is_asked_for_together_with_what_was_missed() -> N
     assert smooth.tolist() == [3, 4, 5]
 
 
+def test_an_owner_drifts_to_the_holder_that_wants_its_item_most_and_leaves_room() -> None:
+    """Node 0 asks for item 3, which node 1 owns, and copies it. Once node 0 owns it, node 1 has room for item 0."""
+    rows = [[0, 1, 2, 3]] * 5 + [[4, 5, 6, 0]]
+    statistics = statistics_of(rows, [1] * 7)
+    division = Division(sharded(statistics), np.array([0, 0, 0, 1, 1, 1, 1]))
+    stays, drifts = (
+        grow(statistics, division, Room(2, 4), HaloConfig(10, 0.0, 0.0, drifts=which)) for which in (False, True)
+    )
+    assert division.owner.tolist() == stays.owner.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert [halo.tolist() for halo in stays.items] == [[3], []]
+    assert drifts.owner.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert [halo.tolist() for halo in drifts.items] == [[], [0]]
+
+
+def test_nodes_own_about_the_same_bytes_however_owners_drift() -> None:
+    """All requests want node 0; it gives what it wants least to the emptiest of the others."""
+    rows = [list(range(count)) for count in range(2, 9)]
+    statistics = statistics_of(rows, [1] * 8)
+    division = Division(sharded(statistics), np.array([0, 0, 1, 1, 2, 2, 3, 3]))
+    found = grow(statistics, division, Room(4, 8), HaloConfig(10, 0.0, 0.0))
+    assert np.bincount(found.owner, minlength=4).max() <= 3, "the mean, and one item"
+    assert found.owner[:2].tolist() == [0, 0]
+    assert sorted(found.items[0].tolist()) == np.flatnonzero(found.owner).tolist(), "it still holds all"
+
+
 def test_prices_follow_the_load() -> None:
     hits = np.array([[3.0, 2.0]] * 10, np.float32)
     prices = follow_load(hits, np.zeros(2, np.float32), 10)
