@@ -82,8 +82,8 @@ def _by(route: str, chosen: Options, costed: Costed | None = None) -> tuple[Cost
     items = Items(60 if chosen.quick else 120, chosen.seed)
     bodies = items.bodies(num_requests, 1)
     with served(items, 2, COPIES, route=route, peers=False) as client:
-        own, before = _costs(client, items, 60 if chosen.quick else 100)
-        costed = costed or own
+        trials = _tried(client, items, 60 if chosen.quick else 100)
+        costed, before = costed or _cost_of(trials), [*trials.alone, *trials.both]
         first = [ask(client, body, number) for number, body in enumerate(bodies[:_RATED])]
         mean_s = statistics.median(costed.fitted.pass_s(_shape_of(reply)) for reply in first)
         before += first
@@ -107,11 +107,17 @@ def _by(route: str, chosen: Options, costed: Costed | None = None) -> tuple[Cost
 # ---- what a pass costs ----------------------------------------------------------------------------------------------
 
 
-def _costs(client: httpx.Client, items: Items, count: int) -> tuple[Costed, list[Reply]]:
-    """From requests of many sizes, one at a time and then two at a time; each is asked twice, the second time warm.
+@dataclass(frozen=True)
+class _Trials:
+    """What costs are fitted to. They come before the loads of any route, for caches hold what they asked for."""
 
-    And the replies that it is from.
-    """
+    cores: float  # as in `Costed`
+    alone: list[Reply]
+    both: list[Reply]  # two at a time
+
+
+def _tried(client: httpx.Client, items: Items, count: int) -> _Trials:
+    """Requests of many sizes, one at a time and then two at a time; each is asked twice, the second time warm."""
     cores = num_usable_cores() * (1.0 - psutil.cpu_percent(interval=_IDLE_S) / 100)
     random = np.random.default_rng([7, items.num_items])
     bodies = []
@@ -120,10 +126,14 @@ def _costs(client: httpx.Client, items: Items, count: int) -> tuple[Costed, list
         ids = [items.item_ids[item] for item in drawn]
         bodies += 2 * [{"candidates": ids[:-3], "history": ids[-3:], "explain": True}]
     alone = [ask(client, body, number) for number, body in enumerate(bodies)]
+    return _Trials(cores, alone, ask_steadily(client, bodies, 2))
+
+
+def _cost_of(trials: _Trials) -> Costed:
+    alone, cores = trials.alone, trials.cores
     fitted = fit([Point(_shape_of(reply), _pass_s(reply)) for reply in alone])
     outside_s = statistics.median(reply.ms / 1e3 - _pass_s(reply) for reply in alone)
-    both = ask_steadily(client, bodies, 2)
-    single = [reply for reply in both if reply.receipt["batch_size"] == 1]
+    single = [reply for reply in trials.both if reply.receipt["batch_size"] == 1]
     slower = statistics.median(_pass_s(reply) / fitted.pass_s(_shape_of(reply)) for reply in single)
     beside = statistics.median(_pass_s(reply) / (reply.ms / 1e3) for reply in single)  # share of time in a pass
     console.print(
@@ -133,7 +143,7 @@ def _costs(client: httpx.Client, items: Items, count: int) -> tuple[Costed, list
         f"Two at a time: {slower:.2f} times, in a pass {beside:.0%} of the time"
     )
     waits = max(1.0, 2 / cores)  # which two tasks do for a core, and the simulated ones as well
-    return Costed(fitted, outside_s, cores, max(0.0, slower / waits - 1.0) / beside), [*alone, *both]
+    return Costed(fitted, outside_s, cores, max(0.0, slower / waits - 1.0) / beside)
 
 
 def _pass_s(reply: Reply) -> float:
