@@ -185,7 +185,7 @@ class Decoder:
 
     def _table(self, weight: Matrix) -> Matrix:
         """Of a row for each token."""
-        return self._as_kept(wide(weight).bfloat16() if self._narrows and self.kept == "full" else weight)
+        return self._as_kept(wide(weight).bfloat16() if self.rounds and self.kept == "full" else weight)
 
     @property
     def _narrows(self) -> bool:
