@@ -80,7 +80,7 @@ def curve(chosen: Options, kept: RecordFile) -> dict[str, float]:
     metrics, rows = dict[str, float](), []
     for point in adapter_record(trained("convert-student"))["curve"]:
         key = f"{point['minutes']:.0f}_minutes"
-        figures = {name: float(point[f"validation_{name}"]) for name in ("ndcg10", "tau")}
+        figures = {"ndcg10": float(point["validation_ndcg10"]), "tau": float(point["tau"])}
         metrics |= {f"curve_{name}_{key}": value for name, value in figures.items()}
         rows.append([key.replace("_", " "), *(f"{value:.3f}" for value in figures.values())])
     show("The student as it learned, validation", ["", "NDCG@10", "Kendall τ with the teacher"], rows)
