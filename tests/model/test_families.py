@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rcllm.model import decoder as decoder_module
 from rcllm.model.adapter import Adapter, LowRank, merge_layer
 from rcllm.model.decoder import Decoder
 from rcllm.model.gguf_file import convert_gguf
-from rcllm.model.gguf_tensors import GGUF, GgufTensors
+from rcllm.model.gguf_tensors import GGUF, INDEX, GgufTensors
 from rcllm.model.pull import pull
 from rcllm.model.quantised import quantise, wide
 from rcllm.model.weights import load_model, load_spec, streamed_model
@@ -182,6 +183,25 @@ def test_levels_of_a_gguf_are_kept_as_they_are_read(
         logits.append(decoder.full_logits(tokens()))
         assert decoder.num_rounded == 0
     assert torch.equal(*logits)
+
+
+def test_a_level_that_kernels_have_no_place_for_is_widened(tmp_path: Path) -> None:
+    """Q8_0 could hold -128, though what writes it does not."""
+    source = tiny_gguf(tiny_model("llama", tmp_path, vocab_size=264), tmp_path / "tiny.gguf", quantised="Q8_0")
+    folder, name = convert_gguf(source, tmp_path / "converted"), "layers.0.self_attn.o_proj.weight"
+    tensors = GgufTensors(folder)
+    levels, before = tensors.levels(name), tensors.values(name)
+    assert levels is not None
+    assert levels.levels.min() >= -127
+    with (folder / GGUF).open("r+b") as file:
+        file.seek(json.loads((folder / INDEX).read_text())["tensors"][name]["offset"] + 2)  # behind the scale
+        file.write(b"\x80")
+    tensors = GgufTensors(folder)
+    assert tensors.levels(name) is None
+    expected = before.clone()
+    expected[0, 0] = -128 * levels.scales[0, 0].float()
+    assert torch.equal(tensors.values(name), expected)
+    load_model(folder)
 
 
 def test_an_adapter_is_added_to_what_levels_stand_for(tmp_path: Path) -> None:
