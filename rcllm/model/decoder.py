@@ -84,6 +84,23 @@ class Carried:
 
 
 @dataclass(frozen=True, slots=True)
+class Course:
+    """A pass and what it takes along through its layers."""
+
+    work: Pass
+    attend: Attend
+    kept: Kept | None  # takes the KV of rows to keep
+    observe: Observe | None = None
+    between: Between | None = None
+
+    def reach(self, layer: int) -> None:
+        """Before a layer: others may run, and then what it reads is there."""
+        if self.between is not None:
+            self.between(len(self.work.token_ids))
+        self.work.wait(layer)
+
+
+@dataclass(frozen=True, slots=True)
 class Stream:
     """All rows of a pass between two layers."""
 
@@ -234,26 +251,12 @@ class Decoder:
             passed = self.static.forward(work)
             if passed is not None:
                 return passed
-        attend, kept = self._attend(work), self.keeping(work, layers)
-        hidden = self.through(work, attend, kept, carried, observe, between)
-        blocks = kept.blocks() if kept else []
+        course = Course(work, self._attend(work), self.keeping(work, layers), observe, between)
+        hidden = self.end(self.through(layers[:-1], self.begin(work, carried), course), course)
+        blocks = course.kept.blocks() if course.kept else []
         if carried:
             blocks = [torch.cat(parts) for parts in zip(carried.kept, blocks, strict=True)]
-        return Passed(hidden, blocks, attend.name, attend.bytes_copied, len(work.token_ids))
-
-    def through(
-        self,
-        work: Pass,
-        attend: Attend,
-        kept: Kept | None,
-        carried: Carried | None = None,
-        observe: Observe | None = None,
-        between: Between | None = None,
-    ) -> torch.Tensor:
-        """The hidden states of the wanted rows, [wanted, d]; KV of rows to keep goes to `kept`."""
-        layers = range(carried.num_layers if carried else 0, self.spec.num_layers)
-        stream = self.through_layers(layers[:-1], self.begin(work, carried), work, attend, kept, observe, between)
-        return self.end(stream, work, attend, kept, observe, between)
+        return Passed(hidden, blocks, course.attend.name, course.attend.bytes_copied, len(work.token_ids))
 
     def begin(self, work: Pass, carried: Carried | None = None) -> Stream:
         """Rows before their first layer, or before the one that follows where `carried` stands."""
@@ -262,89 +265,53 @@ class Decoder:
         delta = self._layers[carried.num_layers - 1].feed(carried.residual, carried.attended)
         return Stream(carried.residual, delta)
 
-    def through_layers(
-        self,
-        layers: range,
-        stream: Stream,
-        work: Pass,
-        attend: Attend,
-        kept: Kept | None,
-        observe: Observe | None = None,
-        between: Between | None = None,
-    ) -> Stream:
+    def through(self, layers: range, stream: Stream, course: Course) -> Stream:
         """Some layers, of which the last one of the model is none."""
         for i in layers:
-            if between is not None:
-                between(len(work.token_ids))
-            work.wait(i)
-            stream = Stream(stream.residual, self._run(i, stream, work, attend, kept, observe))
+            course.reach(i)
+            stream = Stream(stream.residual, self._run(i, stream, course))
         return stream
 
-    def end(
-        self,
-        stream: Stream,
-        work: Pass,
-        attend: Attend,
-        kept: Kept | None,
-        observe: Observe | None = None,
-        between: Between | None = None,
-    ) -> torch.Tensor:
+    def end(self, stream: Stream, course: Course) -> torch.Tensor:
         """The last layer, and the final norm of the wanted rows, [wanted, d]."""
-        if between is not None:
-            between(len(work.token_ids))
-        last = self.spec.num_layers - 1
-        work.wait(last)
-        attended = self._mix(last, stream, work, attend, kept, observe)
-        residual = stream.residual[work.wanted]
-        delta = self._layers[-1].feed(residual, attended[work.wanted])
+        wanted, last = course.work.wanted, self.spec.num_layers - 1
+        course.reach(last)
+        attended = self._mix(last, stream, course)
+        residual = stream.residual[wanted]
+        delta = self._layers[-1].feed(residual, attended[wanted])
         return self._ops.add_norm(residual, delta, self.final_norm)
 
     @torch.inference_mode()
     def advance(self, work: Pass, num_layers: int, observe: Observe | None = None) -> Carried:
         """Runs the first `num_layers` layers, the last of them up to its attention, over every row of `work`."""
         assert 0 < num_layers < self.spec.num_layers
-        attend, kept = self._attend(work), self.keeping(work, range(num_layers))
-        stream = self.through_layers(range(num_layers - 1), self.begin(work), work, attend, kept, observe)
-        work.wait(num_layers - 1)
-        attended = self._mix(num_layers - 1, stream, work, attend, kept, observe)
-        return Carried(stream.residual, attended, kept.blocks() if kept else [], num_layers)
+        course = Course(work, self._attend(work), self.keeping(work, range(num_layers)), observe)
+        stream = self.through(range(num_layers - 1), self.begin(work), course)
+        course.reach(num_layers - 1)
+        attended = self._mix(num_layers - 1, stream, course)
+        return Carried(stream.residual, attended, course.kept.blocks() if course.kept else [], num_layers)
 
-    def _run(
-        self,
-        number: int,
-        stream: Stream,
-        work: Pass,
-        attend: Attend,
-        kept: Kept | None,
-        observe: Observe | None,
-    ) -> torch.Tensor:
+    def _run(self, number: int, stream: Stream, course: Course) -> torch.Tensor:
         """A layer: residual += delta, and += the projection of its attention; the delta of the MLP [rows, d].
 
         In one call where the kernels have all of it, else in steps, to the same bits.
         """
-        layer = self._layers[number]
-        is_plain = observe is None and not work.asides and (kept is None or kept.back is None)
+        layer, work, attend, kept = self._layers[number], course.work, course.attend, course.kept
+        is_plain = course.observe is None and not work.asides and (kept is None or kept.back is None)
         if is_plain and isinstance(layer, CompiledLayer) and type(attend) is NativeSegmented:
             copied = None if kept is None else kept.of_layer(number)
             return layer.run(stream.residual, stream.delta, work.positions, number, attend.reads, copied)
-        return layer.feed(stream.residual, self._mix(number, stream, work, attend, kept, observe))
+        return layer.feed(stream.residual, self._mix(number, stream, course))
 
-    def _mix(
-        self,
-        number: int,
-        stream: Stream,
-        work: Pass,
-        attend: Attend,
-        kept: Kept | None,
-        observe: Observe | None,
-    ) -> torch.Tensor:
+    def _mix(self, number: int, stream: Stream, course: Course) -> torch.Tensor:
         """The first half of a layer: residual += delta, and what attention over it gives; [rows, H·D]."""
+        work = course.work
         qkv = self._layers[number].project(stream.residual, stream.delta, work.positions)
-        if kept is not None:
-            kept.take(number, qkv)
-        if observe is not None:
-            observe(number, qkv)
-        attended = attend(number, qkv)
+        if course.kept is not None:
+            course.kept.take(number, qkv)
+        if course.observe is not None:
+            course.observe(number, qkv)
+        attended = course.attend(number, qkv)
         for aside in work.asides:
             rows = slice(aside.start, aside.stop)
             aside.keys.join(number, qkv[rows], Attended(attended.output[rows], attended.lse[rows]))

@@ -22,7 +22,7 @@ from rcllm.model.attend.on_triton import HostTables, PassShape, TritonAttend
 from rcllm.model.rope import Rope
 
 if TYPE_CHECKING:
-    from rcllm.model.decoder import Aside, Decoder, Keep, Pass, Passed, Stream
+    from rcllm.model.decoder import Aside, Course, Decoder, Keep, Pass, Passed, Stream
 
 _DECODER = Late("rcllm.model.decoder")  # which makes these passes, and whose nouns they speak
 _ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
@@ -91,6 +91,7 @@ class _StaticPass:
         numbers, zeros = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
         self._work: Pass = _DECODER.Pass(zeros, zeros.clone(), (), numbers, keep, tuple(asides))
         self._kept = decoder.keeping(self._work)
+        self._course: Course = _DECODER.Course(self._work, self._attend, self._kept)
         self._parts = [range(*ends) for ends in pairwise((0, *shape.starts, decoder.spec.num_layers))]
         self._streams: list[Stream] = []  # behind each part but the last
         self._runs = list[Run]()
@@ -117,9 +118,8 @@ class _StaticPass:
         decoder, layers = self._decoder, self._parts[number]
         stream = self._streams[number - 1] if number else decoder.begin(self._work)
         if number == len(self._parts) - 1:
-            stream = decoder.through_layers(layers[:-1], stream, self._work, self._attend, self._kept)
-            return decoder.end(stream, self._work, self._attend, self._kept)
-        self._streams[number:] = [decoder.through_layers(layers, stream, self._work, self._attend, self._kept)]
+            return decoder.end(decoder.through(layers[:-1], stream, self._course), self._course)
+        self._streams[number:] = [decoder.through(layers, stream, self._course)]  # those of an earlier run are over
         return None
 
 
