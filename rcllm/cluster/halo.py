@@ -69,7 +69,8 @@ def grow(statistics: Statistics, division: Division, room: Room, config: HaloCon
             wanted += config.smoothing * (_likely(statistics.near) @ wanted)
         if config.drifts and number == settled:
             _even_out(division, statistics.num_bytes, wanted)
-        owned = _owned(division, room)
+        if config.drifts and number <= settled:
+            owned = _owned(division, room)
         halos = _filled(statistics, owned, wanted, room)
         held = _with(owned, halos)
     return Halos(halos, division.owner, prices)

@@ -38,12 +38,15 @@ class Composed:
     def __call__(self, statistics: Statistics, room: Room) -> Placement:
         if self.halo is None:
             return self.copied(statistics, self.divided(statistics, room), room)
-        for partition, drifts in (("cut", True), ("metis", True), ("metis", False)):  # the best first
-            tried = replace(self, partition=partition, halo=replace(self.halo, drifts=drifts and self.halo.drifts))
-            placement = tried.copied(statistics, tried.divided(statistics, room), room)
-            if imbalance(placement, statistics.heat) <= IMBALANCE:
-                break  # else there are too few copies to choose owners among
-        return placement
+        drifts = self.halo.drifts
+        for partition, ways in (("cut", (drifts,)), ("metis", dict.fromkeys((drifts, False)))):  # the best first
+            division = replace(self, partition=partition).divided(statistics, room)
+            for way in ways:
+                tried = replace(self, halo=replace(self.halo, drifts=way))
+                placement = tried.copied(statistics, division, room)
+                if imbalance(placement, statistics.heat) <= IMBALANCE:
+                    return placement
+        return placement  # there are too few copies to choose owners among
 
     def divided(self, statistics: Statistics, room: Room) -> Division:
         """Strata and owners. Raises CapacityError, ConfigError."""
