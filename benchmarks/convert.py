@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.enrich import baseline_gains, engine_of, place
+from benchmarks.enrich import baseline_gains, beside, engine_of, flat, place
 from benchmarks.fidelity_setup import adapter_of, scored
 from benchmarks.harness import Options, console, dataset, options, run_parts, show
 from rcllm.data import Negatives, build_requests
@@ -59,18 +59,15 @@ def quality(kind: Negatives, chosen: Options, kept: RecordFile) -> dict[str, flo
     metrics: dict[str, float] = {f"requests{suffix}": len(test)}
     rows = []
     for who, values in found.items():
-        mean = bootstrap([[value] for value in values], seed=chosen.seed)[0]
-        delta = bootstrap([[a - b] for a, b in zip(values, found["teacher"], strict=True)], seed=chosen.seed)[0]
-        key = who.replace("-", "_").lower() + suffix
-        metrics |= {f"ndcg10_{key}": mean.mean, f"ndcg10_minus_teacher_{key}": delta.mean}
-        metrics |= {f"ndcg10_minus_teacher_lo_{key}": delta.low, f"ndcg10_minus_teacher_hi_{key}": delta.high}
-        tau = ""
+        key, tau = flat(who) + suffix, ""
+        figures, row = beside(values, found["teacher"], "teacher", key, chosen.seed)
+        metrics |= figures
         if who in ("student", "start"):
             taus = [[agreement(*pair).tau] for pair in zip(scores["teacher"], scores[who], strict=True)]
             of_all = bootstrap(taus, seed=chosen.seed)[0]
             metrics |= {f"tau_{key}": of_all.mean, f"tau_lo_{key}": of_all.low, f"tau_hi_{key}": of_all.high}
             tau = str(of_all)
-        rows.append([who, str(mean), str(delta), tau])
+        rows.append([who, *row, tau])
     show(f"{data.name}, {kind} candidates, {len(test)} requests", ["", "NDCG@10", "− teacher", "Kendall τ"], rows)
     return metrics
 

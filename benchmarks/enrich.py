@@ -102,17 +102,26 @@ def quality(name: str, kind: Negatives, chosen: Options, kept: RecordFile) -> di
     metrics: dict[str, float] = {f"requests_{name}{suffix}": len(test), f"validation_{name}{suffix}": len(choosing)}
     rows = []
     for who, values in found.items():
-        mean = bootstrap([[value] for value in values], seed=chosen.seed)[0]
-        delta = bootstrap([[a - b] for a, b in zip(values, found["item-kNN"], strict=True)], seed=chosen.seed)[0]
         key = f"{flat(who)}_{name}{suffix}"
-        metrics |= {f"ndcg10_{key}": mean.mean, f"ndcg10_minus_knn_{key}": delta.mean}
-        metrics |= {f"ndcg10_minus_knn_lo_{key}": delta.low, f"ndcg10_minus_knn_hi_{key}": delta.high}
+        figures, row = beside(values, found["item-kNN"], "knn", key, chosen.seed)
+        metrics |= figures
         if who in weights:
             metrics[f"weight_{key}"] = weights[who]
-        rows.append([who, str(mean), str(delta), f"{weights[who]:.2f}" if who in weights else ""])
+        rows.append([who, *row, f"{weights[who]:.2f}" if who in weights else ""])
     columns = ["", "NDCG@10", "minus item-kNN", "weight of item-kNN"]
     show(f"{data.name}, {kind} candidates, {len(test)} held-out requests, level blocks", columns, rows)
     return metrics
+
+
+def beside(
+    values: Sequence[float], base: Sequence[float], whose: str, key: str, seed: int
+) -> tuple[dict[str, float], list[str]]:
+    """NDCG@10 and what it is more than that of `base`, paired: as metrics of `key`, and for a row."""
+    mean = bootstrap([[value] for value in values], seed=seed)[0]
+    delta = bootstrap([[a - b] for a, b in zip(values, base, strict=True)], seed=seed)[0]
+    metrics = {f"ndcg10_{key}": mean.mean, f"ndcg10_minus_{whose}_{key}": delta.mean}
+    metrics |= {f"ndcg10_minus_{whose}_lo_{key}": delta.low, f"ndcg10_minus_{whose}_hi_{key}": delta.high}
+    return metrics, [str(mean), str(delta)]
 
 
 def sizes_of(chosen: Options) -> Sizes:

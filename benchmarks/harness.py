@@ -104,12 +104,12 @@ def dataset(name: str) -> Dataset:
     return fetch_movielens()
 
 
-def transformers_model(folder: Path) -> Any:
-    """A model's folder in transformers and fp32: a peer, not a dependency."""
+def transformers_model(folder: Path, **others: Any) -> Any:
+    """A model's folder in transformers and fp32: a peer, not a dependency. others: as transformers takes them."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 (see above)
 
     of_gguf = {"gguf_file": GGUF} if (folder / GGUF).is_file() else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **of_gguf).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **of_gguf, **others).eval()
 
 
 def timed(run: Callable[[A], R], argument: A) -> tuple[float, R]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from rcllm.model.gguf_tensors import GGUF
+from benchmarks.harness import transformers_model
 
 VOCAB = 256
 _SHAPE = {
@@ -90,8 +90,7 @@ def tiny_model(family: str, folder: Path, *, max_shard_size: str = "5GB", seed: 
 
 def their_model(folder: Path) -> Any:
     """What transformers makes of a model's folder, in fp32 with its plainest attention."""
-    of_gguf = {"gguf_file": GGUF} if (folder / GGUF).is_file() else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **of_gguf)
+    return transformers_model(folder, attn_implementation="eager")
 
 
 @torch.inference_mode()
