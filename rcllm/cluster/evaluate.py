@@ -70,6 +70,12 @@ def evaluate(placement: Placement, statistics: Statistics, requests: Requests) -
     )
 
 
+def shares_on_best(placement: Placement, requests: Requests) -> FloatArray:
+    """[requests] share of each one's items on the node that holds most of them."""
+    hits = incidence(requests, placement.num_items).astype(np.float32) @ held_table(placement)
+    return np.asarray(hits.max(axis=1) / np.diff(requests.starts), dtype=np.float64)
+
+
 def held_table(placement: Placement, *, halos: bool = True) -> Table:
     """[items, nodes] 1 where a node holds an item."""
     table = np.zeros((placement.num_items, placement.room.num_nodes), dtype=np.float32)

@@ -4,25 +4,29 @@
 
 With a halo, parts are cut with bytes in balance alone, and owners are chosen among holders, so that heat is too.
 Where copies are too few for that, parts are balanced in both from the start, and at last owners stay where they are.
+Hot items on each node help the balance, and take room from the halo: with few and with many of them, what is better.
 Knows nothing of requests to come.
 Invariant: a policy is a pure function, and what it returns passes `check`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rcllm.cluster.evaluate import shares_on_best
 from rcllm.cluster.halo import HaloConfig, grow
 from rcllm.cluster.ownership import adopted, imbalance, relabelled
 from rcllm.cluster.partition import PARTITIONS, Division, fit
 from rcllm.cluster.placement import Placement, Room
 from rcllm.cluster.statistics import Statistics
-from rcllm.cluster.strata import HOT_SHARE, IMBALANCE, divide
+from rcllm.cluster.strata import HEAVY, HOT_SHARE, IMBALANCE, Strata, divide
 from rcllm.data.text import did_you_mean
 from rcllm.errors import ConfigError
+
+_HEAVY = (0.9, HEAVY)  # of a node's heat: shares with which an item is tried on each node, where there are copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +40,28 @@ class Composed:
     seed: int = 0
 
     def __call__(self, statistics: Statistics, room: Room) -> Placement:
+        """Raises CapacityError, ConfigError."""
+        if room.num_nodes < 1:
+            raise ConfigError(f"expected one node or more, got {room.num_nodes}")
         if self.halo is None:
-            return self.copied(statistics, self.divided(statistics, room), room)
-        drifts = self.halo.drifts
-        for partition, ways in (("cut", (drifts,)), ("metis", dict.fromkeys((drifts, False)))):  # the best first
-            division = replace(self, partition=partition).divided(statistics, room)
-            for way in ways:
-                tried = replace(self, halo=replace(self.halo, drifts=way))
-                placement = tried.copied(statistics, division, room)
+            strata = divide(statistics, room, self.hot_share)
+            return self.copied(statistics, self.divided(statistics, strata, room), room)
+        each = (divide(statistics, room, self.hot_share, heavy) for heavy in _HEAVY)
+        different = {strata.replicated.tobytes(): strata for strata in each}.values()
+        return _best([self._grown(statistics, self.halo, strata, room) for strata in different], statistics)
+
+    def _grown(self, statistics: Statistics, halo: HaloConfig, strata: Strata, room: Room) -> Placement:
+        """The first of the ways to cut parts and to choose owners that keeps the balance, or the last of them."""
+        for partition, ways in (("cut", (halo.drifts,)), ("metis", dict.fromkeys((halo.drifts, False)))):
+            division = replace(self, partition=partition).divided(statistics, strata, room)
+            for drifts in ways:
+                placement = replace(self, halo=replace(halo, drifts=drifts)).copied(statistics, division, room)
                 if imbalance(placement, statistics.heat) <= IMBALANCE:
                     return placement
         return placement  # there are too few copies to choose owners among
 
-    def divided(self, statistics: Statistics, room: Room) -> Division:
-        """Strata and owners. Raises CapacityError, ConfigError."""
-        if room.num_nodes < 1:
-            raise ConfigError(f"expected one node or more, got {room.num_nodes}")
-        strata = divide(statistics, room, self.hot_share)
+    def divided(self, statistics: Statistics, strata: Strata, room: Room) -> Division:
+        """Owners of what is sharded."""
         owner = PARTITIONS[self.partition](statistics, strata, room, self.seed)
         return fit(statistics, Division(strata, owner), room)
 
@@ -73,6 +82,16 @@ class Composed:
             self.name,
         )
         return placement if self.halo is None else relabelled(adopted(placement), statistics.heat)
+
+
+def _best(placements: Sequence[Placement], statistics: Statistics) -> Placement:
+    """Of those in balance, or about as near to it as any, the one whose best nodes hold most of the requests' items."""
+    if len(placements) == 1:
+        return placements[0]
+    uneven = [imbalance(placement, statistics.heat) for placement in placements]
+    most = max(IMBALANCE, min(uneven) + IMBALANCE if min(uneven) > IMBALANCE else 0.0)
+    even = [placement for placement, each in zip(placements, uneven, strict=True) if each <= most]
+    return max(even, key=lambda placement: float(shares_on_best(placement, statistics.sample).sum()))
 
 
 ONE_PASS = HaloConfig(rounds=1, temperature=0.0, smoothing=0.0, drifts=False)

@@ -17,7 +17,7 @@ from rcllm.errors import CapacityError
 
 IMBALANCE = 0.05  # the fullest node over the mean, in bytes and in heat
 HOT_SHARE = 0.001  # of items that every node holds: RcLLM, Algorithm 1
-_HEAVY = 0.25  # an item with this share of a node's heat is replicated, where there is room: nothing could balance it
+HEAVY = 0.25  # an item with this share of a node's heat is replicated, where there is room: moves hardly balance it
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,10 @@ class Strata:
         return ~(self.replicated | self.evicted)
 
 
-def divide(statistics: Statistics, room: Room, hot_share: float = HOT_SHARE) -> Strata:
+def divide(statistics: Statistics, room: Room, hot_share: float = HOT_SHARE, heavy: float = HEAVY) -> Strata:
     """The hottest items are replicated while there is room; the coldest per byte are evicted where there is none.
 
+    hot_share: of items that are on each node; heavy: of a node's heat, with which an item is on each node as well.
     Raises CapacityError where no node holds even the smallest item.
     """
     num_bytes, heat = statistics.num_bytes, statistics.heat
@@ -47,8 +48,8 @@ def divide(statistics: Statistics, room: Room, hot_share: float = HOT_SHARE) -> 
     replicated = np.zeros(statistics.num_items, dtype=np.bool_)
     if evicted.any() or room.num_nodes == 1:
         return Strata(replicated, evicted)
-    heavy = heat > _HEAVY * heat.sum() / room.num_nodes
-    num_hot = max(int(np.ceil(hot_share * statistics.num_items)), int(heavy.sum()))
+    num_heavy = int((heat > heavy * heat.sum() / room.num_nodes).sum())
+    num_hot = max(int(np.ceil(hot_share * statistics.num_items)), num_heavy)
     hottest = np.argsort(-heat, kind="stable")[:num_hot]
     hottest = hottest[heat[hottest] > 0]
     on_each = np.cumsum(num_bytes[hottest])

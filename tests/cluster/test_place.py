@@ -20,7 +20,7 @@ from rcllm.cluster.partition import Division, by_hash, by_popularity, fit
 from rcllm.cluster.place import PLACES, make_place
 from rcllm.cluster.placement import PlacedHoldings, Placement, Room
 from rcllm.cluster.statistics import Statistics, collect, ragged
-from rcllm.cluster.strata import IMBALANCE, Strata, divide
+from rcllm.cluster.strata import HEAVY, IMBALANCE, Strata, divide
 from rcllm.cluster.view import EVERYWHERE, NOWHERE, Held
 from rcllm.errors import CapacityError, ConfigError
 from tests.cluster.made import clustered, logs, names, placement_of, statistics_of
@@ -201,6 +201,22 @@ def test_learned_beats_one_pass_beats_metis() -> None:
     shares = {name: evaluate(make_place(name)(statistics, room), statistics, judged) for name in PLACES}
     assert shares["learned"].best > shares["halo"].best > shares["metis"].best > shares["hash"].best
     assert shares["spread"].balance.spread < shares["learned"].balance.requests
+
+
+def test_hot_items_are_on_each_node_only_where_that_beats_the_copies_that_it_takes_room_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Thirty nodes with room for a group of eight each; every item has a third of a node's heat."""
+    requests, num_items = clustered(12, 8, 3000)
+    statistics = collect(requests, names(num_items), np.ones(num_items, np.int64))
+    room = Room(30, 8)
+    found = make_place("learned")(statistics, room)
+    monkeypatch.setattr("rcllm.cluster.place._HEAVY", (HEAVY,))
+    before = make_place("learned")(statistics, room)
+    shares = [evaluate(placement, statistics, statistics.sample).best for placement in (before, found)]
+    assert before.replicated.sum() > 3 > found.replicated.sum()
+    assert shares[0] < 0.8 < shares[1]
+    assert imbalance(found, statistics.heat) <= max(IMBALANCE, imbalance(before, statistics.heat))
 
 
 # ---- what must hold of all ------------------------------------------------------------------------------------------
