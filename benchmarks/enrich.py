@@ -24,7 +24,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks.baselines import Baseline, Neighbours, Popularity, training_pool
 from benchmarks.fidelity_setup import FULL, POINTWISE, QUICK, SETS, TARGETS, Sizes, scored
 from benchmarks.harness import ROOT, Options, console, dataset, options, run_parts, show
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
@@ -36,6 +35,7 @@ from rcllm.data.neighbours import find_neighbours, with_neighbours
 from rcllm.engine.engine import Engine
 from rcllm.errors import TextWarning
 from rcllm.fetch import cache_dir
+from rcllm.fidelity.baselines import Baseline, Neighbours, Popularity, training_pool
 from rcllm.fidelity.evaluate import evaluate_timed
 from rcllm.fidelity.fusion import Scored, best_weight, gains
 from rcllm.fidelity.intervals import bootstrap

@@ -21,7 +21,6 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.baselines import Baseline, Neighbours, Popularity, training_pool
 from benchmarks.fidelity_setup import (
     CONTEXT,
     FULL,
@@ -43,6 +42,7 @@ from rcllm.core.ranking import Block, Level, Policy, RankOptions, RankRequest, S
 from rcllm.data import named_items
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
+from rcllm.fidelity.baselines import Baseline, Neighbours, Popularity, training_pool
 from rcllm.fidelity.evaluate import evaluate_timed
 from rcllm.fidelity.intervals import Interval, bootstrap
 from rcllm.fidelity.measures import chance_ndcg, ndcg

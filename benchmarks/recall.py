@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from benchmarks.baselines import Baseline, Neighbours, Popularity, training_pool
 from benchmarks.harness import Options, console, dataset, options, run_parts, show
 from rcllm.config import CacheConfig, Config, ModelConfig
 from rcllm.core.decoding import RecommendRequest
@@ -33,6 +32,7 @@ from rcllm.data import Dataset, Split, histories, split_of
 from rcllm.durable import renamed
 from rcllm.errors import answered
 from rcllm.fetch import cache_dir
+from rcllm.fidelity.baselines import Baseline, Neighbours, Popularity, training_pool
 from rcllm.fidelity.intervals import bootstrap
 from rcllm.sid.build import build_codes, code_index_of, item_texts, split_histories
 from rcllm.sid.collaborative import FloatArray

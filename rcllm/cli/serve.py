@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rcllm.cli.calibrated import admission_from, check_level
+from rcllm.cli.checkout import DECODER, RANKER, RANKER_TEMPLATE
 from rcllm.cli.clustered import ServeRecipe, check_extra, cluster_of, configured_by, recommender_of
 from rcllm.cli.commands.serve import ServerOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
@@ -33,9 +34,6 @@ else:
     guarding, keys, logs, on_engine, run, spans, viewers = (
         Late(f"rcllm.server.{name}") for name in ("guarding", "keys", "logs", "on_engine", "run", "spans", "viewers")
     )
-
-_CHECKOUT = Path(__file__).parents[2]  # a wheel has neither of these
-_RANKER, _DECODER = _CHECKOUT / "adapters" / "smollm2-135m-blocks", _CHECKOUT / "decoders" / "movielens"
 
 
 def serve_command(
@@ -71,8 +69,8 @@ def serve_command(
     inputs = _movielens() if demo else load_inputs(item_options)
     engine = make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank])
     check_level(engine)
-    if demo and decoder is None and _DECODER.is_dir():
-        decoder = _DECODER
+    if demo and decoder is None and DECODER.is_dir():
+        decoder = DECODER
     recommender = _recommender(config, decoder, inputs) if decoder is not None else None
     guard = guarding.guard_of(engine, config.server)
     backend = on_engine.EngineBackend(engine, config.model.path, recommender, guard)
@@ -117,12 +115,12 @@ def _demo(config: Config) -> Config:
     """The committed ranker where this is a checkout, else the bare model, which ranks by how likely a title is."""
     if config.model.path != ModelConfig().path or config.model.adapter:
         raise ConfigError("--demo brings its own model: leave out --model and --adapter")
-    if not _RANKER.is_dir():
+    if not RANKER.is_dir():
         prompt = replace(config.prompt, template="movies")
         return replace(config, prompt=prompt, rank=replace(config.rank, readout="likelihood"))
     rank: RankOptions = replace(config.rank, readout="pointwise")
-    prompt = replace(config.prompt, template="echo", context=PromptConfig().context)
-    return replace(config, model=replace(config.model, adapter=str(_RANKER)), prompt=prompt, rank=rank)
+    prompt = replace(config.prompt, template=RANKER_TEMPLATE, context=PromptConfig().context)
+    return replace(config, model=replace(config.model, adapter=str(RANKER)), prompt=prompt, rank=rank)
 
 
 def _movielens() -> Inputs:

@@ -1,4 +1,7 @@
-"""The recommenders that a ranking model must beat, fitted on the training users of the common split."""
+"""The recommenders that a ranking model must beat, fitted on the training users of the common split.
+
+Knows nothing of models or engines. Invariant: what held-out users chose counts for nothing.
+"""
 
 from __future__ import annotations
 
