@@ -89,7 +89,8 @@ def _best(placements: Sequence[Placement], statistics: Statistics) -> Placement:
     if len(placements) == 1:
         return placements[0]
     uneven = [imbalance(placement, statistics.heat) for placement in placements]
-    most = max(IMBALANCE, min(uneven) + IMBALANCE if min(uneven) > IMBALANCE else 0.0)
+    least = min(uneven)
+    most = IMBALANCE if least <= IMBALANCE else least + IMBALANCE
     even = [placement for placement, each in zip(placements, uneven, strict=True) if each <= most]
     return max(even, key=lambda placement: float(shares_on_best(placement, statistics.sample).sum()))
 
