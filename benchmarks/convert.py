@@ -19,11 +19,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.enrich import baseline_gains, beside, engine_of, flat, place
+from benchmarks.enrich import beside, engine_of, flat, place
 from benchmarks.fidelity_setup import adapter_of, scored
 from benchmarks.harness import Options, console, dataset, options, run_parts, show
 from rcllm.data import Negatives, build_requests
 from rcllm.fetch import cache_dir
+from rcllm.fidelity.baselines import baseline_gains
 from rcllm.fidelity.fusion import Scored, gains
 from rcllm.fidelity.intervals import bootstrap
 from rcllm.fidelity.measures import agreement

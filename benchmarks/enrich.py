@@ -35,7 +35,7 @@ from rcllm.data.neighbours import find_neighbours, with_neighbours
 from rcllm.engine.engine import Engine
 from rcllm.errors import TextWarning
 from rcllm.fetch import cache_dir
-from rcllm.fidelity.baselines import Baseline, Neighbours, Popularity, training_pool
+from rcllm.fidelity.baselines import Neighbours, baseline_gains, training_pool
 from rcllm.fidelity.evaluate import evaluate_timed
 from rcllm.fidelity.fusion import Scored, best_weight, gains
 from rcllm.fidelity.intervals import bootstrap
@@ -137,15 +137,6 @@ def sizes_of(chosen: Options) -> Sizes:
 def asked(data: Dataset, name: str, kind: Negatives, count: int, seed: int, split: Split = "test") -> list[RankRequest]:
     """Those of `benchmarks.fidelity`, or as many of validation users as there are."""
     return build_requests(data, None, 20, 8, kind, split, seed, TARGETS[name], min_history=2)[:count]
-
-
-def baseline_gains(data: Dataset, test: Sequence[RankRequest]) -> dict[str, list[float]]:
-    pool = training_pool(data)
-    models: dict[str, Baseline] = {"popularity": Popularity(pool), "item-kNN": Neighbours(pool)}
-    return {
-        name: gains([Scored(scores, scores, place(r)) for r in test for scores in [model.score(r)]], 0.0)
-        for name, model in models.items()
-    }
 
 
 def both(data: Dataset, engine: Engine, requests: Sequence[RankRequest], kept: RecordFile) -> list[Scored]:

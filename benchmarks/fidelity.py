@@ -42,7 +42,7 @@ from rcllm.core.ranking import Block, Level, Policy, RankOptions, RankRequest, S
 from rcllm.data import named_items
 from rcllm.engine.engine import Engine
 from rcllm.fetch import cache_dir
-from rcllm.fidelity.baselines import Baseline, Neighbours, Popularity, training_pool
+from rcllm.fidelity.baselines import Baseline, Neighbours, Popularity, gain, training_pool
 from rcllm.fidelity.evaluate import evaluate_timed
 from rcllm.fidelity.intervals import Interval, bootstrap
 from rcllm.fidelity.measures import chance_ndcg, ndcg
@@ -109,13 +109,8 @@ def baselines(name: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dic
         requests = held_out(data, name, kind, count, chosen.seed)
         metrics[f"num_requests_{name}{suffix}"] = len(requests)
         for model, fitted in models.items():
-            metrics[f"ndcg10_{model}_{name}{suffix}"] = statistics.mean(_gain(fitted, r) for r in requests)
+            metrics[f"ndcg10_{model}_{name}{suffix}"] = statistics.mean(gain(fitted.score(r), r) for r in requests)
     return metrics
-
-
-def _gain(model: Baseline, request: RankRequest) -> float:
-    assert request.positive is not None
-    return ndcg(order(model.score(request).tolist()), request.candidates.index(request.positive), 10)
 
 
 def quality(name: str, variant: str, sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:

@@ -21,9 +21,9 @@ from rcllm.config import Config, ModelConfig, PromptConfig
 from rcllm.core.ranking import Level, RankOptions, RankRequest
 from rcllm.data import Dataset, build_requests, named_items
 from rcllm.engine.engine import Engine
-from rcllm.fidelity.baselines import Baseline, Neighbours, Popularity, training_pool
+from rcllm.fidelity.baselines import baseline_gains, gain
 from rcllm.fidelity.compare import TOP, compare_levels
-from rcllm.fidelity.measures import Scores, chance_ndcg, ndcg, order
+from rcllm.fidelity.measures import chance_ndcg
 
 CANDIDATES, HISTORY = 20, 8  # as it was tuned on, about
 _TIMED = 6  # requests that are also recomputed in full, for their times
@@ -37,9 +37,9 @@ def show_quality(dataset: Dataset, count: int, seed: int, screen: Console) -> No
     with make_engine(config, Inputs(dataset.catalogue, dataset), requests) as engine:
         warm_with_progress(engine, named_items(requests))
         full, _, blocks = compare_levels(engine, requests[:_TIMED], [_OPTIONS.level], _OPTIONS)
-        ways = {**_baselines(dataset, requests), "tuned ranker, level blocks": _scores(engine, requests)}
+        ways = {**baseline_gains(dataset, requests), "tuned ranker, level blocks": _gains(engine, requests)}
     screen.print(f"{len(requests)} viewers whom no training saw: which of {CANDIDATES} films did each choose next?")
-    screen.print(_table({name: _gains(requests, scores) for name, scores in ways.items()}))
+    screen.print(_table(ways))
     screen.print(
         f"The ranker ({RANKER.name}) is the same model with an adapter. It was tuned on goods, places and books, never "
         "on films, and under the block mask, so that reuse is exact. Its prompts show what item-kNN says of a "
@@ -50,22 +50,11 @@ def show_quality(dataset: Dataset, count: int, seed: int, screen: Console) -> No
     )
 
 
-def _baselines(dataset: Dataset, requests: Sequence[RankRequest]) -> dict[str, list[Scores]]:
-    pool = training_pool(dataset)
-    ways: dict[str, Baseline] = {"popularity": Popularity(pool), "item-kNN": Neighbours(pool)}
-    return {name: [way.score(request) for request in requests] for name, way in ways.items()}
-
-
-def _scores(engine: Engine, requests: Sequence[RankRequest]) -> list[Scores]:
+def _gains(engine: Engine, requests: Sequence[RankRequest]) -> list[float]:
+    """NDCG@10 of each request, as the engine ranks it."""
     with progress() as bar:
         tracked = bar.track(requests, description="ranking for held-out viewers")
-        return [engine.rank(request).scores for request in tracked]
-
-
-def _gains(requests: Sequence[RankRequest], scores: Sequence[Scores]) -> list[float]:
-    """NDCG@10 of each request."""
-    chosen = [request.candidates.index(request.positive) for request in requests if request.positive is not None]
-    return [ndcg(order(each), positive, TOP) for each, positive in zip(scores, chosen, strict=True)]
+        return [gain(engine.rank(request).scores, request) for request in tracked]
 
 
 def _table(gains: Mapping[str, Sequence[float]]) -> Table:

@@ -47,10 +47,8 @@ class Report:
 
 def evaluate(placement: Placement, statistics: Statistics, requests: Requests) -> Report:
     """`requests` name items by their numbers in the placement, each at least one."""
-    held, owned = held_table(placement), held_table(placement, halos=False)
-    sizes = np.diff(requests.starts)
-    asked = incidence(requests, placement.num_items).astype(np.float32)
-    hits = asked @ held
+    held, sizes = held_table(placement), np.diff(requests.starts)
+    hits = incidence(requests, placement.num_items).astype(np.float32) @ held
     past = incidence(statistics.sample, placement.num_items).astype(np.float32) @ held
     prices = np.zeros(held.shape[1], dtype=np.float32)
     if len(past):
@@ -63,16 +61,16 @@ def evaluate(placement: Placement, statistics: Statistics, requests: Requests) -
         best=float(shares.mean()),
         best_p10=float(np.quantile(shares, 0.1)),
         spread=float((hits[at, spread] / sizes).mean()),
-        owned=float(((asked @ owned).max(axis=1) / sizes).mean()),
+        owned=float(shares_on_best(held_table(placement, halos=False), requests).mean()),
         edge_cut=edge_cut(placement, statistics),
         balance=_balance(placement, statistics, best, spread),
         bytes_by_stratum=tuple(placement.bytes_of(node) for node in range(placement.room.num_nodes)),
     )
 
 
-def shares_on_best(placement: Placement, requests: Requests) -> FloatArray:
-    """[requests] share of each one's items on the node that holds most of them."""
-    hits = incidence(requests, placement.num_items).astype(np.float32) @ held_table(placement)
+def shares_on_best(held: Table, requests: Requests) -> FloatArray:
+    """[requests] share of each one's items on the node that has most of them. held: as `held_table` makes it."""
+    hits = incidence(requests, len(held)).astype(np.float32) @ held
     return np.asarray(hits.max(axis=1) / np.diff(requests.starts), dtype=np.float64)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rcllm.cluster.evaluate import shares_on_best
+from rcllm.cluster.evaluate import held_table, shares_on_best
 from rcllm.cluster.halo import HaloConfig, grow
 from rcllm.cluster.ownership import adopted, imbalance, relabelled
 from rcllm.cluster.partition import PARTITIONS, Division, fit
@@ -92,7 +92,7 @@ def _best(placements: Sequence[Placement], statistics: Statistics) -> Placement:
     least = min(uneven)
     most = IMBALANCE if least <= IMBALANCE else least + IMBALANCE
     even = [placement for placement, each in zip(placements, uneven, strict=True) if each <= most]
-    return max(even, key=lambda placement: float(shares_on_best(placement, statistics.sample).sum()))
+    return max(even, key=lambda placement: float(shares_on_best(held_table(placement), statistics.sample).sum()))
 
 
 ONE_PASS = HaloConfig(rounds=1, temperature=0.0, smoothing=0.0, drifts=False)

@@ -5,6 +5,7 @@ Knows nothing of models or engines. Invariant: what held-out users chose counts 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from rcllm.core.ranking import RankRequest
 from rcllm.data import Dataset, histories, split_of
 from rcllm.data.item_knn import ItemKnn
 from rcllm.data.negatives import NegativePool
+from rcllm.fidelity.measures import ndcg, order
 
 Scores = npt.NDArray[np.float64]
 
@@ -49,3 +51,16 @@ class Neighbours:
         if len(request.candidates) == len(self._numbers):  # the whole catalogue competes
             return self._knn.all_scores(events)[[self._numbers[i] for i in request.candidates]]
         return self._knn.scores(events, [self._numbers[i] for i in request.candidates])
+
+
+def gain(scores: npt.ArrayLike, request: RankRequest) -> float:
+    """NDCG@10 of a request whose user did choose one of the candidates."""
+    assert request.positive is not None
+    return ndcg(order(np.asarray(scores)), request.candidates.index(request.positive), 10)
+
+
+def baseline_gains(dataset: Dataset, requests: Sequence[RankRequest]) -> dict[str, list[float]]:
+    """NDCG@10 of each request, by popularity and by item-kNN."""
+    pool = training_pool(dataset)
+    models: dict[str, Baseline] = {"popularity": Popularity(pool), "item-kNN": Neighbours(pool)}
+    return {name: [gain(model.score(request), request) for request in requests] for name, model in models.items()}
