@@ -2,9 +2,10 @@
 
 Regime: for each data set, codes (`rcllm sid build`: texts and co-occurrence) and a decoder (`rcllm sid train`) are made
 of training users, in about a quarter of an hour on one core, and kept in the cache folder. Held-out users' last item is
-the target, after the items before it; the whole catalogue competes, but for what the user has already seen. All three
-recommenders answer the same users; item-kNN reads as much of the history as served it best on validation users.
-Targets that stand in their own history are left out: nobody may recommend them here.
+the target, after the items before it; the whole catalogue competes, but for what the user has already seen. All
+recommenders answer the same users: the model as it is served, with the share of item-kNN that training chose on
+validation users; its decoder alone; popularity; and item-kNN, which reads as much of the history as served it best on
+validation users. Targets that stand in their own history are left out: nobody may recommend them here.
 
 Ceiling: 1; on such data the best sequential recommenders that are published find a tenth to a fifth of the targets in
 their first ten.
@@ -39,9 +40,11 @@ from rcllm.sid.collaborative import FloatArray
 from rcllm.sid.config import BuildConfig, CodeConfig, NetworkConfig, SequenceConfig, TrainConfig
 from rcllm.sid.embed import SentenceEncoder, fetch_minilm
 from rcllm.sid.load import load_recommender
+from rcllm.sid.model_folder import load_knn
+from rcllm.sid.recommend import add_knn
 from rcllm.sid.train import CodeTrainer
 
-QUESTION = "Recall@10/50 and NDCG@10 over the whole catalogue, of generated semantic IDs, popularity and item-kNN"
+QUESTION = "Recall@10/50 and NDCG@10 over the whole catalogue: semantic IDs with and without item-kNN, and its rivals"
 MOST, BEAM = 50, 128
 WINDOWS = (5, 10, 20, 50)  # events of a history that item-kNN may read
 FIELDS = ("title", "brand", "categories", "year", "genres")  # of an item, that are embedded
@@ -99,14 +102,20 @@ def compared(name: str, chosen: Options) -> dict[str, float]:
     pool = training_pool(data)
     knn = Neighbours(pool)
     window = max(WINDOWS, key=lambda n: measured(ranked(data, knn, n), cases(data, "validation")).mean())
+    most = settings.train.sequences.max_items
     rankers = {
-        "model": generated(folder, settings.train.sequences.max_items),
+        "model": generated(folder, most),
+        "decoder": generated(folder, most, knn=0.0),
         "popularity": ranked(data, Popularity(pool), 1),
         "knn": ranked(data, knn, window),
     }
     values = {ranker: measured(rank, test) for ranker, rank in rankers.items()}
-    values |= {f"model_minus_{other}": values["model"] - values[other] for other in ("popularity", "knn")}
+    values |= {f"model_minus_{other}": values["model"] - values[other] for other in ("decoder", "popularity", "knn")}
+    values["decoder_minus_knn"] = values["decoder"] - values["knn"]
+    chose = load_knn(folder)
+    assert chose is not None
     metrics = {"users": float(len(test)), "training_minutes": minutes, "knn_window": float(window)}
+    metrics |= {"share_of_knn": chose.share, "window_of_share": float(chose.window)}
     rows = []
     for who, table in values.items():
         intervals = bootstrap(table, seed=chosen.seed)  # of differences: paired by user
@@ -141,6 +150,7 @@ def trained(data: Dataset, settings: Settings) -> tuple[Path, float]:
             console.print(f"{data.name}: epoch {epoch}, validation loss {loss:.3f}")
 
     curve = trainer.run(lambda now: tell(now.last.epoch, now.last.validation_loss) if now.last else None)
+    add_knn(folder, train, validation, settings.train.sequences.max_items)
     return folder, curve[-1].minutes
 
 
@@ -155,14 +165,24 @@ def embeddings(data: Dataset) -> FloatArray:
     return np.asarray(np.load(path), dtype=np.float32)
 
 
-def generated(folder: Path, most: int, model: Mapping[str, Any] = MappingProxyType({})) -> Rank:
-    """By the engine's beam search, which reads the last `most` items; `model`: other fields of ModelConfig."""
+def generated(
+    folder: Path, most: int, model: Mapping[str, Any] = MappingProxyType({}), knn: float | None = None
+) -> Rank:
+    """By the engine's beam search, which reads the last `most` items.
+
+    `model`: other fields of ModelConfig; `knn`: as in a request.
+    """
     recommender = load_recommender(Config(model=ModelConfig(path=str(folder), **model), cache=CacheConfig(pool_mb=256)))
 
     def rank(asked: Sequence[Case]) -> list[Sequence[ItemId]]:
         requests = [
             RecommendRequest(
-                str(i), tuple(Event(x) for x in case.history[-most:]), n=MOST, beam=BEAM, deny=case.history
+                str(i),
+                tuple(Event(x) for x in case.history[-most:]),
+                n=MOST,
+                beam=BEAM,
+                deny=case.history,
+                knn=knn,
             )
             for i, case in enumerate(asked)
         ]

@@ -71,6 +71,7 @@ def comparison_table(found: Comparison, whom: str) -> Table:
         table.add_column(column, justify="right")
     ways = {
         "the model": found.model,
+        "its decoder alone": found.alone,
         "item-kNN": found.item_knn,
         "popularity": found.popularity,
         "a guess": found.guess,

@@ -54,6 +54,7 @@ def recommend_command(
         n=search.n,
         beam=search.beam,
         rule=search.rule,
+        knn=search.knn,
         allow=read_item_ids(allow) if allow else None,
         deny=read_item_ids(deny) if deny else (),
     )
@@ -165,10 +166,11 @@ def _show(response: RecommendResponse, recommender: Recommender) -> None:
         "prompt": f"{receipt.num_tokens:,} tokens = {receipt.num_reused:,} reused + {receipt.num_fresh:,} fresh, "
         f"level {receipt.level}",
         "search": f"beam {receipt.beam}, rule {receipt.rule}, epoch {receipt.epoch} of the catalogue",
+        "item-kNN": f"{receipt.knn:.0%} of the scores; {receipt.num_by_knn} items that no beam found",
         "KV read": f"{receipt.kv_bytes_read / 1e6:,.1f} MB; once per beam: {receipt.kv_bytes_naive / 1e6:,.1f} MB",
         "stages, ms": ", ".join(f"{name} {ms:,.1f}" for name, ms in receipt.stage_ms.items()),
     }
-    screen.print(facts_table("RankReceipt", facts | ({"notes": "\n".join(receipt.notes)} if receipt.notes else {})))
+    screen.print(facts_table("Receipt", facts | ({"notes": "\n".join(receipt.notes)} if receipt.notes else {})))
 
 
 def _items_table(response: RecommendResponse, recommender: Recommender) -> Table:

@@ -26,7 +26,7 @@ from rcllm.sid.config import BuildConfig, CodeConfig, NetworkConfig, SequenceCon
 from rcllm.sid.embed import SentenceEncoder, fetch_minilm
 from rcllm.sid.held_out import advice, cases_of, compare_held_out
 from rcllm.sid.quantise import fitting
-from rcllm.sid.recommend import answers_of
+from rcllm.sid.recommend import HeldOut, add_knn
 from rcllm.sid.train import CodeEvaluation, CodeTrainer, TrainProgress, best_of, check_out
 from rcllm.sid.vocabulary import sid_text
 
@@ -106,6 +106,9 @@ def train_command(
         "trained": f"{curve[-1].epoch} epochs in {curve[-1].minutes:.1f} minutes, {len(trainer.histories):,} users",
     }
     console().print(facts_table("Trained", facts))
+    with busy("asking validation users"):
+        knn = add_knn(out, trainer.histories, validation, sequences.max_items)
+    say(f"item-kNN has {knn.share:.0%} of the scores, from the last {knn.window} events; `--knn 0` leaves it out")
     _compare(code_index, trainer, split_histories(rows, numbers, "test"), validation)
 
 
@@ -115,12 +118,14 @@ def _compare(
     test: Sequence[Sequence[int]],
     validation: Sequence[Sequence[int]],
 ) -> None:
-    """Shows the model beside a guess, popularity and item-kNN, and says where it loses."""
+    """Shows the model beside its decoder alone, a guess, popularity and item-kNN, and says where it loses."""
     max_items = trainer.config.sequences.max_items
     whom, held_out = ("test users", test) if cases_of(test)[0] else ("validation users", validation)
     with busy("asking held-out users"):
-        model = answers_of(trainer.folder, code_index.item_ids, max_items)
-        found = compare_held_out(model, trainer.histories, held_out, code_index.num_items, max_items)
+        asked = HeldOut(trainer.folder, code_index.item_ids, max_items)
+        found = compare_held_out(
+            asked.answer(), asked.answer(knn=0.0), trainer.histories, held_out, code_index.num_items, max_items
+        )
     if found is None:
         say("no held-out user chose something new at last, so that nothing tells what the model is worth")
         return

@@ -139,7 +139,7 @@ def receipt_table(receipt: RankReceipt) -> Table:
         "model, node": f"{receipt.model}, {receipt.node}",
         "stages, ms": stages,
     }
-    return facts_table("RankReceipt", facts | ({"notes": "\n".join(receipt.notes)} if receipt.notes else {}))
+    return facts_table("Receipt", facts | ({"notes": "\n".join(receipt.notes)} if receipt.notes else {}))
 
 
 def scores_table(response: RankResponse, request: RankRequest, catalogue: Mapping[ItemId, Item], top: int) -> Table:

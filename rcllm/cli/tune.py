@@ -48,7 +48,7 @@ def tune_command(
         asked = ModelConfig(path=model), prompt, datasets, config, out, start, teacher, teacher_template or "", logged
         trainer = make_trainer(*asked)
     if trainer.baselines:
-        say(f"to beat, NDCG@10: {_beaten(trainer.baselines)}", "dim")
+        say(f"to beat, NDCG@10 for {trainer.num_validated:,} users: {_beaten(trainer.baselines)}", "dim")
     with interruptible(GOES_ON), progress("loss", "validation") as bar:
         task = bar.add_task("tuning, percent", total=100, loss="", validation="")
         told: list[Evaluation] = []

@@ -57,6 +57,15 @@ class RecommendRequest:
             panel=_PANEL,
         ),
     ] = "renormalise"
+    # share of item-kNN in the scores, for a decoder that carries one: (1 - knn) · decoder + knn · item-kNN
+    knn: Annotated[
+        float | None,
+        Interval(ge=0, lt=1),
+        Opt(
+            "Share of item-kNN in the scores; default: what was best on validation users. 0: the decoder alone.",
+            panel=_PANEL,
+        ),
+    ] = None
     level: Level | None = None  # reuse of the prompt; None: exact
     tenant: str = ""  # whose user it is, as in RankRequest
 
@@ -65,7 +74,7 @@ class RecommendRequest:
 class RecommendResponse:
     request_id: str
     items: tuple[ItemId, ...]  # best first; fewer than n where fewer are valid
-    scores: tuple[float, ...]  # log-probability of each item's semantic ID, under the rule
+    scores: tuple[float, ...]  # log-probability of each item's semantic ID, under the rule; mixed with item-kNN's share
     receipt: RecommendReceipt = field(repr=False)
 
 

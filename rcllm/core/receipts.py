@@ -99,6 +99,8 @@ class RecommendReceipt(Receipt):
     kv_bytes_naive: int  # the same where every beam reads the prompt for itself
     kv_bytes_copied: int  # of the prompt, where it lay in scraps and was joined first
     steps: tuple[BeamStep, ...]  # one per level
+    knn: float = 0.0  # share of item-kNN in the scores; 0: the decoder alone
+    num_by_knn: int = 0  # items of the answer that no beam found, item-kNN alone
 
 
 @dataclass(frozen=True, slots=True)

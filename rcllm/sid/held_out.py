@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from rcllm.core.ranking import ItemId
 from rcllm.data.item_knn import ItemKnn
 from rcllm.fidelity.measures import chance_ndcg
 
@@ -24,6 +26,7 @@ _MAX_USERS = 500  # that are asked: a minute of work at most
 _EXPECTED_SHARE = 4  # items per first-level code under which little is shared
 _FEW_USERS = 1000  # training users with which decoders began to beat popularity
 
+Named = TypeVar("Named", int, ItemId)
 Histories = Sequence[Sequence[int]]  # item numbers, oldest first
 Answer = Callable[["Case"], Sequence[int]]  # the best TOP items for a case, best first
 
@@ -50,7 +53,8 @@ class Comparison:
 
     num_users: int
     num_left_out: int  # users whose target stands in their own history
-    model: Worth
+    model: Worth  # with the item-kNN that it carries
+    alone: Worth  # its decoder alone
     guess: Worth  # expected, of items drawn at random among those that the user has not seen
     popularity: Worth
     item_knn: Worth
@@ -69,13 +73,16 @@ def cases_of(histories: Histories) -> tuple[list[Case], int]:
 
 
 def compare_held_out(
-    model: Answer, train: Histories, held_out: Histories, num_items: int, max_items: int
+    model: Answer, alone: Answer, train: Histories, held_out: Histories, num_items: int, max_items: int
 ) -> Comparison | None:
-    """`max_items`: how much of a history is read, its end. None: no held-out user can be asked."""
+    """`alone`: the model's decoder without item-kNN; `max_items`: how much of a history is read, its end.
+
+    None: no held-out user can be asked.
+    """
     cases, num_left_out = cases_of(held_out)
     if not cases:
         return None
-    touched = _touched(train, num_items)
+    touched = touched_by(train, num_items)
     popularity = np.asarray(touched.sum(axis=0), dtype=np.float64)
     knn = ItemKnn.of(touched)
 
@@ -89,6 +96,7 @@ def compare_held_out(
         len(cases),
         num_left_out,
         _worth(model, cases),
+        _worth(alone, cases),
         _guess(cases, num_items),
         _worth(by_popularity, cases),
         _worth(by_neighbours, cases),
@@ -110,7 +118,7 @@ def advice(num_training_users: int, items_per_first_code: float, *, still_better
     return tries or ["codes that know who touched what (`rcllm sid build --interactions`), or another --seed"]
 
 
-def _touched(train: Histories, num_items: int) -> sparse.csr_array:
+def touched_by(train: Histories, num_items: int) -> sparse.csr_array:
     """[users, items]: 1 where the user touched the item."""
     pairs = [(row, item) for row, history in enumerate(train) for item in sorted(set(history))]
     at = np.array(pairs, dtype=np.int64).reshape(-1, 2)
@@ -125,18 +133,15 @@ def _best(scores: npt.NDArray[np.float64], case: Case) -> list[int]:
     return [int(item) for item in best if scores[item] > -np.inf]
 
 
-def _worth(answer: Answer, cases: Sequence[Case]) -> Worth:
-    ranks = [_rank(answer(case), case.target) for case in cases]
-    return Worth(
-        sum(rank is not None for rank in ranks) / len(ranks),
-        sum(1.0 / math.log2(1 + rank) for rank in ranks if rank is not None) / len(ranks),
-    )
-
-
-def _rank(items: Sequence[int], target: int) -> int | None:
-    """From 1; None where the target is not among the first ten."""
+def gain(items: Sequence[Named], target: Named) -> float:
+    """DCG@10 of a list with one right item, best first; at most 1."""
     best = list(items[:TOP])
-    return best.index(target) + 1 if target in best else None
+    return 1.0 / math.log2(2 + best.index(target)) if target in best else 0.0
+
+
+def _worth(answer: Answer, cases: Sequence[Case]) -> Worth:
+    gains = [gain(answer(case), case.target) for case in cases]
+    return Worth(sum(each > 0 for each in gains) / len(gains), sum(gains) / len(gains))
 
 
 def _guess(cases: Sequence[Case], num_items: int) -> Worth:

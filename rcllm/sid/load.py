@@ -20,7 +20,7 @@ from rcllm.engine.jobs.recommend import BEAM_ROWS, Recommender
 from rcllm.errors import ConfigError
 from rcllm.model.pull import pull
 from rcllm.prompt.template import Template
-from rcllm.sid.model_folder import load_codes
+from rcllm.sid.model_folder import load_codes, load_knn
 from rcllm.sid.vocabulary import find_code_tokens, items_of_codes, with_semantic_ids
 
 TEMPLATE = "sid"  # of the decoders that `rcllm sid train` makes
@@ -36,14 +36,15 @@ def load_recommender(
 ) -> Recommender:
     """Loads the model that `config` names, with an empty cache.
 
-    A model of `rcllm sid train` carries its codes and is asked with its own template: leave `code_index` at None. For
-    another model give what `read_codes` reads from its index file; `config.prompt.template` then says how the model is
-    asked, and {sid} in it is an item's semantic ID. `items` holds the items' texts, for templates that use them.
-    `style` is how the model's vocabulary writes a code. Raises ConfigError, ModelError, FetchError.
+    A model of `rcllm sid train` carries its codes and an item-kNN, and is asked with its own template: leave
+    `code_index` at None. For another model give what `read_codes` reads from its index file; `config.prompt.template`
+    then says how the model is asked, and {sid} in it is an item's semantic ID. `items` holds the items' texts, for
+    templates that use them. `style` is how the model's vocabulary writes a code. Raises ConfigError, ModelError,
+    FetchError.
     """
-    folder = pull(config.model.path)
+    folder, knn = pull(config.model.path), None
     if code_index is None:
-        code_index = load_codes(folder)
+        code_index, knn = load_codes(folder), load_knn(folder)
         config = replace(config, prompt=replace(config.prompt, template=TEMPLATE))
     if not Template.load(config.prompt.template).open:
         raise ConfigError(
@@ -54,7 +55,7 @@ def load_recommender(
     catalogue = items_of_codes(code_index, style) if items is None else with_semantic_ids(items, code_index, style)
     engine = Engine.build(catalogue, config)
     tokens = find_code_tokens(engine.prompter.tokenizer, code_index.sizes, style)
-    return Recommender(engine, LiveCodes(code_index), tokens, beam_rows=beam_rows)
+    return Recommender(engine, LiveCodes(code_index), tokens, knn=knn, beam_rows=beam_rows)
 
 
 def _pattern(style: str) -> str:

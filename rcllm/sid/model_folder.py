@@ -1,13 +1,14 @@
 """A decoder of semantic IDs as a folder: a Hugging Face model with its catalogue in the weights file.
 
-Knows nothing of training. Invariant: a folder with `model.safetensors` is whole, because that file is renamed into
-place last; what stands in it under `CATALOG_PREFIX` is no weight, and loaders of models skip it.
+Beside it may lie an item-kNN in a file of its own. Knows nothing of training. Invariant: a folder with
+`model.safetensors` is whole, because that file is renamed into place last; what stands under `CATALOG_PREFIX` is no
+weight, and loaders of models skip it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy import sparse
 
 from rcllm.codes.index import CodeIndex
+from rcllm.codes.knn import Knn
 from rcllm.core.ranking import ItemId
 from rcllm.durable import renamed, write
 from rcllm.errors import DataError, ModelError
@@ -25,9 +28,15 @@ from rcllm.model.weights import CATALOG_PREFIX
 from rcllm.plain_json import to_json, without_nan
 from rcllm.sid.vocabulary import Vocabulary
 
-WEIGHTS, RECORD = "model.safetensors", "training.json"
+WEIGHTS, KNN, RECORD = "model.safetensors", "knn.safetensors", "training.json"
 TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _CODES, _SIZES, _ITEMS = (CATALOG_PREFIX + part for part in ("codes", "sizes", "item_ids"))
+_STARTS, _NEAR, _LIKENESS, _WINDOW, _SHARE = (
+    CATALOG_PREFIX + "knn." + part for part in ("starts", "near", "likeness", "window", "share")
+)
+_NO_CATALOGUE = "catalogue; only models of `rcllm sid train` do. For another model give its codes as a file"
+_AGAIN = "train or copy the model again"
+_LEAVE_OUT = f"{_AGAIN}, or remove this file to recommend without it"
 
 
 def save_model(
@@ -43,14 +52,40 @@ def save_model(
     write(folder / RECORD, to_json(without_nan(record), indent=2).encode())  # first: it says whose the others are
     for name, text in zip(TEXTS, texts, strict=True):
         write(folder / name, text.encode())
-    names = json.dumps(list(code_index.item_ids)).encode()
     tensors = {"model." + name: tensor.detach().float().contiguous() for name, tensor in weights.items()} | {
         _CODES: torch.from_numpy(np.array(code_index.codes, dtype=np.int32)),
         _SIZES: torch.tensor(code_index.sizes, dtype=torch.int32),
-        _ITEMS: torch.from_numpy(np.frombuffer(names, dtype=np.uint8).copy()),  # a JSON list of texts in UTF-8
+        _ITEMS: _texts(code_index.item_ids),
     }
     with renamed(folder / WEIGHTS) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
+
+
+def save_knn(folder: Path, knn: Knn) -> None:
+    """Beside the model, whose recommendations it takes part in."""
+    rows = sparse.csr_array(knn.likeness)
+    tensors = {
+        _STARTS: torch.from_numpy(rows.indptr.astype(np.int64)),
+        _NEAR: torch.from_numpy(rows.indices.astype(np.int32)),
+        _LIKENESS: torch.from_numpy(rows.data.astype(np.float32)),
+        _WINDOW: torch.tensor(knn.window),
+        _SHARE: torch.tensor(knn.share, dtype=torch.float64),
+        _ITEMS: _texts(knn.item_ids),
+    }
+    with renamed(folder / KNN) as partial:
+        save_file(tensors, partial)
+
+
+def load_knn(folder: Path) -> Knn | None:
+    """The item-kNN that a model of `rcllm sid train` carries; None where it has none. Raises ModelError."""
+    path = folder / KNN
+    if not path.exists():
+        return None
+    found = _read(path, (_STARTS, _NEAR, _LIKENESS, _WINDOW, _SHARE, _ITEMS), f"item-kNN; {_LEAVE_OUT}", _LEAVE_OUT)
+    try:
+        return _checked_knn(found)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path} is damaged ({error}); {_LEAVE_OUT}") from error
 
 
 def load_codes(folder: Path) -> CodeIndex:
@@ -58,28 +93,53 @@ def load_codes(folder: Path) -> CodeIndex:
     path = folder / WEIGHTS
     if not path.is_file():
         raise ModelError(f"{path} is missing; expected a model of `rcllm sid train`")
+    found = _read(path, (_CODES, _SIZES, _ITEMS), _NO_CATALOGUE, _AGAIN)
+    try:
+        return _checked(found[_CODES], [int(size) for size in found[_SIZES]], _names(found[_ITEMS].tobytes()))
+    except (ValueError, TypeError, DataError) as error:
+        raise ModelError(f"{path}: its catalogue is damaged ({error}); {_AGAIN}") from error
+
+
+def _texts(item_ids: Sequence[ItemId]) -> torch.Tensor:
+    """A JSON list of texts in UTF-8, as bytes."""
+    return torch.from_numpy(np.frombuffer(json.dumps(list(item_ids)).encode(), dtype=np.uint8).copy())
+
+
+def _read(path: Path, names: Sequence[str], lacking: str, advice: str) -> dict[str, npt.NDArray[Any]]:
+    """These tensors of a file. Raises ModelError, which says what a file without them lacks, or what to do."""
     try:
         with safe_open(path, framework="np") as file:
-            if _CODES not in file.keys():  # noqa: SIM118 - a handle is not a mapping
-                raise ModelError(
-                    f"{path} holds no catalogue; only models of `rcllm sid train` do. For another model give its codes "
-                    "as a file"
-                )
-            codes, sizes, names = (file.get_tensor(name) for name in (_CODES, _SIZES, _ITEMS))
+            if not set(names) <= set(file.keys()):
+                raise ModelError(f"{path} holds no {lacking}")
+            return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a whole safetensors file ({error})") from error
-    try:
-        return _checked(codes, [int(size) for size in sizes], json.loads(names.tobytes()))
-    except (ValueError, TypeError, DataError) as error:
-        raise ModelError(f"{path}: its catalogue is damaged ({error}); train or copy the model again") from error
+        raise ModelError(f"{path} is not a whole safetensors file ({error}); {advice}") from error
 
 
-def _checked(codes: npt.NDArray[Any], sizes: list[int], names: object) -> CodeIndex:
-    """Raises ValueError for codes and names that no training writes."""
+def _names(text: bytes) -> list[ItemId]:
+    """Raises ValueError."""
+    names = json.loads(text)
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ValueError("expected the items' ids as a list of texts")
+    return [ItemId(name) for name in names]
+
+
+def _checked_knn(found: Mapping[str, npt.NDArray[Any]]) -> Knn:
+    """Raises ValueError, TypeError for what no training writes."""
+    item_ids = _names(found[_ITEMS].tobytes())
+    shape = (len(item_ids), len(item_ids))
+    likeness = sparse.csr_array((found[_LIKENESS], found[_NEAR], found[_STARTS]), shape=shape)
+    likeness.check_format(full_check=True)
+    window, share = int(found[_WINDOW]), float(found[_SHARE])
+    if not np.isfinite(likeness.data).all() or (likeness.data <= 0).any() or window < 1 or not 0 <= share < 1:
+        raise ValueError(f"expected likeness above 0, a window from 1 and a share below 1, got {window} and {share}")
+    return Knn(tuple(item_ids), likeness, window, share)
+
+
+def _checked(codes: npt.NDArray[Any], sizes: list[int], names: list[ItemId]) -> CodeIndex:
+    """Raises ValueError for codes and names that no training writes."""
     if codes.shape != (len(names), len(sizes)) or not np.issubdtype(codes.dtype, np.integer):
         raise ValueError(f"expected codes {[len(names), len(sizes)]}, got {list(codes.shape)} of {codes.dtype}")
     if not len(codes) or (codes < 0).any() or (codes >= np.array(sizes)).any():
         raise ValueError(f"expected codes of each level from 0 to below {sizes}")
-    return CodeIndex.build(codes.astype(np.int32), [ItemId(name) for name in names], tuple(sizes))
+    return CodeIndex.build(codes.astype(np.int32), names, tuple(sizes))

@@ -30,7 +30,7 @@ from rcllm.plain_json import as_json
 from rcllm.sid.collaborative import code_vectors, collaborative_vectors
 from rcllm.sid.config import TrainConfig
 from rcllm.sid.held_out import cases_of
-from rcllm.sid.model_folder import RECORD, TEXTS, WEIGHTS, save_model
+from rcllm.sid.model_folder import KNN, RECORD, TEXTS, WEIGHTS, save_model
 from rcllm.sid.network import CodeNetwork
 from rcllm.sid.sequences import Sequences
 from rcllm.sid.validate import TopOfList
@@ -279,4 +279,4 @@ def best_of(curve: Sequence[CodeEvaluation]) -> CodeEvaluation:
 
 def check_out(folder: Path) -> None:
     """Whether a training may write into `folder`. Raises ConfigError, DataError."""
-    check_folder(folder, (WEIGHTS, *TEXTS), RECORD)
+    check_folder(folder, (WEIGHTS, KNN, *TEXTS), RECORD)

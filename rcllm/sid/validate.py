@@ -7,7 +7,6 @@ with as many beams as there are prefixes the order is that of all items.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch
 
 from rcllm.codes.index import CodeIndex
 from rcllm.sid.collaborative import FloatArray
-from rcllm.sid.held_out import TOP, Case
+from rcllm.sid.held_out import TOP, Case, gain
 from rcllm.sid.network import CodeNetwork
 from rcllm.sid.sequences import Sequences
 
@@ -51,10 +50,7 @@ class TopOfList:
     def ndcg(self, network: CodeNetwork, beam: int = BEAM) -> float:
         """Mean NDCG@10; 0 where there is nobody to ask."""
         found = self.best(network, beam)
-        gains = [
-            1 / math.log2(2 + items.index(case.target)) if case.target in items else 0.0
-            for case, items in zip(self._cases, found, strict=True)
-        ]
+        gains = [gain(items, case.target) for case, items in zip(self._cases, found, strict=True)]
         return float(np.mean(gains)) if gains else 0.0
 
     @torch.no_grad()

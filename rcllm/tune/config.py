@@ -58,7 +58,7 @@ class TuneConfig:
     warm_up: Annotated[float, Interval(ge=0, le=1)] = 0.05  # share of the training in which the learning rate rises
     clip: Annotated[float, Gt(0)] = 1.0  # largest norm of a gradient
     evaluate_every: Annotated[int, Ge(1), Opt("Losses between two validations.")] = 480
-    validation_requests: Annotated[int, Ge(1), Opt("Requests of validation users that decide when to stop.")] = 100
+    validation_requests: Annotated[int, Ge(1), Opt("Most requests of validation users that decide when to stop.")] = 100
     patience: Annotated[int, Ge(1)] = 8  # evaluations without a better validation loss before it stops early
     # with a teacher alone
     temperature: Annotated[

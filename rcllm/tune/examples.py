@@ -181,10 +181,14 @@ class TrainingSet:
         }
 
     def validation(self, count: int) -> list[RankRequest]:
-        """The last items of `count` validation users among 19 negatives of the same kinds as in training."""
-        if len(self.others) < count:
+        """The last items of `count` validation users among 19 negatives of the same kinds as in training.
+
+        Fewer where there are fewer users. Raises DataError where there is none.
+        """
+        if not self.others:
             raise DataError(
-                f"{self.dataset.name}: expected {count} validation users, got {len(self.others)}; ask for fewer"
+                f"{self.dataset.name}: no validation user has more than {self.config.min_history} events, so that "
+                "nothing would tell when to stop; more users are needed"
             )
         requests = []
         for rows in self.others[:count]:

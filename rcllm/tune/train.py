@@ -115,6 +115,11 @@ class Trainer:
             raise ConfigError("requests that do not say what was chosen (positive) need a teacher: give --teacher")
         self.baselines = _baselines(asked)  # NDCG@10 of what must be beaten, on the same requests
 
+    @property
+    def num_validated(self) -> int:
+        """Requests of validation users that decide what is best."""
+        return len(self._validation)
+
     def run(self, on_progress: Callable[[TuneProgress], None] | None = None) -> list[Evaluation]:
         """Trains to the end, going on from a checkpoint where there is one; returns the curve."""
         check_out(self.folder)

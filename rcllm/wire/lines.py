@@ -193,6 +193,8 @@ def recommendation_to_json(response: RecommendResponse, *, receipts: bool = Fals
         "ms": round(receipt.stage_ms["total"], 3),
         "batch_size": receipt.batch_size,
     }
+    if receipt.knn:
+        answer["knn"] = receipt.knn
     if receipt.notes:
         answer["notes"] = list(receipt.notes)
     return answer | {"receipt": without_nan(asdict(receipt))} if receipts else answer

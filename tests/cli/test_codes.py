@@ -81,8 +81,8 @@ def test_codes_that_are_too_coarse_are_not_laid_on_equal_texts() -> None:
 
 
 WAYS = Comparison(
-    num_users=1_200, num_left_out=3, model=Worth(0.2, 0.1), item_knn=Worth(0.15, 0.08), popularity=Worth(0.1, 0.05),
-    guess=Worth(0.01, 0.005),
+    num_users=1_200, num_left_out=3, model=Worth(0.2, 0.1), alone=Worth(0.18, 0.07), item_knn=Worth(0.15, 0.08),
+    popularity=Worth(0.1, 0.05), guess=Worth(0.01, 0.005),
 )  # fmt: skip
 
 
@@ -91,6 +91,7 @@ def test_the_model_stands_beside_what_costs_nothing() -> None:
     title = "The next item of 1,200 test users, 3 left out whose last item was not new"
     assert title in " ".join(page.split())
     assert [line.split()[-2:] for line in page.splitlines() if "item-kNN" in line] == [["0.150", "0.080"]]
+    assert [line.split()[-2:] for line in page.splitlines() if "its decoder alone" in line] == [["0.180", "0.070"]]
     assert "left out" not in shown(comparison_table(replace(WAYS, num_left_out=0), "test users"))
 
 

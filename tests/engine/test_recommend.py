@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
+from rcllm.codes.knn import Knn
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core.decoding import RecommendRequest, RecommendResponse
 from rcllm.core.ranking import Event, ItemId, Level, UserId
@@ -161,6 +163,60 @@ def test_passes_that_nobody_waits_for_are_timed_with_the_one_that_somebody_does(
     assert len(seen) == 3, "the prompt, and two levels that are fed to the model"
     assert together.passes == sum(asked.passes for asked, _ in seen) == 3
     assert ms > 0
+
+
+def _knn(share: float = 0.4) -> Knn:
+    dense = np.random.default_rng(1).random((120, 120)).astype(np.float32)
+    dense[dense < 0.9] = 0.0
+    np.fill_diagonal(dense, 0.0)
+    return Knn(tuple(_code_index().item_ids), sparse.csr_array(dense), 5, share)
+
+
+def _with_knn(beam_rows: int = BEAM_ROWS) -> Recommender:
+    tokens = Vocabulary(SIZES).code_tokens
+    return Recommender(_engine(), LiveCodes(_code_index()), tokens, knn=_knn(), beam_rows=beam_rows)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.9])
+def test_item_knn_is_mixed_into_the_scores_of_all_that_was_found(share: float) -> None:
+    ask = _ask("k", 1, 2, 3, n=120, beam=120, deny=(ItemId("i9"),))
+    plain, mix = _recommender().recommend(ask), _with_knn().recommend(replace(ask, knn=share))
+    sums = _knn().likeness.toarray()[[1, 2, 3]].sum(axis=0)
+    sums[9] = 0.0
+    said = {ItemId(f"i{i}"): sums[i] / sums.sum() for i in range(120)}
+    beams = {item: np.exp(score) for item, score in zip(plain.items, plain.scores, strict=True)}
+    expected = {item: (1 - share) * beams.get(item, 0) + share * said[item] for item in said if item != "i9"}
+    assert set(mix.items) == set(expected)
+    np.testing.assert_allclose(np.exp(mix.scores), [expected[item] for item in mix.items], rtol=1e-4)
+    assert list(mix.scores) == sorted(mix.scores, reverse=True)
+    assert (mix.receipt.knn, mix.receipt.num_by_knn) == (share, 0)
+
+
+def test_items_that_no_beam_found_come_by_item_knn_and_are_counted() -> None:
+    narrow = replace(_ask("k", 4, 5, n=5, knn=0.9), beam=5)
+    plain, mix = _recommender().recommend(replace(narrow, knn=None)), _with_knn().recommend(narrow)
+    assert mix.receipt.num_by_knn == len(set(mix.items) - set(plain.items)) > 0
+
+
+def test_without_a_share_or_a_history_the_scores_are_the_decoders() -> None:
+    recommender = _with_knn()
+    for ask in (_ask("k", 1, 2, knn=0.0), _ask("nothing"), _ask("nothing", 3, allow=())):
+        ours, theirs = recommender.recommend(ask), _recommender().recommend(replace(ask, knn=None))
+        _same(ours, theirs)
+        assert (ours.receipt.knn, ours.receipt.num_by_knn) == (0.0, 0)
+
+
+def test_a_share_of_item_knn_needs_a_decoder_that_carries_one() -> None:
+    with pytest.raises(RequestError, match=r"knn is 0\.2, but the decoder carries no item-kNN"):
+        _recommender().recommend(_ask("k", 1, knn=0.2))
+    assert _recommender().recommend(_ask("k", 1, knn=0.0)).items
+
+
+def test_batches_with_item_knn_answer_as_each_request_alone() -> None:
+    requests = _many(12)
+    for ours, request in zip(answered(_with_knn(50).recommend_batch(requests)), requests, strict=True):
+        _same(ours, _with_knn().recommend(request))
+        assert set(ours.items) <= set(_code_index().item_ids) - set(request.deny)
 
 
 def test_no_invalid_item_ever_comes() -> None:

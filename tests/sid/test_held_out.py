@@ -18,7 +18,7 @@ def _nobody(case: Case) -> list[int]:
 
 
 def _found(model: object = _nobody, held_out: list[list[int]] | None = None, max_items: int = 9) -> Comparison:
-    found = compare_held_out(model, TRAIN, held_out or [[1, 0], [4, 5]], NUM_ITEMS, max_items)  # type: ignore[arg-type]
+    found = compare_held_out(model, _nobody, TRAIN, held_out or [[1, 0], [4, 5]], NUM_ITEMS, max_items)  # type: ignore[arg-type]
     assert found is not None
     return found
 
@@ -64,7 +64,7 @@ def test_a_guess_is_the_mean_over_all_orders() -> None:
 
 
 def test_a_catalogue_of_few_items_is_all_in_the_first_ten() -> None:
-    found = compare_held_out(_nobody, [[0, 1]], [[0, 1]], 3, 5)
+    found = compare_held_out(_nobody, _nobody, [[0, 1]], [[0, 1]], 3, 5)
     assert found is not None
     assert found.guess.recall == 1.0
     assert found.guess.ndcg == pytest.approx((1.0 + 1 / math.log2(3)) / 2)
@@ -74,24 +74,26 @@ def test_the_model_is_measured_on_its_first_ten() -> None:
     def model(case: Case) -> list[int]:
         return [19, 18, case.target] if case.history == (1,) else [*range(6, 16), case.target]
 
-    assert _found(model).model == Worth(0.5, 1 / math.log2(4) / 2)
+    found = _found(model)
+    assert found.model == Worth(0.5, 1 / math.log2(4) / 2)
+    assert found.alone == Worth(0.0, 0.0)
 
 
 def test_users_whose_target_is_not_new_are_left_out_and_counted() -> None:
     cases, num_left_out = cases_of([[0, 1, 0], [3], [], [1, 2]])
     assert (cases, num_left_out) == ([Case((1,), 2)], 1)
-    assert compare_held_out(_nobody, TRAIN, [[0, 0], [3]], NUM_ITEMS, 5) is None
+    assert compare_held_out(_nobody, _nobody, TRAIN, [[0, 0], [3]], NUM_ITEMS, 5) is None
     assert len(cases_of([[n, n + 1] for n in range(900)])[0]) == 500
 
 
 def test_nobody_learnt_anything() -> None:
-    found = compare_held_out(_nobody, [], [[0, 1]], NUM_ITEMS, 5)
+    found = compare_held_out(_nobody, _nobody, [], [[0, 1]], NUM_ITEMS, 5)
     assert found is not None
     assert found.popularity.ndcg == found.item_knn.ndcg == 1.0  # all tied: 1 is the first that the user has not seen
 
 
 def _comparison(ndcg: float) -> Comparison:
-    ways = (Worth(0.1, value) for value in (ndcg, 0.02, 0.05, 0.2))
+    ways = (Worth(0.1, value) for value in (ndcg, 0.3, 0.02, 0.05, 0.2))
     return Comparison(10, 0, *ways)
 
 

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy import sparse
 
 from rcllm.codes.index import CodeIndex
+from rcllm.codes.knn import Knn
 from rcllm.core.ranking import ItemId
 from rcllm.errors import ConfigError, DataError, ModelError, RcllmError
 from rcllm.model.checkpoint import CHECKPOINT
 from rcllm.model.weights import CATALOG_PREFIX
-from rcllm.sid.model_folder import RECORD, TEXTS, WEIGHTS, load_codes, save_model
+from rcllm.sid.model_folder import KNN, RECORD, TEXTS, WEIGHTS, load_codes, load_knn, save_knn, save_model
 from rcllm.sid.network import CodeNetwork, NetworkConfig
 from rcllm.sid.train import CodeTrainer
 from tests.killed import run_killed
@@ -94,6 +96,38 @@ def test_a_catalogue_that_cannot_be_is_a_model_error(folder: Path, change: Calla
     change(folder / WEIGHTS)
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         load_codes(folder)
+
+
+def _damaged(**tensors: torch.Tensor) -> Callable[[Path], None]:
+    return _changed(**{f"knn.{name}": tensor for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: save_file({"other": torch.ones(3)}, path),
+        _changed(item_ids=_names(b'["one", "two"]')),
+        _damaged(near=torch.full((24,), 99, dtype=torch.int32)),
+        _damaged(starts=torch.zeros(3, dtype=torch.int64)),
+        _damaged(likeness=torch.full((24,), torch.nan)),
+        _damaged(likeness=torch.full((24,), -1.0)),
+        _damaged(share=torch.tensor(1.0, dtype=torch.float64)),
+        _damaged(window=torch.tensor(0)),
+        _damaged(window=torch.tensor([1, 2])),
+    ],
+    ids=str,
+)
+def test_an_item_knn_that_cannot_be_is_a_model_error(folder: Path, change: Callable[[Path], object]) -> None:
+    near = sparse.csr_array(np.roll(np.eye(12), 1, axis=1) + np.roll(np.eye(12), 2, axis=1))
+    save_knn(folder, Knn(IDS, near, 3, 0.25))
+    whole = load_knn(folder)
+    assert whole is not None
+    assert (whole.share, whole.window) == (0.25, 3)
+    change(folder / KNN)
+    with pytest.raises(ModelError, match=r"knn\.safetensors.*remove this file"):
+        load_knn(folder)
 
 
 def test_a_folder_of_another_model_is_not_overwritten(tmp_path: Path) -> None:

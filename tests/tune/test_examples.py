@@ -67,8 +67,7 @@ def test_validation_users_are_not_training_users_and_stay_the_same() -> None:
     assert asked == TrainingSet(log(200), EXAMPLES).validation(5)
     assert {split_of(UserId(str(request.user_id).removeprefix("log/"))) for request in asked} == {"validation"}
     assert all(len(request.candidates) == 20 for request in asked)
-    with pytest.raises(DataError, match="expected 500 validation users, got"):
-        source.validation(500)
+    assert len(source.validation(500)) == len(source.others) < 500, "as many as there are"
 
 
 def test_two_sources_share_a_catalogue_and_both_are_drawn_from() -> None:
@@ -89,7 +88,7 @@ def test_one_user_and_no_user() -> None:
     rows = tuple(row for row in _small(9).interactions if row.user_id == f"u{one}")
     source = TrainingSet(replace(_small(9), interactions=rows), EXAMPLES)
     assert {request.user_id for request in batch_of([source], 0, 0)} == {f"small/u{one}"}
-    with pytest.raises(DataError, match="expected 1 validation users, got 0"):
+    with pytest.raises(DataError, match="no validation user has more than"):
         source.validation(1)
 
 

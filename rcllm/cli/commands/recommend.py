@@ -22,6 +22,7 @@ class SearchOptions:
     n: Annotated[int, Of(RecommendRequest, "n")] = RecommendRequest("").n
     beam: Annotated[int, Of(RecommendRequest, "beam")] = RecommendRequest("").beam
     rule: Annotated[BeamRule, Of(RecommendRequest, "rule")] = RecommendRequest("").rule
+    knn: Annotated[float | None, Of(RecommendRequest, "knn")] = RecommendRequest("").knn
 
 
 @spread("rcllm.cli.recommend:recommend_command")

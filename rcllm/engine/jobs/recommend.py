@@ -1,20 +1,22 @@
 """Recommend: a wide beam search over the codes of a live catalogue, as many passes as there are levels.
 
-Knows nothing of how items got their semantic IDs, or of files. Requests that enter together are searched together, in
-one buffer. Invariant: a request sees one epoch of the codes from its first step to its last, and every item of its
-answer was in that epoch and allowed; batches and what else runs change the time alone.
+Where the decoder carries an item-kNN, its scores are mixed with the beams'. Knows nothing of how items got their
+semantic IDs, or of files. Requests that enter together are searched together, in one buffer. Invariant: a request sees
+one epoch of the codes from its first step to its last, and every item of its answer was in that epoch and allowed;
+batches and what else runs change the time alone.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from rcllm.cache.held import Held
 from rcllm.codes.allowed import Allowed
 from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
+from rcllm.codes.knn import Knn, mixed
 from rcllm.config import nearest
 from rcllm.core.decoding import OpenRequest, RecommendRequest, RecommendResponse
 from rcllm.core.ranking import ItemId
@@ -38,12 +40,21 @@ class Recommender:
 
     kind = "recommend"
 
-    def __init__(self, engine: Engine, codes: LiveCodes, tokens: CodeTokens, *, beam_rows: int = BEAM_ROWS) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        codes: LiveCodes,
+        tokens: CodeTokens,
+        *,
+        knn: Knn | None = None,
+        beam_rows: int = BEAM_ROWS,
+    ) -> None:
         """`tokens`: which token of the model's vocabulary stands for which code. Raises ConfigError.
 
-        `beam_rows`: beams of all requests that are searched at a time; a request that has more is searched alone.
+        `knn`: mixed into the scores; None: they are the decoder's. `beam_rows`: beams of all requests that are searched
+        at a time; a request that has more is searched alone.
         """
-        self.engine, self.codes, self.tokens, self.beam_rows = engine, codes, tokens, beam_rows
+        self.engine, self.codes, self.tokens, self.knn, self.beam_rows = engine, codes, tokens, knn, beam_rows
         self.limits = KindLimits(step_rows=beam_rows, own_bytes=engine.pool.budget // 4)
         _check_tokens(tokens, codes.epoch(), engine.decoder.spec.vocab_size)
         self._filters = _Filters()
@@ -69,6 +80,11 @@ class Recommender:
     def open(self, request: RecommendRequest) -> Opening:
         """Raises RequestError, ConfigError."""
         _check(request)
+        if request.knn and self.knn is None:
+            raise RequestError(
+                f"request {request.request_id!r}: knn is {request.knn}, but the decoder carries no item-kNN; train it "
+                "with `rcllm sid train`, or leave knn out"
+            )
         prompt = self.engine.prompter.build_open(
             OpenRequest(request.request_id, request.history, request.user_id, request.level, tenant=request.tenant)
         )
@@ -136,7 +152,28 @@ class Recommender:
     def _answers(self, searched: _Searched) -> Iterator[Answer]:
         for entered, task, found in zip(searched.entered, searched.tasks, searched.search.found(), strict=True):
             if entered.ticket.number not in searched.dropped:
-                yield Answer(entered.ticket.number, _outcome(entered, task, found))
+                yield Answer(entered.ticket.number, self._outcome(entered, task, found))
+
+    def _outcome(self, entered: Entered, task: BeamTask, found: Found) -> RecommendResponse | ModelError:
+        if found.error is not None:
+            return found.error
+        request, receipt = entered.ticket.request, _receipt(entered, task, found)
+        share, shares = self._knn_of(request, task)
+        if not shares:
+            items, scores = items_of(task.code_index, task.allowed, found, request.n)
+        else:
+            beams = dict(zip(*items_of(task.code_index, task.allowed, found, task.beam), strict=True))
+            items, scores = mixed(beams, shares, share, request.n)
+            receipt = replace(receipt, knn=share, num_by_knn=sum(item_id not in beams for item_id in items))
+        return RecommendResponse(request.request_id, items, scores, receipt)
+
+    def _knn_of(self, request: RecommendRequest, task: BeamTask) -> tuple[float, Mapping[ItemId, float]]:
+        """The share of item-kNN in the scores, and what it says of items; nothing where it is not asked."""
+        share = request.knn if request.knn is not None or self.knn is None else self.knn.share
+        if self.knn is None or not share:
+            return 0.0, {}
+        history = [event.item_id for event in request.history if event.item_id is not None]
+        return share, self.knn.shares(history, task.code_index, task.allowed, task.beam)
 
 
 @dataclass(slots=True, eq=False)
@@ -153,14 +190,6 @@ class _Searched:
     def abandoned(self) -> bool:
         """Whether nobody waits for any of them."""
         return all(each.ticket.number in self.dropped for each in self.entered)
-
-
-def _outcome(entered: Entered, task: BeamTask, found: Found) -> RecommendResponse | ModelError:
-    request = entered.ticket.request
-    if found.error is not None:
-        return found.error
-    items, scores = items_of(task.code_index, task.allowed, found, request.n)
-    return RecommendResponse(request.request_id, items, scores, _receipt(entered, task, found))
 
 
 def _receipt(entered: Entered, task: BeamTask, found: Found) -> RecommendReceipt:
