@@ -3,14 +3,15 @@
 The cost of a pass is fitted to requests that are asked one at a time before the loads of the first route, and what a
 request spends outside of passes is the rest of their time, which is taken for work of one core. Then two are asked at a
 time: by how much their passes are slower, one node slows down the other. Cores are shared by all that runs at once.
-Nothing is fitted to the loads themselves.
+A machine that others share is not always as fast: before and after each load some are asked one at a time again, and
+costs are as much higher as these took longer. Nothing is fitted to the loads themselves.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -65,6 +66,12 @@ class Costed:
     cores: float  # of the machine, less what the cluster keeps busy while nobody asks
     crowding: float  # by how much a node that computes slows the other one down
 
+    def at(self, pace: float) -> Costed:
+        """On a machine that takes `pace` times as long."""
+        fitted = self.fitted
+        slower = {name: getattr(fitted, name) * pace for name in ("overhead_s", "row_s", "pair_s", "byte_s")}
+        return replace(self, fitted=replace(fitted, **slower), outside_s=self.outside_s * pace)
+
 
 def simulated(chosen: Options) -> dict[str, float]:
     """Two replicas of one core each at three loads: times that were measured beside those that were simulated."""
@@ -84,24 +91,42 @@ def _by(route: str, chosen: Options, costed: Costed | None = None) -> tuple[Cost
     with served(items, 2, COPIES, route=route, peers=False) as client:
         trials = _tried(client, items, 60 if chosen.quick else 100)
         costed, before = costed or _cost_of(trials), [*trials.alone, *trials.both]
-        first = [ask(client, body, number) for number, body in enumerate(bodies[:_RATED])]
-        mean_s = statistics.median(costed.fitted.pass_s(_shape_of(reply)) for reply in first)
-        before += first
-        rates = [use * 2 / mean_s for use in USE]
-        measured = [ask_at_rate(client, bodies, rate, chosen.seed) for rate in rates]
-    asked = [(reply, _APART_S * place) for place, reply in enumerate(before, 1)]  # what caches hold is of these, too
-    for rate, replies in zip(rates, measured, strict=True):
+        paced = [_alone(client, bodies)]
+        mean_s = statistics.median(costed.fitted.pass_s(_shape_of(reply)) for reply in paced[0])
+        rates, measured = [use * 2 / mean_s for use in USE], list[list[Reply]]()
+        for rate in rates:
+            measured.append(ask_at_rate(client, bodies, rate, chosen.seed))
+            paced.append(_alone(client, bodies))
+    asked, figures, rows = _after([], [*before, *paced[0]]), _told(costed), []
+    for place, (use, rate, replies) in enumerate(zip(USE, rates, measured, strict=True)):
         begins_s = asked[-1][1] + _APART_S
         asked += zip(replies, begins_s + arrivals(num_requests, rate, chosen.seed), strict=True)
-    answers = _simulate(costed, items, route, asked)[len(before) :]
-    figures, rows = _told(costed), []
-    for place, (use, rate, replies) in enumerate(zip(USE, rates, measured, strict=True)):
-        found = answers[place * num_requests : (place + 1) * num_requests]
-        figures |= (compared := _compared(f"{use:.0%}".rstrip("%"), rate, replies, found))
+        pace = _pace(costed.fitted, [*paced[place], *paced[place + 1]])
+        # what caches hold is of all that came before, too
+        found = _simulate(costed.at(pace), items, route, asked)[-num_requests:]
+        compared = _compared(f"{use:.0%}".rstrip("%"), rate, pace, replies, found)
+        figures |= compared
         rows.append([f"{use:.0%}", *(f"{each:,.2f}" for each in compared.values())])
+        asked = _after(asked, paced[place + 1])
     columns = [name.split("_", 1)[1] for name in list(figures)[-len(rows[0]) + 1 :]]
     show(f"{num_requests} rankings, two replicas of one core, route {route}", ["in use", *columns], rows)
     return costed, figures
+
+
+def _alone(client: httpx.Client, bodies: Sequence[Mapping[str, Any]]) -> list[Reply]:
+    """The first few requests, one at a time."""
+    return [ask(client, body, number) for number, body in enumerate(bodies[:_RATED])]
+
+
+def _pace(fitted: Fitted, alone: Sequence[Reply]) -> float:
+    """How many times as long as the costs say the passes took of requests that nothing else ran beside."""
+    return statistics.median(_pass_s(reply) / fitted.pass_s(_shape_of(reply)) for reply in alone)
+
+
+def _after(asked: Sequence[tuple[Reply, float]], replies: Sequence[Reply]) -> list[tuple[Reply, float]]:
+    """`asked` and when, and then these, so far apart that no two are under way at once."""
+    last_s = asked[-1][1] + _APART_S * 2 if asked else 0.0
+    return [*asked, *((reply, last_s + _APART_S * place) for place, reply in enumerate(replies, 1))]
 
 
 # ---- what a pass costs ----------------------------------------------------------------------------------------------
@@ -220,12 +245,14 @@ def _request(items: Items, number: int, reply: Reply, due_s: float) -> SimReques
     return SimRequest(number, due_s, number, tuple(keys), _tokens(reply))
 
 
-def _compared(name: str, rate: float, replies: Sequence[Reply], found: Sequence[Answered]) -> dict[str, float]:
+def _compared(
+    name: str, rate: float, pace: float, replies: Sequence[Reply], found: Sequence[Answered]
+) -> dict[str, float]:
     ms = [reply.ms for reply in replies[_FIRST:]]
     sim_ms = [each.ttft_s * 1e3 for each in found[_FIRST:]]
     missed = sum(len(_built(reply)) for reply in replies[_FIRST:]) / sum(each.num_items for each in found[_FIRST:])
     sim_missed = 1 - sum(each.num_hits for each in found[_FIRST:]) / sum(each.num_items for each in found[_FIRST:])
-    figures = {"rate_per_s": rate, "missed": missed, "missed_sim": sim_missed}
+    figures = {"rate_per_s": rate, "pace": pace, "missed": missed, "missed_sim": sim_missed}
     for share in (0.5, 0.99):
         at = f"p{share * 100:.0f}"
         real, made = percentile(ms, share), percentile(sim_ms, share)

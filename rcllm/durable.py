@@ -43,6 +43,7 @@ def renamed(target: Path) -> Iterator[Path]:
         if not partial.exists():
             return
         for path in [*partial.rglob("*"), partial]:
+            _let_read(path)
             _sync(path)
         if partial.is_dir() and target.is_dir():
             aside = target.with_name(f".{target.name}.old.partial")
@@ -69,6 +70,14 @@ def check_writable(out: Path) -> None:
         raise DataError(
             f"{out}: cannot be written: {error.strerror or error}; name a place that can be written"
         ) from error
+
+
+def _let_read(path: Path) -> None:
+    """Whoever may read a new file may read this one: safetensors writes files for their owner alone."""
+    if path.is_file() and not path.is_symlink():
+        mask = os.umask(0o022)  # there is no other way to ask for it
+        os.umask(mask)
+        path.chmod(path.stat().st_mode | 0o444 & ~mask)
 
 
 def write(target: Path, content: bytes) -> None:

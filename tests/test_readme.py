@@ -40,7 +40,7 @@ NUM_FILMS, NUM_USERS = 200, 80
 LESS = {  # what is added to a command, so that it takes seconds
     "calibrate": "--count 6 --timed 1 --levels blocks --readouts label --layouts history_first --label-places after",
     "enrich": "--interactions-only",
-    "tune": "--losses 4 --evaluate-every 2 --rank 2 --candidates 4 --history 3 --validation-requests 2",
+    "tune": "--losses 4 --evaluate-every 2 --rank 2 --candidates 4 --history 3",
     "sid build": "--embeddings embeddings.npy --levels 2 --size 16",
     "sid train": "--epochs 1 --hidden-size 32 --layers 1",
     "describe": "--max-tokens 4",

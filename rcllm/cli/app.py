@@ -8,6 +8,7 @@ Knows nothing of what commands do. Invariant: an error that a user can do someth
 from __future__ import annotations
 
 import gc
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -130,7 +131,8 @@ def run() -> None:
     try:
         app()
     finally:
-        gc.freeze()  # the process ends: looking for garbage once more would take a tenth of the time of a help page
+        if "torch" not in sys.modules:  # whose parts say that they leak where garbage is left
+            gc.freeze()  # the process ends: looking for garbage once more would take a tenth of the time of a help page
 
 
 if __name__ == "__main__":

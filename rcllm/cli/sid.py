@@ -108,7 +108,7 @@ def train_command(
     console().print(facts_table("Trained", facts))
     with busy("asking validation users"):
         knn = add_knn(out, trainer.histories, validation, sequences.max_items)
-    say(f"item-kNN has {knn.share:.0%} of the scores, from the last {knn.window} events; `--knn 0` leaves it out")
+    say(f"item-kNN has {knn.share:.0%} of the scores, by validation users; `--knn 0` leaves it out")
     _compare(code_index, trainer, split_histories(rows, numbers, "test"), validation)
 
 

@@ -19,6 +19,8 @@ from rcllm.codes.allowed import Allowed
 from rcllm.codes.index import CodeIndex
 from rcllm.core.ranking import ItemId
 
+_MOST_EVENTS = 50  # of a history that are read
+
 
 @dataclass(frozen=True)
 class Knn:
@@ -26,7 +28,6 @@ class Knn:
 
     item_ids: tuple[ItemId, ...]  # those that were learnt from, by their numbers here
     likeness: Any  # sparse [items, items]: of each item to those most alike, and none to itself
-    window: int  # events of a history that are read, its last
     share: float  # of the mixture, where a request does not say
 
     @cached_property
@@ -38,12 +39,15 @@ class Knn:
     ) -> dict[ItemId, float]:
         """The `most` likeliest of the items that may come, best first; empty where the history says nothing.
 
-        Each has its share of the summed likeness to the history, of all items that may come. `allowed`: as in a search.
+        Each has its share of the summed likeness to the history, of all items that may come. The last event counts in
+        full, the one before it half, the k-th from the end 1 / k. `allowed`: as in a search.
         """
-        rows = [self._numbers[item_id] for item_id in history[-self.window :] if item_id in self._numbers]
-        near = self.likeness[rows] if rows else self.likeness[:0]
+        last = enumerate(reversed(history[-_MOST_EVENTS:]), 1)
+        read = [(self._numbers[item_id], 1.0 / place) for place, item_id in last if item_id in self._numbers]
+        near = self.likeness[[number for number, _ in read]] if read else self.likeness[:0]
+        weights = np.repeat([weight for _, weight in read], np.diff(near.indptr))
         numbers, places = np.unique(near.indices, return_inverse=True)
-        sums = np.bincount(places, near.data, len(numbers)).astype(np.float64)
+        sums = np.bincount(places, near.data * weights, len(numbers))
         ids = [self.item_ids[number] for number in numbers.tolist()]
         live = [
             at

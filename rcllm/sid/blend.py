@@ -15,13 +15,13 @@ from scipy import sparse
 
 from rcllm.codes.index import CodeIndex
 from rcllm.codes.knn import Knn, mixed
+from rcllm.core.enrichment import NeighbourConfig
 from rcllm.core.ranking import ItemId
 from rcllm.data.item_knn import ItemKnn
 from rcllm.sid.held_out import TOP, Histories, gain, touched_by
 
 NEAREST = 100  # of an item, that are kept
 SHARES = tuple(round(0.1 * step, 1) for step in range(10))
-WINDOWS = (1, 2, 5, 10, 20, 50)  # events of a history
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,34 +35,27 @@ class Searched:
 
 def nearest(train: Histories, item_ids: Sequence[ItemId]) -> Knn:
     """Item-kNN of these histories of item numbers, with no share yet."""
-    knn = ItemKnn.of(touched_by(train, len(item_ids)))
+    knn = ItemKnn.of(touched_by(train, len(item_ids)), NeighbourConfig().shrinkage)
     rows = [knn.neighbours(item, NEAREST) for item in range(len(item_ids))]
     near = np.array([item for row in rows for item, _ in row], np.int32)
     values = np.array([likeness for row in rows for _, likeness in row], np.float32)
     starts = list(accumulate(map(len, rows), initial=0))
     likeness = sparse.csr_array((values, near, starts), shape=(len(rows), len(rows)))
-    return Knn(tuple(item_ids), likeness, window=1, share=0.0)
+    return Knn(tuple(item_ids), likeness, share=0.0)
 
 
-def blended(knn: Knn, code_index: CodeIndex, validation: Sequence[Searched], max_items: int) -> Knn:
-    """`knn` with the window and the share that give the highest NDCG@10; of equal ones the smaller, the share first.
+def blended(knn: Knn, code_index: CodeIndex, validation: Sequence[Searched]) -> Knn:
+    """`knn` with the share that gives the highest NDCG@10; of equal ones the smallest."""
+    said = [
+        knn.shares(each.history, code_index, code_index.allowed(deny=each.history), len(each.found))
+        for each in validation
+    ]
 
-    `max_items`: what the decoder reads of a history; item-kNN reads no more.
-    """
-    best, best_ndcg = knn, -1.0
-    allowed = [code_index.allowed(deny=each.history) for each in validation]
-    for window in sorted({min(window, max_items) for window in WINDOWS}):
-        tried = replace(knn, window=window)
-        said = [
-            tried.shares(each.history, code_index, may, len(each.found))
-            for each, may in zip(validation, allowed, strict=True)
-        ]
-        for share in SHARES:
-            gains = [_gain(each, shares, share) for each, shares in zip(validation, said, strict=True)]
-            ndcg = round(float(np.mean(gains)), 9) if gains else 0.0
-            if (ndcg, -share) > (best_ndcg, -best.share):
-                best, best_ndcg = replace(tried, share=share), ndcg
-    return best
+    def ndcg(share: float) -> float:
+        gains = [_gain(each, shares, share) for each, shares in zip(validation, said, strict=True)]
+        return round(float(np.mean(gains)), 9) if gains else 0.0
+
+    return replace(knn, share=max(SHARES, key=ndcg))  # the first of equal ones
 
 
 def _gain(searched: Searched, shares: Mapping[ItemId, float], share: float) -> float:

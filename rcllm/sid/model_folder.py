@@ -31,9 +31,7 @@ from rcllm.sid.vocabulary import Vocabulary
 WEIGHTS, KNN, RECORD = "model.safetensors", "knn.safetensors", "training.json"
 TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _CODES, _SIZES, _ITEMS = (CATALOG_PREFIX + part for part in ("codes", "sizes", "item_ids"))
-_STARTS, _NEAR, _LIKENESS, _WINDOW, _SHARE = (
-    CATALOG_PREFIX + "knn." + part for part in ("starts", "near", "likeness", "window", "share")
-)
+_STARTS, _NEAR, _LIKENESS, _SHARE = (CATALOG_PREFIX + "knn." + part for part in ("starts", "near", "likeness", "share"))
 _NO_CATALOGUE = "catalogue; only models of `rcllm sid train` do. For another model give its codes as a file"
 _AGAIN = "train or copy the model again"
 _LEAVE_OUT = f"{_AGAIN}, or remove this file to recommend without it"
@@ -68,7 +66,6 @@ def save_knn(folder: Path, knn: Knn) -> None:
         _STARTS: torch.from_numpy(rows.indptr.astype(np.int64)),
         _NEAR: torch.from_numpy(rows.indices.astype(np.int32)),
         _LIKENESS: torch.from_numpy(rows.data.astype(np.float32)),
-        _WINDOW: torch.tensor(knn.window),
         _SHARE: torch.tensor(knn.share, dtype=torch.float64),
         _ITEMS: _texts(knn.item_ids),
     }
@@ -81,7 +78,7 @@ def load_knn(folder: Path) -> Knn | None:
     path = folder / KNN
     if not path.exists():
         return None
-    found = _read(path, (_STARTS, _NEAR, _LIKENESS, _WINDOW, _SHARE, _ITEMS), f"item-kNN; {_LEAVE_OUT}", _LEAVE_OUT)
+    found = _read(path, (_STARTS, _NEAR, _LIKENESS, _SHARE, _ITEMS), f"item-kNN; {_LEAVE_OUT}", _LEAVE_OUT)
     try:
         return _checked_knn(found)
     except (ValueError, TypeError) as error:
@@ -130,10 +127,10 @@ def _checked_knn(found: Mapping[str, npt.NDArray[Any]]) -> Knn:
     shape = (len(item_ids), len(item_ids))
     likeness = sparse.csr_array((found[_LIKENESS], found[_NEAR], found[_STARTS]), shape=shape)
     likeness.check_format(full_check=True)
-    window, share = int(found[_WINDOW]), float(found[_SHARE])
-    if not np.isfinite(likeness.data).all() or (likeness.data <= 0).any() or window < 1 or not 0 <= share < 1:
-        raise ValueError(f"expected likeness above 0, a window from 1 and a share below 1, got {window} and {share}")
-    return Knn(tuple(item_ids), likeness, window, share)
+    share = float(found[_SHARE])
+    if not np.isfinite(likeness.data).all() or (likeness.data <= 0).any() or not 0 <= share < 1:
+        raise ValueError(f"expected likeness above 0 and a share from 0 to below 1, got the share {share}")
+    return Knn(tuple(item_ids), likeness, share)
 
 
 def _checked(codes: npt.NDArray[Any], sizes: list[int], names: list[ItemId]) -> CodeIndex:

@@ -29,7 +29,7 @@ def add_knn(folder: Path, train: Histories, validation: Histories, max_items: in
     code_index = load_codes(folder)
     item_ids = tuple(code_index.item_ids)
     searched = HeldOut(folder, item_ids, max_items).searched(cases_of(validation)[0])
-    knn = blended(nearest(train, item_ids), code_index, searched, max_items)
+    knn = blended(nearest(train, item_ids), code_index, searched)
     save_knn(folder, knn)
     return knn
 

@@ -25,16 +25,16 @@ def _index() -> CodeIndex:
     return CodeIndex.build(codes, IDS, (5, 6))
 
 
-def _knn(window: int = 3) -> Knn:
+def _knn() -> Knn:
     dense = np.random.default_rng(0).random((NUM_ITEMS, NUM_ITEMS)).astype(np.float32)
     dense[dense < 0.6] = 0.0
     np.fill_diagonal(dense, 0.0)
     dense[7] = 0.0
-    return Knn(IDS, sparse.csr_array(dense), window, 0.5)
+    return Knn(IDS, sparse.csr_array(dense), 0.5)
 
 
 def _expected(knn: Knn, history: list[int], live: list[int]) -> dict[ItemId, float]:
-    sums = knn.likeness.toarray()[history].sum(axis=0)
+    sums = sum(knn.likeness.toarray()[item] / place for place, item in enumerate(reversed(history), 1))
     return {IDS[i]: sums[i] / sums[live].sum() for i in live if sums[i] > 0}
 
 
@@ -47,10 +47,16 @@ def test_an_item_has_its_share_of_the_summed_likeness() -> None:
 
 
 def test_only_the_end_of_a_history_is_read_and_strangers_take_a_place_in_it() -> None:
-    knn, history = _knn(window=2), [IDS[1], IDS[2], IDS[3]]
-    assert knn.shares(history, _index(), None, 100) == knn.shares(history[1:], _index(), None, 100)
-    assert knn.shares([IDS[2], STRANGER], _index(), None, 100) == knn.shares([IDS[2]], _index(), None, 100)
-    assert knn.shares([IDS[2], STRANGER, STRANGER], _index(), None, 100) == {}
+    knn, history = _knn(), [IDS[n % 7] for n in range(50)]
+    assert knn.shares([IDS[9], *history], _index(), None, 100) == knn.shares(history, _index(), None, 100)
+    far = knn.shares([IDS[1], STRANGER, IDS[2]], _index(), None, 100)
+    assert far == pytest.approx(_weighted(knn, {1: 1 / 3, 2: 1.0}))
+    assert knn.shares([IDS[2], STRANGER], _index(), None, 100) == pytest.approx(_weighted(knn, {2: 1.0}))
+
+
+def _weighted(knn: Knn, weights: dict[int, float]) -> dict[ItemId, float]:
+    sums = sum(knn.likeness.toarray()[item] * weight for item, weight in weights.items())
+    return {IDS[i]: each / sums.sum() for i, each in enumerate(sums) if each > 0}
 
 
 def test_only_items_that_may_come_have_a_share() -> None:

@@ -169,7 +169,7 @@ def _knn(share: float = 0.4) -> Knn:
     dense = np.random.default_rng(1).random((120, 120)).astype(np.float32)
     dense[dense < 0.9] = 0.0
     np.fill_diagonal(dense, 0.0)
-    return Knn(tuple(_code_index().item_ids), sparse.csr_array(dense), 5, share)
+    return Knn(tuple(_code_index().item_ids), sparse.csr_array(dense), share)
 
 
 def _with_knn(beam_rows: int = BEAM_ROWS) -> Recommender:
@@ -181,7 +181,8 @@ def _with_knn(beam_rows: int = BEAM_ROWS) -> Recommender:
 def test_item_knn_is_mixed_into_the_scores_of_all_that_was_found(share: float) -> None:
     ask = _ask("k", 1, 2, 3, n=120, beam=120, deny=(ItemId("i9"),))
     plain, mix = _recommender().recommend(ask), _with_knn().recommend(replace(ask, knn=share))
-    sums = _knn().likeness.toarray()[[1, 2, 3]].sum(axis=0)
+    last, middle, first = _knn().likeness.toarray()[[3, 2, 1]]
+    sums = last + middle / 2 + first / 3
     sums[9] = 0.0
     said = {ItemId(f"i{i}"): sums[i] / sums.sum() for i in range(120)}
     beams = {item: np.exp(score) for item, score in zip(plain.items, plain.scores, strict=True)}

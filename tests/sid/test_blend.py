@@ -24,7 +24,7 @@ from tests.sid.toys import HELD_OUT, IDS, NUM_ITEMS, QUICK, TRAIN, toy_index
 
 def test_likeness_is_that_of_item_knn_and_of_none_to_itself() -> None:
     knn, users = nearest(TRAIN, IDS), [set(history) for history in TRAIN]
-    expected = [[0.0 if i == j else likeness(users, i, j, 0.0) for j in range(NUM_ITEMS)] for i in range(NUM_ITEMS)]
+    expected = [[0.0 if i == j else likeness(users, i, j, 5.0) for j in range(NUM_ITEMS)] for i in range(NUM_ITEMS)]
     np.testing.assert_allclose(knn.likeness.toarray(), expected, rtol=1e-6)
     assert knn.item_ids == IDS
     assert knn.share == 0.0
@@ -43,17 +43,15 @@ def _searched(history: tuple[int, ...], target: int, *found: int) -> Searched:
 
 def test_a_decoder_that_is_right_gets_all_the_say() -> None:
     right = [_searched((n, n + 1), n + 2, n + 2, n + 3) for n in range(8)]
-    assert blended(nearest(TRAIN, IDS), toy_index(), right, 6).share == 0.0
+    assert blended(nearest(TRAIN, IDS), toy_index(), right).share == 0.0
 
 
 def test_a_decoder_that_is_wrong_gets_little() -> None:
     """Its list is full of others, among which item-kNN puts the right one first."""
     wrong = [_searched((n,), n + 1, *((n + far) % NUM_ITEMS for far in (5, 6, 7))) for n in range(1, 9)]
-    found = blended(nearest(TRAIN, IDS), toy_index(), wrong, 6)
+    found = blended(nearest(TRAIN, IDS), toy_index(), wrong)
     assert found.share > 0.0
-    assert _mean(found, wrong) == max(
-        _mean(replace(found, share=share, window=window), wrong) for share in SHARES for window in (1, 2, 5, 6)
-    )
+    assert _mean(found, wrong) == max(_mean(replace(found, share=share), wrong) for share in SHARES)
 
 
 def _mean(knn: Knn, searched: list[Searched]) -> float:
@@ -72,7 +70,7 @@ def _mean(knn: Knn, searched: list[Searched]) -> float:
 
 
 def test_nobody_to_ask_leaves_the_decoder_alone() -> None:
-    assert blended(nearest(TRAIN, IDS), toy_index(), [], 6).share == 0.0
+    assert blended(nearest(TRAIN, IDS), toy_index(), []).share == 0.0
 
 
 def test_a_folder_gets_it_and_serves_it(tmp_path: Path) -> None:
@@ -81,7 +79,7 @@ def test_a_folder_gets_it_and_serves_it(tmp_path: Path) -> None:
     knn = add_knn(tmp_path, TRAIN, HELD_OUT, 6)
     found = load_knn(tmp_path)
     assert found is not None
-    assert (found.share, found.window, found.item_ids) == (knn.share, knn.window, IDS)
+    assert (found.share, found.item_ids) == (knn.share, IDS)
     assert (found.likeness != knn.likeness).nnz == 0
     recommender = load_recommender(Config(model=ModelConfig(path=str(tmp_path))))
     asked = RecommendRequest("r", (Event(IDS[3]), Event(IDS[4])), n=3, knn=0.5)

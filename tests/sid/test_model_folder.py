@@ -114,17 +114,16 @@ def _damaged(**tensors: torch.Tensor) -> Callable[[Path], None]:
         _damaged(likeness=torch.full((24,), torch.nan)),
         _damaged(likeness=torch.full((24,), -1.0)),
         _damaged(share=torch.tensor(1.0, dtype=torch.float64)),
-        _damaged(window=torch.tensor(0)),
-        _damaged(window=torch.tensor([1, 2])),
+        _damaged(share=torch.tensor([0.1, 0.2], dtype=torch.float64)),
     ],
     ids=str,
 )
 def test_an_item_knn_that_cannot_be_is_a_model_error(folder: Path, change: Callable[[Path], object]) -> None:
     near = sparse.csr_array(np.roll(np.eye(12), 1, axis=1) + np.roll(np.eye(12), 2, axis=1))
-    save_knn(folder, Knn(IDS, near, 3, 0.25))
+    save_knn(folder, Knn(IDS, near, 0.25))
     whole = load_knn(folder)
     assert whole is not None
-    assert (whole.share, whole.window) == (0.25, 3)
+    assert whole.share == 0.25
     change(folder / KNN)
     with pytest.raises(ModelError, match=r"knn\.safetensors.*remove this file"):
         load_knn(folder)
