@@ -44,7 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         shutil.copy(ROOT / name, source)
     sdist = _build("sdist", source, folder)
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+        archive.extractall(folder / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (unpacked,) = (folder / "unpacked").iterdir()
     (folder / "of-sdist").mkdir()
     return Built(_build("wheel", source, folder), sdist, _build("wheel", unpacked, folder / "of-sdist"))

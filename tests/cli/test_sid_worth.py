@@ -66,11 +66,25 @@ def test_a_model_is_held_against_what_costs_nothing(run: Run, source: Path, tmp_
     assert shown.exit_code == 0, shown.stderr
     rows = {
         name: float(ndcg)
-        for name, ndcg in re.findall(r"(the model|item-kNN|popularity|a guess) +\d\.\d+ +(\d\.\d+)", shown.stdout)
+        for name, ndcg in re.findall(
+            r"(the model|its decoder alone|item-kNN|popularity|a guess) +\d\.\d+ +(\d\.\d+)", shown.stdout
+        )
     }
-    assert list(rows) == ["the model", "item-kNN", "popularity", "a guess"]
+    assert list(rows) == ["the model", "its decoder alone", "item-kNN", "popularity", "a guess"]
     assert rows["item-kNN"] > 0.3 > rows["popularity"]
-    assert rows["the model"] < rows["item-kNN"]  # of one epoch
+    assert rows["its decoder alone"] < rows["item-kNN"] <= rows["the model"]  # of one epoch
+    assert re.search(r"item-kNN has [1-9]0% of the scores, by validation users", shown.stderr)
+
+
+def test_a_model_that_loses_is_told_what_to_try(run: Run, source: Path, tmp_path: Path) -> None:
+    """Where users choose at random, nothing is to be learnt."""
+    rng, users = np.random.default_rng(0), tmp_path / "users.jsonl"
+    rows = [{"user_id": f"u{n}", "items": [f"i{i}" for i in rng.permutation(NUM_ITEMS)[:6]]} for n in range(120)]
+    write_lines(users, rows)
+    _build(run, source, tmp_path / "codes.parquet", "--interactions", users)
+    words = ("--items", source / "items.jsonl", "--interactions", users, "--codes", tmp_path / "codes.parquet")
+    shown = run("sid", "train", *words, "--out", tmp_path / "model", *QUICK, "--epochs", "1")
+    assert shown.exit_code == 0, shown.stderr
     assert re.search(
         r"warning: the model is no better than (a guess|popularity|item-kNN) on held-out users", shown.stderr
     )

@@ -39,7 +39,7 @@ def test_tune_then_rank(run: Run, shop: Shop, tmp_path: Path, mask: str) -> None
         (("--readout", "likelihood"), "likelihood needs no tuning"),
         (("--negatives", "nice"), "--negatives must be one of uniform, popularity, retrieved, got 'nice'"),
         (("--minutes", "0"), "above 0"),
-        (("--validation-requests", "500"), "expected 500 validation users"),
+        (("--validation-requests", "0"), "--validation-requests must be at least 1, got 0"),
         (("--start", "nowhere"), "nowhere"),
         (("--candidates", "1"), "--candidates must be at least 2, got 1"),
         (("--rank", "0"), "--rank must be at least 1, got 0"),
