@@ -27,6 +27,8 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from benchmarks.harness import Options, console, dataset, options, run_parts, show
+from rcllm.codes.index import CodeIndex
+from rcllm.codes.knn import Knn
 from rcllm.config import CacheConfig, Config, ModelConfig
 from rcllm.core.decoding import RecommendRequest
 from rcllm.core.ranking import Event, ItemId, RankRequest
@@ -103,11 +105,12 @@ def compared(name: str, chosen: Options) -> dict[str, float]:
     pool = training_pool(data)
     knn = Neighbours(pool)
     window = max(WINDOWS, key=lambda n: measured(ranked(data, knn, n), cases(data, "validation")).mean())
-    most = settings.train.sequences.max_items
+    most, mixed_in = settings.train.sequences.max_items, load_knn(folder)
+    assert mixed_in is not None
     rankers = {
         "model": generated(folder, most),
         "decoder": generated(folder, most, knn=0.0),
-        "mixed_knn": carried(folder, most),
+        "mixed_knn": carried(mixed_in, load_codes(folder), most),
         "popularity": ranked(data, Popularity(pool), 1),
         "knn": ranked(data, knn, window),
     }
@@ -117,10 +120,8 @@ def compared(name: str, chosen: Options) -> dict[str, float]:
         for other in ("decoder", "mixed_knn", "popularity", "knn")
     }
     values["decoder_minus_knn"] = values["decoder"] - values["knn"]
-    chose = load_knn(folder)
-    assert chose is not None
     metrics = {"users": float(len(test)), "training_minutes": minutes, "knn_window": float(window)}
-    metrics |= {"share_of_knn": chose.share}
+    metrics |= {"share_of_knn": mixed_in.share}
     rows = []
     for who, table in values.items():
         intervals = bootstrap(table, seed=chosen.seed)  # of differences: paired by user
@@ -199,10 +200,8 @@ def generated(
     return rank
 
 
-def carried(folder: Path, most: int) -> Rank:
+def carried(knn: Knn, code_index: CodeIndex, most: int) -> Rank:
     """By the item-kNN that a model carries, alone."""
-    knn, code_index = load_knn(folder), load_codes(folder)
-    assert knn is not None
 
     def rank(asked: Sequence[Case]) -> list[Sequence[ItemId]]:
         return [

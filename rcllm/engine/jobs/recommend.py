@@ -169,8 +169,7 @@ class Recommender:
 
     def _knn_of(self, request: RecommendRequest, task: BeamTask) -> tuple[float, Mapping[ItemId, float]]:
         """The share of item-kNN in the scores, and what it says of items; nothing where it is not asked."""
-        share = request.knn if request.knn is not None or self.knn is None else self.knn.share
-        if self.knn is None or not share:
+        if self.knn is None or not (share := self.knn.share if request.knn is None else request.knn):
             return 0.0, {}
         history = [event.item_id for event in request.history if event.item_id is not None]
         return share, self.knn.shares(history, task.code_index, task.allowed, task.beam)
