@@ -23,10 +23,11 @@ from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, sa
 from rcllm.cli.tables import facts_table
 from rcllm.core.enrichment import NeighbourConfig
 from rcllm.core.ranking import Item, ItemId
-from rcllm.data import Catalogue, histories, split_of
+from rcllm.data import Catalogue
 from rcllm.data import neighbours as near
 from rcllm.data.neighbours import Lists, Neighbours, find_neighbours, put
 from rcllm.data.popularity import with_chosen
+from rcllm.data.requests import training_histories
 from rcllm.durable import write, writing
 from rcllm.errors import ConfigError, DataError
 from rcllm.plain_json import as_json, read_object, to_json
@@ -52,11 +53,7 @@ def enrich_command(out: Path, config: NeighbourConfig, field_options: FieldOptio
     known = _read_knowledge(field_options.knowledge)
     rows = inputs.dataset.interactions
     catalogue = with_chosen(inputs.catalogue, rows)
-    training = [
-        [row.item_id for row in some if row.item_id in catalogue]
-        for user, some in histories(rows).items()
-        if split_of(user) == "train"
-    ]
+    training = list(training_histories(rows, catalogue).values())
     before = _lists_before(kept / _LISTS, config)
     with interruptible(GOES_ON):
         with busy("finding neighbours"):

@@ -9,10 +9,12 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median_low
 from typing import Any, Protocol, TypeVar
 
 from rcllm.cache.heap import share_arenas
+from rcllm.cache.pool import Pool
 from rcllm.cli.options import EngineOptions, ItemOptions, RankingOptions, StoreOptions
 from rcllm.cli.screen import busy, say, warm_with_progress
 from rcllm.config import Config, PromptConfig, StoreConfig, check_options, context_samples
@@ -27,6 +29,7 @@ from rcllm.data import (
     load_dataset,
     named_items,
 )
+from rcllm.data.requests import told_unknown
 from rcllm.engine.engine import Engine
 from rcllm.engine.fit import fit
 from rcllm.errors import ConfigError, DataError, TextWarning
@@ -34,6 +37,7 @@ from rcllm.prompt.template import Template
 from rcllm.schedule.admission import AdmissionFactory, Open
 from rcllm.wire.lines import Failure, read_lines
 
+_OF_ITEMS = ("id_field", "field", "volatile", "delimiter", "encoding")  # options that describe the file of --items
 _COUNTED = 10_000  # items whose texts are looked at before a run; tokenising them takes seconds
 _Section = TypeVar("_Section")
 
@@ -61,11 +65,28 @@ def load_inputs(options: ItemOptions) -> Inputs:
             )
             tell_read([report])
             if dataset is not None:
-                catalogue = catalogue.knowing(dataset.interactions)
+                dataset = _over_items(dataset, catalogue, str(options.items))
+                catalogue = dataset.catalogue
         else:
             assert dataset is not None
             catalogue = dataset.catalogue
     return Inputs(catalogue, dataset)
+
+
+def _over_items(dataset: Dataset, catalogue: Catalogue, named: str) -> Dataset:
+    """The data set over another catalogue; tells of interactions with items that it lacks, which are left out.
+
+    Raises DataError where that is all of them.
+    """
+    known = tuple(row for row in dataset.interactions if row.item_id in catalogue)
+    if dataset.interactions and not known:
+        raise DataError(
+            f"no interaction of {dataset.name} is with an item of {named}, such as "
+            f"{dataset.interactions[0].item_id!r}: give the items that the interactions name"
+        )
+    if told := told_unknown(dataset.interactions, catalogue):
+        say(f"note: {told}")
+    return replace(dataset, catalogue=catalogue.knowing(known), interactions=known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +119,7 @@ def load_requests(path: str | None, inputs: Inputs, count: int, shape: Shape, se
     """The first `count` requests of a file, or as many made from the data set. Raises DataError, ConfigError."""
     if path is not None:
         shape.check_unused()
-        lines = read_lines(path)[:count]
-        if bad := [line for line in lines if isinstance(line, Failure)]:
-            raise DataError(f"{path}, line {bad[0].number}: {bad[0].error}")
-        return [line.request for line in lines if not isinstance(line, Failure)]
+        return read_requests(path, count)
     if inputs.dataset is None:
         raise ConfigError("there are no requests: give --in FILE, or --dataset FOLDER to make some from")
     return build_requests(inputs.dataset, count, shape.num_candidates, shape.num_history, seed=seed)
@@ -157,11 +175,11 @@ def make_config(
 
 
 def _stored(config: StoreConfig, given: StoreOptions | None) -> StoreConfig:
-    """On, unless the options, the file or the environment say no."""
-    if given is None or not given.store or config.enabled is False:
+    """On, unless the options, the file or the environment say no; where it would be is known in any case."""
+    if given is None:
         return replace(config, enabled=False)
     over = _over(config, folder=given.store_folder, disk_mb=given.disk_mb, shared=given.shared_store)
-    return replace(over, enabled=True)
+    return replace(over, enabled=given.store and config.enabled is not False)
 
 
 def check_ranks(prompt: PromptConfig) -> None:
@@ -177,11 +195,12 @@ def make_engine(
     admission: AdmissionFactory = Open.of,
     *,
     asked: Sequence[RankOptions] | None = None,
+    beside: Pool | None = None,
 ) -> Engine:
     """Loads the model, and says what it will be asked otherwise than it should be, and which texts are cut.
 
     `like`: the requests to come; sampled canonical contexts take their shape. `asked`: their options, where they do not
-    say so themselves.
+    say so themselves. `beside`: the pool of another engine of this process.
     """
     share_arenas()
     samples = context_requests(config.prompt.context, inputs, like)
@@ -191,7 +210,7 @@ def make_engine(
         say(f"warning: {remark}")
     with busy(f"loading {config.model.path}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", TextWarning)  # said above
-        engine = Engine.build(fitted.catalogue, config, samples, admission)
+        engine = Engine.build(fitted.catalogue, config, samples, admission, beside=beside)
     if told := engine.prompter.text_counts(named_items(like)[:_COUNTED]).told(engine.prompter.template):
         say(told, "dim")
     return engine
@@ -243,17 +262,32 @@ def _names(given: Sequence[str]) -> dict[str, str]:
     return {name: column for name, _, column in pairs}
 
 
+def check_of_items(options: _OfItems) -> None:
+    """Options that describe --items would be ignored where there is none. Raises ConfigError."""
+    given = [name for name in _OF_ITEMS if getattr(options, name, None) not in (None, ())]
+    if options.items is None and given:
+        told = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(
+            f"how --items is laid out is said by {told}: give --items FILE, or leave them out (--item-field names the "
+            "id of a data set's items)"
+        )
+
+
 def _check_used(options: ItemOptions) -> None:
     """Options that describe a file which is not there would be ignored. Raises ConfigError."""
-    if options.items is None and (options.delimiter is not None or options.encoding is not None):
-        raise ConfigError(
-            "--delimiter and --encoding say how --items is laid out: give --items FILE, or leave them out"
-        )
+    check_of_items(options)
     if options.dataset is None and columns_of(options) != InteractionColumns():
         raise ConfigError(
             "--user-field, --item-field and --time-field name columns of --dataset: give --dataset FOLDER, or leave "
             "them out (--id-field names the id of --items)"
         )
+
+
+class _OfItems(Protocol):
+    """Options that may describe a catalogue."""
+
+    @property
+    def items(self) -> Path | None: ...
 
 
 class _Named(Protocol):

@@ -47,6 +47,8 @@ def tune_command(
             tell_read(each.reports, each.notes)
         asked = ModelConfig(path=model), prompt, datasets, config, out, start, teacher, teacher_template or "", logged
         trainer = make_trainer(*asked)
+    for note in trainer.notes:
+        say(f"note: {note}")
     if trainer.baselines:
         say(f"to beat, NDCG@10 for {trainer.num_validated:,} users: {_beaten(trainer.baselines)}", "dim")
     with interruptible(GOES_ON), progress("loss", "validation") as bar:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TypeVar, overload
 
 from rcllm.core.ranking import Interaction, Item, ItemId
-from rcllm.data.columns import id_column
+from rcllm.data.columns import InteractionColumns, id_column
 from rcllm.data.raw import Fields, Notes, Table
 from rcllm.data.rows import BadRowError, ReadReport, RowReader, required_id
 from rcllm.data.text import as_text, as_whole_numbers, did_you_mean, listed, shown
@@ -143,9 +143,10 @@ class ItemRows:
         volatile_fields: Collection[str],
         notes: Notes,
         names: Mapping[str, str] = _NO_NAMES,
+        log: InteractionColumns | None = None,
     ) -> None:
-        """`names`: a field's column, where the column has another name."""
-        self._id_field = id_field
+        """`names`: a field's column, where the column has another name. `log`: see `id_column`."""
+        self._id_field, self._log = id_field, log
         self._volatile = frozenset(volatile_fields)
         self._notes = notes
         self._columns, self._renamed = names, frozenset(names.values())
@@ -154,7 +155,7 @@ class ItemRows:
         self._names: dict[str, None] = {}  # the columns of the first row
 
     def __call__(self, fields: Fields) -> Item:
-        id_field = id_column(self._id_field, fields, self._notes)
+        id_field = id_column(self._id_field, fields, self._notes, self._log)
         item_id = required_id(fields, id_field)
         self._id_field = id_field  # the first good row settles it
         self._names = self._names or dict.fromkeys(fields)

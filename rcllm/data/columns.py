@@ -7,7 +7,7 @@ it, the row is refused with the option that does.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rcllm.data.raw import Fields, Notes
 from rcllm.data.rows import BadRowError
@@ -51,6 +51,7 @@ _USER = _Sought("the user", "user_id", frozenset(_USERS.split()), "--user-field"
 _ITEM = _Sought("the item", "item_id", frozenset(_ITEMS.split()), "--item-field", "InteractionColumns(item_id=…)")
 _TIME = _Sought("the time", "timestamp", frozenset(_TIMES.split()), "--time-field", "InteractionColumns(timestamp=…)")
 _KEY = _Sought("the item's id", "item_id", _ITEM.others | {"id"}, "--id-field", "id_field=…")
+_KEY_BESIDE_LOG = replace(_KEY, option=_ITEM.option, python=_ITEM.python)
 
 
 def user_column(given: str | None, fields: Iterable[str], notes: Notes) -> str:
@@ -68,9 +69,15 @@ def has_item(given: str | None, fields: Fields) -> bool:
     return given in fields if given is not None else any(_simple(name) in _ITEM.others for name in fields)
 
 
-def id_column(given: str | None, fields: Iterable[str], notes: Notes) -> str:
-    """The column of a catalogue with the id. Raises BadRowError."""
-    return _required(_KEY, given, fields, notes)
+def id_column(given: str | None, fields: Iterable[str], notes: Notes, log: InteractionColumns | None = None) -> str:
+    """The column of a catalogue with the id. Raises BadRowError.
+
+    `log`: of the interactions of the same data set, whose name for the item goes first where the items have it.
+    """
+    names = list(fields)
+    if log is None:
+        return _required(_KEY, given, names, notes)
+    return _required(_KEY_BESIDE_LOG, log.item_id if given is None and log.item_id in names else given, names, notes)
 
 
 def time_column(given: str | None, fields: Iterable[str], notes: Notes) -> str | None:

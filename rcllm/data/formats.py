@@ -52,9 +52,11 @@ def load_common(folder: Path, *, strict: bool = False, columns: InteractionColum
     """`items.jsonl` (`item_id` and fields) and `users.jsonl` (`user_id`, `history` from oldest to newest).
 
     In place of users, `interactions` or `inter` with a row per interaction; .json, .csv, .tsv and .parquet as well.
+    Items may call their id as the interactions call the item.
     """
     notes, log = Notes(), Notes()
-    items = ItemSource(_named("items"), ItemRows(None, (), notes), notes=notes)
+    rows = ItemRows(None, (), notes, log=columns or InteractionColumns())
+    items = ItemSource(_named("items"), rows, notes=notes)
     users = InteractionSource(tuple(name for stem in _LOGS for name in _named(stem)), log_rows(columns, log), notes=log)
     return assemble(folder, items, users, strict=strict)
 

@@ -75,6 +75,11 @@ class ItemKnn:
         best = np.lexsort((others, -values))[:count]
         return [(int(others[at]), float(values[at])) for at in best]
 
+    def num_users_of_both(self, item: int, others: Sequence[int]) -> IntArray:
+        """[others]: how many users chose each of them and the item."""
+        both: IntArray = self.together[[item]][:, np.asarray(others)].toarray()[0]
+        return both
+
     def _likeness(self, counts: FloatArray, first: IntArray, second: IntArray) -> FloatArray:
         cosines: FloatArray = counts / np.sqrt(np.maximum(first, 1) * np.maximum(second, 1))
         if not self.shrinkage:

@@ -2,7 +2,8 @@
 
 The text of an item is computed once and read ever after, so that these words cost a request nothing. Knows nothing of
 prompts. Invariant: lists come from training users alone; a list that stands gives way only to one that is clearly
-better, so that new interactions change few texts, and with them few cached blocks.
+better, so that new interactions change few texts, and with them few cached blocks. Of every pair in a list of
+interactions, at least `min_users` users chose both.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ import numpy.typing as npt
 from rcllm.core.enrichment import NeighbourConfig
 from rcllm.core.ranking import Interaction, Item, ItemId, UserId
 from rcllm.data.catalogue import Catalogue
-from rcllm.data.interactions import histories
 from rcllm.data.item_knn import ItemKnn
 from rcllm.data.negatives import NegativePool
-from rcllm.data.requests import split_of
+from rcllm.data.requests import training_histories
 
 FIELD, TITLE = "neighbours", "title"
 Lists = Mapping[ItemId, tuple[ItemId, ...]]  # item → its neighbours, best first
@@ -62,7 +62,7 @@ def find_neighbours(
         found = knn.neighbours(number, config.count, config.min_users)
         made[item_id] = tuple(pool.item_ids[other] for other, _ in found)
         stood = before.get(item_id, ())
-        lists[item_id] = stood if _stands(stood, found, number, pool, knn, config.margin) else made[item_id]
+        lists[item_id] = stood if _stands(stood, found, number, pool, knn, config) else made[item_id]
     by_text = tuple(item_id for item_id, near in lists.items() if not near) if len(vectors) else ()
     for item_id in by_text:
         lists[item_id] = made[item_id] = _nearest(pool, vectors, pool.numbers[item_id], config.count)
@@ -83,14 +83,17 @@ def _stands(
     number: int,
     pool: NegativePool,
     knn: ItemKnn,
-    margin: float,
+    config: NeighbourConfig,
 ) -> bool:
-    """Whether a list is kept: it is as long as the new one, all its items are there, and it is hardly less alike."""
-    if len(stood) < len(found) or not stood or any(item_id not in pool.numbers for item_id in stood):
+    """Whether a list is kept: it is of interactions as the new one and as long, and it is hardly less alike."""
+    if not found or len(stood) < len(found) or any(item_id not in pool.numbers for item_id in stood):
         return False
-    old = float(knn.scores([number], [pool.numbers[item_id] for item_id in stood]).sum())
+    others = [pool.numbers[item_id] for item_id in stood]
+    if knn.num_users_of_both(number, others).min() < config.min_users:
+        return False
+    old = float(knn.scores([number], others).sum())
     new = sum(value for _, value in found)
-    return bool(new <= (1 + margin) * old)
+    return bool(new <= (1 + config.margin) * old)
 
 
 def _nearest(pool: NegativePool, vectors: npt.NDArray[np.float32], number: int, count: int) -> tuple[ItemId, ...]:
@@ -115,13 +118,8 @@ def with_neighbours(
     without: Collection[UserId] = (),
 ) -> Catalogue:
     """Every item with the field `neighbours`, from training users other than those of `without`."""
-    left = frozenset(without)
-    training = [
-        [row.item_id for row in rows]
-        for user, rows in histories(interactions).items()
-        if split_of(user) == "train" and user not in left
-    ]
-    return put(catalogue, FIELD, find_neighbours(catalogue, training, config or NeighbourConfig()).texts)
+    training = training_histories(interactions, catalogue, without)
+    return put(catalogue, FIELD, find_neighbours(catalogue, training.values(), config or NeighbourConfig()).texts)
 
 
 def put(catalogue: Mapping[ItemId, Item], name: str, texts: Mapping[ItemId, str]) -> Catalogue:

@@ -6,7 +6,7 @@ users, the options and the seed alone: not on the process, the platform, or how 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,6 +27,28 @@ def split_of(user_id: UserId) -> Split:
     """80 % of users train, 10 % validation, 10 % test, by blake3 of the user id: the same split everywhere."""
     tenth = int.from_bytes(blake3(user_id.encode("utf-8")).digest()[:8], "big") % 10
     return "train" if tenth < 8 else "validation" if tenth == 8 else "test"
+
+
+def training_histories(
+    interactions: Iterable[Interaction], catalogue: Container[ItemId], without: Collection[UserId] = ()
+) -> dict[UserId, tuple[ItemId, ...]]:
+    """What each training user chose of the catalogue, oldest first; nothing of the users of `without`."""
+    left = frozenset(without)
+    return {
+        user: tuple(row.item_id for row in rows if row.item_id in catalogue)
+        for user, rows in histories(interactions).items()
+        if split_of(user) == "train" and user not in left
+    }
+
+
+def told_unknown(interactions: Collection[Interaction], catalogue: Container[ItemId]) -> str:
+    """What to say of the rows that `training_histories` leaves out for their item; empty where there are none."""
+    if not (unknown := sum(row.item_id not in catalogue for row in interactions)):
+        return ""
+    return (
+        f"{unknown:,} of {len(interactions):,} interactions are with items that the catalogue lacks, and count for "
+        "nothing in what is made of interactions"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +78,37 @@ def build_requests(
 ) -> list[RankRequest]:
     """One request per target: one positive among `num_candidates`, and the `num_history` events before it.
 
-    The targets are the last `targets_per_user` items of each user that have `min_history` events before them; negatives
-    are items that the user never touched, at any time. `count` requests (None: all there are) come from users in an
-    order drawn by `seed`, every user's last target first. With `review_history` an event is the user's own review
-    where there is one. Raises DataError where the data do not hold that many requests or candidates.
+    The targets are those of the last `targets_per_user` items of each user that are new to the user and have
+    `min_history` events before them; negatives are items that the user never touched, at any time. `count` requests
+    (None: all there are) come from users in an order drawn by `seed`, every user's last target first. With
+    `review_history` an event is the user's own review where there is one. Raises DataError where the data do not hold
+    that many requests or candidates.
     """
     shape = _Shape(num_candidates, num_history, negatives, split, seed, review_history)
     _check(shape, targets_per_user, min_history)
     by_user = histories(dataset.interactions)
     if review_history and not any(row.text for row in dataset.interactions):
         raise DataError(f"{dataset.name}: review_history needs review texts, and no interaction has one")
-    pool = _pool(dataset, by_user.values())
+    pool = _pool(dataset)
     users = sorted((user for user in by_user if split_of(user) == split), key=lambda user: _hash(seed, user))
     targets = [
         (by_user[user], len(by_user[user]) - back)
         for back in range(1, targets_per_user + 1)
         for user in users
-        if len(by_user[user]) - back >= max(min_history, 0)
+        if len(by_user[user]) - back >= min_history and is_new(by_user[user], len(by_user[user]) - back)
     ]
     if count is not None and count > len(targets):
         raise DataError(
-            f"{dataset.name}: expected {count:,} requests, but the split {split!r} has {len(targets):,} targets with "
-            f"{min_history} or more events before them; ask for fewer requests, for shorter histories, or for more "
-            f"targets of each user (now {targets_per_user})"
+            f"{dataset.name}: expected {count:,} requests, but the split {split!r} has {len(targets):,} targets that "
+            f"are new to their user, with {min_history} or more events before them; ask for fewer requests, for "
+            f"shorter histories, or for more targets of each user (now {targets_per_user})"
         )
     return [_request(pool, history, at, shape) for history, at in targets[:count]]
+
+
+def is_new(history: Sequence[Interaction], at: int) -> bool:
+    """Whether the user had not chosen `history[at]` before: of all candidates it alone could stand in the history."""
+    return all(row.item_id != history[at].item_id for row in history[:at])
 
 
 def _check(shape: _Shape, targets_per_user: int, min_history: int) -> None:
@@ -96,15 +124,14 @@ def _check(shape: _Shape, targets_per_user: int, min_history: int) -> None:
         )
 
 
-def _pool(dataset: Dataset, rows: Iterable[tuple[Interaction, ...]]) -> NegativePool:
+def _pool(dataset: Dataset) -> NegativePool:
     for row in dataset.interactions:
         if row.item_id not in dataset.catalogue:
             raise DataError(
                 f"{dataset.name}: user {row.user_id!r} touched item {row.item_id!r}, which the catalogue lacks; "
                 "leave such rows out of the interactions, or add the item to the catalogue"
             )
-    training = [history for history in rows if split_of(history[0].user_id) == "train"]
-    return NegativePool.of(dataset.catalogue, ([row.item_id for row in history] for history in training))
+    return NegativePool.of(dataset.catalogue, training_histories(dataset.interactions, dataset.catalogue).values())
 
 
 def _request(pool: NegativePool, history: tuple[Interaction, ...], at: int, shape: _Shape) -> RankRequest:

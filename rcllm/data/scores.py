@@ -15,10 +15,9 @@ import numpy as np
 
 from rcllm.core.ranking import Interaction, Item, ItemId, RankRequest, UserId
 from rcllm.data.catalogue import Catalogue
-from rcllm.data.interactions import histories
 from rcllm.data.item_knn import ItemKnn
 from rcllm.data.negatives import NegativePool, Wanted, draw_negatives
-from rcllm.data.requests import split_of
+from rcllm.data.requests import training_histories
 from rcllm.errors import ConfigError
 
 RANK, MATCH = "rank", "match"
@@ -83,20 +82,19 @@ class ScoreField:
         seed: int = 0,
     ) -> ScoreField:
         """Grades are fitted on made requests of training users, each left out of their own scores."""
-        users = {user: rows for user, rows in histories(interactions).items() if split_of(user) == "train"}
-        pool = NegativePool.of(catalogue, ([row.item_id for row in rows] for rows in users.values()))
-        chosen = {user: tuple(sorted({pool.numbers[row.item_id] for row in rows})) for user, rows in users.items()}
+        users = training_histories(interactions, catalogue)
+        pool = NegativePool.of(catalogue, users.values())
+        chosen = {user: tuple(sorted({pool.numbers[item_id] for item_id in items})) for user, items in users.items()}
         field = cls(ItemKnn.of(pool.touched, shrinkage), pool.numbers, chosen, ScoreWords.of(()))
         rng = np.random.default_rng([seed, len(users)])
         found: list[float] = []
-        long_enough = [user for user, rows in users.items() if len(rows) > 1]
+        long_enough = [user for user, items in users.items() if len(items) > 1]
         for place in rng.permutation(len(long_enough))[:_FITTED_ON]:
             user = long_enough[place]
-            before = [pool.numbers[row.item_id] for row in users[user][:-1]]
+            *before, last = (pool.numbers[item_id] for item_id in users[user])
             wanted = Wanted(_CANDIDATES - 1, np.array(chosen[user]), np.array(before))
             drawn = draw_negatives(pool, "popularity" if place % 2 else "uniform", wanted, rng)
-            candidates = [pool.numbers[users[user][-1].item_id], *drawn]
-            found += field.knn.scores(before[-8:], candidates, chosen[user]).tolist()
+            found += field.knn.scores(before[-8:], [last, *drawn], chosen[user]).tolist()
         return replace(field, words=ScoreWords.of(found))
 
     def scores(self, request: RankRequest) -> list[float]:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from rcllm.config import Config
 from rcllm.core.ranking import Item, ItemId, RankOptions
-from rcllm.data.catalogue import field_shares
+from rcllm.data.catalogue import Catalogue, field_shares
 from rcllm.data.popularity import FIELD, with_made_fields
+from rcllm.data.requests import told_unknown
 from rcllm.data.scores import ScoreField, made_scores
 from rcllm.errors import DataError, TextWarning
 from rcllm.model.adapter import adapter_record
@@ -34,15 +35,16 @@ class Fitted:
     learnt: Learnt  # what the adapter was asked in training; empty without an adapter or a record
     notes: tuple[str, ...]  # for every receipt
     scores: ScoreField | None = None  # what the template shows of item-kNN, where it can be made
+    asides: tuple[str, ...] = ()  # for whoever builds the engine, and for no receipt
 
     def remarks(self, asked: Sequence[RankOptions] = ()) -> tuple[str, ...]:
         """What a person is told before the model is loaded; `asked`: what requests will ask for."""
         of_options = (note for options in asked for note in self.learnt.option_differences(options))
-        return tuple(dict.fromkeys([*self.notes, *of_options]))
+        return tuple(dict.fromkeys([*self.notes, *self.asides, *of_options]))
 
     def warn(self) -> None:
-        """Says the notes to those who build an engine in Python, with the line that calls Engine.build."""
-        for note in self.notes:
+        """Says the same to those who build an engine in Python, with the line that calls Engine.build."""
+        for note in (*self.notes, *self.asides):
             warnings.warn(note, TextWarning, stacklevel=3)
 
 
@@ -51,12 +53,13 @@ def fit(catalogue: Mapping[ItemId, Item], config: Config) -> Fitted:
     template, learnt = Template.of(config.prompt), _learnt(config.model.adapter)
     chat = None if config.prompt.chat == "auto" else chat_format(config.prompt.chat)
     notes = [*learnt.text_differences(template, chat, config.prompt.context, config.model.mask)]
-    scores = made_scores(catalogue, template.shown_fresh)
+    scores, asides = made_scores(catalogue, template.shown_fresh), list[str]()
     if catalogue:  # an empty one may be filled later
-        catalogue = with_made_fields(catalogue, template.shown)
+        given, catalogue = catalogue, with_made_fields(catalogue, template.shown)
+        asides += _unknown(given) if scores or catalogue is not given else []
         shares = field_shares(catalogue, template.shown)
         notes += _textless(catalogue, template, shares) + _unlike(learnt, shares)
-    return Fitted(catalogue, template, learnt, tuple(notes), scores)
+    return Fitted(catalogue, template, learnt, tuple(notes), scores, tuple(asides))
 
 
 def _learnt(adapter: str) -> Learnt:
@@ -77,6 +80,12 @@ def _textless(catalogue: Mapping[ItemId, Item], template: Template, shares: Mapp
     if not template.open:
         raise DataError(said)
     return [said]
+
+
+def _unknown(catalogue: Mapping[ItemId, Item]) -> list[str]:
+    """Of a catalogue of whose interactions something is made: that some are with items which it lacks."""
+    told = told_unknown(catalogue.interactions, catalogue) if isinstance(catalogue, Catalogue) else ""
+    return [told] if told else []
 
 
 def _likely(columns: Sequence[str]) -> str:

@@ -35,6 +35,11 @@ class ExampleConfig:
     # candidates that a prompt takes from the other prompts of its batch, instead of drawing its own
     borrowed: Annotated[int, Ge(0)] = 0
 
+    @property
+    def least_history(self) -> int:
+        """Events before a target, at least: `min_history`, or all that a prompt shows where that is fewer."""
+        return min(self.min_history, self.num_history)
+
 
 @dataclass(frozen=True, slots=True)
 class TuneConfig:

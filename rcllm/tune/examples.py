@@ -7,21 +7,21 @@ and training users alone are in it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
 
-from rcllm.core.ranking import Event, Interaction, Item, ItemId, RankRequest, UserId
+from rcllm.core.ranking import Event, Interaction, ItemId, RankRequest, UserId
 from rcllm.data import Catalogue, Dataset, histories, split_of
-from rcllm.data.catalogue import field_shares
 from rcllm.data.item_knn import ItemKnn
 from rcllm.data.negatives import NegativePool, Wanted, draw_negatives
 from rcllm.data.neighbours import FIELD as NEIGHBOURS
 from rcllm.data.neighbours import with_neighbours
 from rcllm.data.popularity import with_popularity
+from rcllm.data.requests import is_new, training_histories
 from rcllm.data.scores import ScoreField, asks_for_scores
 from rcllm.errors import ConfigError, DataError
 from rcllm.tune.config import ExampleConfig
@@ -35,11 +35,10 @@ class Source(Protocol):
     dataset: Dataset
     prefix: str
     scores: ScoreField | None  # what stands beside candidates, where the template shows it
+    notes: tuple[str, ...]  # what a person should know of what is left out
 
     def batch(self, rng: np.random.Generator) -> list[RankRequest]: ...
     def validation(self, count: int) -> list[RankRequest]: ...
-    def items(self) -> Mapping[ItemId, Item]: ...
-    def field_shares(self, names: Sequence[str]) -> dict[str, float]: ...
     def baselines(self, request: RankRequest) -> dict[str, list[float]]: ...
     def identity(self) -> list[object]: ...
 
@@ -73,6 +72,8 @@ def training_sets(
 class TrainingSet:
     """The users and items of one data set. Ids are prefixed by its name, so that several sets share one catalogue."""
 
+    notes: tuple[str, ...] = ()
+
     def __init__(
         self,
         dataset: Dataset,
@@ -87,18 +88,23 @@ class TrainingSet:
         self.dataset, self.config = with_popularity(dataset), config
         self.prefix = f"{dataset.name}/" if fold is None else f"{dataset.name}/{fold.number}/"
         by_user = histories(dataset.interactions)
-        training = [rows for user, rows in by_user.items() if split_of(user) == "train"]
-        self.pool = NegativePool.of(dataset.catalogue, ([row.item_id for row in rows] for rows in training))
-        long_enough = [rows for rows in by_user.values() if len(rows) > config.min_history]
+        training = training_histories(dataset.interactions, dataset.catalogue)
+        self.pool = NegativePool.of(dataset.catalogue, training.values())
+        long_enough = [rows for rows in by_user.values() if len(rows) > config.least_history]
         if fold is not None:
             inside = {user for user in by_user if fold.holds(user)}
             catalogue = with_neighbours(self.dataset.catalogue, dataset.interactions, without=inside)
             self.dataset = replace(self.dataset, catalogue=catalogue)
             long_enough = [rows for rows in long_enough if rows[0].user_id in inside]
         self.users = [rows for rows in long_enough if split_of(rows[0].user_id) == "train"]
-        self.others = [rows for rows in long_enough if split_of(rows[0].user_id) == "validation"]
-        if not self.users:
-            raise DataError(f"{dataset.name}: no training user has more than {config.min_history} events to learn from")
+        self.others = [
+            rows for rows in long_enough if split_of(rows[0].user_id) == "validation" and is_new(rows, len(rows) - 1)
+        ]
+        if not any(is_new(rows, at) for rows in self.users for at in range(config.least_history, len(rows))):
+            raise DataError(
+                f"{dataset.name}: no training user has an item that was new after {config.least_history} or more "
+                "events, to learn from"
+            )
         self.scores = ScoreField.of(dataset.catalogue, dataset.interactions) if asks_for_scores(shown_fresh) else None
         self._knn = self.scores.knn if self.scores else ItemKnn.of(self.pool.touched)
 
@@ -108,11 +114,11 @@ class TrainingSet:
         places: list[tuple[tuple[Interaction, ...], int, int]] = []  # a user's rows, first event, target
         while len(places) < config.prompts_per_batch:
             rows = self.users[int(rng.integers(len(self.users)))]
-            last = int(rng.integers(config.min_history, len(rows)))
+            last = int(rng.integers(config.least_history, len(rows)))
             first = max(0, last - config.num_history)
-            targets = range(last, max(first + config.min_history, last - config.targets_per_user + 1) - 1, -1)
+            targets = range(last, max(first + config.least_history, last - config.targets_per_user + 1) - 1, -1)
             room = config.prompts_per_batch - len(places)
-            places += [(rows, first, target) for target in targets][:room]
+            places += [(rows, first, target) for target in targets if is_new(rows, target)][:room]
         count = config.num_candidates - 1 - config.borrowed
         drawn = [self._draw(rows, first, target, count, rng) for rows, first, target in places]
         shared = list(
@@ -187,7 +193,7 @@ class TrainingSet:
         """
         if not self.others:
             raise DataError(
-                f"{self.dataset.name}: no validation user has more than {self.config.min_history} events, so that "
+                f"{self.dataset.name}: no validation user has more than {self.config.least_history} events, so that "
                 "nothing would tell when to stop; more users are needed"
             )
         requests = []
@@ -197,16 +203,6 @@ class TrainingSet:
             own = self._draw(*place, _VALIDATION_CANDIDATES - 1, rng)
             requests.append(self._request(*place, own, (), rng))
         return requests
-
-    def items(self) -> Mapping[ItemId, Item]:
-        return {
-            ItemId(self.prefix + item_id): Item(ItemId(self.prefix + item_id), item.fields, item.volatile)
-            for item_id, item in self.dataset.catalogue.items()
-        }
-
-    def field_shares(self, names: Sequence[str]) -> dict[str, float]:
-        """Of the items, how many have each field, to three digits: what the ranker came to expect."""
-        return {name: round(share, 3) for name, share in field_shares(self.dataset.catalogue, names).items()}
 
     def identity(self) -> list[object]:
         """What a training depends on, for a digest: any text of an item, and who chose what."""
@@ -222,7 +218,11 @@ def joined_catalogue(sources: Sequence[Source]) -> Catalogue:
     if len({source.prefix for source in sources}) < len(sources):
         names = ", ".join(source.dataset.name for source in sources)
         raise ConfigError(f"data sets must differ in name, got {names}")
-    return Catalogue(item for source in sources for item in source.items().values())
+    return Catalogue(
+        replace(item, item_id=ItemId(source.prefix + item.item_id))
+        for source in sources
+        for item in source.dataset.catalogue.values()
+    )
 
 
 def batch_of(sources: Sequence[Source], number: int, seed: int) -> list[RankRequest]:

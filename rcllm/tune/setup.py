@@ -49,7 +49,7 @@ def make_trainer(
     resolved = resolve(Config(model, prompt), Hardware(torch.cuda.is_available(), 0)).model
     template = Template.of(prompt)
     templates = [template, *([template_of(teacher, teacher_template)] if teacher else [])]
-    sources = _sources(datasets, config, templates, requests)
+    sources = _sources(datasets, config, templates, requests, taught=teacher is not None)
     files = pull(model.path)
     spec, weights = load_model(files, torch.float32, resolved.device)
     catalogue = joined_catalogue(sources)
@@ -84,7 +84,12 @@ def make_trainer(
 
 
 def _sources(
-    datasets: Sequence[Dataset], config: TuneConfig, templates: Sequence[Template], requests: Sequence[RankRequest]
+    datasets: Sequence[Dataset],
+    config: TuneConfig,
+    templates: Sequence[Template],
+    requests: Sequence[RankRequest],
+    *,
+    taught: bool,
 ) -> list[Source]:
     """`templates`: the student's, and the teacher's; fields that either shows are made."""
     shown = {name for template in templates for name in template.shown}
@@ -93,4 +98,4 @@ def _sources(
         return [source for each in datasets for source in training_sets(each, config.examples, shown, fresh)]
     if len(datasets) != 1:
         raise ConfigError(f"a log of requests is over the items of one data set, got {len(datasets)}: give one")
-    return [LoggedSet(datasets[0], requests, config.examples, shown, fresh)]
+    return [LoggedSet(datasets[0], requests, config.examples, shown, fresh, taught=taught)]

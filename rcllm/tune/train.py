@@ -21,6 +21,7 @@ import torch
 from blake3 import blake3
 
 from rcllm.core.ranking import Prompt, RankOptions, RankRequest, order
+from rcllm.data.catalogue import field_shares
 from rcllm.data.scores import FIELDS
 from rcllm.errors import ConfigError, ModelError
 from rcllm.fidelity.measures import agreement, chance_ndcg, ndcg
@@ -111,9 +112,12 @@ class Trainer:
         share = -(-config.validation_requests // len(sources))
         asked = [(source, request) for source in sources for request in source.validation(share)]
         self._validation = [request for _, request in asked]
-        if teacher is None and any(request.positive is None for request in self._validation):
-            raise ConfigError("requests that do not say what was chosen (positive) need a teacher: give --teacher")
         self.baselines = _baselines(asked)  # NDCG@10 of what must be beaten, on the same requests
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of what is left out."""
+        return [f"{source.dataset.name}: {note}" for source in self.sources for note in source.notes]
 
     @property
     def num_validated(self) -> int:
@@ -163,20 +167,18 @@ class Trainer:
 
     def _losses(self, requests: Sequence[RankRequest]) -> tuple[Packed, list[torch.Tensor]]:
         packed, scores = self.score(requests)
-        return packed, [loss for loss in self._loss_of(requests, scores) if loss is not None]
+        return packed, self._loss_of(requests, scores)
 
-    def _loss_of(self, requests: Sequence[RankRequest], scores: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """For each request what it is learnt by; None where there is neither a teacher nor a label."""
-        labelled = [
-            listwise_loss(s, r.candidates.index(r.positive)) if r.positive else None
-            for r, s in zip(requests, scores, strict=True)
-        ]
+    def _loss_of(self, requests: Sequence[RankRequest], scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What each request is learnt by: its teacher, its label, or a share of both."""
         if self.teacher is None:
-            return labelled
-        share, found = self.config.labels, list[torch.Tensor | None]()
-        for ours, theirs, label in zip(scores, self.teacher.scores(requests), labelled, strict=True):
+            return [listwise_loss(ours, _relevant(each, None)) for each, ours in zip(requests, scores, strict=True)]
+        share, found = self.config.labels, list[torch.Tensor]()
+        for request, ours, theirs in zip(requests, scores, self.teacher.scores(requests), strict=True):
             taught = distillation_loss(ours, ours.new_tensor(theirs), self.config.temperature)
-            found.append(taught if label is None or not share else (1 - share) * taught + share * label)
+            if share and request.positive is not None:
+                taught = (1 - share) * taught + share * listwise_loss(ours, _relevant(request, None))
+            found.append(taught)
         return found
 
     def score(self, requests: Sequence[RankRequest]) -> tuple[Packed, list[torch.Tensor]]:
@@ -213,7 +215,7 @@ class Trainer:
         for start in range(0, len(self._validation), _VALIDATION_BATCH):
             requests = self._validation[start : start + _VALIDATION_BATCH]
             found = self.score(requests)[1]
-            losses += [loss.item() for loss in self._loss_of(requests, found) if loss is not None]
+            losses += [loss.item() for loss in self._loss_of(requests, found)]
             taught = self.teacher.scores(requests) if self.teacher else [None] * len(requests)
             for request, scores, theirs in zip(requests, found, taught, strict=True):
                 ours = scores.tolist()
@@ -246,7 +248,7 @@ class Trainer:
             "template": template.name,
             "template_fingerprint": template.text_fingerprint.hex(),
             "limits": dict(template.limits),
-            "fields": {source.dataset.name: source.field_shares(template.shown) for source in self.sources},
+            "fields": {source.dataset.name: _field_shares(source, template.shown) for source in self.sources},
             "chat": self.prompter.chat.fingerprint,
             "context": self.prompter.context_name,
             "readout": self.config.readout,
@@ -295,11 +297,16 @@ def best_of(curve: Sequence[Evaluation]) -> Evaluation:
     )
 
 
+def _field_shares(source: Source, names: Sequence[str]) -> dict[str, float]:
+    """Of the items, how many have each field, to three digits: what the ranker came to expect."""
+    return {name: round(share, 3) for name, share in field_shares(source.dataset.catalogue, names).items()}
+
+
 def _relevant(request: RankRequest, taught: Sequence[float] | None) -> int:
     """The candidate that the user chose, or where that is not known the teacher's first."""
     if request.positive is not None:
         return request.candidates.index(request.positive)
-    assert taught is not None, "requests without a choice are refused where there is no teacher"
+    assert taught is not None, "where there is no teacher, a source leaves out requests without a choice"
     return order(taught)[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,23 @@ def test_items_without_interactions_get_the_nearest_in_text(
     assert shown.exit_code == 0, shown.stderr
     assert _fields(out)["i39"]["neighbours"]
     assert calls == [16, 16, 8]
-    run(*words)
+    again = run(*words)
     assert calls == [16, 16, 8], "each text is embedded once"
+    told = re.search(r"[\d,]+ by text alone", shown.stdout)
+    assert told is not None
+    assert told[0] in again.stdout
+    assert not told[0].startswith("0 ")
+    alone = run(*words, "--interactions-only")
+    assert "0 by text alone" in alone.stdout
+    assert "neighbours" not in _fields(out)["i39"]
+
+
+def test_interactions_with_items_that_are_not_there_are_told(run: Run, log: Path, tmp_path: Path) -> None:
+    write_lines(tmp_path / "items.jsonl", [{"item_id": f"i{n}", "title": f"Thing {n}"} for n in range(1, 40)])
+    given = ("--dataset", log, "--items", tmp_path / "items.jsonl", "--out", tmp_path / "enriched.jsonl")
+    shown = run("enrich", *given, *ALONE)
+    assert shown.exit_code == 0, shown.stderr
+    assert "30 of 90 interactions are with items that the catalogue lacks" in " ".join(shown.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,29 @@ def test_columns_of_a_data_set_are_named(tmp_path: Path, capsys: pytest.CaptureF
     assert "the folder was read as recbole, because of x.inter" in capsys.readouterr().err
 
 
+def test_a_data_set_is_read_over_the_items_that_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A regression: requests that were made of it named items that the file lacks."""
+    (tmp_path / "x.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\t7\t5\nu\t9\t3\n")
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"item_id": "7", "title": "Seven"}\n')
+    dataset = load_inputs(ItemOptions(items=items, dataset=tmp_path)).dataset
+    assert dataset is not None
+    assert list(dataset.catalogue) == [row.item_id for row in dataset.interactions] == ["7"]
+    assert "1 of 2 interactions are with items that the catalogue lacks" in capsys.readouterr().err
+    items.write_text('{"item_id": "8", "title": "Eight"}\n')
+    with pytest.raises(DataError, match=r"no interaction of .* is with an item of .*items\.jsonl, such as '7'"):
+        load_inputs(ItemOptions(items=items, dataset=tmp_path))
+
+
 @pytest.mark.parametrize(
     "options",
-    [ItemOptions(dataset=Path(), encoding="latin-1"), ItemOptions(items=Path("x.csv"), user_field="who")],
+    [
+        ItemOptions(dataset=Path(), encoding="latin-1"),
+        ItemOptions(dataset=Path(), volatile=("price",)),
+        ItemOptions(dataset=Path(), field=("title=name",)),
+        ItemOptions(dataset=Path(), id_field="code"),
+        ItemOptions(items=Path("x.csv"), user_field="who"),
+    ],
 )
 def test_options_about_what_is_not_given_are_refused(options: ItemOptions) -> None:
     with pytest.raises(ConfigError, match="or leave them out"):

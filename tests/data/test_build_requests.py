@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rcllm.core.ranking import Event, Interaction, Item, ItemId, UserId
 from rcllm.data import Catalogue, Dataset, Negatives, Split, build_requests, histories, split_of
 from rcllm.data.negatives import SAMPLERS, NegativePool, Wanted, draw_negatives
+from rcllm.data.requests import told_unknown, training_histories
 from rcllm.errors import ConfigError, DataError
 
 KINDS: list[Negatives] = ["uniform", "popularity", "retrieved"]
@@ -72,6 +73,14 @@ def test_the_last_targets_come_first_and_need_a_history() -> None:
     assert set(targets) == {7, 6, 5, 4, 3}
 
 
+def test_an_item_that_the_user_had_chosen_before_is_no_target() -> None:
+    """A regression: it was the one candidate that the history named, for negatives are items that nobody touched."""
+    user = next(UserId(f"u{number}") for number in range(99) if split_of(UserId(f"u{number}")) == "test")
+    rows = [Interaction(user, ItemId(f"i{number}"), step) for step, number in enumerate([1, 2, 3, 2, 4, 1])]
+    data = Dataset("again", DATA.catalogue, tuple(rows))
+    assert [each.positive for each in build_requests(data, None, 5, targets_per_user=6)] == ["i4", "i3"]
+
+
 def test_the_slot_of_the_positive_is_uniform() -> None:
     data = made_up(num_users=4000)
     slots = Counter(
@@ -96,6 +105,16 @@ def test_another_seed_gives_other_users_and_negatives() -> None:
     assert [request.user_id for request in one] != [request.user_id for request in two]
     assert {request.user_id for request in one} == {request.user_id for request in two}
     assert {request.candidates for request in one}.isdisjoint({request.candidates for request in two})
+
+
+def test_histories_are_of_training_users_and_of_items_that_are_there() -> None:
+    rows = [Interaction(UserId(user), ItemId(item), 0) for user in ("u0", "u2", "u4") for item in ("b", "gone", "a")]
+    items = Catalogue(Item(ItemId(letter), {}) for letter in "ab")
+    assert split_of(UserId("u2")) == "validation"
+    assert training_histories(rows, items) == {"u0": ("b", "a"), "u4": ("b", "a")}
+    assert training_histories(rows, items, without=[UserId("u0")]) == {"u4": ("b", "a")}
+    assert told_unknown(rows, items).startswith("3 of 9 interactions are with items that the catalogue lacks")
+    assert told_unknown([row for row in rows if row.item_id != "gone"], items) == ""
 
 
 # As computed on 64-bit Linux with numpy 2.4; if they change, so does every published figure.

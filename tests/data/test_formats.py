@@ -377,6 +377,24 @@ def test_a_folder_of_items_and_interactions_is_what_it_looks_like(tmp_path: Path
     assert str(dataset).splitlines()[1] == "  the folder was read as common, because of inter.jsonl"
 
 
+def test_items_may_call_their_id_as_their_interactions_do(tmp_path: Path) -> None:
+    write(tmp_path, "items.csv", "code,title", "a,A", "b,B")
+    write(tmp_path, "interactions.csv", "who,code,ts", "u,a,5", "u,b,6")
+    with pytest.raises(DataError, match=r"items.csv.*--item-field"):
+        load_dataset("auto", tmp_path, columns=InteractionColumns(user_id="who"))
+    dataset = load_dataset("auto", tmp_path, columns=InteractionColumns(user_id="who", item_id="code"))
+    assert dataset.catalogue[ItemId("a")] == Item(ItemId("a"), {"title": "A"})
+    assert dataset.interactions == (row("u", "a", 5), row("u", "b", 6))
+
+
+def test_items_with_a_usual_id_beside_a_column_of_another_name(tmp_path: Path) -> None:
+    write(tmp_path, "items.jsonl", '{"item_id": "a", "title": "A"}', '{"code": "b", "title": "B"}')
+    write(tmp_path, "inter.csv", "user_id,code,ts", "u,a,5")
+    dataset = load_dataset("auto", tmp_path, columns=InteractionColumns(item_id="code"))
+    assert list(dataset.catalogue) == ["a"], "the first row settles the column"
+    assert [problem.line for problem in dataset.reports[0].problems] == [2]
+
+
 def test_a_folder_that_may_be_two_things_says_so(tmp_path: Path) -> None:
     write(tmp_path, "ratings.csv", "userId,movieId,rating,timestamp", "1,1,2.5,1260759144")
     write(tmp_path, "movies.csv", "movieId,title,genres", "1,A,War")

@@ -79,3 +79,24 @@ def test_the_field_is_made_where_a_template_shows_it() -> None:
     assert isinstance(made, Catalogue)
     assert made.interactions == training, "of which other fields are made later"
     assert with_made_fields(known, ["title"]) is known
+
+
+def test_nearest_in_text_are_found_anew_each_time() -> None:
+    """A regression: a list that was made of texts stood for ever, and counted as one of interactions."""
+    vectors = np.eye(6, dtype=np.float32)
+    vectors[5] = vectors[1]
+    chosen = _histories("01", "02")
+    before = find_neighbours(ITEMS, chosen, CONFIG, vectors=vectors)
+    again = find_neighbours(ITEMS, chosen, CONFIG, before.lists, vectors)
+    assert (again.by_text, again.num_changed, again.num_would_change) == (before.by_text, 0, 0)
+    vectors[5] = vectors[2]
+    assert find_neighbours(ITEMS, chosen, CONFIG, before.lists, vectors).lists["i5"][0] == "i2"
+    assert find_neighbours(ITEMS, chosen, CONFIG, before.lists).lists["i5"] == (), "where no text is looked at"
+
+
+def test_a_list_with_a_pair_that_too_few_chose_is_made_anew() -> None:
+    strict = NeighbourConfig(count=2, shrinkage=0.0, min_users=2, margin=9.0)
+    before = find_neighbours(ITEMS, _histories("01", "01", "02", "02"), strict).lists
+    assert before["i0"] == ("i1", "i2")
+    fewer = find_neighbours(ITEMS, _histories("01", "01", "02"), strict, before)
+    assert fewer.lists["i0"] == ("i1",)

@@ -98,6 +98,23 @@ def test_interactions_from_elsewhere_make_it_as_well(template: Path, adapter: Pa
     assert dict(made.catalogue) == dict(with_chosen(items, data.interactions))
 
 
+def test_interactions_with_items_that_are_not_there_are_left_out_and_told(tmp_path: Path) -> None:
+    """A regression: a log that names an item which the catalogue lacks ended in a KeyError."""
+    data, path = shop(), tmp_path / "enriched.toml"
+    shown = 'item = ["{neighbours} | ", "{title}"'
+    text = tiny.TEMPLATE.replace('item = ["{title}"', shown).replace("volatile = [", 'volatile = [" {rank} {match}", ')
+    path.write_text(text, encoding="utf-8")
+    fewer = Catalogue(list(data.catalogue.values())[:-1])
+    fitted = fit(fewer.knowing(data.interactions), config(path))
+    assert fitted.scores is not None
+    assert any("neighbours" in item.fields for item in fitted.catalogue.values())
+    gone = sum(row.item_id not in fewer for row in data.interactions)
+    [told] = fitted.remarks()
+    assert told.startswith(f"{gone} of {len(data.interactions)} interactions are with items that the catalogue lacks")
+    assert fitted.notes == (), "receipts do not repeat it"
+    assert fit(fewer.knowing(data.interactions), tiny.config()).remarks() == (), "nothing is made of them"
+
+
 def test_counts_are_those_of_training_users_and_the_catalogues_own_stay(template: Path) -> None:
     data = shop()
     made = fit(data.catalogue, config(template)).catalogue

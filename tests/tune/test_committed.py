@@ -11,11 +11,11 @@ import pytest
 
 from benchmarks.harness import SHARED
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
-from rcllm.core.ranking import Level, RankOptions
+from rcllm.core.ranking import Level, RankOptions, order
 from rcllm.data import build_requests, load_dataset
 from rcllm.engine.engine import Engine
 from rcllm.fidelity.baselines import Popularity, training_pool
-from rcllm.fidelity.measures import chance_ndcg, ndcg, order
+from rcllm.fidelity.measures import chance_ndcg, ndcg
 from rcllm.model.adapter import adapter_mask
 from rcllm.prompt.learnt import Learnt
 from rcllm.prompt.template import Template, chat_format

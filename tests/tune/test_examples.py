@@ -43,6 +43,24 @@ def test_a_history_is_what_came_before_the_target_and_no_more_than_asked() -> No
             assert 1 <= len(history) <= 2
 
 
+def test_a_prompt_of_one_event_needs_no_more_before_its_target() -> None:
+    """A regression: with fewer events in a prompt than were asked for before a target, no target was ever found."""
+    source = TrainingSet(log(200), replace(EXAMPLES, num_history=1, min_history=2))
+    assert {len(request.history) for request in source.batch(np.random.default_rng(0))} == {1}
+    two = replace(_small(9), interactions=tuple(row for row in _small(9).interactions if row.timestamp < 2))
+    assert TrainingSet(two, source.config).validation(1), "users of two events are learnt from, and hold out"
+
+
+def test_no_target_stands_in_its_own_history() -> None:
+    """A regression: a ranker learnt that a candidate which the history names is the one to choose."""
+    data = _small(9)
+    again = [replace(row, timestamp=row.timestamp + 10) for row in data.interactions if row.timestamp < 3]
+    source = TrainingSet(replace(data, interactions=(*data.interactions, *again)), EXAMPLES)
+    asked = [each for number in range(8) for each in batch_of([source], number, seed=0)]
+    assert all(each.positive not in [event.item_id for event in each.history] for each in asked)
+    assert not source.others, "the last of each user is not new"
+
+
 def test_negatives_are_taken_in_turns_and_never_what_the_user_touched() -> None:
     source = TrainingSet(log(200), replace(EXAMPLES, num_candidates=8, negatives=("uniform", "retrieved")))
     touched = {}
@@ -82,7 +100,7 @@ def test_two_sources_share_a_catalogue_and_both_are_drawn_from() -> None:
 
 
 def test_one_user_and_no_user() -> None:
-    with pytest.raises(DataError, match="no training user has more than 2 events"):
+    with pytest.raises(DataError, match="no training user has an item that was new after 2 or more events"):
         TrainingSet(replace(_small(9), interactions=()), EXAMPLES)
     one = next(user for user in range(40) if split_of(UserId(f"u{user}")) == "train")
     rows = tuple(row for row in _small(9).interactions if row.user_id == f"u{one}")
