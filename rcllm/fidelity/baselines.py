@@ -11,11 +11,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from rcllm.core.ranking import RankRequest
-from rcllm.data import Dataset, histories, split_of
+from rcllm.core.ranking import RankRequest, order
+from rcllm.data import Dataset
 from rcllm.data.item_knn import ItemKnn
 from rcllm.data.negatives import NegativePool
-from rcllm.fidelity.measures import ndcg, order
+from rcllm.data.requests import training_histories
+from rcllm.fidelity.measures import ndcg
 
 Scores = npt.NDArray[np.float64]
 
@@ -26,8 +27,7 @@ class Baseline(Protocol):
 
 
 def training_pool(dataset: Dataset) -> NegativePool:
-    training = [rows for user, rows in histories(dataset.interactions).items() if split_of(user) == "train"]
-    return NegativePool.of(dataset.catalogue, ([row.item_id for row in rows] for rows in training))
+    return NegativePool.of(dataset.catalogue, training_histories(dataset.interactions, dataset.catalogue).values())
 
 
 class Popularity:
@@ -56,7 +56,7 @@ class Neighbours:
 def gain(scores: npt.ArrayLike, request: RankRequest) -> float:
     """NDCG@10 of a request whose user did choose one of the candidates."""
     assert request.positive is not None
-    return ndcg(order(np.asarray(scores)), request.candidates.index(request.positive), 10)
+    return ndcg(order(np.asarray(scores).tolist()), request.candidates.index(request.positive), 10)
 
 
 def baseline_gains(dataset: Dataset, requests: Sequence[RankRequest]) -> dict[str, list[float]]:

@@ -13,13 +13,13 @@ from itertools import chain, product
 from typing import TypeVar, get_args
 
 from rcllm.config import check_options, context_samples
-from rcllm.core.ranking import LabelPlace, Layout, Level, RankOptions, RankRequest, Readout, Selection
+from rcllm.core.ranking import LabelPlace, Layout, Level, RankOptions, RankRequest, Readout, Selection, order
 from rcllm.data.requests import named_items
 from rcllm.engine.engine import Engine
 from rcllm.errors import ConfigError, DataError, RequestError
 from rcllm.fidelity.calibration import Calibration, Rung, passing
 from rcllm.fidelity.evaluate import evaluate, evaluate_timed, with_context
-from rcllm.fidelity.measures import ndcg, order
+from rcllm.fidelity.measures import ndcg
 from rcllm.fidelity.pareto import fronts
 from rcllm.fidelity.records import Configuration, Record, RecordFile
 from rcllm.fidelity.spread import Ahead

@@ -113,13 +113,8 @@ def passing(rungs: Sequence[Rung], target: Target) -> list[Rung]:
     return sorted(found, key=lambda rung: (rung.cost(kind), -rung.summary.measures["tau"].mean))
 
 
-def summary_to_json(summary: Summary) -> dict[str, Any]:
-    """NaN becomes null: JSON has no other word for a figure that is not there."""
-    return as_json(summary)
-
-
 def _flat(rung: Rung) -> dict[str, Any]:
-    return rung.configuration.to_json() | summary_to_json(rung.summary)
+    return rung.configuration.to_json() | as_json(rung.summary)
 
 
 def _read_rung(value: Any) -> Rung:

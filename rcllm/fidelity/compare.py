@@ -58,12 +58,13 @@ def compare_levels(
 ) -> list[LevelRow]:
     """One row per level; `full` and `exact` (prefix caching), which the others are held against, are always there.
 
-    Users are left out, so that no request finds its own history from before: the prefix cache holds the instruction, as
-    for a user who did something since the last visit. One unmeasured round comes first. Raises DataError where there
-    is no request.
+    Users are left out once what is made for them is there, so that no request finds its own history from before: the
+    prefix cache holds the instruction, as for a user who did something since the last visit. One unmeasured round comes
+    first. Raises DataError where there is no request.
     """
     if not requests:
         raise DataError("there are no requests to measure: expected one or more")
+    requests = [engine.prompter.completed(request) for request in requests]
     levels = list(dict.fromkeys([FULL, EXACT, *levels]))
     _round(engine, requests[0], levels, options)
     rounds: list[dict[Level, _Measured]] = []

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rcllm.fidelity.measures import Scores, ndcg, order
+from rcllm.core.ranking import order
+from rcllm.fidelity.measures import Scores, ndcg
 
 FloatArray = npt.NDArray[np.float64]
 WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
@@ -34,7 +35,7 @@ def fused(first: Scores, second: Scores, weight: float) -> FloatArray:
 
 def gains(asked: Sequence[Scored], weight: float) -> list[float]:
     """NDCG@10 of each request."""
-    return [ndcg(order(fused(each.first, each.second, weight)), each.positive, 10) for each in asked]
+    return [ndcg(order(fused(each.first, each.second, weight).tolist()), each.positive, 10) for each in asked]
 
 
 def best_weight(validation: Sequence[Scored]) -> float:

@@ -49,8 +49,11 @@ class Guard:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         on_event: Callable[[GuardEvent], None] = lambda event: None,
+        complete: Callable[[RankRequest], RankRequest] = lambda request: request,
     ) -> None:
-        """`defaults`: options of requests that bring none. `on_event` runs in the guard's thread."""
+        """`defaults`: options of requests that bring none. `on_event` runs in the guard's thread. `complete`: the
+        engine's `prompter.completed`, where the template shows scores that leave out the user's own choices.
+        """
         shadowing = shadowing or Shadowing()
         self._core = GuardCore(
             rank,
@@ -63,6 +66,7 @@ class Guard:
             wall_clock=wall_clock,
             sleep=self._sleep,
             on_event=on_event,
+            complete=complete,
         )
         self._waiting: deque[Shadow] = deque(maxlen=shadowing.queue_size)
         self._changed = threading.Condition()

@@ -44,11 +44,6 @@ def agreement(reference_scores: Scores, scores: Scores) -> Agreement:
     return Agreement(tau, bool(reference.argmax() == other.argmax()), float(np.abs(reference - other).max()))
 
 
-def order(scores: Scores) -> list[int]:
-    """Candidate indices, best first; ties by candidate order."""
-    return [int(i) for i in np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")]
-
-
 def ndcg(order: Sequence[int], positive_index: int, k: int) -> float:
     """NDCG@k with one relevant candidate: 1 / log2(1 + rank) if its rank is at most k, else 0.
 

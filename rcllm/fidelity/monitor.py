@@ -8,17 +8,19 @@ loss of the cheaper level is below the target by a margin. Both are valid whenev
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from rcllm.core.ranking import Level
+from rcllm.core.ranking import Level, RankOptions
 from rcllm.errors import ConfigError
 from rcllm.fidelity.measures import Scores, agreement
 from rcllm.fidelity.sequential import MeanTest
 
 _NO_ORDER = 0.5  # the loss at τ = 0
+Rungs = Mapping[Level, RankOptions]  # the levels of one kind of requests, cheapest first, and how each is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,14 @@ class GuardPolicy:
                 f"{self.dwell}"
             )
 
+    def rungs(self, options: RankOptions) -> Rungs:
+        """The ladder, for requests with these options."""
+        return {level: replace(options, level=level) for level in self.ladder}
+
+    def along(self, ladder: tuple[Level, ...]) -> GuardPolicy:
+        """The same on another ladder."""
+        return replace(self, ladder=ladder, start=min(self.start, len(ladder) - 1))
+
 
 @dataclass(frozen=True, slots=True)
 class GuardEvent:
@@ -67,31 +77,40 @@ class DriftMonitor:
     """The rung in use for one kind of requests. Not thread-safe, but `level` may be read from any thread."""
 
     def __init__(self, policy: GuardPolicy, requests: str) -> None:
-        self._policy, self._requests = policy, requests
+        self._policy, self.requests = policy, requests
         self.drift = MeanTest(policy.target, "above", policy.alpha)
         self.recovery = MeanTest(policy.target - policy.margin, "below", policy.alpha_back)
-        self._rung = policy.start
+        self.rung = policy.start
         self._since_step = 0
 
     @property
     def level(self) -> Level:
         """The reuse level that requests are served with now."""
-        return self._policy.ladder[self._rung]
+        return self._policy.ladder[self.rung]
+
+    @property
+    def ladder(self) -> tuple[Level, ...]:
+        """Cheapest first."""
+        return self._policy.ladder
 
     @property
     def cheaper(self) -> Level | None:
         """To shadow beside it; None at the cheapest rung."""
-        return self._policy.ladder[self._rung - 1] if self._rung else None
+        return self._policy.ladder[self.rung - 1] if self.rung else None
+
+    def has_left(self, level: Level) -> bool:
+        """Whether the level is on the ladder, and cheaper than the one in use."""
+        return level in self.ladder[: self.rung]
 
     def observe(self, loss: float | None, cheaper_loss: float | None, time_s: float) -> GuardEvent | None:
         """Takes one request's losses of `level` and `cheaper`, None where there is none; the step that follows."""
         self._since_step += 1
         if loss is not None and self.drift.observe(loss):
-            more_exact = min(self._rung + 1, len(self._policy.ladder) - 1)
-            return self._step("trip" if more_exact > self._rung else "no_rung_left", more_exact, self.drift, time_s)
+            more_exact = min(self.rung + 1, len(self._policy.ladder) - 1)
+            return self._step("trip" if more_exact > self.rung else "no_rung_left", more_exact, self.drift, time_s)
         recovered = cheaper_loss is not None and self.cheaper is not None and self.recovery.observe(cheaper_loss)
         if recovered and self._since_step >= self._policy.dwell:
-            return self._step("step_back", self._rung - 1, self.recovery, time_s)
+            return self._step("step_back", self.rung - 1, self.recovery, time_s)
         return None
 
     def _step(
@@ -99,8 +118,8 @@ class DriftMonitor:
     ) -> GuardEvent:
         levels = str(self.level), str(self._policy.ladder[rung])
         losses = test.mean_loss, test.recent_loss
-        event = GuardEvent(time_s, self._requests, kind, *levels, test.e_value, test.num_samples, *losses)
-        self._rung, self._since_step = rung, 0
+        event = GuardEvent(time_s, self.requests, kind, *levels, test.e_value, test.num_samples, *losses)
+        self.rung, self._since_step = rung, 0
         self.drift.reset()
         self.recovery.reset()
         return event

@@ -11,13 +11,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse, UserId
 from rcllm.errors import CancelledError, OverloadedError
-from rcllm.fidelity.monitor import GuardEvent, GuardPolicy
+from rcllm.fidelity.monitor import GuardEvent, GuardPolicy, Rungs
 from rcllm.fidelity.shadow import GuardCore, GuardStatus, Passes, Shadow, Shadowing
 from rcllm.schedule.admission import Admission, Admitted, Open
 from rcllm.schedule.work import KindLimits, Terms
@@ -29,45 +30,51 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHADOW = "shadow"  # the kind of its work
+_EXACT = Level("exact")
 _NO_DEADLINE = Terms(deadline_ms=float("inf"))
 
 
 class Guarded:
     """An Admission that follows a guard: what `inner` admits, but never a level that the guard has left."""
 
-    def __init__(self, inner: Admission, core: GuardCore, ladder: Sequence[Level]) -> None:
-        self.inner, self._core, self._ladder = inner, core, tuple(ladder)
+    def __init__(self, inner: Admission, core: GuardCore) -> None:
+        self.inner, self._core = inner, core
 
     def admit(self, options: RankOptions) -> Admitted:
         """Raises UncalibratedError for a level that may not be used."""
         admitted = self.inner.admit(options)
-        verdict, least = self._core.verdict(admitted.options), self._least(admitted.options)
-        if (place := self._place(admitted.options.level)) is None or place >= least:
-            return replace(admitted, guard=verdict if place is not None else "")
-        level = self._ladder[least]
-        said = f"level {level} instead of {admitted.options.level}, which the fidelity guard has left"
-        return Admitted(replace(admitted.options, level=level), (*admitted.notes, said), verdict)
+        options, monitor = admitted.options, self._core.monitor(admitted.options)
+        if options.level not in monitor.ladder:
+            return admitted
+        verdict, level = self._core.verdict(options), monitor.level
+        if not monitor.has_left(options.level):
+            return replace(admitted, guard=verdict)
+        said = f"level {level} instead of {options.level}, which the fidelity guard has left"
+        return Admitted(self._core.rungs(options)[level], (*admitted.notes, said), verdict)
 
     def cheaper(self, options: RankOptions) -> tuple[Admitted, ...]:
         """Of the levels that `inner` names, those that the guard has not left."""
-        least, verdict = self._least(options), self._core.verdict(options)
+        monitor, verdict = self._core.monitor(options), self._core.verdict(options)
         return tuple(
             replace(each, guard=verdict)
             for each in self.inner.cheaper(options)
-            if (place := self._place(each.options.level)) is None or place >= least
+            if not monitor.has_left(each.options.level)
         )
 
-    def _least(self, options: RankOptions) -> int:
-        return self._ladder.index(self._core.level(options))
 
-    def _place(self, level: Level) -> int | None:
-        return self._ladder.index(level) if level in self._ladder else None
+def rungs_of(inner: Admission, options: RankOptions) -> Rungs:
+    """What `inner` allows instead of prefix caching for requests of this kind, and prefix caching itself."""
+    exact, rungs = replace(options, level=_EXACT), dict[Level, RankOptions]()
+    for each in reversed(inner.cheaper(exact)):
+        rungs.setdefault(each.options.level, each.options)
+    return rungs | {_EXACT: exact}
 
 
 class OnlineGuard:
     """Guards one engine whose loop somebody runs: `observe` what was served, and ask `turn` when nothing else runs.
 
-    Make it once the engine's admission is there: it stands in front of it from then on.
+    Make it once the engine's admission is there: it stands in front of it from then on. Each kind of requests steps
+    along what that admission allows for it, up to `exact`; the policy's ladder is that of the default options.
     """
 
     def __init__(
@@ -93,6 +100,8 @@ class OnlineGuard:
             wall_clock=wall_clock,
             sleep=lambda seconds: None,
             on_event=on_event,
+            rungs=partial(rungs_of, engine.admission),
+            complete=engine.prompter.completed,
         )
         self._job = engine.ranking(Open(engine.identity.mask), SHADOW, KindLimits(idle=True))
         self._lock = threading.RLock()  # of the coin, the counts and what waits; `on_event` may ask for `status`
@@ -100,7 +109,7 @@ class OnlineGuard:
         self._passes: Passes | None = None  # of the shadow that is being computed
         self._asked: RankRequest | None = None  # its next pass, which is not due yet
         self._ticket: Ticket | Refused | None = None  # of the pass that runs
-        self._engine.admission = Guarded(engine.admission, self._core, policy.ladder)
+        self._engine.admission = Guarded(engine.admission, self._core)
 
     def observe(self, request: RankRequest, response: RankResponse) -> None:
         """Tells of a served request; from any thread, in microseconds."""

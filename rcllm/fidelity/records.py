@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -96,8 +95,8 @@ class Record:
 
 def request_fingerprint(request: RankRequest, catalogue: Mapping[ItemId, Item]) -> str:
     """32 hex digits that change with anything that the request's prompt is made from, its options apart."""
-    named = [catalogue.get(item_id) for item_id in request.candidates]
-    events = [_event_text(event, catalogue) for event in request.history]
+    named = [_item(item_id, request, catalogue) for item_id in request.candidates]
+    events = [_event_text(event, request, catalogue) for event in request.history]
     parts = [
         [[item.item_id, dict(item.fields), dict(item.volatile)] if item else None for item in named],
         events,
@@ -108,8 +107,13 @@ def request_fingerprint(request: RankRequest, catalogue: Mapping[ItemId, Item]) 
     return blake3(json.dumps(parts, ensure_ascii=False).encode("utf-8")).hexdigest(16)
 
 
-def _event_text(event: Event, catalogue: Mapping[ItemId, Item]) -> object:
-    item = catalogue.get(event.item_id) if event.item_id is not None else None
+def _item(item_id: ItemId, request: RankRequest, catalogue: Mapping[ItemId, Item]) -> Item | None:
+    """As the prompt shows it: the request's own text of it, or else the catalogue's."""
+    return Item(item_id, request.texts[item_id]) if item_id in request.texts else catalogue.get(item_id)
+
+
+def _event_text(event: Event, request: RankRequest, catalogue: Mapping[ItemId, Item]) -> object:
+    item = _item(event.item_id, request, catalogue) if event.item_id is not None else None
     return [event.item_id, event.text, dict(item.fields) if item else None]
 
 
@@ -172,7 +176,7 @@ class RecordFile:
             try:
                 value = read_object(line, "", DataError)
                 key = str(value.pop("key"))
-                self._records[key] = parse(Record, value, error=DataError, readers={float: _read_number})
+                self._records[key] = parse(Record, value, error=DataError)
             except (KeyError, DataError) as error:
                 raise DataError(
                     f"{self.path}, line {number}: expected a record of `rcllm calibrate`, got {line[:60]!r} ({error}); "
@@ -180,13 +184,6 @@ class RecordFile:
                 ) from error
             whole += len(line)
         file.truncate(whole)
-
-
-def _read_number(value: Any) -> float:
-    """A score may be minus infinity: a candidate that the model rules out."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise DataError(f"expected a number, got {value!r}")
-    return float(value)
 
 
 def _line(key: str, record: Record) -> bytes:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
 from rcllm.errors import ConfigError, RcllmError
-from rcllm.fidelity.monitor import DriftMonitor, GuardEvent, GuardPolicy, rank_loss
+from rcllm.fidelity.monitor import DriftMonitor, GuardEvent, GuardPolicy, Rungs, rank_loss
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class KindStats:
     e_value: float  # evidence of drift; 1/α trips
     num_samples: int  # at this level
     mean_loss: float  # at this level; NaN before the first sample
+    rung: int = 0  # of the level on the ladder of these requests; 0 is the cheapest
 
 
 @dataclass(slots=True)
@@ -77,7 +78,7 @@ class GuardStats:
 class GuardStatus:
     """What a page and metrics show."""
 
-    ladder: tuple[str, ...]  # cheapest first
+    ladder: tuple[str, ...]  # of the policy, cheapest first; a kind of requests may have one of its own
     target: float  # highest mean loss that is fine
     share: float  # of the served requests that are recomputed
     stats: GuardStats
@@ -99,6 +100,8 @@ class GuardCore:
     """The guard without its thread: whoever calls `run` does the work.
 
     `rank`: `Engine.rank`, or another engine's over the same model and catalogue. `sleep` may raise to give up a shadow.
+    `rungs`: along which a kind of requests steps; by default the policy's ladder. `complete`: adds to a request what is
+    made for its user, while it is known who that is.
     """
 
     def __init__(
@@ -114,8 +117,11 @@ class GuardCore:
         wall_clock: Callable[[], float],
         sleep: Callable[[float], None],
         on_event: Callable[[GuardEvent], None],
+        rungs: Callable[[RankOptions], Rungs] | None = None,
+        complete: Callable[[RankRequest], RankRequest] = lambda request: request,
     ) -> None:
         self._rank, self._policy, self._shadowing, self._defaults = rank, policy, shadowing, defaults
+        self.rungs, self._complete = rungs or policy.rungs, complete
         self._random, self._idle, self._clock, self._wall_clock = random.Random(seed), idle, clock, wall_clock
         self._sleep, self._on_event = sleep, on_event
         self._monitors: dict[str, DriftMonitor] = {}
@@ -123,9 +129,16 @@ class GuardCore:
         self.counts = GuardCounts()
         self._ready_at = clock()
 
+    def monitor(self, options: RankOptions) -> DriftMonitor:
+        """Of requests of this kind; any thread may ask."""
+        kind = kind_of(options)
+        if (found := self._monitors.get(kind)) is None:
+            policy = self._policy.along(tuple(self.rungs(options)))
+            found = self._monitors.setdefault(kind, DriftMonitor(policy, kind))
+        return found
+
     def level(self, options: RankOptions) -> Level:
-        monitor = self._monitors.get(kind_of(options))
-        return monitor.level if monitor else self._policy.ladder[self._policy.start]
+        return self.monitor(options).level
 
     def sample(self, request: RankRequest, response: RankResponse) -> Shadow | None:
         """Tosses the coin. Only answers of the level in use count; a request may have asked for another one."""
@@ -154,26 +167,26 @@ class GuardCore:
     def passes(self, shadow: Shadow) -> Passes:
         """The same pass by pass, for whoever runs them: yields what is to be ranked and is sent the response, or thrown
         the error."""
-        kind = kind_of(shadow.options)
-        monitor = self._monitors.setdefault(kind, DriftMonitor(self._policy, kind))
+        monitor, rungs = self.monitor(shadow.options), self.rungs(shadow.options)
         level, cheaper = monitor.level, monitor.cheaper
         if shadow.response.receipt.level != str(level):
             self.counts.num_stale += 1
             return
-        full = (yield _asked(shadow, _FULL)).scores
+        request = self._complete(shadow.request)
+        full = (yield _asked(request, replace(shadow.options, level=_FULL))).scores
         served = shadow.response
         if shadow.options.bias == "running_mean":
-            served = yield _asked(shadow, level)
+            served = yield _asked(request, rungs[level])
         loss, cheaper_loss = rank_loss(full, served.scores), None
         if loss is None:
             self.counts.num_undefined += 1
             return
         if cheaper is not None:
             try:
-                cheaper_loss = rank_loss(full, (yield _asked(shadow, cheaper)).scores)
+                cheaper_loss = rank_loss(full, (yield _asked(request, rungs[cheaper])).scores)
             except RcllmError:  # or it is refused: that must not hide the losses of the level in use
                 self.counts.num_failed += 1
-                logger.exception("guard: request %s could not be ranked at %s", shadow.request.request_id, cheaper)
+                logger.exception("guard: request %s could not be ranked at %s", request.request_id, cheaper)
         if monitor.level != level:  # another request has moved it meanwhile
             self.counts.num_stale += 1
             return
@@ -194,9 +207,7 @@ class GuardCore:
 
     def verdict(self, options: RankOptions) -> str:
         """What is known of requests of this kind, in a sentence for receipts."""
-        monitor = self._monitors.get(kind_of(options))
-        if monitor is None:
-            return f"{self.level(options)}: no request of this kind was recomputed yet"
+        monitor = self.monitor(options)
         test = monitor.drift
         found = (
             f"mean loss {test.mean_loss:.4f} (target {test.bound:g}), e-value {test.e_value:.3g} of {1 / test.alpha:g}"
@@ -206,12 +217,13 @@ class GuardCore:
         )
 
     def _since(self, monitor: DriftMonitor) -> str:
-        last = next((event for event in reversed(self.events) if event.to_level == str(monitor.level)), None)
-        return f"{monitor.level}: " + (f"{last.kind} from {last.from_level}" if last else "no shadows yet")
+        last = next((event for event in reversed(self.events) if event.requests == monitor.requests), None)
+        told = f"{last.kind} from {last.from_level}" if last else "no request of this kind was recomputed yet"
+        return f"{monitor.level}: {told}"
 
     def stats(self) -> GuardStats:
         kinds = tuple(
-            KindStats(kind, str(m.level), m.drift.e_value, m.drift.num_samples, m.drift.mean_loss)
+            KindStats(kind, str(m.level), m.drift.e_value, m.drift.num_samples, m.drift.mean_loss, m.rung)
             for kind, m in list(self._monitors.items())
         )
         return GuardStats(replace(self.counts), kinds)
@@ -245,12 +257,11 @@ class GuardCore:
         self._on_event(event)
 
 
-def _asked(shadow: Shadow, level: Level) -> RankRequest:
+def _asked(request: RankRequest, options: RankOptions) -> RankRequest:
     """Without the user, so that nothing derived from one who may have been erased since is published again; and
     without a bias that depends on the requests before."""
-    bias = "none" if shadow.options.bias == "running_mean" else shadow.options.bias
-    options = replace(shadow.options, level=level, bias=bias)
-    return replace(shadow.request, user_id=None, options=options)
+    bias = "none" if options.bias == "running_mean" else options.bias
+    return replace(request, user_id=None, options=replace(options, bias=bias))
 
 
 def kind_of(options: RankOptions) -> str:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rcllm.core.ranking import order
 from rcllm.fidelity.intervals import FloatArray, Interval, bootstrap
-from rcllm.fidelity.measures import QUALITY, agreement, order, quality
+from rcllm.fidelity.measures import QUALITY, agreement, quality
 from rcllm.fidelity.records import Record
 
 CLOSENESS = ("tau", "top1", "max_shift")  # of the scores, against full recompute's

@@ -5,7 +5,6 @@ Knows nothing of engines or files, and imports nothing that takes time, because 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -37,7 +36,7 @@ class Target:
     tau: Annotated[float, Interval(ge=-1, le=1), Opt("Least mean Kendall τ.", metavar="NUMBER", panel=_PANEL)] = 0.9
     # `flops` also where times were not measured
     cost: Annotated[Cost, Opt("What `auto` minimises.", panel=_PANEL)] = "ttft"
-    min_requests: Annotated[int, Ge(1)] = 30  # with fewer, an interval says little
+    min_requests: Annotated[int, Ge(1)] = 30  # of each interval; with fewer, it says little
 
     def __post_init__(self) -> None:
         check(self)
@@ -45,13 +44,13 @@ class Target:
     def failures(self, summary: Summary) -> tuple[str, ...]:
         """Why a configuration does not pass; empty where it does. What is not known does not pass."""
         delta, tau = summary.deltas["ndcg10"], summary.measures["tau"]
-        failed = []
-        if summary.num_requests < self.min_requests:
-            failed.append(f"{summary.num_requests} requests, fewer than {self.min_requests}")
-        if math.isnan(delta.low):
-            failed.append("NDCG@10 is not known: the requests name no positive")
-        elif delta.low <= self.ndcg10_delta:
+        failed, fewer = list[str](), f"fewer than {self.min_requests}"
+        if delta.count < self.min_requests:
+            failed.append(f"NDCG@10 is known for {delta.count} requests (that name a positive), {fewer}")
+        elif not delta.low > self.ndcg10_delta:
             failed.append(f"NDCG@10 {delta.low:+.4f} at worst, not above {self.ndcg10_delta:+}")
-        if not tau.mean >= self.tau:
+        if tau.count < self.min_requests:
+            failed.append(f"Kendall τ is known for {tau.count} requests, {fewer}")
+        elif not tau.mean >= self.tau:
             failed.append(f"Kendall τ {tau.mean:.3f}, below {self.tau}")
         return tuple(failed)

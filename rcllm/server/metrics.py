@@ -280,8 +280,8 @@ def _guard(now: Stats) -> Iterable[Figure]:
     if (guard := now.guard) is None:
         return
     kinds, counts = guard.stats.kinds, guard.stats.counts
-    rungs = {each.requests: float(guard.ladder.index(each.level)) for each in kinds}
-    yield Figure("rcllm:guard_rung", "Rung of the guard's ladder in use; 0 is the cheapest.", rungs, "requests")
+    rungs = {each.requests: float(each.rung) for each in kinds}
+    yield Figure("rcllm:guard_rung", "Rung in use of the guard's ladder; 0 is the cheapest.", rungs, "requests")
     losses = {each.requests: each.mean_loss for each in kinds}
     yield Figure("rcllm:guard_mean_loss", "Mean loss of the level in use.", losses, "requests")
     evidence = {each.requests: each.e_value for each in kinds}

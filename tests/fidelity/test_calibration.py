@@ -37,6 +37,12 @@ def summary(delta: float, low: float, tau: float, *, ms: float | None = None, fl
     )
 
 
+def known_for(found: Summary, ndcg: int, tau: int) -> Summary:
+    """The same where only so many requests have a positive, and so many an order to agree on."""
+    delta, agreed = replace(found.deltas["ndcg10"], count=ndcg), replace(found.measures["tau"], count=tau)
+    return replace(found, deltas={**found.deltas, "ndcg10": delta}, measures={**found.measures, "tau": agreed})
+
+
 def rung(level: str, found: Summary, context: str = CONTEXT, **options: object) -> Rung:
     asked = replace(RankOptions(level=Level.parse(level)), **options)  # type: ignore[arg-type]
     return Rung(Configuration.of(context, asked), found)
@@ -69,9 +75,11 @@ def options(level: str, **changed: object) -> RankOptions:
         (summary(0.0, -0.0101, 0.9), ("NDCG@10 -0.0101 at worst",)),
         (summary(0.0, 0.0, 0.899), ("Kendall τ 0.899",)),
         (summary(-0.02, -0.03, 0.5), ("NDCG@10", "Kendall τ")),
-        (summary(math.nan, math.nan, 1.0), ("not known",)),
+        (summary(math.nan, math.nan, 1.0), ("NDCG@10 +nan",)),
         (summary(0.0, 0.0, math.nan), ("Kendall τ nan",)),
-        (replace(summary(0.0, 0.0, 1.0), num_requests=3), ("3 requests",)),
+        (known_for(summary(0.0, 0.0, 1.0), 3, 100), ("NDCG@10 is known for 3 requests",)),
+        (known_for(summary(0.0, 0.0, 1.0), 100, 29), ("Kendall τ is known for 29 requests, fewer than 30",)),
+        (known_for(summary(0.0, 0.0, 1.0), 30, 30), ()),
     ],
 )
 def test_what_passes(found: Summary, why: tuple[str, ...]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from rcllm.core.ranking import order
 from rcllm.fidelity.fusion import WEIGHTS, Scored, best_weight, fused, gains
-from rcllm.fidelity.measures import order
 
 RNG = np.random.default_rng(0)
 ASKED = [Scored(RNG.normal(size=8), RNG.normal(size=8), int(RNG.integers(8))) for _ in range(40)]
@@ -24,7 +24,7 @@ def test_scale_and_place_of_a_score_do_not_matter() -> None:
 
 
 def test_a_score_without_differences_says_nothing() -> None:
-    assert order(fused([1.0, 1.0, 1.0], [0.1, 0.3, 0.2], 0.9)) == [1, 2, 0]
+    assert order(fused([1.0, 1.0, 1.0], [0.1, 0.3, 0.2], 0.9).tolist()) == (1, 2, 0)
 
 
 def test_the_best_weight_is_that_of_an_exhaustive_look() -> None:

@@ -326,6 +326,19 @@ def test_a_request_never_waits_for_a_pass(gate: Gate, ranker: Ranker) -> None:
     assert 2 <= stats.num_shadowed <= 3  # the last one may have been given up on leaving
 
 
+def test_a_request_is_completed_while_its_user_is_known(ranker: Ranker) -> None:
+    def complete(request: RankRequest) -> RankRequest:
+        return replace(request, volatile={request.candidates[0]: {"price": str(request.user_id)}})
+
+    with threaded(ranker.rank, complete=complete) as guard:
+        asked = tiny.request(3)
+        guard.observe(asked, ranker.answer(asked))
+        while not guard.stats().counts.num_shadowed:
+            pass
+    assert [request.user_id for _, request in ranker.passes] == [None]
+    assert ranker.passes[0][1].volatile == {asked.candidates[0]: {"price": "u1"}}
+
+
 def test_the_thread_trips_and_tells(ranker: Ranker) -> None:
     ranker.drifted = frozenset({"blocks"})
     tripped = threading.Event()

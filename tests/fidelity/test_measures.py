@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score, top_k_accuracy_score
 
+from rcllm.core.ranking import order
 from rcllm.fidelity.measures import (
     HR_AT,
     NDCG_AT,
@@ -17,7 +18,6 @@ from rcllm.fidelity.measures import (
     chance_ndcg,
     hit_rate,
     ndcg,
-    order,
     quality,
     reciprocal_rank,
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse
+from rcllm.core.ranking import Level, RankOptions, RankRequest, RankResponse, Selection, UserId
 from rcllm.engine.engine import Engine
 from rcllm.engine.job import Ticket
 from rcllm.errors import ConfigError, UncalibratedError
@@ -198,3 +198,64 @@ def test_shadows_are_not_counted_as_requests(served: Served) -> None:
     for _ in range(3):
         served.serve()
     assert served.engine.intake.counts().num_accepted == 3
+
+
+# ---- kinds of requests ----------------------------------------------------------------------------------------------
+
+TAIL, CORRECTED, LINKED = Level("tail", 0.3), Level("corrected", 0.3, 0.3), Level("linked", 4)
+TWO_PASS = Selection("two_pass")
+
+
+class ByReadout:
+    """As if `tail(0.3)` and `corrected` by two passes had passed for read-out label, and `linked(4)` for pointwise."""
+
+    def admit(self, options: RankOptions) -> Admitted:
+        if options.level.name != "auto":
+            return Admitted(options)
+        return (*self.cheaper(replace(options, level=EXACT)), Admitted(replace(options, level=EXACT)))[-2]
+
+    def cheaper(self, options: RankOptions) -> tuple[Admitted, ...]:
+        if options.level != EXACT:
+            return ()
+        corrected = replace(options, level=CORRECTED, selection=TWO_PASS)
+        of_label = (corrected, replace(options, level=TAIL))
+        return tuple(map(Admitted, of_label if options.readout == "label" else (replace(options, level=LINKED),)))
+
+
+def test_each_kind_steps_along_what_its_admission_allows(engine: Engine) -> None:
+    """A regression: there was one ladder, so that other kinds were not watched, or stepped to what had not passed."""
+    engine.admission = ByReadout()
+    guard = OnlineGuard(engine, GuardPolicy((TAIL, CORRECTED, EXACT)), ALL)
+    served = Served(engine, guard, requests(AUTO, seed=0))
+    kinds: list[dict[str, Any]] = [{}, {"readout": "pointwise", "layout": "history_first"}]
+    assert [served.serve(**kind).receipt.level for kind in kinds] == ["tail(0.3)", "linked(4)"]
+    label, pointwise = guard.status().stats.kinds
+    assert (label.level, label.num_samples) == ("tail(0.3)", 1)
+    assert (pointwise.level, pointwise.num_samples) == ("linked(4)", 1)
+    for kind, after in zip(kinds, [(CORRECTED, TWO_PASS), (EXACT, Selection())], strict=True):
+        asked = replace(AUTO, **kind)
+        while guard._core.monitor(asked).observe(1.0, None, 0.0) is None:
+            pass
+        admitted = engine.admission.admit(asked)
+        assert (admitted.options.level, admitted.options.selection) == after
+        assert admitted.notes[-1].endswith("which the fidelity guard has left")
+        assert guard._core.monitor(asked).rung == 1
+    served.serve()
+    assert guard.status().stats.kinds[0].num_samples == 1, "at the level that was stepped to"
+
+
+def test_what_is_made_for_a_user_is_made_before_the_user_is_left_out(served: Served) -> None:
+    """A regression: a training user's own choices counted in the recompute and not in the answer."""
+
+    def complete(request: RankRequest) -> RankRequest:
+        price = "known" if request.user_id == "u7" else "not"
+        given = request.volatile or {item_id: {"price": price} for item_id in request.candidates}
+        return replace(request, volatile=given)
+
+    served.engine.prompter._complete = complete
+    asked = replace(next(served.asked), user_id=UserId("u7"))
+    shadow = served.guard._core.sample(asked, served.engine.rank(asked))
+    assert shadow is not None
+    full = next(served.guard._core.passes(shadow))
+    assert full.user_id is None
+    assert full.volatile[asked.candidates[0]] == {"price": "known"}

@@ -114,11 +114,13 @@ def test_fingerprints_change_with_all_that_a_prompt_is_made_from() -> None:
         replace(asked, history=asked.history[:1]),
         replace(asked, positive=asked.candidates[0]),
         replace(asked, volatile={asked.candidates[0]: {"price": "1"}}),
+        replace(asked, texts={asked.candidates[0]: {"title": "their own"}}),
+        replace(asked, texts={tiny.IDS[30]: {"title": "their own"}}),
     ]
     found = {request_fingerprint(other, catalogue) for other in others}
     for item_id in (asked.candidates[0], tiny.IDS[30]):  # a candidate, an event
         found.add(request_fingerprint(asked, catalogue | {item_id: Item(ItemId(item_id), {"title": "new"})}))
-    assert len(found | {base}) == 7
+    assert len(found | {base}) == 9
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("-inf")])
