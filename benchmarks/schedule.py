@@ -238,7 +238,7 @@ class _Device:
         self.scheduler.add(dataclasses.replace(work, deadline_s=None) if taken.way == _PROBE else work)
         self._probes |= {number} if taken.way == _PROBE else set()
         self.done.accepted += taken.way != _PROBE
-        self.done.steps.update(taken.steps)
+        self.done.steps.update(["level"] * (taken.way > 0) + ["candidates"] * (taken.keep is not None))
         if not self._entered:
             self._begin(arrival.at_s)
 

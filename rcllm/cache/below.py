@@ -1,14 +1,14 @@
 """The store as the pool sees it: it never fails a request, and how fast each tier is gets learned from each read.
 
 Knows nothing of the pool's budget or pins. Invariant: an exception of the store, or a block that is not whole, is a
-miss and is counted; only erasing may raise, for erasing is not best-effort.
+miss and is counted; only an erasure itself may raise, for it is not best-effort, and it asks the store without this.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ from rcllm.core.receipts import Source
 from rcllm.metrics import Clock
 from rcllm.model.arrivals import Arriving
 from rcllm.store.codec import decode
-from rcllm.store.contract import Found, Roomy, Store, Stored, TierStats
+from rcllm.store.contract import Forgetful, Found, Roomy, Store, Stored, TierStats
 from rcllm.store.null import NullStore
 from rcllm.store.owners import one_name
 from rcllm.store.sealed import CorruptBlockError
@@ -100,6 +100,16 @@ class Below:
         """Hands blocks down."""
         if blocks:
             self._asking(lambda: self.store.put_many(blocks))
+
+    def take_back(self, owner: str) -> None:
+        """Removes what was handed down while its owner was erased, by somebody who was told of a store that fails."""
+        self._asking(lambda: self.store.delete_owner(owner))
+
+    def forget(self, owners: Collection[str] | None) -> None:
+        """Lets the memory that the store has in this process go of owners, or of everybody."""
+        store = self.store
+        if isinstance(store, Forgetful):
+            self._asking(lambda: store.forget(owners))
 
     def stats(self) -> tuple[TierStats, ...]:
         return tuple(self._asking(self.store.stats) or ())

@@ -16,6 +16,7 @@ from rcllm.cache.below import Block
 from rcllm.core.ranking import ContentKey
 from rcllm.core.receipts import Source
 from rcllm.model.arrivals import Arrivals, Arriving
+from rcllm.model.kv_int8 import kept
 from rcllm.store.owners import one_name
 
 if TYPE_CHECKING:
@@ -75,12 +76,12 @@ class Early:
 class Held:
     """Get one from `Pool.hold`."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, pool: Pool, since: int | None = None) -> None:
+        self._pool, self._since = pool, since
         self.blocks = Blocks()
         self.sources: dict[ContentKey, Source] = {}
         self._lent: set[ContentKey] = set()
-        self.in_place: dict[ContentKey, tuple[Block, int]] = {}  # with the erasures when it was read
+        self.in_place: dict[ContentKey, Block] = {}
 
     def fetch(self, keys: Iterable[ContentKey], dear: Container[ContentKey] = ()) -> list[ContentKey]:
         """Gets those of `keys` that exist, and returns those that do not; of `dear` ones, the store is not asked."""
@@ -89,16 +90,22 @@ class Held:
         for key, (block, source) in (got.pinned | got.in_place).items():
             self.blocks.add(key, block.kv, block.arriving)
             self.sources[key] = source
-        self.in_place |= {key: (block, got.erasures) for key, (block, _) in got.in_place.items()}
+        self.in_place |= {key: block for key, (block, _) in got.in_place.items()}
         return [key for key in new if key not in self.blocks]
 
     def publish(self, key: ContentKey, kv: torch.Tensor, cost: float, owner: str | None) -> None:
-        """Copies `kv` into the pool in its dtype, pinned. Raises CapacityError when pinned blocks leave no room."""
-        if key not in self.blocks:
-            kept = self._pool.insert(key, Block(kv, cost, one_name(owner)), written=False)
-            assert kept is not None
-            self.blocks.add(key, kept.kv, kept.arriving)
-            self.sources[key] = "computed"
+        """Copies `kv` into the pool in its dtype, pinned. Raises CapacityError when pinned blocks leave no room.
+
+        A block whose owner was erased meanwhile is this batch's alone.
+        """
+        if key in self.blocks:
+            return
+        listed = self._pool.insert(key, Block(kv, cost, one_name(owner)), self._since, written=False)
+        if listed is None:
+            self.lend(key, kept(kv, self._pool.dtype, self._pool.device), "computed")
+            return
+        self.blocks.add(key, listed.kv, listed.arriving)
+        self.sources[key] = "computed"
 
     def lend(self, key: ContentKey, kv: torch.Tensor, source: Source) -> None:
         """Adds a block for this batch alone, in place: the pool never has it, and it ends with the release."""
@@ -108,22 +115,12 @@ class Held:
         self._lent.add(key)
 
     def also(self, keys: Iterable[ContentKey]) -> Held:
-        """Another holder of some of the same blocks, which may outlive this one. Blocks that were lent are not kept.
+        """Another holder of some of the same blocks, which may outlive this one.
 
-        What is read in place is copied in first, for a tier keeps it in place for a short time only. Raises
-        CapacityError, with nothing kept, where there is no room for that.
+        Not of those that were lent or are read in place: the pool does not have them, and a tensor keeps its own bytes.
         """
-        other = Held(self._pool)
-        wanted = [key for key in dict.fromkeys(keys) if key not in self._lent]
-        try:
-            for key in (key for key in wanted if key in self.in_place):
-                if (kept := self._pool.insert(key, *self.in_place[key])) is not None:
-                    other.blocks.add(key, kept.kv, kept.arriving)
-                    other.sources[key] = self.sources[key]
-        except BaseException:
-            other.release()
-            raise
-        for key in self._pool.pin_again(key for key in wanted if key not in self.in_place):
+        other, elsewhere = Held(self._pool), self._lent | self.in_place.keys()
+        for key in self._pool.pin_again(key for key in dict.fromkeys(keys) if key not in elsewhere):
             other.blocks.add(key, self.blocks[key])
             other.sources[key] = self.sources[key]
         return other

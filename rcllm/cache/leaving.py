@@ -10,18 +10,19 @@ copy that cannot be begun is an error that is counted, and the block is not hand
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import torch
 
 from rcllm.cache.below import Below, Block
-from rcllm.cache.erasures import Erasures
 from rcllm.cache.lanes import Copy, Lane
 from rcllm.core.ranking import ContentKey
 from rcllm.model.arrivals import Mark
 from rcllm.store.codec import encoded_bytes, place
+from rcllm.store.erasures import Erasures
+from rcllm.store.owners import is_among
 from rcllm.store.sealed import finish
 
 
@@ -72,11 +73,11 @@ class Leaving:
         for mark in marks[-1:]:
             mark.wait()
 
-    def forget(self, owner: str) -> None:
-        """Nothing of an owner is to be handed down."""
+    def forget(self, owners: Collection[str] | None) -> None:
+        """Nothing of some owners, or of anybody, is to be handed down."""
         with self._lock:
-            self._erasures.add(owner)
-            self._waiting = {key: block for key, block in self._waiting.items() if block.owner != owner}
+            self._erasures.add(owners)
+            self._waiting = {k: block for k, block in self._waiting.items() if not is_among(block.owner, owners)}
 
     def begin(self) -> None:
         """Has what waits copied to where the store takes it from: into its own memory, if it lends any."""
@@ -135,7 +136,7 @@ class Leaving:
             erased = {block.owner for block, _ in blocks.values() if self._erasures.hit(block.owner, erasures)}
         for owner in erased:
             assert owner is not None
-            self._below.store.delete_owner(owner)
+            self._below.take_back(owner)
 
     def settle(self) -> None:
         """The same with all of it, waiting for what is still being copied."""

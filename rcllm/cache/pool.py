@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,7 +21,6 @@ from itertools import pairwise
 import torch
 
 from rcllm.cache.below import Below, Block
-from rcllm.cache.erasures import Erasures
 from rcllm.cache.heap import hand_back
 from rcllm.cache.held import Acquired, Held
 from rcllm.cache.lanes import Copy, Lanes, lanes_of
@@ -37,6 +36,7 @@ from rcllm.model.kv_int8 import empty_for, fill, kept
 from rcllm.store.codec import encode
 from rcllm.store.contract import Store, Stored, TierStats
 from rcllm.store.disk.store import Erased
+from rcllm.store.erasures import Erasures
 from rcllm.store.index import Entry, Index
 from rcllm.store.null import NullStore
 from rcllm.store.owners import alias, one_name
@@ -107,7 +107,7 @@ class Pool:
         """Where each of `keys` is, the nearest tier first; a hint, which another thread's eviction may outdate."""
         wanted = list(dict.fromkeys(keys))
         with self._lock:
-            erasures = self._erasures.now
+            erasures = self._erasures.since
         found = self._on_device(wanted)
         return Lookup(found | self._below.lookup_many([key for key in wanted if key not in found]), erasures)
 
@@ -133,9 +133,13 @@ class Pool:
         return other
 
     @contextmanager
-    def hold(self) -> Iterator[Held]:
-        """A scope in which the blocks that it fetches and publishes stay in place."""
-        held = Held(self)
+    def hold(self, since: int | None = None) -> Iterator[Held]:
+        """A scope in which the blocks that it fetches and publishes stay in place.
+
+        `since`: the `erasures` of the oldest look-up that it works for. Of owners who were erased later, the pool keeps
+        nothing that it publishes.
+        """
+        held = Held(self, since)
         try:
             yield held
         finally:
@@ -149,26 +153,33 @@ class Pool:
         """
         name = one_name(owner)
         assert name is not None
-        with self._lock:
-            owned = self._forget(name)
-        return max(len(owned), self.store.delete_owner(name))  # what was published is below as well
-
-    def _forget(self, owner: str) -> list[ContentKey]:
-        """Lets an owner's blocks go from the pool, and none that is under way come in. The lock is held."""
-        self._erasures.add(owner)
-        owned = self._index.owned_by(owner)
-        for key in owned:
-            self._unlist(key)
-        self._leaving.forget(owner)
-        return owned
+        with self._erasing([name]) as num_owned:
+            return max(num_owned, self.store.delete_owner(name))  # what was published is below as well
 
     def heed(self, erased: Erased) -> None:
         """Lets go of what other processes have erased from a store that they share with this one."""
+        names = (alias(each) for each in erased.owners)
+        owners = {name for name in names if name is not None} if erased.complete else None
+        with self._erasing(owners):
+            self._below.forget(owners)
+
+    @contextmanager
+    def _erasing(self, owners: Collection[str] | None) -> Iterator[int]:
+        """A scope in which blocks of owners, or of everybody, go from below; from here they went, and none comes in.
+
+        Gives how many went from here.
+        """
         with self._lock:
-            held = {owner for key in self._index if (owner := self._index[key].owner) is not None}
-            named = {alias(each) for each in erased.owners}
-            for owner in held if not erased.complete else held & named:
-                self._forget(owner)
+            begun = self._erasures.begin(owners)
+            owned = self._index.owned_by(owners)
+            for key in owned:
+                self._unlist(key)
+            self._leaving.forget(owners)
+        try:
+            yield len(owned)
+        finally:
+            with self._lock:
+                self._erasures.end(begun)
 
     def owners(self) -> set[str]:
         """By their one name, those of whom a block is here."""
@@ -179,7 +190,7 @@ class Pool:
         """What there is of `keys`, here or below, as a store keeps it: for whoever has no part in this memory."""
         with self.hold() as held:
             held.fetch(keys)
-            blocks = {key: block for key, (block, _) in held.in_place.items()}
+            blocks = dict(held.in_place)
             with self._lock:
                 listed = {key: self._blocks[key] for key in held.blocks if key in self._blocks}
             blocks |= {key: replace(block, kv=held.blocks[key]) for key, block in listed.items()}
@@ -239,7 +250,7 @@ class Pool:
         """
         wanted = list(keys)
         with self._lock:
-            got = Acquired(self._erasures.now)
+            got = Acquired(self._erasures.since)
             for key in self._index.take(wanted):
                 got.pinned[key] = (self._found(key), "device")
         try:

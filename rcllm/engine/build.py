@@ -1,7 +1,7 @@
 """Makes the parts of an engine from a configuration: decoder, prompter, pool.
 
-Knows nothing of requests. Invariant: the pool's budget is what the configured memory leaves once the model is loaded,
-so that the process as a whole stays within it.
+Knows nothing of requests. Invariant: the pool's budget is what the configured memory leaves once the model is loaded
+and the tiers in memory are full, so that the process as a whole stays within it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from rcllm.core.ranking import RankRequest
 from rcllm.data.live import LiveCatalogue
 from rcllm.engine.fit import Fitted
 from rcllm.engine.space import chosen_chat, namespace_of
+from rcllm.engine.tiers import unfilled_bytes
 from rcllm.errors import ConfigError, ModelError, ModelWarning
 from rcllm.model.adapter import load_adapter, merge_layer
 from rcllm.model.adapter_config import base_difference, load_config
 from rcllm.model.attend.native import INSTRUCTIONS
 from rcllm.model.attend.on_triton import LAID_BYTES
-from rcllm.model.ceilings import measure_narrow
+from rcllm.model.ceilings import measure_narrow, usable_memory_bytes
 from rcllm.model.decoder import Decoder
 from rcllm.model.spec import ModelSpec
 from rcllm.model.static_passes import STATIC_ROWS
@@ -47,7 +48,7 @@ _PROBE_ROWS = 64
 
 def this_machine() -> Hardware:
     """What `resolve` needs to know."""
-    return Hardware(torch.cuda.is_available(), psutil.virtual_memory().total)
+    return Hardware(torch.cuda.is_available(), usable_memory_bytes())
 
 
 def load_decoder(config: Config, folder: Path) -> Decoder:
@@ -157,13 +158,28 @@ def open_prototypes(config: Config, decoder: Decoder, prompter: Prompter) -> Pro
     return PrototypePool.open(Path(config.cache.semantic_pool), decoder, prompter.namespace)
 
 
-def make_pool(config: Config, decoder: Decoder, store: Store | None = None, space: str = "") -> Pool:
-    """The pool that process, model and workspace leave of the configured memory, over a store. Raises ConfigError."""
+def make_pool(
+    config: Config,
+    decoder: Decoder,
+    store: Store | None = None,
+    space: str = "",
+    *,
+    share: float = 1.0,
+    beside: Pool | None = None,
+) -> Pool:
+    """The pool that process, model, workspace and tiers leave of the configured memory. Raises ConfigError.
+
+    `store`: below it. `share`: of what they leave, where an engine that is loaded later is to have the rest. `beside`:
+    the pool of one that was loaded before, which may yet fill its budget.
+    """
     spec, cache = decoder.spec, config.cache
     activations = (6 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 3 * spec.ffn_size) * 4
     workspace = decoder.max_positions * activations + 2 * cache.pass_tokens * spec.kv_bytes_per_token(4) + 64 * MIB
     workspace += decoder.lm_head.nbytes if decoder.kernels else 0  # its packed copy, once something is generated
-    resident = psutil.Process().memory_info().rss
+    resident = psutil.Process().memory_info().rss + unfilled_bytes(store)
+    if beside is not None:
+        resident += unfilled_bytes(beside.store)
+        resident += beside.free_bytes if beside.device.type == "cpu" else 0  # on a GPU its pages are taken already
     least = spec.kv_bytes_per_token(4) * _SMALLEST_POOL_TOKENS
     if decoder.device.type == "cuda":
         torch.cuda.empty_cache()  # what loading took for a while
@@ -171,9 +187,10 @@ def make_pool(config: Config, decoder: Decoder, store: Store | None = None, spac
         free = torch.cuda.mem_get_info(decoder.device)[0] - workspace
     else:
         free = cache.memory_mb * MIB - resident - workspace
-    budget = cache.pool_mb * MIB or int(free)
+    budget = cache.pool_mb * MIB or int(free * share)
     if budget < least:
-        raise ConfigError(_too_little(cache, resident, workspace, least, decoder.device.type))
+        wanted = least if cache.pool_mb else int(least / share)
+        raise ConfigError(_too_little(cache, resident, workspace, wanted, decoder.device.type))
     page_bytes = PAGE_BYTES if decoder.device.type == "cuda" else 0
     return Pool(budget, DTYPES[cache.kv_dtype], decoder.device, store, space=space, page_bytes=page_bytes)
 
@@ -188,6 +205,6 @@ def _too_little(cache: CacheConfig, resident: int, workspace: int, least: int, d
         return f"the GPU has too little free memory: beside the model, {needed}. Free some, or {smaller}"
     enough = math.ceil((resident + workspace + least) / MIB)
     return (
-        f"cache.memory_mb = {cache.memory_mb:,} is too small: the process with its model takes "
+        f"cache.memory_mb = {cache.memory_mb:,} is too small: the process with its model and tiers takes "
         f"{resident / MIB:,.0f} MB, {needed}. Raise cache.memory_mb (--memory-mb) to at least {enough}, or {smaller}"
     )

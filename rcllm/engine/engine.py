@@ -105,15 +105,18 @@ class Engine:
         *,
         peers: Store | None = None,
         node: str = "",
+        share: float = 1.0,
+        beside: Pool | None = None,
     ) -> Engine:
         """Loads the model and makes an empty pool, over the store that the configuration names, if it names one.
 
         `samples`: real requests for the canonical contexts `typical` and `mean(n)`. `admission`: told what the engine
         is, makes what decides which reuse levels may be used; by default, all. `store`: in place of the one that the
         configuration names; whoever opened it closes it. `peers`: what other machines have, a tier beside those that
-        the configuration names; `node`: what receipts call this machine. Fetches the model when it is not there. Warns
-        of a catalogue or configuration that template or adapter do not fit, and of tiers that cannot be used. Raises
-        ConfigError, DataError, ModelError, FetchError.
+        the configuration names; `node`: what receipts call this machine. `share`, `beside`: how a process divides its
+        memory between two engines, see `make_pool`. Fetches the model when it is not there. Warns of a catalogue or
+        configuration that template or adapter do not fit, and of tiers that cannot be used. Raises ConfigError,
+        DataError, ModelError, FetchError.
         """
         config = declared_mask(resolve(config or Config(), this_machine()))
         if config.model.threads:
@@ -128,11 +131,13 @@ class Engine:
         prototypes = open_prototypes(config, decoder, prompter)
         admitting = admission(identity(config, prompter, model_id, prototypes), prompter.context_name)
         space = space_of(prompter.namespace)
-        tiers = Tiers()
         if store is None:
             on_gpu = config.model.device == "cuda"
             tiers = open_tiers(config.store, space, about(config, model_id), peers, on_gpu=on_gpu)
-        pool = make_pool(config, decoder, tiers.store if store is None else store, space)
+        else:
+            tiers = Tiers.heeding(store)
+        below = tiers.store if store is None else store
+        pool = make_pool(config, decoder, below, space, share=share, beside=beside)
         tiers.load_rates(pool.rates)
         return cls(config, decoder, prompter, pool, model_id, admitting, prototypes, tiers=tiers, node=node)
 
@@ -262,7 +267,7 @@ class Engine:
         Blocks that exist are skipped, so it can be repeated and resumed. Stops when the pool is full: what is left is
         computed when it is asked for. Give the most requested items first. Requests are served in between.
         """
-        warming = Warming(self._prefill, self.prompter, self.pool, self.config, self.clock)
+        warming = Warming(self._prefill, self.prompter, self.catalogue, self.pool, self.config, self.clock)
         for progress in warming.run(item_ids, self.loop.alone):
             if on_progress:
                 on_progress(progress)
@@ -271,16 +276,18 @@ class Engine:
     def upsert_items(self, items: Iterable[Item], gone: Collection[ItemId] = ()) -> ItemChanges:
         """Puts items into the catalogue, in place of those with their ids, and takes `gone` out of it.
 
-        Once it returns, no answer reads an old text: it waits for requests that were submitted before. Items that read
-        as before keep their cached blocks; those of the others are removed from every tier, and computed when they are
-        asked for, or by `warm(changes.added + changes.changed)`. Raises DataError for an id that is given twice, and
-        what the store raises.
+        Once it returns, no answer reads an old text: it waits for requests that were submitted before, and cancels
+        those that only fill idle time, for which there may be none. Items that read as before keep their cached blocks;
+        those of the others are removed from every tier, and computed when they are asked for, or by
+        `warm(changes.added + changes.changed)`. Raises DataError for an id that is given twice, and what the store
+        raises.
         """
         given = completed(items, self.catalogue, self.prompter.template.shown)
         with self._updating:
             changes = compare(self.prompter.texts, self.catalogue, given, gone)
             self.catalogue.put(given, gone)
             before = self.loop.under_way() if changes.stale else []
+            self.cancel(ticket for ticket in before if ticket.job.limits.idle)
             self.loop.run(until=lambda: all(ticket.done for ticket in before))
             for item_id in changes.stale:
                 self.intake.last_scores.forget_item(item_id)

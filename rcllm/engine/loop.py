@@ -117,9 +117,7 @@ class RequestLoop:
             left_ms = self.intake.left_ms(ticket, queue, self._running_ms(queue, ticket.opening.goes_on))
             if self.intake.in_time(work.ms, left_ms):
                 return self._enqueue(ticket, work)
-        version = ticket.catalogue_version
         ticket = self.intake.degraded(ticket, left_ms, lambda: not self.tickets)
-        ticket.catalogue_version = version
         if ticket.done:
             return ticket
         work = self._make.work(ticket, self.intake)
@@ -140,7 +138,7 @@ class RequestLoop:
         return running_ms + others_ms
 
     def _enqueue(self, ticket: Ticket, work: Work) -> Ticket | None:
-        if ticket.catalogue_version != self._catalogue.version:
+        if self._catalogue.has_changed(ticket.catalogue_version):
             return None
         self.scheduler.add(work)
         self.tickets[ticket.number] = ticket
@@ -253,7 +251,9 @@ class RequestLoop:
         flight = Flight(entering, running, watch, clock(), clock.away_s)
         self._pass_ends_s = self._clock() + sum(map(self.intake.needs_ms, entering)) / 1e3
         try:
-            held = flight.holding.enter_context(self._prefill.pool_of([ticket.planned for ticket in entering]).hold())
+            pool = self._prefill.pool_of([ticket.planned for ticket in entering])
+            since = min((ticket.lookup.erasures for ticket in entering), default=None)
+            held = flight.holding.enter_context(pool.hold(since))
             # plan, materialise, select, assemble
             prompts = Prompts.of(entering, self._prefill, held, watch.stage, between)
             steps = Steps.of(running, watch.stage)  # assemble
@@ -288,7 +288,7 @@ class RequestLoop:
             self._pass_ends_s = self._clock() + self.costs.ms(beside.asked) / 1e3 if beside else 0.0
             away_s = clock.away_s - flight.away_s
             away = {"yield": away_s * 1e3} if away_s > 0.0 else {}
-            self._reply(answers, flight.tickets, flight.watch.stages | away)  # reply
+            self._reply(answers, flight, flight.watch.stages | away)  # reply
 
     def _observe(self, flight: Flight) -> None:
         """Learns what passes cost. One that nobody waited for is seen with the next that somebody does wait for."""
@@ -353,9 +353,9 @@ class RequestLoop:
             ticket.stage_ms["wait"] = max(0.0, waited)
         return entering, running
 
-    def _reply(self, answers: Sequence[Answer], took_part: Sequence[Ticket], stage_ms: Mapping[str, float]) -> None:
+    def _reply(self, answers: Sequence[Answer], flight: Flight, stage_ms: Mapping[str, float]) -> None:
         """Gives every answer to its ticket, with the times of all passes that the request took part in."""
-        for ticket in took_part:
+        for ticket in flight.tickets:
             ticket.add(stage_ms)
         for answer in answers:
             ticket = self.tickets[answer.number]
@@ -371,7 +371,7 @@ class RequestLoop:
             for answer in answers:
                 self.scheduler.end(answer.number)
                 del self.tickets[answer.number]
-        self._prefill.forget_erased((ticket.planned.prompt, ticket.lookup) for ticket in took_part)
+        self._prefill.forget_erased((ticket.planned.prompt, ticket.lookup) for ticket in flight.entering)
 
     def _was_erased(self, ticket: Ticket) -> bool:
         """Whether its user was erased after it had been asked for."""

@@ -14,9 +14,9 @@ import torch
 from rcllm.cache.held import Held
 from rcllm.core.ranking import ContentKey, TokenIds
 from rcllm.model.decoder import Between, Decoder
-from rcllm.prompt.keys import Context, content_key, token_bytes
+from rcllm.prompt.keys import Context, content_key, owner_digest, token_bytes
 from rcllm.reuse.assemble import assemble_blocks
-from rcllm.reuse.missing import NOTHING, Missing, _by_context, chunks, recompute_flops
+from rcllm.reuse.missing import NOTHING, Missing, by_context, chunks, recompute_flops
 
 
 class Materialiser:
@@ -28,24 +28,30 @@ class Materialiser:
     def compute(self, missing: Sequence[Missing], held: Held, between: Between | None = None) -> int:
         """Publishes every block of `missing`; returns how many tokens went through the layers for it."""
         tokens = 0
-        for context, blocks in _by_context(missing):
-            tokens += self.fetch_context(context, blocks[0].context_owner, held, between)
+        for blocks in by_context(missing):
+            context, owner = blocks[0].context, blocks[0].context_owner
+            tokens += self.fetch_context(context, owner, held, between)
             for chunk in chunks(blocks, self._pass_tokens):
-                tokens += self._chunk(context, chunk, held, between)
+                tokens += self._chunk(context, owner, chunk, held, between)
         return tokens
 
     def fetch_context(self, context: Context, owner: str | None, held: Held, between: Between | None = None) -> int:
-        """Makes sure that the KV of the contexts' own tokens is held; returns how many were computed for that."""
+        """Makes sure that the KV of the context's own tokens is held; returns how many were computed for that.
+
+        `owner`: the user, where any of them are that user's.
+        """
         variants = [variant for variant in context.variants if variant]
-        keys = {self.key(variant): variant for variant in variants}
+        keys = {self.key(variant, owner): variant for variant in variants}
         absent = [Missing(key, keys[key], NOTHING, owner) for key in held.fetch(keys)]
         return self.compute(absent, held, between) if absent else 0
 
-    def _chunk(self, context: Context, chunk: Sequence[Missing], held: Held, between: Between | None) -> int:
+    def _chunk(
+        self, context: Context, owner: str | None, chunk: Sequence[Missing], held: Held, between: Between | None
+    ) -> int:
         token_ids = [missing.token_ids for missing in chunk]
         total: list[torch.Tensor] = []
         for variant in context.variants:
-            kv = held.blocks[self.key(variant)] if variant else None
+            kv = held.blocks[self.key(variant, owner)] if variant else None
             work = assemble_blocks(token_ids, kv, len(variant), self._decoder.device)
             kept = self._decoder.forward(work, between=between).kept
             total = [a + b for a, b in zip(total, kept, strict=True)] if total else kept
@@ -57,6 +63,7 @@ class Materialiser:
             held.publish(missing.key, kv, cost, missing.owner)
         return len(context.variants) * sum(map(len, token_ids))
 
-    def key(self, variant: TokenIds) -> ContentKey:
-        """Names the KV of a context's own tokens."""
-        return content_key(self._namespace, NOTHING.digest, token_bytes(variant))
+    def key(self, variant: TokenIds, owner: str | None = None) -> ContentKey:
+        """Names the KV of a context's own tokens; `owner`: the user, where any of them are that user's."""
+        whose = b"" if owner is None else owner_digest(owner)
+        return content_key(self._namespace, NOTHING.digest, token_bytes(variant), whose)

@@ -18,6 +18,7 @@ from rcllm.cache.lookup import Lookup
 from rcllm.cache.pool import Pool
 from rcllm.config import CacheConfig
 from rcllm.core.ranking import Borrowed, ContentKey, Level, Mask, Prompt, RankOptions, Scores
+from rcllm.core.receipts import BlockKind
 from rcllm.decode.rank import Asked, score
 from rcllm.engine.correct import Corrector, Selected
 from rcllm.engine.materialise import Materialiser
@@ -58,6 +59,11 @@ class Prefill:
     def has_prototypes(self) -> bool:
         """Whether histories can be read from token prototypes."""
         return self._prototypes is not None
+
+    def kv_bytes_per_token_of(self, prompt: Prompt) -> int:
+        """Of what a prompt reads, as it is kept in the pool that `pool_of` gives it."""
+        dtype = self._decoder.dtype if self.is_anew(prompt) else self._pool.dtype
+        return self._decoder.spec.kv_bytes_per_token(dtype.itemsize)
 
     # ---- lookup and plan: no tensors ----
 
@@ -157,9 +163,11 @@ class Prefill:
     def _missing(self, key: ContentKey, prompt: Prompt, index: int) -> Missing:
         block = prompt.blocks[index]
         if key != block.key:  # a user's chain that was dropped after planning: its context is all that precedes it
-            before = tuple(token for earlier in prompt.blocks[:index] for token in earlier.token_ids)
+            earlier = prompt.blocks[:index]
+            before = tuple(token for each in earlier for token in each.token_ids)
             owner = user_owner(prompt.user_id)
-            return Missing(key, block.token_ids, Context((before,)), owner, owner if index > 1 else None)
+            is_shared = all(each.kind is BlockKind.INSTRUCTION for each in earlier)
+            return Missing(key, block.token_ids, Context((before,)), owner, None if is_shared else owner)
         return canonical(self._prompter, block, prompt.options.layout)
 
     def select(self, batch: Sequence[Planned], held: Held) -> Selected:
@@ -181,11 +189,11 @@ class Prefill:
                 held.publish(block.chain_key, kv, cost, user_owner(prompt.user_id))
 
     def forget_erased(self, prompts: Iterable[tuple[Prompt, Lookup]]) -> None:
-        """Removes what these prompts published of users who were erased after they had been asked for."""
+        """Forgets how these prompts ranked tokens of users who were erased after they had been asked for."""
         for prompt, lookup in prompts:
             owner = user_owner(prompt.user_id)
             if owner is not None and self._pool.was_erased(owner, lookup.erasures):
-                self._pool.delete_owner(owner)
+                self.corrector.rankings.forget(owner)
 
     def notes(self, options: RankOptions, lookup: Lookup, held: Held) -> tuple[str, ...]:
         """What a receipt says of how the prompt was read."""

@@ -40,21 +40,21 @@ class Tickets:
         with watch.stage("plan"):
             planned = prefill.plan(prompt, lookup)
             found = {} if prefill.is_anew(prompt) else lookup.worth_reading
-            demands = demands_of(planned, found, prefill.kv_bytes_per_token, prefill.num_layers)
+            demands = demands_of(planned, found, prefill.kv_bytes_per_token_of(prompt), prefill.num_layers)
         return Ticket(number, job, request, submitted_s, opening, lookup, planned, watch.stages, demands, terms)
 
     def anew(self, ticket: Ticket, request: object, opening: Opening) -> Ticket:
         """For fewer candidates, or at another level."""
         watch = Stopwatch(self._clock)
         made = self.of(ticket.number, ticket.job, request, ticket.submitted_s, opening, ticket.terms, watch)
-        made.listener = ticket.listener
+        made.listener, made.catalogue_version = ticket.listener, ticket.catalogue_version
         made.add(ticket.stage_ms)
         return made
 
     def work(self, ticket: Ticket, intake: Intake) -> Work:
         """What the scheduler sees of it."""
         opening, planned, deadline_ms = ticket.opening, ticket.planned, intake.deadline_ms(ticket.terms)
-        blocks, per_token = planned.prompt.blocks, self._prefill.kv_bytes_per_token
+        blocks, per_token = planned.prompt.blocks, self._prefill.kv_bytes_per_token_of(planned.prompt)
         return Work(
             ticket.number,
             ticket.job.kind,

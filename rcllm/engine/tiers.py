@@ -40,6 +40,12 @@ class Tiers:
     folder: Path | None = None
     erasures: int = 0  # of other processes, that the pool has heeded
 
+    @classmethod
+    def heeding(cls, store: Store) -> Tiers:
+        """For a pool over a store that was opened elsewhere, and is closed there."""
+        disk = _disk_of(store)
+        return cls(disk=disk, erasures=_erasures_of(disk))
+
     def heed_erasures(self, pool: Pool) -> None:
         """Lets the pool forget what other processes erased since the last time; a disk that fails says nothing."""
         if self.disk is None:
@@ -101,8 +107,29 @@ def open_tiers(
     host_bytes = config.host_mb * MIB if config.enabled else 0
     arena = Arena(page_locked(host_bytes)) if on_gpu and host_bytes else None
     store = Tiered(lasting, memory_bytes=host_bytes, arena=arena, queue_bytes=config.queue_mb * MIB)
-    erasures = disk.erased_since(0).now if disk is not None else 0
-    return Tiers(store, disk, folder if disk is not None else None, erasures)
+    return Tiers(store, disk, folder if disk is not None else None, _erasures_of(disk))
+
+
+def _disk_of(store: Store) -> DiskStore | None:
+    """The disk that a store is, or has a part in."""
+    match store:
+        case DiskStore():
+            return store
+        case SharedDisk():
+            return store.disk
+        case Tiered():
+            return next((disk for tier in store.lasting if (disk := _disk_of(tier)) is not None), None)
+        case _:
+            return None
+
+
+def _erasures_of(disk: DiskStore | None) -> int:
+    return 0 if disk is None else disk.erased_since(0).now
+
+
+def unfilled_bytes(store: Store | None) -> int:
+    """Of the memory of this process, what blocks in the tiers of a store may yet take."""
+    return store.unfilled_bytes if isinstance(store, Tiered) else 0
 
 
 def folder_of(config: StoreConfig) -> Path:
@@ -110,9 +137,12 @@ def folder_of(config: StoreConfig) -> Path:
 
 
 def budget_of(config: StoreConfig, folder: Path) -> int:
-    """Bytes that blocks on disk may take: as configured, else a share of what is free and of what they take now."""
+    """Bytes that blocks on disk may take: as configured, else a share of what is free and of what they take now.
+
+    What stores in folders below take counts as taken.
+    """
     if config.disk_mb:
         return config.disk_mb * MIB
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    taken = sum(path.stat().st_size for path in folder.glob("*.mdb")) if folder.is_dir() else 0
+    taken = sum(path.stat().st_size for path in folder.rglob("*.mdb")) if folder.is_dir() else 0
     return (shutil.disk_usage(there).free + taken) // _SHARE

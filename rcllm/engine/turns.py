@@ -1,7 +1,7 @@
 """Who computes: one thread at a time, in the order in which they came.
 
 Knows nothing of what is computed. Invariant: a thread that waits is let in before any that came later, and one whose
-wish came true while it waited leaves the queue at once.
+wish came true while it waited, or whose waiting was interrupted, leaves the queue at once.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ class Turns:
 
     def acquire(self, unless: Callable[[], bool] = lambda: False) -> bool:
         """Waits for this thread's turn; False where `unless` holds first, which then need not be released."""
-        me = object()
+        me, is_mine = object(), False
         with self._changed:
             self._queue.append(me)
-            self._changed.wait_for(lambda: unless() or (not self._busy and self._queue[0] is me))
-            self._queue.remove(me)
-            if unless():
-                self._changed.notify_all()  # somebody else may be first now
-                return False
-            self._busy = True
-            return True
+            try:
+                self._changed.wait_for(lambda: unless() or (not self._busy and self._queue[0] is me))
+                is_mine = not unless()
+            finally:  # also where an interrupt ends the waiting
+                self._queue.remove(me)
+                if is_mine:
+                    self._busy = True
+                else:
+                    self._changed.notify_all()  # somebody else may be first now
+        return is_mine
 
     def acquire_now(self) -> bool:
         """This thread's turn, if nobody has it or waits for it."""

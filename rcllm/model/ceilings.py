@@ -30,6 +30,8 @@ _REPEATS = 5
 _PACKINGS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
 _PAIRS = 15  # products in a narrow dtype and in fp32, in turn
 _SECONDS = 0.6  # per shape and way: enough repetitions for a median, few enough for `rcllm doctor`
+_CGROUPS = Path("/sys/fs/cgroup")  # a container finds its own limits there
+_MEMORY_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of version 2, which may say "max", and of version 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,17 @@ def describe_hardware() -> Machine:
         cpu=_cpu_name(),
         num_cores=_cores(),
         num_threads=torch.get_num_threads(),
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=usable_memory_bytes(),
         instruction_set=torch.backends.cpu.get_cpu_capability(),
         cuda_device=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         torch_version=torch.__version__,
     )
+
+
+def usable_memory_bytes(cgroups: Path = _CGROUPS) -> int:
+    """The memory that this process may use, which in a container may be less than the machine has."""
+    told = (path.read_text().strip() for name in _MEMORY_LIMITS if (path := cgroups / name).is_file())
+    return min([int(psutil.virtual_memory().total), *(int(limit) for limit in told if limit.isdecimal())])
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ class Missing:
     token_ids: TokenIds
     context: Context
     owner: str | None
-    context_owner: str | None = None  # the user, where the context holds that user's history
+    context_owner: str | None = None  # the user, where any of the context is that user's
 
 
 def canonical(prompter: Prompter, block: Block, layout: Layout) -> Missing:
@@ -63,8 +63,9 @@ def chunks(blocks: Iterable[Missing], max_tokens: int) -> Iterator[list[Missing]
         yield chunk
 
 
-def _by_context(missing: Sequence[Missing]) -> list[tuple[Context, list[Missing]]]:
-    grouped: dict[bytes, tuple[Context, list[Missing]]] = {}
+def by_context(missing: Sequence[Missing]) -> list[list[Missing]]:
+    """Those together whose contexts are one, and one user's or nobody's."""
+    grouped: dict[tuple[bytes, str | None], list[Missing]] = {}
     for block in missing:
-        grouped.setdefault(block.context.digest, (block.context, []))[1].append(block)
+        grouped.setdefault((block.context.digest, block.context_owner), []).append(block)
     return list(grouped.values())

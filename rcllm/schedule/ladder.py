@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Generic, TypeVar
 
-from rcllm.core.receipts import Step
 from rcllm.schedule.cost import MARGIN
 
 T = TypeVar("T")
@@ -38,7 +37,6 @@ class Taken(Generic[T]):
 
     way: T
     keep: tuple[int, ...] | None = None  # the candidates that are ranked, in the order asked; None: all
-    steps: tuple[Step, ...] = ()
 
 
 def choose(rungs: Iterable[Rung[T]], budget_ms: float, prior: Sequence[float], min_candidates: int) -> Taken[T] | None:
@@ -48,11 +46,11 @@ def choose(rungs: Iterable[Rung[T]], budget_ms: float, prior: Sequence[float], m
     `prior`: of each candidate, higher is better; empty: the better the earlier it was named.
     """
     cheapest: Rung[T] | None = None
-    for number, rung in enumerate(rungs):
+    for rung in rungs:
         if MARGIN * rung.ms <= budget_ms:
-            return Taken(rung.way, None, ("level",) if number else ())
+            return Taken(rung.way)
         if cheapest is None or rung.ms < cheapest.ms:
-            cheapest, steps = rung, _and_candidates(number)
+            cheapest = rung
     if cheapest is None:
         return None
     ranked = by_prior(prior, len(cheapest.candidate_ms))
@@ -60,7 +58,7 @@ def choose(rungs: Iterable[Rung[T]], budget_ms: float, prior: Sequence[float], m
     kept = max((number for number, ms in enumerate(costs) if MARGIN * ms <= budget_ms), default=0)
     if kept < max(1, min(min_candidates, len(ranked))):
         return None
-    return Taken(cheapest.way, tuple(sorted(ranked[:kept])), steps)
+    return Taken(cheapest.way, tuple(sorted(ranked[:kept])))
 
 
 def budget_ms(deadline_ms: float, elapsed_ms: float, wait_ms: float) -> float:
@@ -73,10 +71,6 @@ def by_prior(prior: Sequence[float], num_candidates: int) -> list[int]:
     if not prior:
         return list(range(num_candidates))
     return sorted(range(num_candidates), key=lambda i: -prior[i])
-
-
-def _and_candidates(rung: int) -> tuple[Step, ...]:
-    return ("level", "candidates") if rung else ("candidates",)
 
 
 class Probe:

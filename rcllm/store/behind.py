@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rcllm.core.ranking import ContentKey
 from rcllm.store.contract import Stored
+from rcllm.store.owners import is_among
 
 BATCH_BYTES = 32 << 20  # written at once: enough to spread the cost of a transaction, and little to wait for
 
@@ -52,6 +53,11 @@ class WriteBehind:
     def num_bytes(self) -> int:
         return self._num_bytes
 
+    @property
+    def unfilled_bytes(self) -> int:
+        """Of blocks that there is room for."""
+        return self._budget - self._num_bytes
+
     def dropped(self, tier: int) -> int:
         """Blocks that there was no room for, and which were meant for a tier."""
         return self._dropped[tier]
@@ -83,10 +89,13 @@ class WriteBehind:
             found = {key: self._waiting.get(key) or self._writing.get(key) for key in keys}
         return {key: waiting.block for key, waiting in found.items() if waiting is not None}
 
-    def delete_owner(self, owner: str) -> int:
-        """Removes what waits of an owner; what is being written is so until `between_batches`. Returns how many."""
+    def forget(self, owners: Collection[str] | None) -> int:
+        """Removes what waits of some owners, or of everybody; returns how many.
+
+        What is being written is so until `between_batches`.
+        """
         with self._changed:
-            owned = [key for key, waiting in self._waiting.items() if waiting.block.owner == owner]
+            owned = [key for key, waiting in self._waiting.items() if is_among(waiting.block.owner, owners)]
             for key in owned:
                 self._num_bytes -= self._waiting.pop(key).block.num_bytes
             self._changed.notify_all()

@@ -7,7 +7,7 @@ best-effort.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -108,3 +108,14 @@ class Roomy(Protocol):
 
     def room_for(self, num_bytes: int) -> memoryview | None:
         """Bytes that nobody else writes to, to be filled and put; None where there are none to lend."""
+
+
+@runtime_checkable
+class Forgetful(Protocol):
+    """A store that has some blocks in the memory of this process alone."""
+
+    def forget(self, owners: Collection[str] | None) -> int:
+        """Lets go of what it has there of owners whom another process erased; returns how many blocks.
+
+        Owners go by their one names (store/owners.py); None: of everybody.
+        """

@@ -7,12 +7,13 @@ Room is made before a block is added, so the budget holds at every moment. Not t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from rcllm.core.ranking import ContentKey
 from rcllm.errors import CapacityError
 from rcllm.store.evict import GreedyDual
+from rcllm.store.owners import is_among
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,9 @@ class Index:
             self._pinned -= num_bytes
         self._order.forget(key)
 
-    def owned_by(self, owner: str) -> list[ContentKey]:
-        return [key for key, entry in self._entries.items() if entry.owner == owner]
+    def owned_by(self, owners: Collection[str] | None) -> list[ContentKey]:
+        """The entries of some owners; None: of all that have one."""
+        return [key for key, entry in self._entries.items() if is_among(entry.owner, owners)]
 
     def check(self) -> None:
         """Asserts the invariant."""

@@ -6,7 +6,7 @@ Knows nothing of tensors. Invariant: index and blocks name the same keys.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from rcllm.core.ranking import ContentKey
 from rcllm.store.arena import Arena
@@ -38,6 +38,11 @@ class MemoryStore:
     @property
     def budget(self) -> int:
         return self._index.budget
+
+    @property
+    def unfilled_bytes(self) -> int:
+        """How much more memory blocks may take: none where all of it was taken as an arena."""
+        return self._index.budget - self._index.used if self._arena is None else 0
 
     def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
         with self._lock:
@@ -89,8 +94,12 @@ class MemoryStore:
         return None if data is None else block.copied_to(data)
 
     def delete_owner(self, owner: str) -> int:
+        return self.forget([owner])
+
+    def forget(self, owners: Collection[str] | None) -> int:
+        """Removes every block of some owners, or of everybody; returns how many."""
         with self._lock:
-            owned = self._index.owned_by(owner)
+            owned = self._index.owned_by(owners)
             for key in owned:
                 self._drop(key)
             return len(owned)

@@ -5,6 +5,7 @@ Knows nothing of stores. Invariant: an alias names the same digest as the name t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NewType
 
 from blake3 import blake3
@@ -34,6 +35,11 @@ def alias(owner: OwnerDigest) -> str | None:
 def one_name(owner: str | None) -> str | None:
     """The same for a name and for its alias, which a lasting tier returns in its place."""
     return alias(digest(owner))
+
+
+def is_among(owner: str | None, owners: Collection[str] | None) -> bool:
+    """Whether an owner is one of `owners`, all by their one names; None for these stands for everybody."""
+    return owner is not None and (owners is None or owner in owners)
 
 
 def _of_alias(owner: str) -> OwnerDigest | None:

@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +31,7 @@ from rcllm.metrics import Clock
 from rcllm.store.arena import Arena
 from rcllm.store.behind import Batch, Waiting, WriteBehind
 from rcllm.store.contract import Found, Store, Stored, TierStats
+from rcllm.store.erasures import Erasures
 from rcllm.store.guarded import GuardedStore
 from rcllm.store.memory import MemoryStore
 from rcllm.store.owners import one_name
@@ -39,10 +40,10 @@ from rcllm.store.sealed import is_whole
 
 @dataclass(eq=False, slots=True)
 class _Read:
-    """A read of lasting tiers that is under way, and what happened meanwhile: none of it may be copied nearer."""
+    """A read of lasting tiers that is under way, and what was replaced meanwhile: none of it may be copied nearer."""
 
+    since: int  # of erasures, when it began
     replaced: set[ContentKey] = field(default_factory=set)
-    erased: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,21 @@ class Tiered:
         self._behind = WriteBehind(partial(_write, self._lasting), queue_bytes)
         self._lock = threading.Lock()  # orders what changes memory and queue; no lasting tier is asked under it
         self._reads: list[_Read] = []
-        self._erasing: list[str] = []  # owners whom not every lasting tier has erased yet
+        self._erasures = Erasures()
         self._memory_hits = 0
         self._hits: Counter[int] = Counter()  # blocks, by the place of their lasting tier
         self._promoted: Counter[int] = Counter()
         self._end = weakref.finalize(self, _close, self._behind, self._lasting)
+
+    @property
+    def lasting(self) -> tuple[Store, ...]:
+        """The lasting tiers, the nearest first."""
+        return tuple(tier.store for tier in self._lasting)
+
+    @property
+    def unfilled_bytes(self) -> int:
+        """How much more of this process's memory blocks may take, in memory and in the queue."""
+        return self._memory.unfilled_bytes + (self._behind.unfilled_bytes if self._lasting else 0)
 
     def lookup_many(self, keys: Iterable[ContentKey]) -> Mapping[ContentKey, Found]:
         wanted = list(dict.fromkeys(keys))
@@ -101,15 +112,18 @@ class Tiered:
             with self._lock:
                 self._memory_hits += len(near)
                 self._hits.update(each.place for each in farther.values())
-                farther = {key: each for key, each in farther.items() if one_name(each.block.owner) not in read.erased}
-                self._promote({key: each for key, each in farther.items() if key not in read.replaced})
-        return near | {key: each.block for key, each in farther.items()}
+                kept = {key: each for key, each in farther.items() if not self._was_erased(each.block, read)}
+                self._promote({key: each for key, each in kept.items() if key not in read.replaced})
+        return near | {key: each.block for key, each in kept.items()}
+
+    def _was_erased(self, block: Stored, read: _Read) -> bool:
+        return self._erasures.hit(one_name(block.owner), read.since)
 
     @contextmanager
     def _reading(self) -> Iterator[_Read]:
         """A scope in which a read is told what happens meanwhile."""
         with self._lock:
-            read = _Read(erased=set(self._erasing))
+            read = _Read(self._erasures.since)
             self._reads.append(read)
         try:
             yield read
@@ -180,10 +194,8 @@ class Tiered:
         name = one_name(owner)
         assert name is not None
         with self._lock:
-            self._erasing.append(name)
-            for read in self._reads:
-                read.erased.add(name)
-            counts = [self._memory.delete_owner(name), self._behind.delete_owner(name)]
+            begun = self._erasures.begin([name])
+            counts = [self._forget([name])]
         failed: dict[Source, Exception] = {}
         try:
             with self._behind.between_batches():
@@ -194,10 +206,19 @@ class Tiered:
                         failed[tier.tier] = error
         finally:
             with self._lock:
-                self._erasing.remove(name)
+                self._erasures.end(begun)
         if failed:
             raise _not_erased(owner, failed) from next(iter(failed.values()))
         return max(counts)
+
+    def forget(self, owners: Collection[str] | None) -> int:
+        """Lets go of what memory and queue have, as `contract.Forgetful` says; lasting tiers are not asked."""
+        with self._lock:
+            self._erasures.add(owners)
+            return self._forget(owners)
+
+    def _forget(self, owners: Collection[str] | None) -> int:
+        return max(self._memory.forget(owners), self._behind.forget(owners))
 
     def stats(self) -> Sequence[TierStats]:
         stats = [replace(each, hits=self._memory_hits) for each in self._memory.stats() if self._memory_bytes]

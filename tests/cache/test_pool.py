@@ -21,8 +21,9 @@ from rcllm.errors import CapacityError
 from rcllm.store.arena import Arena
 from rcllm.store.codec import decode, encode
 from rcllm.store.contract import Store, Stored
+from rcllm.store.disk import Erased
 from rcllm.store.memory import MemoryStore
-from rcllm.store.owners import one_name
+from rcllm.store.owners import digest, one_name
 from tests.cache.lazily import Elsewhere, lazy_lanes
 from tests.engine.test_capacity import BrokenStore
 
@@ -244,20 +245,24 @@ def test_a_block_that_does_not_fit_is_read_where_its_tier_keeps_it() -> None:
     put(target, 9, size=4)
 
 
-def test_whoever_outlives_a_pass_gets_a_copy_of_what_is_read_in_place() -> None:
+def test_whoever_outlives_a_pass_keeps_what_the_pool_has_and_tensors_keep_what_is_read_in_place() -> None:
     store = MemoryStore(1 << 20)
     target = pool(4, store)
-    put(target, 0, size=3)
-    store.put_many({key(n): Stored(encode(kv(n, 2)), 1.0, owner(n)) for n in (7, 8)})
+    put(target, 0, size=2)
+    put(target, 1, size=1)
+    store.put_many({key(7): Stored(encode(kv(7, 2)), 1.0, owner(7))})
     with target.hold() as held:
-        held.fetch([key(7), key(8)])
-        target.delete_owner(owner(8))
-        longer = held.also([key(7), key(8)])
-    assert torch.equal(longer.blocks[key(7)], kv(7, 2))
-    assert key(7) in target._blocks
-    assert key(8) not in longer.blocks, "an erased block is nobody's to keep"
+        held.fetch([key(0), key(1), key(7)])
+        in_place = held.blocks[key(7)]
+        target.delete_owner(owner(1))
+        longer = held.also([key(0), key(1), key(7)])
+    assert set(longer.blocks) == {key(0)}, "an erased block is nobody's to keep"
+    assert torch.equal(in_place, kv(7, 2))
+    put(target, 9, size=2)
+    assert torch.equal(longer.blocks[key(0)], kv(0, 2))
     longer.release()
     target.check()
+    assert not target._index._pins
 
 
 def test_a_block_of_another_device_or_dtype_is_copied_in_and_leaves_no_pin_where_it_does_not_fit() -> None:
@@ -354,6 +359,42 @@ def test_an_erased_block_lives_on_with_its_holder_alone() -> None:
         target.check()
     assert not target._index._pins
     target.check()
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_what_is_computed_while_another_process_erases_its_owner_is_its_holders_alone(complete: bool) -> None:
+    target = pool(4, MemoryStore(1 << 20), torch.float16)
+    since = target.lookup_many([]).erasures
+    target.heed(Erased(1, frozenset({digest("ann")} if complete else ()), complete))
+    with target.hold(since) as held:
+        held.publish(key(2), kv(2, 1), 1.0, "ann")
+        held.publish(key(3), kv(3, 1), 1.0, None)
+        assert torch.equal(held.blocks[key(2)], kv(2, 1).half()), "as the pool would keep it"
+        assert set(held.also([key(2), key(3)]).blocks) == {key(3)}
+    target.settle()
+    assert key(2) not in target.lookup_many([key(2)])
+    with target.hold(target.lookup_many([]).erasures) as held:
+        held.publish(key(2), kv(2, 1), 1.0, "ann")
+    assert set(target._blocks) == {key(2), key(3)}, "what is asked for afterwards is kept"
+    target.check()
+
+
+def test_a_store_that_cannot_take_back_what_was_erased_meanwhile_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A regression: the pass that handed it down failed, and with it whoever waited."""
+    store = MemoryStore(1 << 20)
+    target, put_many = pool(4, store), store.put_many
+
+    def erased_meanwhile(blocks: Mapping[ContentKey, Stored]) -> None:
+        target.heed(Erased(1, frozenset({digest(owner(0))}), complete=True))
+        put_many(blocks)
+
+    def broken(owner: str) -> int:
+        raise OSError("broken")
+
+    monkeypatch.setattr(store, "put_many", erased_meanwhile)
+    monkeypatch.setattr(store, "delete_owner", broken)
+    put(target, 0)
+    assert target.stats().store_errors == 1
 
 
 def test_a_lent_block_is_its_holders_alone_and_ends_with_it() -> None:

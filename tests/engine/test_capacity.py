@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 
+from rcllm.config import MIB
 from rcllm.core.ranking import ContentKey
+from rcllm.engine.build import make_pool
 from rcllm.engine.engine import Engine
 from rcllm.errors import CapacityError, ConfigError
 from rcllm.store.contract import Found, Stored, TierStats
+from rcllm.store.memory import MemoryStore
+from rcllm.store.tiered import Tiered
 from tests.conftest import assert_no_pins
 from tests.engine import tiny
 
@@ -106,3 +112,21 @@ def test_a_memory_budget_that_leaves_nothing_is_refused() -> None:
         tiny.build(pool_mb=0, memory_mb=1)
     (enough,) = re.findall(r"to at least (\d+)", str(refused.value))
     tiny.build(pool_mb=0, memory_mb=int(enough) + 64)
+
+
+def test_two_engines_of_a_process_share_its_memory() -> None:
+    config = tiny.config(pool_mb=0, memory_mb=6000)
+    small = Engine.build(tiny.catalogue(), config, share=1 / 8).pool
+    large = Engine.build(tiny.catalogue(), config, beside=small).pool
+    assert small.budget + large.budget + psutil.Process().memory_info().rss < 6000 * MIB
+    assert small.budget == pytest.approx(large.budget / 7, rel=0.1)
+
+
+def test_a_pool_leaves_room_for_the_tiers_in_memory() -> None:
+    engine = tiny.build()
+    config = replace(engine.config, cache=replace(engine.config.cache, pool_mb=0, memory_mb=8000))
+    tiers = Tiered({"disk": MemoryStore(1)}, memory_bytes=200 * MIB, queue_bytes=100 * MIB)
+    without, with_tiers = (make_pool(config, engine.decoder, store).budget for store in (None, tiers))
+    assert without - with_tiers == pytest.approx(300 * MIB, abs=20 * MIB)
+    beside = make_pool(config, engine.decoder, beside=make_pool(config, engine.decoder, tiers, share=0.5)).budget
+    assert without - 300 * MIB - with_tiers * 0.5 == pytest.approx(beside, abs=20 * MIB)

@@ -12,9 +12,13 @@ import pytest
 from rcllm.cache.held import Held
 from rcllm.cache.lookup import Located, Lookup
 from rcllm.cache.pool import Pool
+from rcllm.core.decoding import GenerateOptions
 from rcllm.core.ranking import ContentKey, Item, ItemId, RankRequest, UserId
 from rcllm.core.receipts import BlockKind
+from rcllm.core.texts import TextRequest
 from rcllm.engine.engine import Engine
+from rcllm.engine.jobs.generate import Generator
+from rcllm.errors import answered
 from rcllm.reuse.missing import user_owner
 from rcllm.store.memory import MemoryStore
 from rcllm.store.owners import one_name
@@ -28,7 +32,7 @@ def keys(engine: Engine, request: RankRequest, kind: BlockKind = BlockKind.ITEM)
 
 
 def owned(engine: Engine, user: str) -> list[ContentKey]:
-    return engine.pool._index.owned_by(one_name(user_owner(user)) or "")
+    return engine.pool._index.owned_by([one_name(user_owner(user)) or ""])
 
 
 @pytest.mark.parametrize("readout", ["label", "pointwise"])
@@ -186,6 +190,20 @@ def test_a_chain_that_is_gone_after_planning_is_recomputed_for_its_user_alone() 
     engine.erase_user(UserId("u1"))
     lengths = {kv.kv.shape[3] for kv in engine.pool._blocks.values()}
     assert lengths == {len(engine.prompter.instructions["history_first"])}, "only the instruction is left"
+
+
+def test_a_prompt_that_begins_with_a_users_words_is_recomputed_for_that_user_alone() -> None:
+    """A regression: its first part was taken for an instruction, and cached for everybody, out of reach of erasure."""
+    made = tiny.fresh()
+    forgetful = _Forgetful(1 << 24, made.pool.dtype, made.pool.device)
+    engine = Engine(made.config, made.decoder, made.prompter, forgetful, made.model_id)
+    parts = ((5, 6, 7), (8, 9), (10,))
+    for user in ("u1", "u2"):
+        asked = TextRequest("t", user_id=UserId(user), options=GenerateOptions(max_tokens=2), parts=parts)
+        answered(Generator(engine).generate([asked]))
+    assert len(owned(engine, "u1")) == len(owned(engine, "u2")) == 3, "two parts, and what stands before the second"
+    engine.erase_user(UserId("u1"))
+    assert set(engine.pool._blocks) == set(owned(engine, "u2"))
 
 
 def test_erasing_waits_for_a_request_that_is_about_to_publish(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

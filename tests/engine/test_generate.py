@@ -88,7 +88,8 @@ class Scripted:
 
     def draft(self, token_ids: Sequence[int], max_nodes: int) -> DraftTree:
         assert list(token_ids[self._num_prompt :]) == self.seen
-        return self._make(len(self.seen)).best(max_nodes)
+        tree = self._make(len(self.seen))
+        return DraftTree(tree.token_ids[:max_nodes], tree.parents[:max_nodes], tree.weights[:max_nodes])
 
     def observe(self, token_ids: Sequence[int]) -> None:
         assert not self.finished
@@ -310,6 +311,21 @@ def test_drafters_are_told_of_every_token_and_of_the_end(engine: Engine) -> None
     assert len(made) == len(answers) - 1
     assert [each.seen for each in made] == [list(answer.token_ids) for answer in answers[:-1]]
     assert all(each.finished for each in made)
+
+
+def test_no_draft_is_begun_for_a_user_who_was_erased_meanwhile(engine: Engine) -> None:
+    asked: list[str] = []
+
+    def drafter_of(request: GenerateRequest, prompt: TokenIds) -> Drafter:
+        asked.append(request.request_id)
+        return Scripted(len(prompt), lambda at: EMPTY)
+
+    generator = Generator(engine, drafter_of, budget=Everything())
+    tickets = [engine.submit(generator, ask(name)) for name in ("ann", "bob")]
+    engine.erase_user(UserId("ann"))
+    engine.loop.run(until=lambda: all(ticket.done for ticket in tickets))
+    assert asked == ["bob"]
+    assert all(isinstance(ticket.outcome, Generated) for ticket in tickets)
 
 
 @pytest.mark.parametrize("drafts", [False, True])

@@ -162,6 +162,20 @@ def test_under_a_blocks_mask_full_shows_what_int8_costs(family: str) -> None:
     assert 1e-6 < np.abs(np.subtract(full[1], narrow.rank(asked).scores)).max() < BOUND
 
 
+def test_under_a_blocks_mask_full_is_batched_by_what_it_computes() -> None:
+    """A regression: requests that fit together in int8 were computed together in fp32, and all of them failed."""
+    asked = [tiny.request(numbers, (), name=str(numbers), level="full") for numbers in ((0, 1, 2), (4, 5, 6))]
+    blocks = [tiny.fresh().prompter.build(request).blocks for request in asked]
+    shared = len(tiny.fresh().prompter.instructions["history_first"])
+    both = [sum(len(block) for block in some if block.key is not None) for some in blocks]
+    made = int8(pool_tokens=max(both) * 32 // 9 + 8)  # of fp32 it holds one of them
+    assert 2 * (sum(both) - shared) <= made.pool.budget // made.kv_bytes_per_token, "both by the bytes of int8"
+    config = replace(made.config, model=replace(made.config.model, mask="blocks"))
+    engine = Engine(config, made.decoder, made.prompter, made.pool, made.model_id)
+    alone = [engine.rank(request).scores for request in asked]
+    assert [response.scores for response in answered(engine.rank_batch(asked))] == alone
+
+
 def test_keys_of_int8_are_their_own() -> None:
     namespaces = {tiny.build(kv_dtype=dtype).prompter.namespace for dtype in ("fp32", "fp16", "bf16", "int8")}
     assert len(namespaces) == 4

@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rcllm.core.ranking import Item, ItemId, RankRequest, UserId
+from rcllm.core.ranking import Item, ItemId, RankRequest, RankResponse, UserId
 from rcllm.engine.engine import Engine
-from rcllm.errors import DataError, UnknownItemError
+from rcllm.engine.job import Refused, Ticket
+from rcllm.errors import CancelledError, DataError, UnknownItemError
+from rcllm.schedule.work import KindLimits
 from rcllm.store.memory import MemoryStore
 from tests.engine import tiny
 
@@ -101,6 +103,32 @@ def test_a_request_that_is_opened_during_an_update_reads_the_new_text(
     anew = tiny.fresh(items={**tiny.catalogue(), FIRST: item})
     assert np.allclose(engine.rank(asked).scores, anew.rank(asked).scores, atol=1e-5)
     assert updated
+
+
+def test_a_request_that_is_opened_within_a_change_sees_all_of_it(engine: Engine) -> None:
+    """A regression: it read an item's new text beside another item that was already on its way out."""
+    tickets = list[Ticket | Refused]()
+    asking = threading.Thread(target=lambda: tickets.append(engine.submit(engine.rank_job, tiny.request((0, 1)))))
+
+    class Changing(dict[ItemId, Item]):
+        def pop(self, *given: object) -> object:  # type: ignore[override]
+            asking.start()
+            asking.join(0.3)
+            return super().pop(*given)  # type: ignore[call-overload]
+
+    engine.catalogue._items = Changing(engine.catalogue._items)
+    engine.upsert_items([Item(FIRST, {"title": "quite another thing"})], gone=[SECOND])
+    asking.join()
+    assert isinstance(tickets[0].outcome, UnknownItemError)
+
+
+def test_an_update_does_not_wait_for_idle_time(engine: Engine) -> None:
+    """A regression: under steady load there is none, so that it hung. Shadows of a guard are such work."""
+    shadow = engine.submit(engine.ranking(engine.admission, "later", KindLimits(idle=True)), tiny.request((0, 1)))
+    ranking = engine.submit(engine.rank_job, tiny.request((0, 2)))
+    engine.upsert_items([Item(FIRST, {"title": "quite another thing"})])
+    assert isinstance(shadow.outcome, CancelledError)
+    assert isinstance(ranking.outcome, RankResponse)
 
 
 def test_updates_of_several_threads_leave_the_last_word(engine: Engine) -> None:

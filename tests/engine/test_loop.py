@@ -22,7 +22,7 @@ from rcllm.core.decoding import (
     RecommendResponse,
     Speculation,
 )
-from rcllm.core.ranking import Event, Level, RankOptions, RankRequest, RankResponse, UserId
+from rcllm.core.ranking import Event, Level, RankOptions, RankRequest, RankResponse, Selection, UserId
 from rcllm.drafts.draft import PromptLookup
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.generate import Generator
@@ -30,9 +30,13 @@ from rcllm.engine.jobs.recommend import Recommender
 from rcllm.errors import CancelledError, ModelError, UnknownItemError, answered
 from rcllm.metrics import Trace
 from rcllm.model.decoder import Pass, Passed
+from rcllm.reuse.missing import user_owner
 from rcllm.schedule.draft_budget import DraftBudget, PassCosts
+from rcllm.store.memory import MemoryStore
+from rcllm.store.owners import one_name
 from tests.conftest import assert_no_pins
 from tests.engine import tiny
+from tests.engine.test_capacity import BrokenStore
 from tests.engine.tiny import IDS
 
 SIZES = (6, 7, 5)
@@ -252,6 +256,43 @@ def test_erasing_a_user_reaches_requests_that_were_asked_before(engine: Engine) 
     assert engine.step()
     assert isinstance(ticket.outcome, RankResponse)
     assert engine.erase_user(UserId("ann")) == 0
+
+
+def test_erasing_a_user_reaches_how_words_were_ranked_for_a_request_that_was_asked_before(engine: Engine) -> None:
+    level = {"level": "corrected(.3,.3)", "selection": Selection("static")}
+    engine.submit(engine.rank_job, tiny.request(3, ("my own words",), user="ann", **level))
+    engine.erase_user(UserId("ann"))
+    assert engine.step()
+    owners = {ranking.owner for ranking in engine._prefill.corrector.rankings._known.values()}
+    assert "item:i0" in owners
+    assert "user:ann" not in owners
+
+
+def test_erasing_a_user_whose_text_is_being_written_asks_the_store_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A regression: every pass of the text erased the user again, in every tier."""
+    store, erased = MemoryStore(1 << 24), list[str]()
+    monkeypatch.setattr(store, "delete_owner", lambda owner: len(erased.append(owner) or []))
+    engine = tiny.fresh(store=store)
+    ticket = engine.submit(generator(engine), text_for("ann", 1, 2))
+    assert engine.step()
+    engine.erase_user(UserId("ann"))
+    while engine.step():
+        pass
+    assert isinstance(ticket.outcome, Generated)
+    assert len(erased) == 1
+
+
+def test_a_tier_that_cannot_erase_fails_nobody_who_was_asked_before() -> None:
+    """A regression: the pass of the erased user's request raised, and every request that waited was lost."""
+    engine = tiny.fresh(store=BrokenStore())
+    asked = [tiny.request(3, ("my own words",), level="exact", user=user) for user in ("ann", "bob")]
+    tickets = [engine.submit(engine.rank_job, request) for request in asked]
+    with pytest.raises(OSError, match="broken"):
+        engine.erase_user(UserId("ann"))
+    while engine.step():
+        pass
+    assert all(isinstance(ticket.outcome, RankResponse) for ticket in tickets)
+    assert not engine.pool._index.owned_by([one_name(user_owner("ann")) or ""])
 
 
 def test_times_are_of_the_clock_that_was_given() -> None:

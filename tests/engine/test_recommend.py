@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import math
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +14,26 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from rcllm.cache.pool import Pool
 from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
-from rcllm.codes.knn import Knn
+from rcllm.codes.knn import Knn, mixed
 from rcllm.config import CacheConfig, Config, ModelConfig, PromptConfig
 from rcllm.core.decoding import RecommendRequest, RecommendResponse
 from rcllm.core.ranking import Event, ItemId, Level, UserId
+from rcllm.decode.beam import step_bytes_per_row
 from rcllm.decode.beam_device import OnDevice
+from rcllm.decode.beam_host import OnHost
 from rcllm.engine.engine import Engine
 from rcllm.engine.flight import Flight
 from rcllm.engine.jobs.recommend import BEAM_ROWS, Recommender
-from rcllm.errors import ConfigError, PromptTooLongError, RequestError, UnknownItemError, answered
+from rcllm.errors import (
+    CapacityError,
+    ConfigError,
+    PromptTooLongError,
+    RequestError,
+    UnknownItemError,
+    answered,
+)
 from rcllm.model.decoder import Between, Pass, Passed
 from rcllm.schedule.cost import Demand
 from rcllm.sid.vocabulary import Vocabulary, items_of_codes
@@ -207,6 +218,11 @@ def test_without_a_share_or_a_history_the_scores_are_the_decoders() -> None:
         assert (ours.receipt.knn, ours.receipt.num_by_knn) == (0.0, 0)
 
 
+def test_a_share_that_is_hardly_a_number_changes_little() -> None:
+    ask = _ask("k", 1, 2)
+    assert _with_knn().recommend(replace(ask, knn=1e-323)).items == _recommender().recommend(ask).items
+
+
 def test_a_share_of_item_knn_needs_a_decoder_that_carries_one() -> None:
     with pytest.raises(RequestError, match=r"knn is 0\.2, but the decoder carries no item-kNN"):
         _recommender().recommend(_ask("k", 1, knn=0.2))
@@ -225,6 +241,49 @@ def test_no_invalid_item_ever_comes() -> None:
         valid = set(_code_index().item_ids) - set(request.deny)
         assert set(answer.items) <= valid
         assert len(answer.items) == min(request.n, len(valid))
+
+
+@pytest.mark.parametrize("choosing", [OnHost, OnDevice])
+def test_however_much_is_asked_for_there_is_no_more_than_the_catalogue(
+    choosing: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of a search is that of its prefixes, and requests beside it go on."""
+    monkeypatch.setattr("rcllm.engine.jobs.recommend.choosing_of", lambda tokens, device: choosing(tokens, *rest))
+    rest = [_engine().decoder.device] if choosing is OnDevice else []
+    many = 10**30
+    wide, many_items, good = answered(
+        _recommender().recommend_batch([_ask("w", 1, beam=many), _ask("n", 1, n=many), _ask("good", 1)])
+    )
+    assert (len(wide.items), len(many_items.items), len(good.items)) == (10, 120, 10)
+
+
+def test_beams_that_the_cache_has_no_room_for_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    recommender = _recommender()
+    row = step_bytes_per_row(recommender.engine.decoder, len(SIZES))
+    monkeypatch.setattr(Pool, "budget", property(lambda _: 10 * row))
+    good, wide = recommender.recommend_batch([_ask("good", 1, n=5, beam=10), _ask("wide", 1, n=5, beam=11)])
+    assert isinstance(good, RecommendResponse)
+    with pytest.raises(CapacityError, match=r"request 'wide': 11 beams keep .* a narrower beam"):
+        answered([wide])
+
+
+def test_the_end_of_a_history_is_read_where_the_decoder_was_trained_on_no_more() -> None:
+    """Item-kNN reads on, and what is too long to be read is no error."""
+    tokens = Vocabulary(SIZES).code_tokens
+    short = Recommender(_engine(), LiveCodes(_code_index()), tokens, knn=_knn(), max_items=3)
+    history = [i % 120 for i in range(130)]
+    read = short.recommend(_ask("h", *history[-3:], n=120, beam=120, knn=0.0))
+    alone = short.recommend(_ask("h", *history, n=120, beam=120, knn=0.0))
+    mix = short.recommend(_ask("h", *history, n=120, beam=120))
+    _same(alone, read)
+    assert read.receipt.notes == ()
+    for long in (alone, mix):
+        assert long.receipt.num_tokens == read.receipt.num_tokens
+        assert long.receipt.notes == ("the decoder reads the last 3 of 130 events, as many as it was trained on",)
+    shares = _knn().shares([ItemId(f"i{i}") for i in history], _code_index(), None, 120)
+    expected = mixed(dict(zip(read.items, read.scores, strict=True)), shares, 0.4, 120)
+    assert mix.items == expected[0]
+    np.testing.assert_allclose(mix.scores, expected[1], atol=1e-5)
 
 
 def test_fewer_valid_items_than_asked_for_gives_all_of_them() -> None:
@@ -261,14 +320,17 @@ def test_a_history_and_a_batch_may_be_empty() -> None:
     [
         ({"n": 0}, RequestError, "n must be at least 1"),
         ({"beam": 0}, RequestError, "beam must be at least 1"),
-        ({"rule": "masks"}, ConfigError, "mask"),
+        ({"rule": "masks"}, RequestError, "request 'bad': rule must be one of renormalise, mask, got 'masks'"),
+        ({"knn": 1.0}, RequestError, "request 'bad': knn must be below 1, got 1"),
+        ({"knn": -0.1}, RequestError, r"knn must be at least 0, got -0\.1"),
+        ({"knn": math.nan}, RequestError, "knn must be a finite number"),
         ({"level": Level("auto")}, ConfigError, "open prompts take"),
         ({"history": (Event(ItemId("nope")),)}, UnknownItemError, "nope"),
         ({"history": (Event(ItemId("i1")),) * 130}, PromptTooLongError, "positions"),
     ],
 )
 def test_what_is_asked_wrongly_fails_alone(fields: dict[str, object], error: type[Exception], said: str) -> None:
-    good, wrong = _recommender().recommend_batch([_ask("good", 1), _ask("bad", 1, **fields)])
+    good, wrong = _with_knn().recommend_batch([_ask("good", 1), _ask("bad", 1, **fields)])
     assert isinstance(good, RecommendResponse), "a wrong request fails alone"
     with pytest.raises(error, match=said):
         answered([wrong])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ from rcllm.core.ranking import UserId
 from rcllm.engine.engine import Engine
 from rcllm.engine.tiers import folder_of, open_tiers
 from rcllm.errors import StoreError
+from rcllm.store.contract import Store
 from rcllm.store.disk import DiskStore, SharedDisk
+from rcllm.store.tiered import Tiered
 from tests.engine import tiny
-from tests.engine.test_restart import ASKED, MINE, built, sources
+from tests.engine.test_restart import ASKED, MINE, Trusted, built, sources
 from tests.store.disks import key, put, served
 
 pytestmark = pytest.mark.usefixtures("one_compute_thread")
@@ -60,6 +64,39 @@ def test_whom_one_engine_erases_the_other_does_not_read(folder: Path) -> None:
         assert first.erase_user(UserId("ann")) > 0
         history = [b.source for b in second.rank(MINE).receipt.blocks if b.kind == "history"]
         assert set(history) == {"fresh"}
+
+
+def history(engine: Engine) -> set[str]:
+    """Where the blocks of ann's history come from."""
+    return {block.source for block in engine.rank(MINE).receipt.blocks if block.kind == "history"}
+
+
+def test_whom_another_process_erased_is_not_read_from_host_memory(folder: Path) -> None:
+    store = StoreConfig(enabled=True, folder=str(folder), disk_mb=64, host_mb=64)
+    with Engine.build(tiny.catalogue(), replace(tiny.config(), store=store)) as engine:
+        engine.pool.rates.bytes_of["host"] = Trusted(1e15)
+        engine.rank(MINE)
+        engine.pool.clear()
+        assert history(engine) == {"host"}
+        engine.pool.clear()
+        flushed(engine)
+        assert engine.tiers.disk is not None
+        assert engine.tiers.disk.delete_owner("user:ann") > 0
+        assert history(engine) == {"fresh"}
+
+
+@pytest.mark.parametrize("over", [lambda disk: disk, lambda disk: Tiered({"disk": disk}, queue_bytes=1 << 20)])
+def test_an_engine_over_a_store_that_was_handed_on_heeds_erasures(
+    folder: Path, over: Callable[[DiskStore], Store]
+) -> None:
+    with DiskStore.open(folder, 1 << 26) as disk:
+        store = over(disk)
+        with Engine.build(tiny.catalogue(), tiny.config(), store=store) as engine:
+            engine.rank(MINE)
+            assert history(engine) == {"device"}
+            disk.delete_owner("user:ann")
+            assert history(engine) == {"fresh"}
+        store.close()
 
 
 def test_an_open_store_is_handed_on(folder: Path) -> None:

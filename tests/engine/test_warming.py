@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rcllm.core.ranking import UserId
+import pytest
+
+from rcllm.core.ranking import Item, UserId
 from rcllm.engine.engine import Engine
 from rcllm.engine.warming import WarmProgress, blocks_to_warm
 from rcllm.store.memory import MemoryStore
@@ -50,6 +52,27 @@ def test_warming_evicts_nothing_that_a_user_left(engine: Engine) -> None:
     engine.rank(tiny.request(3, ("my own words",), level="exact", user="ann"))
     engine.warm()
     assert engine.erase_user(UserId("ann")) > 0
+
+
+def test_an_item_that_changes_while_others_are_warmed_is_warmed_as_it_reads_then(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A regression: the update removed the old blocks, and the run computed and published them again."""
+    monkeypatch.setattr("rcllm.engine.warming._CHUNK_TOKENS", 40)
+    kept, gone = tiny.IDS[50:52]
+    old = {missing.key for missing in blocks_to_warm(engine.prompter, engine.config.rank, [kept, gone])}
+    told = list[WarmProgress]()
+
+    def update(progress: WarmProgress) -> None:
+        if not told:
+            engine.upsert_items([Item(kept, {"title": "quite another thing"})], gone=[gone])
+        told.append(progress)
+
+    last = engine.warm(on_progress=update)
+    assert (last.done_blocks, last.full) == (last.total_blocks, False)
+    assert not old & engine.pool._blocks.keys()
+    new = {missing.key for missing in blocks_to_warm(engine.prompter, engine.config.rank, [kept])}
+    assert new <= engine.pool._blocks.keys()
 
 
 def test_what_does_not_fit_into_the_pool_is_kept_below_it() -> None:

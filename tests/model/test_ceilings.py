@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 
-from rcllm.model.ceilings import describe_hardware, measure_bandwidth, measure_gemm
+from rcllm.model.ceilings import describe_hardware, measure_bandwidth, measure_gemm, usable_memory_bytes
 from rcllm.model.spec import ModelSpec
 
 SPEC = ModelSpec.from_hf(
@@ -40,3 +43,20 @@ def test_description() -> None:
     assert machine.num_cores >= 1
     assert machine.num_threads == torch.get_num_threads()
     assert machine.memory_bytes > 1 << 28
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "limit"),
+    [
+        ("memory.max", "1000000\n", 1_000_000),
+        ("memory.max", "max\n", None),
+        ("memory/memory.limit_in_bytes", "1000000\n", 1_000_000),
+        ("memory/memory.limit_in_bytes", "9223372036854771712\n", None),
+        ("elsewhere", "1000000\n", None),
+    ],
+)
+def test_a_container_has_no_more_memory_than_its_limit(tmp_path: Path, name: str, told: str, limit: int | None) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(told)
+    assert usable_memory_bytes(tmp_path) == (limit or psutil.virtual_memory().total)

@@ -100,9 +100,9 @@ def test_batches_are_of_the_oldest_and_bounded(written: Written, monkeypatch: py
 
 def test_an_owner_is_removed_from_what_waits(queue: WriteBehind) -> None:
     queue.add_many({key(1): anew(1, owner="ann"), key(2): anew(2, owner="bob")})
-    assert queue.delete_owner("ann") == 1
+    assert queue.forget(["ann"]) == 1
     assert queue.get_many([key(1), key(2)]).keys() == {key(2)}
-    assert queue.delete_owner("ann") == 0
+    assert queue.forget(["ann"]) == 0
 
 
 def test_between_batches_nothing_is_written(queue: WriteBehind, written: Written) -> None:

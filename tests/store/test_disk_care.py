@@ -17,6 +17,7 @@ from rcllm.store.disk import (
     compact,
     repair,
 )
+from rcllm.store.disk.audit import NAME, erased_owners
 from rcllm.store.disk.pages import OVERFLOW, PAGE_HEADER, DamagedFileError
 from rcllm.store.owners import digest
 from tests.killed import run_killed
@@ -201,6 +202,20 @@ def test_no_byte_of_an_erased_block_is_left_after_a_scrub(tmp_path: Path, num_by
         assert served(store, range(300), num_bytes) == set(range(100, 120)) | set(range(200, 300))
 
 
+def test_a_scrub_reaches_what_a_killed_process_wrote_behind_the_last_page(tmp_path: Path) -> None:
+    """A regression: pages that no transaction counts, for the one that wrote them did not end, were passed over."""
+    with DiskStore.open(tmp_path, 100 * MB) as store:
+        put(store, range(3), "user:ann")
+    with (tmp_path / "data.mdb").open("ab") as file:
+        file.write(b"my own words" * 10_000)
+    with DiskStore.open(tmp_path, 100 * MB) as store:
+        store.scrub()
+        assert b"my own words" not in everything(tmp_path)
+        assert served(store, range(3)) == {0, 1, 2}
+        put(store, range(3, 20))
+        store.check()
+
+
 def test_a_scrub_waits_for_those_who_read_what_was_erased(tmp_path: Path) -> None:
     with DiskStore.open(tmp_path, 100 * MB) as store:
         put(store, range(3), "user:ann")
@@ -273,6 +288,42 @@ def test_what_was_erased_here_since_does_not_come_back_with_an_import(tmp_path: 
         store.delete_owner("user:ann")
         assert store.import_from(tmp_path / "out") == Imported(num_erased=5)
         assert served(store, range(5)) == set()
+
+
+@pytest.mark.parametrize("lost", ["too long ago", "saved from a broken file"])
+def test_whom_the_file_no_longer_remembers_an_import_leaves_out_as_well(
+    tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A regression: the erasures that a file remembers were all that an import looked at."""
+    monkeypatch.setattr("rcllm.store.disk.edit.MAX_ERASURES", 2)
+    now = [100.0]
+    with DiskStore.open(tmp_path / "a", 100 * MB, clock=lambda: now[0]) as store:
+        put(store, range(300), "item:1", 2_400)
+        put(store, range(300, 305), "user:ann", 2_400)
+        now[0] = 200.0001
+        store.export_to(tmp_path / "out")
+        now[0] = 200.0002  # which is 200.000 in the audit
+        store.delete_owner("user:ann")
+        for number in range(3 if lost == "too long ago" else 0):
+            store.delete_owner(f"user:{number}")
+    if lost != "too long ago":
+        break_trees(tmp_path / "a")
+        repair(tmp_path / "a")
+    with DiskStore.open(tmp_path / "a", 100 * MB) as store:
+        assert digest("user:ann") not in store.erased_since(0).owners
+        assert store.import_from(tmp_path / "out").num_erased == 5
+        assert served(store, range(300, 305), 2_400) == set()
+
+
+def test_a_line_of_the_audit_that_was_cut_short_hides_no_other(tmp_path: Path) -> None:
+    with DiskStore.open(tmp_path, MB) as store:
+        store.delete_owner("user:ann")
+        lines = (tmp_path / NAME).read_text()
+        (tmp_path / NAME).write_text(lines + lines[:30])
+        store.delete_owner("user:bob")
+    with (tmp_path / NAME).open("a") as file:
+        file.write(lines[:40])
+    assert [each.owner for each in erased_owners(tmp_path)] == [digest("user:ann"), digest("user:bob")]
 
 
 def test_an_export_opens_as_a_store(tmp_path: Path) -> None:

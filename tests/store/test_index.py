@@ -74,8 +74,8 @@ def test_unpinning_too_often_is_our_own_mistake() -> None:
 
 def test_owners_are_found() -> None:
     index = filled(10, 1, 1, 1)
-    assert index.owned_by("owner 0") == [key(0), key(2)]
-    assert index.owned_by("nobody") == []
+    assert index.owned_by(["owner 0"]) == [key(0), key(2)]
+    assert index.owned_by(["nobody"]) == []
 
 
 def test_check_prints_the_numbers() -> None:

@@ -283,6 +283,32 @@ def test_a_block_that_is_replaced_while_it_is_read_stays_replaced(tiered: Tiered
     assert versions(disk, 1) == {1: 2}
 
 
+def test_whom_another_process_erased_memory_and_queue_do_not_bring_back(
+    tiered: Tiered, disk: Tier, shared: Tier
+) -> None:
+    """A regression: what memory had was read on, and written to the disk once it made way."""
+    ann = one_name("ann") or ""
+    put(tiered, 1, owner="ann")
+    put(tiered, 2, owner="bob")
+    tiered.flush()
+    assert [tier.delete_owner(ann) for tier in (disk, shared)] == [1, 1]
+    with tiered._behind.between_batches():
+        put(tiered, 3, owner="ann")
+        assert tiered.forget([ann]) == 2
+    put(tiered, 4, 5, 6)
+    tiered.flush()
+    assert versions(tiered, 1, 2, 3) == {2: 0}
+    assert disk.has(1, 3) == shared.has(1, 3) == set()
+
+
+def test_what_is_read_while_everybody_is_forgotten_comes_no_nearer(tiered: Tiered, shared: Tier) -> None:
+    put(shared, 1, owner="ann")
+    put(shared, 2)
+    shared.within_get = lambda: tiered.forget(None)
+    assert versions(tiered, 1, 2) == {2: 0}
+    assert tiered.stats()[0].num_blocks == 1
+
+
 def test_erasing_waits_for_what_is_being_written(tiered: Tiered, disk: Tier, shared: Tier) -> None:
     writes, goes_on = threading.Event(), threading.Event()
 

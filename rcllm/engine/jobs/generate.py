@@ -33,6 +33,7 @@ from rcllm.metrics import Stage
 from rcllm.model.decoder import Pass, Passed
 from rcllm.prompt.blocks import Prompter
 from rcllm.prompt.plain import text_prompt
+from rcllm.reuse.missing import user_owner
 from rcllm.schedule.draft_budget import DraftBudget, Drafted
 from rcllm.schedule.work import KindLimits
 
@@ -65,7 +66,8 @@ class Generator:
         kv_bytes: int | None = None,
         budget: DraftBudget | None = None,
     ) -> None:
-        """drafter_of: makes the drafter of each request whose speculation is not `none`.
+        """drafter_of: makes the drafter of each request whose speculation is not `none`, and whose user was not erased
+        while it waited.
 
         batch_size: answers decoded together; max_draft_rows: drafted tokens of one pass, over the batch; kv_bytes: of
         the answers being decoded and their prompts, beside the engine's pool; None: a quarter of the pool's budget. A
@@ -133,7 +135,8 @@ class Generator:
     def _begin(self, entered: Entered) -> Live:
         request, prompt = entered.ticket.request, entered.planned.prompt
         drafter = None
-        if request.options.speculation.name != "none" and self.max_draft_rows:
+        was_erased = self.engine.pool.was_erased(user_owner(prompt.user_id), entered.ticket.lookup.erasures)
+        if request.options.speculation.name != "none" and self.max_draft_rows and not was_erased:
             drafter = self.drafter_of(request, prompt.token_ids)
         max_tokens = self._max_tokens(request.options, prompt.num_tokens)
         kv = SequenceKV(self._decoder, prompt.num_tokens + max_tokens - 1)  # the last token needs none

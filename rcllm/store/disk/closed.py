@@ -6,7 +6,6 @@ erased comes back from pages that are no longer in use.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import struct
@@ -83,11 +82,11 @@ def salvage(folder: Path) -> int:
         with DiskStore.open(partial, _NO_BUDGET) as store, pages.PageFile(folder / DATA) as file:
             _page_size(file)
             entries, runs = _scan(file)
-            erased = _ever_erased(folder)
+            erased = {each.owner for each in audit.erased_owners(folder)}
             saved = 0
             for key, entry in sorted(entries.items(), key=lambda each: each[1].use):
                 data = _whole(file, entry, runs.get(entry.mark, []))
-                if data is not None and alias(entry.owner) not in erased:
+                if data is not None and entry.owner not in erased:
                     store.put_many({key: Stored(data, entry.cost, alias(entry.owner), entry.space)})
                     saved += 1
         (partial / DATA).replace(folder / DATA)
@@ -144,11 +143,3 @@ def _whole(file: pages.PageFile, entry: Entry, numbers: list[int]) -> memoryview
             continue
         return data
     return None
-
-
-def _ever_erased(folder: Path) -> set[str]:
-    try:
-        lines = (folder / audit.NAME).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return set()
-    return {str(json.loads(line)["owner"]) for line in lines if line.endswith("}")}

@@ -147,10 +147,14 @@ def live(file: PageFile, snapshot: Snapshot, free: Walked | None = None) -> tupl
 
 
 def unused(file: PageFile) -> Numbers:
-    """Pages that neither of the last two transactions reads: whatever lies in them, nobody will see it through LMDB."""
+    """Pages that neither of the last two transactions reads: whatever lies in them, nobody will see it through LMDB.
+
+    Some may lie behind the last page of both, where a process was killed before what it wrote counted.
+    """
     newest, before = file.snapshots()
-    num_pages = min(newest.num_pages, file.num_bytes // file.page_bytes)
-    used = np.zeros(max(newest.num_pages, before.num_pages) + 1, np.int32)  # how many runs begin less those that end
+    num_pages = -(-file.num_bytes // file.page_bytes)
+    # of each page, how many runs begin less those that end
+    used = np.zeros(max(newest.num_pages, before.num_pages, num_pages) + 1, np.int32)
     for snapshot in (newest, before):
         first, count = live(file, snapshot)
         np.add.at(used, first, 1)

@@ -21,7 +21,7 @@ from rcllm.core.ranking import ContentKey
 from rcllm.durable import renamed
 from rcllm.errors import StoreError
 from rcllm.store.contract import Stored
-from rcllm.store.disk import spaces
+from rcllm.store.disk import audit, spaces
 from rcllm.store.disk.access import Access
 from rcllm.store.disk.edit import read_erasure
 from rcllm.store.disk.environment import DATA, FORMAT_VERSION, open_copy, told
@@ -176,4 +176,5 @@ def _cheapest_first(txn: Any, dbs: Any) -> Iterator[ContentKey]:
 def _erased_after(access: Access, when: float) -> frozenset[OwnerDigest]:
     with access.telling(), access.reading() as txn, txn.cursor(access.opened.dbs.erasures) as cursor:
         erasures = [read_erasure(bytes(value)) for value in cursor.iternext(keys=False)]
+        erasures += audit.erased_owners(access.folder)  # the file remembers the last ones, and none once it was saved
     return frozenset(each.owner for each in erasures if each.when >= when)
