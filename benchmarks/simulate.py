@@ -25,8 +25,9 @@ from benchmarks.simulate_setup import (
     SWEEPS,
     Bench,
 )
+from rcllm.config import RouteName
 from rcllm.core.requests import Level
-from rcllm.sim.options import RouteName, RunOptions, System, Workload
+from rcllm.sim.options import RunOptions, System, Workload
 from rcllm.sim.outcome import Summary
 from rcllm.sim.setup import resolve, simulate
 

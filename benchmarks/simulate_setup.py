@@ -13,11 +13,12 @@ from typing import Any
 
 from scipy.optimize import brentq
 
+from rcllm.config import RouteName
 from rcllm.core.requests import Level
 from rcllm.sim.demand import Reuse
 from rcllm.sim.hardware import find_model
 from rcllm.sim.holdings import LazyPlacement, expected_hit_rate
-from rcllm.sim.options import Arrivals, KvDtype, RouteName, RunOptions, System, Workload
+from rcllm.sim.options import Arrivals, KvDtype, RunOptions, System, Workload
 from rcllm.sim.setup import Run, simulate
 
 

@@ -153,7 +153,10 @@ class PromptConfig:
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """`memory_mb` bounds the whole process on the CPU; the KV pool gets what weights and workspace leave of it."""
+    """`memory_mb` bounds the whole process on the CPU; the KV pool gets what weights, workspace and tiers leave of it.
+
+    A decoder of semantic IDs that is served beside the model has a pool of its own, an eighth of what is left.
+    """
 
     memory_mb: Annotated[int, Ge(0), Opt("Memory of the whole process; default 60 % of the machine.", panel=_PANEL)] = (
         0  # 0: the default
@@ -250,7 +253,9 @@ class ServerConfig:
     # keys are no options, since every user of a machine sees its command lines
     api_keys: tuple[Annotated[str, MinLen(8)], ...] = field(default=(), repr=False)  # who may ask; empty: everybody
     # who may ask for one tenant alone, by tenant; other keys than these and the admin's may not name it
-    tenant_keys: Mapping[str, tuple[Annotated[str, MinLen(8)], ...]] = field(default_factory=dict, repr=False)
+    tenant_keys: Mapping[str, Annotated[tuple[Annotated[str, MinLen(8)], ...], MinLen(1)]] = field(
+        default_factory=dict, repr=False
+    )
     admin_key: str = field(default="", repr=False)  # who may change what is served
     cors_origins: tuple[str, ...] = ()  # pages of other origins that may ask from a browser
     max_body_mb: Annotated[float, Gt(0)] = 8.0
@@ -267,6 +272,14 @@ class ServerConfig:
     guard_share: Annotated[float, Interval(ge=0, le=1)] = 0.05
     guard_cpu_share: Annotated[float, Interval(gt=0, le=1)] = 0.05  # of wall time that it may compute
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether nobody may ask without a key. The admin's alone leaves asking open to everybody."""
+        return bool(self.api_keys or self.tenant_keys)
+
+
+RouteName = Literal["affinity", "ttft", "hit_only", "load_only", "round_robin", "power_of_two"]
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
@@ -279,7 +292,7 @@ class ClusterConfig:
     cpus: Annotated[float, Gt(0)] = 1.0  # of each replica, as Ray counts them; `model.threads` follows unless it is set
     gpus: Annotated[float, Ge(0)] = 0.0
     placement: str = ""  # a file of `rcllm place build`; empty: items are dealt by the hash of their id
-    route: Literal["affinity", "ttft", "hit_only", "load_only", "round_robin", "power_of_two"] = "ttft"
+    route: RouteName = "ttft"
     alpha: Annotated[float, Ge(0)] = 1.0  # affinity: weight of the hits
     beta: Annotated[float, Ge(0)] = 0.5  # affinity: weight of 1 - load
     full_queue_ms: Annotated[float, Gt(0)] = 1000.0  # the queue that counts as load 1

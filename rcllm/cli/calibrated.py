@@ -10,7 +10,9 @@ from pathlib import Path
 
 from rcllm.cli.options import FidelityOptions
 from rcllm.cli.screen import say
+from rcllm.config import Config
 from rcllm.engine.engine import Engine
+from rcllm.engine.space import declared_mask
 from rcllm.errors import DataError
 from rcllm.fidelity.calibration import Calibrated, Calibration
 from rcllm.schedule.admission import Admission, AdmissionFactory, Identity
@@ -42,6 +44,15 @@ def _find(path: Path | None, identity: Identity) -> Calibration | None:
         say(f"{FILE} is not used: it was measured for something else; here there is {'; '.join(differences)}")
         return None
     return found
+
+
+def check_level_of(config: Config, options: FidelityOptions) -> None:
+    """Before a model is loaded, what `check_level` raises where nothing was calibrated. Raises UncalibratedError."""
+    if options.fidelity is None and not FILE.is_file():
+        mask = declared_mask(config).model.mask
+        assert mask != "auto", "it is resolved by declared_mask"
+        anything = Identity("", "", "", "", "", "", mask)
+        admission_from(options)(anything, config.prompt.context).admit(config.rank)
 
 
 def check_level(engine: Engine) -> None:

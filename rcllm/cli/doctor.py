@@ -66,10 +66,11 @@ def doctor_command(engine_options: EngineOptions, store: StoreOptions) -> None:
 
 
 def _machine(machine: Machine) -> dict[str, str]:
+    available = min(psutil.virtual_memory().available, machine.memory_bytes)
     return {
         "processor": f"{machine.cpu}, {machine.num_cores} cores, torch uses {machine.num_threads}",
         "instruction set": machine.instruction_set,
-        "memory": f"{machine.memory_bytes / 1e9:,.1f} GB, {psutil.virtual_memory().available / 1e9:,.1f} GB available",
+        "memory": f"{machine.memory_bytes / 1e9:,.1f} GB, {available / 1e9:,.1f} GB available",
         "GPU": machine.cuda_device or "none that torch sees",
         "torch": machine.torch_version,
     }

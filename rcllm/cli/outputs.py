@@ -37,6 +37,14 @@ def check_file(out: Path | str | None, *reads: object, beside: Path | None = Non
             raise ConfigError(f"--out {path} would overwrite {read}, which this command reads: name another file")
 
 
+def check_apart(**outs: Path | None) -> None:
+    """Whether the files that a command writes are different ones, by the names of their options. Raises ConfigError."""
+    paths = {name: path.resolve() for name, path in outs.items() if path is not None}
+    if same := [name for name, path in paths.items() if list(paths.values()).count(path) > 1]:
+        told = " and ".join(f"--{name}" for name in same)
+        raise ConfigError(f"{told} name the same file: each needs its own")
+
+
 def check_folder(out: Path, *reads: object) -> None:
     """Whether the folder `out` can be written and is none of what is read. Raises ConfigError, DataError."""
     check_writable(out)

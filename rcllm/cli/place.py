@@ -13,20 +13,21 @@ from rich.table import Table
 from rcllm.cli.commands.place import RoomOptions
 from rcllm.cli.inputs import Inputs, load_inputs, tell_read
 from rcllm.cli.options import ItemOptions
-from rcllm.cli.outputs import check_file
+from rcllm.cli.outputs import check_apart, check_file
 from rcllm.cli.screen import busy, console, say
 from rcllm.cli.tables import facts_table
 from rcllm.cluster.evaluate import Report, evaluate
 from rcllm.cluster.files import read_placement, write_placement
 from rcllm.cluster.logs import LogReport, collect_log, read_requests
 from rcllm.cluster.moves import differing, matched, plan_moves
-from rcllm.cluster.options import PolicyName, RouteName, TrialConfig
+from rcllm.cluster.options import PolicyName, TrialConfig
 from rcllm.cluster.place import make_place
 from rcllm.cluster.placement import PlacedHoldings, Placement, Room
 from rcllm.cluster.route import make_route
 from rcllm.cluster.statistics import collect
 from rcllm.cluster.trial import Trial, make_trial
 from rcllm.cluster.view import ClusterView, NodeState, RoutedBlock, RoutedRequest
+from rcllm.config import ClusterConfig, RouteName
 from rcllm.core.ranking import ItemId
 from rcllm.data import load_dataset
 from rcllm.data.text import did_you_mean
@@ -98,7 +99,8 @@ def diff_command(
 ) -> None:
     """Shows what changes, and writes the moves and the placement after them."""
     check_file(moves, old, new, log)
-    check_file(out, old, new, log, moves)
+    check_file(out, old, new, log)
+    check_apart(moves=moves, out=out)
     before, goal = read_placement(old), read_placement(new)
     goal = matched(before, goal)
     heat = np.ones(before.num_items)
@@ -139,13 +141,18 @@ def _explain_request(placed: Placement, where: str, policy: str, loads: Mapping[
     unknown = [each for each in asked.candidates if each not in numbers]
     if unknown:
         say(f"note: {len(unknown):,} candidates are not in the placement, such as {unknown[0]!r}: no node holds them")
-    blocks = tuple(
-        RoutedBlock(each, int(placed.num_bytes[numbers[each]]) if each in numbers else 1, 1)
-        for each in asked.candidates
-    )
-    nodes = [NodeState(str(node), load=loads.get(node, 0.0)) for node in range(placed.room.num_nodes)]
+    sizes = {each: int(placed.num_bytes[numbers[each]]) for each in asked.candidates if each in numbers}
+    blocks = tuple(_block(each, sizes.get(each, 0)) for each in asked.candidates)
+    full_s = ClusterConfig().full_queue_ms / 1e3
+    loaded = [loads.get(node, 0.0) for node in range(placed.room.num_nodes)]
+    nodes = [NodeState(str(node), load * full_s, load) for node, load in enumerate(loaded)]
     view = ClusterView.of(nodes, PlacedHoldings.of(placed))
     console().print(make_route(policy)(view, RoutedRequest(0, blocks)).explain(), markup=False)
+
+
+def _block(item_id: ItemId, num_bytes: int) -> RoutedBlock:
+    """Of an item that has so many bytes of KV, with a token's as `rcllm place build` has them by default."""
+    return RoutedBlock(item_id, num_bytes, max(1, num_bytes // RoomOptions().bytes_per_token))
 
 
 def _where(placed: Placement, item: str) -> dict[str, str]:

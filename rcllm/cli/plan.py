@@ -8,11 +8,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from rcllm.cli.commands.sim import PlanFiles
-from rcllm.cli.outputs import check_file
+from rcllm.cli.outputs import check_apart, check_file
 from rcllm.cli.screen import busy, console
 from rcllm.cli.tables import NOTHING, facts_table
 from rcllm.durable import write
-from rcllm.errors import ConfigError
 from rcllm.plain_json import to_json, without_nan
 from rcllm.sim.options import PlanOptions
 from rcllm.sim.plan import Memory, Plan, plan, variants
@@ -25,8 +24,7 @@ def plan_command(options: PlanOptions, files: PlanFiles) -> None:
     """Plans, shows and writes."""
     for path in (files.out, files.plot):
         check_file(path, options.costs)
-    if files.out is not None and files.out == files.plot:
-        raise ConfigError("--out and --plot name the same file: each needs its own")
+    check_apart(out=files.out, plot=files.plot)
     with busy("planning"):
         plans = {"as asked": plan(options)}
     found = plans["as asked"]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 
 from rcllm.cli.commands.sim import SimFiles
-from rcllm.cli.outputs import check_file
+from rcllm.cli.outputs import check_apart, check_file
 from rcllm.cli.screen import busy, console, say
 from rcllm.cli.tables import facts_table
 from rcllm.durable import write
-from rcllm.errors import ConfigError
 from rcllm.plain_json import to_json, without_nan
 from rcllm.sim.options import RunOptions, System, Workload
 from rcllm.sim.outcome import Summary
@@ -23,16 +22,14 @@ def sim_command(workload: Workload, system: System, run: RunOptions, files: SimF
     """Simulates, shows and writes."""
     for path in (files.out, files.trace, files.plot):
         check_file(path, files.log, system.costs)
-    written = [path for path in (files.out, files.trace, files.plot) if path is not None]
-    if len(set(written)) < len(written):
-        raise ConfigError("--out, --trace and --plot name the same file: each needs its own")
-    log, report = read_requests(files.log) if files.log is not None else ([], None)
+    check_apart(out=files.out, trace=files.trace, plot=files.plot)
+    log, report = read_requests(files.log) if files.log is not None else (None, None)
     if report is not None and report.rows_skipped:
         say(f"{files.log}: {report.rows_skipped:,} rows could not be read and are left out")
     trace = Trace() if files.trace is not None else None
     with busy(f"simulating {run.requests:,} requests"):
         done = simulate(workload, system, run, log, on_pass=trace.on_pass if trace is not None else None)
-    title = _title(workload, system, num_logged=len(log))
+    title = _title(workload, system, num_logged=len(log or ()))
     console().print(facts_table(title, facts(done.summary)))
     speed = f"{done.requests_per_minute:,.0f} requests simulated in a minute of one core"
     say(f"{speed}; the first {done.warm_s:,.1f} s do not count", "dim")

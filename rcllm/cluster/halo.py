@@ -41,22 +41,21 @@ class HaloConfig:
 
 @dataclass(frozen=True, slots=True)
 class Halos:
-    """By node the copies, most wanted first; the owners; and what a request pays for a node, in items."""
+    """By node the copies, most wanted first; and the owners."""
 
     items: tuple[IntArray, ...]
     owner: IntArray  # [items]
-    prices: Table  # [nodes]; zero where requests were not spread
 
 
 def grow(statistics: Statistics, division: Division, room: Room, config: HaloConfig) -> Halos:
     """The copies for all nodes. Takes tables of [requests, nodes] and [items, nodes] in 32 bits."""
     division = replace(division, owner=division.owner.copy())
     owned = _owned(division, room)
-    prices = np.zeros(room.num_nodes, dtype=np.float32)
+    prices = np.zeros(room.num_nodes, dtype=np.float32)  # what a request pays for a node, in items
     asked = incidence(statistics.sample, statistics.num_items).astype(np.float32)
     held, halos = owned, tuple(np.empty(0, np.int64) for _ in range(room.num_nodes))
     if not len(statistics.sample):
-        return Halos(halos, division.owner, prices)
+        return Halos(halos, division.owner)
     for number in range(config.rounds):
         hits = asked @ held
         if config.spread:
@@ -73,7 +72,7 @@ def grow(statistics: Statistics, division: Division, room: Room, config: HaloCon
             owned = _owned(division, room)
         halos = _filled(statistics, owned, wanted, room)
         held = _with(owned, halos)
-    return Halos(halos, division.owner, prices)
+    return Halos(halos, division.owner)
 
 
 def _drift(division: Division, held: Table, wanted: Table) -> None:

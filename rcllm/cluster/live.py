@@ -16,12 +16,11 @@ import numpy as np
 
 from rcllm.cluster.estimate import count_held, ready_s
 from rcllm.cluster.place import make_place
-from rcllm.cluster.placement import BoolArray, PlacedHoldings, Placement, Room
+from rcllm.cluster.placement import BoolArray, Placement, Room
 from rcllm.cluster.statistics import collect, ragged
 from rcllm.cluster.view import (
     NOWHERE,
     ClusterView,
-    Decision,
     FloatArray,
     Held,
     NodeState,
@@ -67,7 +66,7 @@ class ReportedHoldings:
     """Where items are as nodes reported it, and before a node's first report as it was placed. See `view.Holdings`."""
 
     def __init__(self, placement: Placement) -> None:
-        self._placed = PlacedHoldings.of(placement)
+        self.placement = placement  # where items belong; where they are, reports say
         self.numbers: Mapping[Hashable, int] = {each: number for number, each in enumerate(placement.item_ids)}
         self._holds = np.stack(
             [placement.held_by(n) for n in range(placement.room.num_nodes)], axis=1
@@ -92,9 +91,8 @@ class ReportedHoldings:
         return Held(tuple(nodes.tolist())) if len(nodes) else NOWHERE
 
     def bytes_of(self, node: int) -> Mapping[Stratum, int]:
-        placement = self._placed.placement
-        placed = self._placed.bytes_of(node) if node < placement.room.num_nodes else {}
-        held = int(placement.num_bytes[self._holds[:, node]].sum())
+        placed = self.placement.bytes_of(node) if node < self.placement.room.num_nodes else {}
+        held = int(self.placement.num_bytes[self._holds[:, node]].sum())
         return {**placed, "cached": max(0, held - sum(placed.values()))}
 
     # ---- what the cluster tells of ----
@@ -105,15 +103,10 @@ class ReportedHoldings:
         if more > 0:
             self._holds = np.pad(self._holds, ((0, 0), (0, more)))
 
-    @property
-    def placement(self) -> Placement:
-        """Where items belong."""
-        return self._placed.placement
-
     def place(self, placement: Placement) -> None:
-        """Items belong elsewhere from now on; where they are, reports say."""
+        """Items belong elsewhere from now on."""
         assert placement.item_ids == self.placement.item_ids, "items have other numbers"
-        self._placed = PlacedHoldings.of(placement)
+        self.placement = placement
 
     def report(self, node: int, holds: bytes) -> None:
         self._holds[:, node] = unpacked(holds, self.num_items)
@@ -164,7 +157,6 @@ class LiveCluster:
         self._route, self._full_queue_s, self._clock = route, full_queue_s, clock
         self._nodes = [_Node(NodeReport(node, "", -1)) for node in range(placement.room.num_nodes)]
         self._lock = threading.Lock()
-        self._last: Decision | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -191,10 +183,6 @@ class LiveCluster:
         with self._lock:
             return self.holdings.asked + 1.0
 
-    @property
-    def last_decision(self) -> Decision | None:
-        return self._last
-
     def view(self) -> ClusterView:
         """The cluster as it is now."""
         with self._lock:
@@ -204,7 +192,7 @@ class LiveCluster:
         """The living nodes, the one first that the policy chooses. Raises CapacityError where none lives."""
         with self._lock:
             self._set_living(living)
-            decision = self._last = self._route(self._view(), request)
+            decision = self._route(self._view(), request)
         order = np.argsort(-decision.scores, kind="stable").tolist()
         return [decision.node, *(node for node in order if node != decision.node and node in living)]
 

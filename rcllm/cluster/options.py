@@ -16,7 +16,6 @@ _PANEL = "Requests made from --dataset"
 
 
 PolicyName = Literal["learned", "spread", "halo", "metis", "hash", "random", "popularity"]
-RouteName = Literal["affinity", "ttft", "hit_only", "load_only", "round_robin", "power_of_two"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 Key = Hashable  # of a KV block: a content key in a live cluster, an item or its number in a simulation
-Stratum = Literal["replicated", "sharded", "halo", "cached"]  # on every node; of its owner; copies that were planned;
-STRATA: tuple[Stratum, ...] = ("replicated", "sharded", "halo", "cached")  # copies that a node keeps of its own accord
+# On every node; of its owner; copies that were planned; copies that a node keeps of its own accord.
+Stratum = Literal["replicated", "sharded", "halo", "cached"]
 
 
 # ---- where KV blocks are --------------------------------------------------------------------------------------------

@@ -47,12 +47,10 @@ class Named:
 
     node: int
     cluster: LiveCluster | None = None
-    living: tuple[int, ...] = field(default=())
 
     def choose(self, living: Mapping[int, Mapping[str, Any]]) -> Sequence[int]:
         if self.cluster is not None:
             hear(self.cluster, living)
-        self.living = tuple(living)
         return [self.node] if self.node in living else list(living)
 
     def routed(self, node: int) -> None:

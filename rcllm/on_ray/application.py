@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from rcllm.cluster.live import LiveCluster, dealt
 from rcllm.cluster.placement import Placement
 from rcllm.cluster.route import make_route
 from rcllm.config import ClusterConfig, num_usable_cores
+from rcllm.core.ranking import ItemId
 from rcllm.data.live import LiveCatalogue
 from rcllm.errors import ConfigError
 from rcllm.on_ray.aim import REPORT
@@ -77,7 +78,7 @@ class Replica:
             peers = PeerStore(PeerQuestions(handle, plan.cluster.peer_timeout_ms / 1e3), time.monotonic)
             peers.suggest(each for each in range(plan.cluster.replicas) if each != node)
         built = recipe.build(node, peers)
-        placement = placement_of(recipe, plan.cluster)
+        placement = placement_of(tuple(built.engine.catalogue), plan.cluster)
         self._drain_s = recipe.config.server.drain_s
         self._worker = Worker(node, uuid.uuid4().hex, built, placement, RayLedger(plan.run), peers)
         await self._worker.start(recipe.config.server.warm)
@@ -114,7 +115,7 @@ class Front:
         config, cluster = plan.recipe.config, plan.cluster
         weights = {"alpha": cluster.alpha, "beta": cluster.beta} if cluster.route == "affinity" else {}
         live = LiveCluster(
-            placement_of(plan.recipe, cluster),
+            placement_of(tuple(front.catalogue), cluster),
             make_route(cluster.route, **weights),
             cluster.full_queue_ms / 1e3,
             time.monotonic,
@@ -135,10 +136,10 @@ class Front:
         return self._app
 
 
-def placement_of(recipe: Recipe, cluster: ClusterConfig) -> Placement:
-    """The placement that is configured, or items dealt by their hash. Raises DataError, ConfigError."""
+def placement_of(item_ids: Sequence[ItemId], cluster: ClusterConfig) -> Placement:
+    """The placement that is configured, or these items dealt by their hash. Raises DataError, ConfigError."""
     if not cluster.placement:
-        return dealt(recipe.item_ids(), cluster.replicas)
+        return dealt(item_ids, cluster.replicas)
     placement = read_placement(Path(cluster.placement).expanduser())
     if placement.room.num_nodes != cluster.replicas:
         raise ConfigError(
@@ -190,10 +191,13 @@ def application(plan: Plan) -> serve.Application:
 
 @contextmanager
 def running(recipe: Recipe, cluster: ClusterConfig) -> Iterator[str]:
-    """The cluster, while the block runs; yields its address. Raises ConfigError for what cannot be."""
+    """The cluster, while the block runs; yields its address. Raises RcllmError for what cannot be.
+
+    What is wrong with the model's files, the template or the placement is said before anything is begun.
+    """
     server = recipe.config.server
     check_address(server)
-    placement_of(recipe, cluster)  # what is wrong with it is said before anything is begun
+    placement_of(tuple(recipe.front().catalogue), cluster)
     port = server.port or _free_port(server.host)
     check_free(replace(server, port=port))
     plan = Plan(recipe, cluster, uuid.uuid4().hex)
@@ -201,7 +205,7 @@ def running(recipe: Recipe, cluster: ClusterConfig) -> Iterator[str]:
     try:
         with suppress(TimeoutError):  # of the proxy: on a busy machine it may take longer, and comes all the same
             serve.start(http_options=HTTPOptions(host=server.host, port=port))
-        serve.run(application(plan), name=plan.app, route_prefix="/", blocking=False)
+        _deploy(plan)
         _wait_for(server.host, port)
         yield f"http://{f'[{server.host}]' if ':' in server.host else server.host}:{port}"
     finally:
@@ -210,6 +214,22 @@ def running(recipe: Recipe, cluster: ClusterConfig) -> Iterator[str]:
             end_ledger(plan.run)
         finally:
             ray.shutdown()
+
+
+def _deploy(plan: Plan) -> None:
+    """Raises ConfigError where no replica can begin, with the last line that one said."""
+    try:
+        serve.run(application(plan), name=plan.app, route_prefix="/", blocking=False)
+    except RuntimeError as error:
+        found = serve.status().applications.get(plan.app)
+        parts = found.deployments.values() if found is not None else ()
+        said = next((each.message for each in parts if each.status == "DEPLOY_FAILED"), str(error))
+        raise ConfigError(f"no replica could begin: {last_line(said)}") from error
+
+
+def last_line(said: str) -> str:
+    """Of what Ray tells of a process that could not begin: its own error."""
+    return said.strip().rpartition("\n")[2]
 
 
 def run(recipe: Recipe, cluster: ClusterConfig, on_listening: Callable[[str], None]) -> None:

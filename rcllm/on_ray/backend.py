@@ -63,6 +63,9 @@ class Fleet(Protocol):
 class Keeper(Protocol):
     """Keeps the ledger where replicas read it."""
 
+    async def version(self) -> int:
+        """Of what is kept."""
+
     async def adopt(self, ledger: Ledger) -> int:
         """Takes over what `ledger` has, where it has more; returns the version that is kept now."""
 
@@ -322,7 +325,8 @@ class ClusterBackend:
 
     async def _look(self) -> None:
         self._seen = await self._all(State(), _ANSWER_S)
-        await self._keeper.adopt(self._ledger)  # it may have been lost, and begun anew
+        if await self._keeper.version() < self._ledger.version:  # it was lost, and begun anew
+            await self._keeper.adopt(self._ledger)
 
     async def _look_on(self) -> None:
         while True:

@@ -94,6 +94,9 @@ class _LedgerActor:
     def __init__(self) -> None:
         self._ledger = Ledger()
 
+    def version(self) -> int:
+        return self._ledger.version
+
     def adopt(self, ledger: Ledger) -> int:
         self._ledger.adopt(ledger)
         return self._ledger.version
@@ -114,6 +117,9 @@ class RayLedger:
         self._actor = actor.options(
             name=_ledger_name(run), namespace=_NAMESPACE, get_if_exists=True, **options
         ).remote()
+
+    async def version(self) -> int:
+        return int(await self._actor.version.remote())
 
     async def adopt(self, ledger: Ledger) -> int:
         return int(await self._actor.adopt.remote(ledger))

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.actor_pool import ActorPool
 
 from rcllm.config import ClusterConfig
 from rcllm.core.ranking import ItemId
 from rcllm.engine.warming import WarmProgress
-from rcllm.on_ray.application import begin_ray, placement_of
+from rcllm.errors import ConfigError
+from rcllm.on_ray.application import begin_ray, last_line, placement_of
 from rcllm.on_ray.recipe import Recipe
 from rcllm.on_ray.worker import shard_of
 
@@ -45,7 +46,7 @@ def processes(
 ) -> Iterator[Callable[[Iterable[PartT]], Iterator[ResultT]]]:
     """`cluster.replicas` processes, each with its cores or cards, while the block runs; yields what maps parts.
 
-    What a part raises, the map raises.
+    What a part raises, the map raises; ConfigError where a process cannot begin.
     """
     begin_ray(cluster)
     try:
@@ -75,6 +76,8 @@ def _next(pool: ActorPool) -> Any:
         return pool.get_next()
     except RayTaskError as error:
         raise error.cause from error
+    except RayActorError as error:
+        raise ConfigError(f"a process ended: {last_line(str(error))}") from error
 
 
 # ---- warming ---------------------------------------------------------------------------------------------------------
@@ -91,7 +94,8 @@ class Warmed:
 
 def shards(recipe: Recipe, cluster: ClusterConfig) -> list[tuple[ItemId, ...]]:
     """The items of each replica, replicated ones first. Raises DataError, ConfigError."""
-    placement, there = placement_of(recipe, cluster), set(recipe.item_ids())
+    item_ids = recipe.item_ids()
+    placement, there = placement_of(item_ids, cluster), set(item_ids)
     return [shard_of(placement, node, there) for node in range(cluster.replicas)]
 
 

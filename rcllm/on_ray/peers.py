@@ -2,7 +2,7 @@
 
 Never imports ray or torch. A replica says which of some blocks it has, and sends them sealed, so that a damaged one
 fails its checksum and is a miss. Invariant: what was erased here is not fetched again; a replica that is asked by
-another one asks nobody; no question lasts longer than its limit.
+another one asks nobody; no question lasts longer than its limit, and who did not answer is left alone for a while.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rcllm.core.ranking import ContentKey
 from rcllm.metrics import Clock
 from rcllm.on_ray.envelope import Get, Has, SentBlock
 from rcllm.store.contract import Found, Stored, TierStats
+from rcllm.store.guarded import Breaker
 from rcllm.store.owners import one_name
 
 MAX_ASKED = 4  # replicas, for one look-up: those that the router named last
@@ -32,6 +33,7 @@ class PeerStore:
         """`ask`: puts one question to some replicas at once; gives the answers of those that answered in time."""
         self._ask, self._clock = ask, clock
         self._nodes: OrderedDict[int, None] = OrderedDict()  # those named last come last
+        self._breakers: dict[int, Breaker] = {}  # by node
         self._where: OrderedDict[ContentKey, int] = OrderedDict()
         self._erased: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -66,10 +68,8 @@ class PeerStore:
             return {}
         with self._lock:
             nodes = list(reversed(self._nodes))
-        if not nodes:
-            return {}
         found: dict[ContentKey, Found] = {}
-        answers = self._ask(nodes, Has(wanted))
+        answers = self._answers(nodes, Has(wanted))
         with self._lock:
             for node in nodes:
                 for key, num_bytes in answers.get(node, {}).items():
@@ -92,7 +92,7 @@ class PeerStore:
                     by_node.setdefault(node, []).append(key)
         blocks: dict[ContentKey, Stored] = {}
         for node, some in by_node.items():
-            for key, sent in self._ask([node], Get(tuple(some))).get(node, {}).items():
+            for key, sent in self._answers([node], Get(tuple(some))).get(node, {}).items():
                 assert isinstance(sent, SentBlock)
                 if not self._is_refused(sent.owner):
                     blocks[key] = Stored(memoryview(sent.data), sent.cost, sent.owner, sent.space)
@@ -118,6 +118,19 @@ class PeerStore:
 
     def close(self) -> None:
         pass
+
+    def _answers(self, nodes: Iterable[int], ask: Has | Get) -> Mapping[int, Mapping[ContentKey, object]]:
+        """What those of the nodes answer that are not left alone."""
+        with self._lock:
+            breakers = {node: self._breakers.setdefault(node, Breaker(self._clock)) for node in nodes}
+        asked = [node for node, breaker in breakers.items() if breaker.lets_through()]
+        answers = self._ask(asked, ask) if asked else {}
+        for node in asked:
+            if node in answers:
+                breakers[node].worked()
+            else:
+                breakers[node].failed()
+        return answers
 
     def _is_refused(self, owner: str | None) -> bool:
         name, now = one_name(owner), self._clock()

@@ -15,7 +15,7 @@ from rcllm.engine.build import this_machine
 from rcllm.engine.engine import Engine
 from rcllm.engine.fit import fit
 from rcllm.engine.space import chosen_chat
-from rcllm.engine.tiers import folder_of
+from rcllm.engine.tiers import budget_of, folder_of
 from rcllm.model.pull import pull
 from rcllm.prompt.chat import Chat
 from rcllm.prompt.template import chat_format
@@ -86,15 +86,18 @@ def front_of(config: Config, catalogue: Mapping[ItemId, Item]) -> Front:
 
 
 def for_node(config: Config, cluster: ClusterConfig, node: int) -> Config:
-    """The configuration of one replica: its share of a machine that it has for itself with others, and its own store.
+    """The configuration of one replica: its share of a machine that it has with others, and its own store.
 
-    Where Ray spreads replicas over machines, each may take what one process takes by default.
+    Memory and disk that are configured are those of each replica. Where Ray spreads replicas over machines, each may
+    take what one process takes by default.
     """
     threads = config.model.threads or min(max(int(cluster.cpus), 1), num_usable_cores())
+    num_sharing = 1 if cluster.address else max(cluster.replicas, cluster.max_replicas)
     cache, store = config.cache, config.store
-    if not cluster.address and not cache.memory_mb and not cluster.gpus:
-        bytes_each = this_machine().memory_bytes * _SHARE / max(cluster.replicas, cluster.max_replicas)
-        cache = replace(cache, memory_mb=int(bytes_each) // MIB)
+    if not cache.memory_mb and not cluster.gpus:
+        cache = replace(cache, memory_mb=int(this_machine().memory_bytes * _SHARE / num_sharing) // MIB)
     if store.enabled:
-        store = replace(store, folder=str(folder_of(store) / f"node-{node}"))
+        folder = folder_of(store)
+        disk_mb = store.disk_mb or max(budget_of(store, folder) // num_sharing // MIB, 1)
+        store = replace(store, folder=str(folder / f"node-{node}"), disk_mb=disk_mb)
     return replace(config, model=replace(config.model, threads=threads), cache=cache, store=store)

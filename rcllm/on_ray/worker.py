@@ -1,7 +1,8 @@
 """One replica, but for Ray: answers envelopes with an engine, and knows what the cluster has changed.
 
 Never imports ray. Invariant: an envelope is not answered before the ledger was read as far as it says; an envelope that
-comes again while it is answered, or shortly after, is not computed again; another node's envelope is given back.
+comes again while it is answered, or shortly after, is not computed again; another node's envelope is given back; of a
+user who is erased no answer is kept.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import asyncio
 import itertools
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Container, Mapping, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from rcllm.cluster.live import NodeReport, packed
 from rcllm.cluster.placement import Placement
-from rcllm.core.ranking import ContentKey, ItemId
+from rcllm.core.ranking import ContentKey, ItemId, UserId, whose
 from rcllm.engine.warming import blocks_to_warm
-from rcllm.errors import ClosingError, RcllmError
+from rcllm.errors import ClosingError, RcllmError, UnknownItemError
 from rcllm.on_ray.envelope import (
     CatchUp,
     Describe,
@@ -38,7 +40,7 @@ from rcllm.on_ray.peers import PeerStore
 from rcllm.on_ray.recipe import Built
 from rcllm.reuse.missing import item_owner
 from rcllm.schedule.cost import Demand
-from rcllm.server.backend import Asked, Change, Changed, PlaceItems, PutItems, RemoveItems, WarmItems
+from rcllm.server.backend import Asked, Change, Changed, EraseUser, PlaceItems, PutItems, RemoveItems, WarmItems
 from rcllm.store.owners import one_name
 
 _REMEMBERED = 256  # answers, for envelopes that come again
@@ -62,6 +64,14 @@ def shard_of(placement: Placement, node: int, catalogue: Container[ItemId]) -> t
     return tuple(i for number in ordered if (i := placement.item_ids[number]) in catalogue)
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What is answered to one envelope."""
+
+    user_id: UserId | None  # as `whose` names them
+    task: asyncio.Task[Any]
+
+
 class Worker:
     """Runs in one event loop; `start` before anything else. `life`: names this process."""
 
@@ -79,7 +89,7 @@ class Worker:
         self._placement, self._changes = placement, changes
         self.version = 0
         self._reading = asyncio.Lock()  # of the ledger
-        self._answers: OrderedDict[str, asyncio.Task[Any]] = OrderedDict()
+        self._answers: OrderedDict[str, _Answer] = OrderedDict()  # by the names of envelopes
         self._numbers = itertools.count(1)
         self._by_owner = {one_name(item_owner(item_id)): n for n, item_id in enumerate(placement.item_ids)}
         self._below: frozenset[int] = frozenset()  # items that a tier of this machine has, when it was last looked at
@@ -111,14 +121,19 @@ class Worker:
 
     async def _load_shard(self, warm: bool) -> None:
         """Computes what is missing, in the background; what lower tiers have counts as held."""
-        item_ids = self.shard()
-        self._below = await asyncio.to_thread(self._found_below, item_ids)
-        if warm and item_ids:
-            await self._backend.change(WarmItems(item_ids))
+        while True:
+            try:
+                self._below = await asyncio.to_thread(self._found_below, self.shard())
+                if warm and (item_ids := self.shard()):
+                    await self._backend.change(WarmItems(item_ids))
+                return
+            except UnknownItemError:  # an item was removed meanwhile: the shard is what is left
+                continue
 
     def _found_below(self, item_ids: Sequence[ItemId]) -> frozenset[int]:
         blocks = blocks_to_warm(self._engine.prompter, self._engine.config.rank, item_ids)
-        found = self._engine.pool.lookup_many(block.key for block in blocks)
+        with self._alone():
+            found = self._engine.pool.lookup_many(block.key for block in blocks)
         there = {one_name(block.owner) for block in blocks if found.is_near(block.key)}
         return frozenset(self._by_owner[owner] for owner in there if owner in self._by_owner)
 
@@ -153,14 +168,15 @@ class Worker:
 
     async def _once(self, envelope: Envelope) -> Any:
         """The same answer for the same envelope. Who goes away withdraws it for all."""
-        task = self._answers.get(envelope.name)
-        if task is None or task.cancelled():
+        answer = self._answers.get(envelope.name)
+        if answer is None or answer.task.cancelled():
             assert isinstance(envelope.ask, Asked)
-            task = asyncio.ensure_future(self._answer(envelope, envelope.ask))
-            self._answers[envelope.name] = task
-            while len(self._answers) > _REMEMBERED and next(iter(self._answers.values())).done():
+            user_id = whose(envelope.ask.request.user_id, envelope.ask.request.tenant)
+            answer = _Answer(user_id, asyncio.ensure_future(self._answer(envelope, envelope.ask)))
+            self._answers[envelope.name] = answer
+            while len(self._answers) > _REMEMBERED and next(iter(self._answers.values())).task.done():
                 self._answers.popitem(last=False)
-        return await task
+        return await answer.task
 
     async def _answer(self, envelope: Envelope, asked: Asked) -> Any:
         await self._catch_up(envelope.version)
@@ -225,9 +241,30 @@ class Worker:
         if isinstance(change, PlaceItems):
             return await self._place(change.placement)
         changed = await self._backend.change(change)
-        if isinstance(change, PutItems) and (again := self._placed_here(change)):
-            await self._backend.change(WarmItems(again))
+        match change:
+            case PutItems():
+                await self._renew(tuple(item.item_id for item in change.items))
+            case RemoveItems():
+                self._below -= self._numbers_of(change.item_ids)
+            case EraseUser():
+                gone = whose(change.user_id, change.tenant)
+                self._answers = OrderedDict((k, each) for k, each in self._answers.items() if each.user_id != gone)
         return changed
+
+    async def _renew(self, item_ids: tuple[ItemId, ...]) -> None:
+        """What a replica holds stays held when its text changes."""
+        self._below -= self._numbers_of(item_ids)
+        if self._loading is None:  # it has just begun, and will load its whole shard
+            return
+        here = frozenset(self.shard())
+        if again := tuple(item_id for item_id in item_ids if item_id in here):
+            self._below |= await asyncio.to_thread(self._found_below, again)  # those that read as before
+            await self._backend.change(WarmItems(again))
+
+    def _numbers_of(self, item_ids: Sequence[ItemId]) -> frozenset[int]:
+        """In the placement, of those that it has."""
+        names = map(one_name, map(item_owner, item_ids))
+        return frozenset(self._by_owner[name] for name in names if name in self._by_owner)
 
     async def _place(self, placement: Placement) -> Changed:
         """Gives up what is no longer placed here, and begins to load what is, in the background."""
@@ -245,11 +282,6 @@ class Worker:
             return change
         return RemoveItems(tuple(i for i in change.item_ids if i in self._engine.catalogue))
 
-    def _placed_here(self, change: PutItems) -> tuple[ItemId, ...]:
-        """What a replica holds stays held when its text changes."""
-        here = frozenset(self.shard()) if self.version else frozenset()
-        return tuple(item.item_id for item in change.items if item.item_id in here)
-
     # ---- blocks for other replicas ----
 
     def _has(self, keys: Sequence[ContentKey]) -> Mapping[ContentKey, int]:
@@ -264,9 +296,9 @@ class Worker:
             for key, block in stored.items()
         }
 
-    def _alone(self) -> Any:
-        assert self._peers is not None, "only a replica with peers is asked for blocks"
-        return self._peers.silent()
+    def _alone(self) -> AbstractContextManager[None]:
+        """In this thread, no other replica is asked."""
+        return nullcontext() if self._peers is None else self._peers.silent()
 
     # ---- what it tells of itself ----
 

@@ -11,6 +11,8 @@ import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from rcllm.cluster.view import EVERYWHERE, NOWHERE, Held, Holdings, Stratum
 from rcllm.sim.options import Workload
 from rcllm.sim.workload import zipf_share
@@ -30,7 +32,8 @@ class LazyPlacement:
         0 ── hot ──▶ everywhere │ ── kept ──▶ on its owner │ ──▶ nowhere
 
     By topic is what a partition of the co-occurrence graph comes to where topics are what joins items: each node has a
-    run of neighbouring topics; where there are more nodes than topics, a topic is cut into parts.
+    run of neighbouring topics; where there are more nodes than topics, each topic has a run of nodes, which begins and
+    ends within a node where the numbers do not divide.
     """
 
     num_nodes: int
@@ -64,10 +67,8 @@ class LazyPlacement:
         if not self.topics:
             return _mixed(item) % self.num_nodes
         topic, place = item % self.topics, item // self.topics
-        if self.num_nodes <= self.topics:
-            return topic * self.num_nodes // self.topics
-        parts = self.num_nodes // self.topics
-        return topic * parts + place % parts
+        within = place * self.topics % self.num_nodes if self.num_nodes > self.topics else 0  # the run, in turn
+        return (topic * self.num_nodes + within) // self.topics
 
     def bytes_of(self, node: int) -> Mapping[Stratum, int]:
         shard = (self.kept - self.hot) / self.num_nodes
@@ -98,14 +99,21 @@ def expected_hit_rate(workload: Workload, placed: LazyPlacement) -> float:
 def stay_share(workload: Workload, num_nodes: int) -> float:
     """Share of a topic's candidates on the node of that topic.
 
-    A node has a run of W = 1 / nodes of the ring. From a place in it, uniform, a step with a Laplace law of scale s
-    leaves it with probability (s / W) · (1 − exp(−W / s)).
+    A node has a run of W = 1 / nodes of the ring, or one of the nodes of a topic, W = 1 / topics. From a place in it,
+    uniform, a step with a Laplace law of scale s leaves it with probability (s / W) · (1 − exp(−W / s)).
     """
-    parts = max(1, num_nodes // workload.topics)
+    part = _largest_part(workload.topics, num_nodes)
     if num_nodes == 1 or not workload.spread:
-        return 1 / parts
-    ratio = workload.spread * num_nodes / parts
-    return (1 - ratio * (1 - math.exp(-1 / ratio))) / parts
+        return part
+    ratio = workload.spread * min(num_nodes, workload.topics)
+    return part * (1 - ratio * (1 - math.exp(-1 / ratio)))
+
+
+def _largest_part(topics: int, num_nodes: int) -> float:
+    """Share of a topic on the node that has most of it, in the mean: its run of nodes may begin within one."""
+    length = max(num_nodes / topics, 1.0)  # in nodes
+    begins = np.arange(topics) * num_nodes % topics / topics if length > 1.0 else np.zeros(1)
+    return float(np.minimum(np.maximum(1 - begins, begins + length - 1), 1).mean()) / length
 
 
 def _local_share(workload: Workload, hot: int) -> float:

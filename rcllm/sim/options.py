@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from rcllm.annotated import Ge, Gt, Interval, Of, Opt
+from rcllm.config import RouteName
 from rcllm.core.requests import Level, Mask
 from rcllm.errors import ConfigError
 
 Arrivals = Literal["poisson", "bursty"]
-RouteName = Literal["affinity", "ttft", "hit_only", "load_only", "round_robin", "power_of_two"]
 KvDtype = Literal["fp32", "fp16", "bf16", "int8"]
 PlacedBy = Literal["topics", "hash", "metis", "halo", "learned"]
 

@@ -14,7 +14,7 @@ from rcllm.cluster.placement import Room
 from rcllm.cluster.route import make_route
 from rcllm.cluster.view import Holdings, Route
 from rcllm.core.requests import Level, Mask, RankOptions, RankRequest
-from rcllm.errors import ConfigError
+from rcllm.errors import ConfigError, DataError
 from rcllm.model.spec import ModelSpec
 from rcllm.schedule.admission import Open
 from rcllm.sim.cluster import Simulation
@@ -55,7 +55,7 @@ def simulate(
     workload: Workload,
     system: System,
     options: RunOptions,
-    log: Sequence[RankRequest] = (),
+    log: Sequence[RankRequest] | None = None,
     *,
     reuse: Reuse | None = None,
     on_pass: Callable[[PassRecord], None] | None = None,
@@ -96,13 +96,21 @@ class _Source:
     numbers: Mapping[str, int]  # of the log's items
 
     @classmethod
-    def of(cls, workload: Workload, log: Sequence[RankRequest], system: System) -> _Source:
-        if not log:
+    def of(cls, workload: Workload, log: Sequence[RankRequest] | None, system: System) -> _Source:
+        if log is None:
             return cls(workload, system.placement or "topics", (), {})
-        if system.placement == "topics":
+        placement = system.placement or "halo"
+        if placement == "topics":
             raise ConfigError("--placement topics: a log says nothing of topics; take halo, metis, learned or hash")
+        if not log:
+            raise DataError("the request log is empty: expected at least one request")
+        if placement in _LEARNED and len(log) < 2:
+            raise DataError(
+                f"placement {placement} is learnt from the first half of a log and simulated on the second: expected "
+                "two requests or more, got one; give more, or take --placement hash"
+            )
         numbers = number_items(log)
-        return cls(replace(workload, items=len(numbers), topics=1), system.placement or "halo", log, numbers)
+        return cls(replace(workload, items=len(numbers), topics=1), placement, log, numbers)
 
     def past(self, count: int, seed: int) -> Iterator[SimRequest]:
         """Of a log, its first half."""

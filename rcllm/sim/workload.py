@@ -19,7 +19,6 @@ import numpy.typing as npt
 from scipy.special import ndtri
 
 from rcllm.core.requests import RankRequest
-from rcllm.errors import DataError
 from rcllm.sim.demand import Tokens
 from rcllm.sim.options import Workload
 
@@ -73,10 +72,9 @@ def of_log(
 ) -> Iterator[SimRequest]:
     """The requests of a log in its order, again from its start when it ends; times, lengths as `workload` says.
 
-    `numbers`: of its items, see `number_items`. Raises DataError for an empty log.
+    `requests`: one or more. `numbers`: of its items, see `number_items`.
     """
-    if not requests:
-        raise DataError("the request log is empty: expected at least one request")
+    assert requests, "a log has a request"
     users: dict[str, int] = {}
     clock = _Clock(workload, seed)
     number = 0

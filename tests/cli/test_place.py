@@ -58,12 +58,37 @@ def test_diff_plans_bounded_moves(built: Path, run: Run, shop: Shop, tmp_path: P
     read_placement(out)
 
 
+def test_moves_and_placement_are_two_files(built: Path, run: Run, tmp_path: Path) -> None:
+    one, same = tmp_path / "x.json", tmp_path / "folder" / ".." / "x.json"
+    same.parent.parent.mkdir()
+    ended = run("place", "diff", "--old", built, "--new", built, "--moves", one, "--out", same)
+    assert ended.exit_code == 2
+    assert "--moves and --out name the same file: each needs its own" in " ".join(ended.output.split())
+    assert not one.exists()
+
+
 def test_explain(built: Path, run: Run, shop: Shop) -> None:
     ended = run("place", "explain", "--placement", built, "--item", "i5")
     assert "owner" in ended.output or "every node" in ended.output
     ended = run("place", "explain", "--placement", built, "--request", f"{shop.requests}:1", "--load", "0=0.5")
     assert ended.exit_code == 0, ended.output
     assert "affinity chose" in ended.output
+
+
+def test_explain_by_time_counts_what_nodes_hold_and_their_queues(run: Run, shop: Shop, tmp_path: Path) -> None:
+    out = tmp_path / "placement.json"
+    room = ("--nodes", 4, "--tokens-per-item", 100, "--copies", 1, "--policy", "hash")
+    assert run("place", "build", "--dataset", shop.dataset, *room, "--candidates", 5, "--out", out).exit_code == 0
+
+    def chosen(*words: object) -> str:
+        ended = run("place", "explain", "--placement", out, "--request", f"{shop.requests}:1", *words)
+        assert ended.exit_code == 0, ended.output
+        return ended.output.partition(" chose ")[2].partition(",")[0]
+
+    most = chosen("--policy", "hit_only")
+    others = [f"{node}=0.1" for node in range(4) if str(node) != most]
+    assert chosen("--policy", "ttft") == chosen("--policy", "ttft", *(f"--load={each}" for each in others)) == most
+    assert chosen("--policy", "ttft", "--load", f"{most}=1") != most
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,26 @@ def test_what_cannot_be_is_refused(run: Run, shop: Shop, words: tuple[str, ...],
     assert told in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--model", "nowhere"), "unknown model 'nowhere'"),
+        (("--template", "nowhere"), "nowhere"),
+        (("--level", "blocks"), "reuse level blocks is not calibrated"),
+    ],
+)
+def test_what_is_wrong_with_the_model_is_said_before_ray_is_begun(
+    run: Run, shop: Shop, words: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin_ray(cluster: object) -> None:
+        raise AssertionError("begun")
+
+    monkeypatch.setattr("rcllm.on_ray.application.begin_ray", begin_ray)
+    result = run("serve", *shop.on_items, "--port", "0", "--cluster", "local:2", *words)
+    assert result.exit_code == 2, result.output
+    assert told in " ".join(result.output.split())
+
+
 @pytest.mark.slow
 def test_two_replicas_answer_and_drain(shop: Shop, tmp_path: Path) -> None:
     config = tmp_path / "cluster.toml"

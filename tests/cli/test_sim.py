@@ -35,6 +35,14 @@ def test_sim_replays_a_log(run: Run, shop: Shop) -> None:
     assert "3 logged requests" in shown.stdout
 
 
+def test_an_empty_log_is_not_replaced_by_generated_requests(run: Run, tmp_path: Path) -> None:
+    log = tmp_path / "empty.jsonl"
+    log.touch()
+    shown = run(*SIM, "--log", log)
+    assert shown.exit_code == 1
+    assert "the request log is empty" in shown.stderr
+
+
 def test_sim_is_fitted_to_measured_passes(run: Run, tmp_path: Path) -> None:
     metrics: dict[str, float] = {"num_points": 6}
     for number, rows in enumerate((1, 10, 100, 200, 400, 800)):

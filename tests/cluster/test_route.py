@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcllm.cluster.estimate import count_held, ready_s
-from rcllm.cluster.options import RouteName
 from rcllm.cluster.route import ROUTES, Affinity, HitOnly, LeastTime, LoadOnly, PowerOfTwo, RoundRobin, make_route
 from rcllm.cluster.view import EVERYWHERE, ClusterView, FixedHoldings, Held, NodeState, RoutedBlock, RoutedRequest
+from rcllm.config import RouteName
 from rcllm.errors import CapacityError, ConfigError
 from tests.reference import placement as slow
 

@@ -31,8 +31,13 @@ class LocalLedger:
 
     def __init__(self) -> None:
         self.ledger = Ledger()
+        self.num_adopted = 0
+
+    async def version(self) -> int:
+        return self.ledger.version
 
     async def adopt(self, ledger: Ledger) -> int:
+        self.num_adopted += 1
         self.ledger.adopt(pickle.loads(pickle.dumps(ledger)))
         return self.ledger.version
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,9 @@ import pytest
 from rcllm.core.ranking import Item, ItemId, UserId
 from rcllm.core.texts import TextRequest
 from rcllm.errors import OverloadedError, RequestError, UnknownItemError
+from rcllm.on_ray.backend import ClusterBackend
 from rcllm.on_ray.envelope import Asked, Envelope, LostError
+from rcllm.on_ray.ledger import Ledger
 from rcllm.server.backend import EraseUser, PutItems, RemoveItems, WarmItems
 from tests.engine import tiny
 from tests.on_ray.local_fleet import local_cluster, requests
@@ -109,6 +111,67 @@ def test_changes_hold_on_every_replica_and_each_says_so() -> None:
     run(body)
 
 
+def test_what_a_replica_holds_stays_held_when_its_text_changes_and_what_is_removed_does_not() -> None:
+    """From the first change on; whatever a lower tier had of the old text."""
+
+    async def body() -> None:
+        async with local_cluster() as (backend, fleet, _):
+            await backend.change(WarmItems())
+            await _warmed(backend)
+            owner = next(worker for worker in fleet.workers.values() if NEW.item_id in worker.shard())
+            for worker in fleet.workers.values():
+                worker._below = frozenset(range(60))
+            await backend.change(PutItems((NEW,)))
+            await backend.change(RemoveItems((ItemId("i2"),)))
+            await _warmed(backend)
+            assert all(not worker._below & {1, 2} for worker in fleet.workers.values())
+            assert 1 in owner._held()
+            await backend.change(PutItems((NEW,)))
+            assert 1 in owner._below, "it reads as before"
+
+    run(body)
+
+
+async def _warmed(backend: ClusterBackend) -> None:
+    await backend._look()
+    while backend.stats().warmth.running:
+        await asyncio.sleep(0.02)
+        await backend._look()
+
+
+@pytest.mark.parametrize("goes", ["before", "after"])
+def test_an_item_that_goes_while_a_shard_is_looked_for_does_not_end_its_load(goes: str) -> None:
+    async def body() -> None:
+        async with local_cluster(1) as (backend, fleet, _):
+            worker, engine = fleet.workers[0], fleet.engines[0]
+            find = worker._found_below
+
+            def found_below(item_ids: Sequence[ItemId]) -> frozenset[int]:
+                if goes == "before":
+                    engine.upsert_items((), gone=tiny.IDS[:1])
+                found = find(item_ids)
+                engine.upsert_items((), gone=tiny.IDS[:1])
+                return found
+
+            worker._found_below = found_below  # type: ignore[method-assign]
+            await worker._load_shard(warm=True)
+            await _warmed(backend)
+            assert set(range(1, 50)) <= worker._held() <= set(range(1, 60)), "but for what the pool has no room for"
+
+    run(body)
+
+
+def test_no_answer_is_kept_of_a_user_who_is_erased() -> None:
+    async def body() -> None:
+        async with local_cluster(1) as (backend, fleet, _):
+            for request in requests(4):
+                await backend.answer(Asked(request))
+            await backend.change(EraseUser(UserId("u1")))
+            assert [each.user_id for each in fleet.workers[0]._answers.values()] == ["u0", "u2", "u3"]
+
+    run(body)
+
+
 def test_a_replica_that_was_down_knows_of_changes_before_it_answers() -> None:
     async def body() -> None:
         async with local_cluster() as (backend, fleet, _):
@@ -136,6 +199,22 @@ def test_a_replica_that_missed_a_change_reads_it_with_the_next_request() -> None
                 await backend.answer(Asked(request))
             assert {node for node, _ in fleet.asked} == {0, 1}
             assert fleet.engines[1].catalogue[NEW.item_id] == NEW
+
+    run(body)
+
+
+def test_a_ledger_that_was_lost_is_kept_again_and_is_sent_for_nothing_else() -> None:
+    async def body() -> None:
+        async with local_cluster() as (backend, fleet, _):
+            await backend.change(PutItems((NEW,)))
+            kept = fleet._ledger
+            for lost in (False, True):
+                before = kept.num_adopted
+                if lost:
+                    kept.ledger = Ledger()
+                await backend._look()
+                assert kept.num_adopted - before == lost
+                assert kept.ledger.version == 1
 
     run(body)
 

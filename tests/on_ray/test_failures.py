@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ import pytest
 
 from rcllm.cluster.files import write_placement
 from rcllm.config import ClusterConfig
+from rcllm.errors import ConfigError
 from rcllm.late import Late
 from tests.on_ray.test_cluster import body, replicas
 from tests.on_ray.test_cluster import pytestmark as ray_marks
 from tests.on_ray.test_replacing import by_parity
-from tests.on_ray.tiny_recipe import DAMAGE, TinyRecipe
+from tests.on_ray.tiny_recipe import DAMAGE, BrokenRecipe, TinyRecipe
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'rcllm[cluster]'")
 
@@ -58,6 +59,15 @@ def rank(client: httpx.Client, number: int) -> dict[str, Any]:
 
 def sources(told: dict[str, Any]) -> set[str]:
     return {block["source"] for block in told["receipt"]["blocks"] if block["kind"] == "item"}
+
+
+def test_why_no_replica_can_begin_is_said() -> None:
+    cluster = ClusterConfig(replicas=1, cpus=1.0)
+    running = application.running(BrokenRecipe.of(cluster), cluster)
+    with warnings.catch_warnings(), ExitStack() as life:
+        warnings.simplefilter("ignore")
+        with pytest.raises(ConfigError, match="ModelError: its weights are of another model"):
+            life.enter_context(running)
 
 
 def test_a_block_of_another_replica_is_fetched_and_the_receipt_says_so() -> None:

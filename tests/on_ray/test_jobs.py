@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rcllm.config import ClusterConfig
-from rcllm.errors import DataError
+from rcllm.errors import ConfigError, DataError
 from rcllm.late import Late
 from tests.on_ray.test_cluster import pytestmark as pytestmark
 from tests.on_ray.tiny_recipe import TinyRecipe
@@ -58,6 +58,15 @@ def test_each_part_comes_back_once_and_in_order_though_a_process_is_killed(tmp_p
     assert (tmp_path / "died").exists()
     assert found == [(part, part * part) for part in range(NUM_PARTS)]
     assert max(ahead) <= 2 * TWO.replicas  # of any number of parts, few are under way
+
+
+def cannot(number: int) -> Callable[[int], int]:
+    raise DataError("this model cannot be read")
+
+
+def test_a_process_that_cannot_begin_says_why() -> None:
+    with jobs.processes(cannot, TWO) as over, pytest.raises(ConfigError, match="DataError: this model cannot be read"):
+        list(over([1, 2]))
 
 
 def test_shards_are_warmed_into_the_stores_of_their_replicas_and_not_twice(tmp_path: Path) -> None:

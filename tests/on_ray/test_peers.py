@@ -112,6 +112,25 @@ def test_an_erased_users_blocks_do_not_come_back() -> None:
     assert peers.stats()[0].dropped > 0
 
 
+def test_a_silent_peer_is_left_alone_for_growing_pauses() -> None:
+    now = 0.0
+    full = tiny.fresh(items=tiny.catalogue())
+    full.warm(tiny.IDS[:1])
+    key = full.prompter.item_block(tiny.catalogue()[tiny.IDS[0]], "history_first").key
+    others = Others({7: full})
+    peers = PeerStore(others, lambda: now)
+    peers.suggest([7, 8])
+    for at, expected in ((0.0, (7, 8)), (0.4, (7,)), (0.6, (7, 8)), (1.5, (7,)), (1.7, (7, 8))):
+        now = at
+        assert set(peers.lookup_many([key])) == {key}
+        assert others.asked[-1][0] == expected, at
+    others.pools = {8: full}
+    assert peers.get_many([key]) == {}, "7 had it, and answers no more"
+    asked = len(others.asked)
+    assert peers.get_many([key]) == {}
+    assert len(others.asked) == asked
+
+
 def test_few_are_asked_those_named_last_first() -> None:
     others = Others({})
     peers = PeerStore(others, lambda: 0.0)

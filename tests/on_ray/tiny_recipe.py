@@ -11,6 +11,7 @@ from pathlib import Path
 from rcllm.config import CacheConfig, ClusterConfig, Config, ModelConfig, PromptConfig, ServerConfig, StoreConfig
 from rcllm.core.ranking import Item, ItemId
 from rcllm.engine.engine import Engine
+from rcllm.errors import ModelError
 from rcllm.on_ray.recipe import Built, Front, for_node, front_of
 from rcllm.server.on_engine import EngineBackend
 from rcllm.store.contract import Store
@@ -56,3 +57,11 @@ class TinyRecipe:
 
     def _catalogue(self) -> Mapping[ItemId, Item]:
         return tiny.catalogue()
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenRecipe(TinyRecipe):
+    """No replica of it can begin."""
+
+    def build(self, node: int, peers: Store | None) -> Built:
+        raise ModelError("its weights are of another model")

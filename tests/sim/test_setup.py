@@ -7,10 +7,9 @@ from typing import get_args
 
 import pytest
 
-from rcllm.cluster.route import ROUTES
 from rcllm.core.requests import ItemId, Level, RankRequest, UserId
-from rcllm.errors import ConfigError
-from rcllm.sim.options import PlacedBy, RouteName, RunOptions, System, Workload
+from rcllm.errors import ConfigError, DataError
+from rcllm.sim.options import PlacedBy, RunOptions, System, Workload
 from rcllm.sim.outcome import Summary
 from rcllm.sim.setup import failures_of, resolve, simulate, slow_of
 
@@ -21,10 +20,6 @@ RUN = RunOptions(requests=600)
 
 def summary(workload: Workload = SMALL, run: RunOptions = RUN, **changed: object) -> Summary:
     return simulate(workload, replace(FEW, **changed), run).summary  # type: ignore[arg-type]
-
-
-def test_the_names_of_routes_are_those_that_there_are() -> None:
-    assert set(get_args(RouteName)) == set(ROUTES)
 
 
 def test_equal_options_give_equal_figures() -> None:
@@ -131,6 +126,24 @@ def test_a_log_is_placed_by_its_first_half_and_replayed_from_its_second() -> Non
     hashed = simulate(SMALL, replace(system, placement="hash"), replace(RUN, requests=300), log())
     assert run.summary.hit_rate > 0.95
     assert hashed.summary.hit_rate < run.summary.hit_rate - 0.1
+    assert {each.num_items for each in run.outcome.answers} == {5}
+
+
+@pytest.mark.parametrize(
+    ("count", "placement", "why"),
+    [
+        (0, None, "the request log is empty"),
+        (0, "hash", "the request log is empty"),
+        (1, "halo", "two requests or more"),
+    ],
+)
+def test_a_log_that_is_too_short_is_refused(count: int, placement: PlacedBy | None, why: str) -> None:
+    with pytest.raises(DataError, match=why):
+        simulate(SMALL, replace(FEW, placement=placement), RUN, log(count))
+
+
+def test_one_request_is_replayed_where_nothing_is_learnt() -> None:
+    run = simulate(SMALL, replace(FEW, placement="hash"), RunOptions(requests=10), log(1))
     assert {each.num_items for each in run.outcome.answers} == {5}
 
 

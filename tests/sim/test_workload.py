@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rcllm.core.requests import ItemId, RankRequest, UserId
-from rcllm.errors import ConfigError, DataError
+from rcllm.errors import ConfigError
 from rcllm.sim.options import Workload, check_workload
 from rcllm.sim.workload import (
     SimRequest,
@@ -155,11 +155,6 @@ def test_a_log_is_replayed_in_its_order_and_again() -> None:
     assert found[0].user == found[2].user == found[3].user != found[1].user
     assert [each.arrival_s for each in found] == sorted(each.arrival_s for each in found)
     assert found[0].tokens == found[3].tokens
-
-
-def test_an_empty_log_is_refused() -> None:
-    with pytest.raises(DataError, match="the request log is empty"):
-        list(of_log([], {}, PLAIN, 1, 0))
 
 
 @settings(max_examples=20, deadline=None)

@@ -9,7 +9,8 @@ from typing import Annotated
 from rcllm.annotated import Ge, Opt
 from rcllm.cli.options import ItemOptions
 from rcllm.cli.spread import Without, spread
-from rcllm.cluster.options import PolicyName, RouteName, TrialConfig
+from rcllm.cluster.options import PolicyName, TrialConfig
+from rcllm.config import RouteName
 
 _ROOM, _LOG = "Nodes and their memory", "Requests"
 _FEW = ("field", "delimiter", "encoding", "volatile")
@@ -115,7 +116,8 @@ def explain(
     request: Annotated[str | None, Opt("A request: which node answers it, and why.", metavar="FILE:LINE")] = None,
     policy: Annotated[RouteName, Opt("Routes the request.")] = "affinity",
     load: Annotated[
-        tuple[str, ...], Opt("Load of a node, 0 to 1; others have none. May repeat.", metavar="NODE=SHARE")
+        tuple[str, ...],
+        Opt("Load of a node, 0 to 1 (a queue of a second); others have none. May repeat.", metavar="NODE=SHARE"),
     ] = (),
 ) -> None:
     """Explain where an item is, or which node would answer a request.
