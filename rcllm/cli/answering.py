@@ -34,6 +34,7 @@ R = TypeVar("R")  # a request
 A = TypeVar("A")  # an answer
 _SHOWN_FAILURES = 20
 _OTHER_FORMATS = (".gz", ".csv", ".tsv", ".parquet", ".pq")  # of those that requests and items may have
+LOADED = ("the model", "the prompts")  # settings that are known when the model is loaded
 _CHANGES_NOTHING = {  # what is computed where and in which pieces, not what comes out
     "model": ("threads",),
     "cache": ("memory_mb", "pool_mb", "pass_tokens"),
@@ -141,10 +142,10 @@ def settings_of(command: str, config: Config, requests: RequestFile[Any], **give
 
 
 def loaded_settings(engine: Engine) -> dict[str, Any]:
-    """What answers depend on that is known when the model is loaded."""
+    """What answers depend on that is known when the model is loaded: `LOADED`."""
     contexts = [context.digest for some in engine.prompter.contexts.values() for context in some.values()]
     prompts = blake3(engine.prompter.namespace + b"".join(contexts)).hexdigest()
-    return {"the model": f"{CONTENT}{engine.model_id}", "the prompts": f"{CONTENT}{prompts}"}
+    return dict(zip(LOADED, (f"{CONTENT}{engine.model_id}", f"{CONTENT}{prompts}"), strict=True))
 
 
 def _described(name: str, value: object) -> dict[str, Any]:

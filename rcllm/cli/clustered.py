@@ -33,6 +33,7 @@ else:
     guarding, on_engine = Late("rcllm.server.guarding"), Late("rcllm.server.on_engine")
 
 _LOCAL = "local:"
+_DECODER_SHARE = 1 / 8  # of the memory that a decoder finds, for its KV; the ranking engine has the rest
 
 
 def _is_file(cluster: str) -> bool:
@@ -95,10 +96,16 @@ class ServeRecipe:
         with warnings.catch_warnings():
             for known in (TextWarning, ModelWarning, StoreWarning):
                 warnings.simplefilter("default", known)
-            engine = Engine.build(
-                inputs.catalogue, config, samples, admission_from(self.fidelity), peers=peers, node=f"node {node}"
-            )
             recommender = None if self.decoder is None else recommender_of(config, self.decoder, inputs)
+            engine = Engine.build(
+                inputs.catalogue,
+                config,
+                samples,
+                admission_from(self.fidelity),
+                peers=peers,
+                node=f"node {node}",
+                beside=None if recommender is None else recommender.engine.pool,
+            )
         check_level(engine)
         guard = guarding.guard_of(engine, config.server)
         backend = on_engine.EngineBackend(engine, config.model.path, recommender, guard)
@@ -115,9 +122,10 @@ def _close(engine: Engine, recommender: Recommender | None) -> None:
 
 
 def recommender_of(config: Config, decoder: Path, inputs: Inputs) -> Recommender:
-    """The decoder of semantic IDs beside the engine of `config`."""
+    """The decoder of semantic IDs beside the engine of `config`, which is loaded after it, beside its pool."""
+    share_arenas()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TextWarning)
-        model = replace(ModelConfig(), path=str(decoder), threads=config.model.threads)
+        model = ModelConfig(path=str(decoder), device=config.model.device, threads=config.model.threads)
         config = Config(model=model, cache=config.cache, schedule=config.schedule, store=config.store)
-        return load_recommender(config, items=inputs.catalogue)
+        return load_recommender(config, items=inputs.catalogue, share=_DECODER_SHARE)

@@ -22,7 +22,11 @@ UserField = Annotated[
 ]
 ItemField = Annotated[
     str | None,
-    Opt("Column of the item in interactions; default item_id, or another usual name.", metavar="NAME", panel=_ITEMS),
+    Opt(
+        "Column of the item in interactions, and in the items of --dataset; default item_id, or another usual name.",
+        metavar="NAME",
+        panel=_ITEMS,
+    ),
 ]
 TimeField = Annotated[
     str | None,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 from itertools import islice
 
-from rcllm.cli.answering import Work, check_out, loaded_settings, settings_of, write_answers
+from rcllm.cli.answering import LOADED, Work, check_out, loaded_settings, settings_of, write_answers
 from rcllm.cli.calibrated import FILE, admission_from, check_level
 from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
 from rcllm.cli.options import EngineOptions, FidelityOptions, ItemOptions, RankingOptions, StoreOptions
@@ -54,7 +54,7 @@ def rank_command(
             allow_uncalibrated=fidelity.allow_uncalibrated,
         )
         if not restart:
-            check_same_job(out, settings)
+            check_same_job(out, settings, LOADED)
         engine = make_engine(
             config, inputs, [line.request for line in islice(asked.good, _LIKE)], admission_from(fidelity)
         )

@@ -69,5 +69,5 @@ def build(args: Mapping[str, Any]) -> Any:
     items = ItemOptions(items=Path(arguments.items), id_field=arguments.id_field)
     decoder = None if arguments.decoder is None else Path(arguments.decoder)
     made = ServeRecipe(config, cluster, items, FidelityOptions(), decoder)
-    application.placement_of(made, cluster)
+    application.placement_of(made.item_ids(), cluster)
     return application.application(recipe.Plan(made, cluster, uuid.uuid4().hex))

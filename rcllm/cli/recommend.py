@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from rcllm.cli.answering import Work, check_out, loaded_settings, settings_of, write_answers
+from rcllm.cli.answering import LOADED, Work, check_out, loaded_settings, settings_of, write_answers
 from rcllm.cli.commands.recommend import SearchOptions
 from rcllm.cli.inputs import Inputs, load_inputs, make_config
 from rcllm.cli.options import EngineOptions, ItemOptions, StoreOptions
@@ -65,7 +65,7 @@ def recommend_command(
         items = inputs.catalogue if inputs else None
         settings = settings_of("recommend", config, asked, items=items, codes=codes, style=style, **given)
         if not restart:
-            check_same_job(out, settings)
+            check_same_job(out, settings, LOADED)
         recommender = _recommender(config, inputs, codes, style)
         answerer = _Answerer(recommender, defaults, explain=explain)
         settings |= loaded_settings(recommender.engine)

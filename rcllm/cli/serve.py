@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rcllm.cli.calibrated import admission_from, check_level
+from rcllm.cli.calibrated import admission_from, check_level, check_level_of
 from rcllm.cli.checkout import DECODER, RANKER, RANKER_TEMPLATE
 from rcllm.cli.clustered import ServeRecipe, check_extra, cluster_of, configured_by, recommender_of
 from rcllm.cli.commands.serve import ServerOptions
@@ -24,6 +24,7 @@ from rcllm.data import fetch_movielens
 from rcllm.engine.fit import fit
 from rcllm.engine.jobs.recommend import Recommender
 from rcllm.errors import ConfigError
+from rcllm.fields import given
 from rcllm.late import Late
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def serve_command(
         raise ConfigError(f"the model is named twice, as {name} and as --model {engine_options.model}; name it once")
     engine_options = replace(engine_options, model=name or engine_options.model)
     config = make_config(engine_options, ranking, store)
-    config = _demo(config) if demo else config
+    config = _demo(config, engine_options, ranking, item_options) if demo else config
     config = replace(config, server=_over(config.server, server), schedule=for_serving(config.schedule))
     _check_extra()
     keys.check_address(config.server)
@@ -67,11 +68,12 @@ def serve_command(
         return
     traces = spans.open_spans(os.environ, config.server.served_name or config.model.path)
     inputs = _movielens() if demo else load_inputs(item_options)
-    engine = make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank])
-    check_level(engine)
     if demo and decoder is None and DECODER.is_dir():
         decoder = DECODER
     recommender = _recommender(config, decoder, inputs) if decoder is not None else None
+    beside = None if recommender is None else recommender.engine.pool
+    engine = make_engine(config, inputs, admission=admission_from(fidelity), asked=[config.rank], beside=beside)
+    check_level(engine)
     guard = guarding.guard_of(engine, config.server)
     backend = on_engine.EngineBackend(engine, config.model.path, recommender, guard)
     logs.configure()
@@ -91,6 +93,7 @@ def _serve_cluster(
     inputs = load_inputs(items)
     for remark in fit(inputs.catalogue, config).remarks([config.rank]):
         say(f"warning: {remark}")
+    check_level_of(config, fidelity)
     recipe = ServeRecipe(config, section, items, fidelity, decoder)
     say(f"starting {section.replicas} replicas", "dim")
     application.run(recipe, section, lambda address: _tell(address, config.server, inputs))
@@ -98,8 +101,8 @@ def _serve_cluster(
 
 def _over(section: ServerConfig, options: ServerOptions) -> ServerConfig:
     """The section with the options that were given; --insecure can only allow, --no-warm only leave out."""
-    given = {name: getattr(options, name) for name in ("host", "port", "served_name")}
-    section = replace(section, **{name: value for name, value in given.items() if value is not None})
+    named = {name: getattr(options, name) for name in ("host", "port", "served_name")}
+    section = replace(section, **{name: value for name, value in named.items() if value is not None})
     return replace(section, insecure=section.insecure or options.insecure, warm=section.warm and options.warm)
 
 
@@ -111,16 +114,34 @@ def _check_extra() -> None:
         raise ConfigError(f"serving needs fastapi, uvicorn and more ({error}): pip install 'rcllm[server]'") from error
 
 
-def _demo(config: Config) -> Config:
+def _demo(config: Config, engine: EngineOptions, ranking: RankingOptions, items: ItemOptions) -> Config:
+    """With the demo's own model, template and read-out, beside its own items. Raises ConfigError for others of them."""
+    made, usual = _with_ranker(config), Config()
+    lost = [f"--{name.replace('_', '-')}" for name in given(items)]
+    for options, name, section, key in (
+        (engine, "model", "model", "path"),
+        (engine, "adapter", "model", "adapter"),
+        (engine, "template", "prompt", "template"),
+        (engine, "context", "prompt", "context"),
+        (ranking, "readout", "rank", "readout"),
+    ):
+        asked, own, default = (getattr(getattr(each, section), key) for each in (config, made, usual))
+        if getattr(options, name) not in (None, own) or asked not in (own, default):
+            lost.append(f"--{name}")
+    if lost:
+        raise ConfigError(f"--demo brings its own model and items: leave out {' and '.join(lost)}")
+    return made
+
+
+def _with_ranker(config: Config) -> Config:
     """The committed ranker where this is a checkout, else the bare model, which ranks by how likely a title is."""
-    if config.model.path != ModelConfig().path or config.model.adapter:
-        raise ConfigError("--demo brings its own model: leave out --model and --adapter")
+    model = replace(config.model, path=ModelConfig().path, adapter=str(RANKER) if RANKER.is_dir() else "")
     if not RANKER.is_dir():
         prompt = replace(config.prompt, template="movies")
-        return replace(config, prompt=prompt, rank=replace(config.rank, readout="likelihood"))
+        return replace(config, model=model, prompt=prompt, rank=replace(config.rank, readout="likelihood"))
     rank: RankOptions = replace(config.rank, readout="pointwise")
     prompt = replace(config.prompt, template=RANKER_TEMPLATE, context=PromptConfig().context)
-    return replace(config, model=replace(config.model, adapter=str(RANKER)), prompt=prompt, rank=rank)
+    return replace(config, model=model, prompt=prompt, rank=rank)
 
 
 def _movielens() -> Inputs:
@@ -136,7 +157,7 @@ def _recommender(config: Config, decoder: Path, inputs: Inputs) -> Recommender:
 
 def _tell(address: str, config: ServerConfig, inputs: Inputs) -> None:
     item_id = next(iter(inputs.catalogue))
-    keyed = "with" if config.api_keys or config.tenant_keys else "without"
+    keyed = "with" if config.has_keys else "without"
     say(f"serving at {address}, {keyed} keys; ready when {address}/ready says so", "")
-    key = "-H 'Authorization: Bearer YOUR-KEY' " if config.api_keys or config.tenant_keys else ""
+    key = "-H 'Authorization: Bearer YOUR-KEY' " if config.has_keys else ""
     say(f"""try: curl {key}{address}/v1/rank -d '{{"candidates": ["{item_id}"]}}'""", "dim")

@@ -11,7 +11,7 @@ import numpy as np
 
 from rcllm.cli.codes import code_facts, code_warnings, comparison_table, levels_of, verdict
 from rcllm.cli.commands.sid import LevelOptions, SourceOptions, VectorOptions
-from rcllm.cli.inputs import columns_of, tell_read
+from rcllm.cli.inputs import check_of_items, columns_of, tell_read
 from rcllm.cli.outputs import check_file, check_folder
 from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
 from rcllm.cli.tables import facts_table
@@ -107,7 +107,7 @@ def train_command(
     }
     console().print(facts_table("Trained", facts))
     with busy("asking validation users"):
-        knn = add_knn(out, trainer.histories, validation, sequences.max_items)
+        knn = add_knn(out, trainer.histories, validation)
     say(f"item-kNN has {knn.share:.0%} of the scores, by validation users; `--knn 0` leaves it out")
     _compare(code_index, trainer, split_histories(rows, numbers, "test"), validation)
 
@@ -122,7 +122,7 @@ def _compare(
     max_items = trainer.config.sequences.max_items
     whom, held_out = ("test users", test) if cases_of(test)[0] else ("validation users", validation)
     with busy("asking held-out users"):
-        asked = HeldOut(trainer.folder, code_index.item_ids, max_items)
+        asked = HeldOut(trainer.folder, code_index.item_ids)
         found = compare_held_out(
             asked.answer(), asked.answer(knn=0.0), trainer.histories, held_out, code_index.num_items, max_items
         )
@@ -158,6 +158,7 @@ def _read(source: SourceOptions) -> tuple[Catalogue, Sequence[Interaction]]:
     """The catalogue, and the interactions where there are any; tells of rows that could not be used."""
     if source.items is None and source.dataset is None:
         raise ConfigError("there are no items: give --items FILE (a catalogue) or --dataset FOLDER")
+    check_of_items(source)
     with busy("reading items"):
         columns = (
             None if source.interactions is not None else columns_of(source)

@@ -90,16 +90,15 @@ def erase_command(
         raise ConfigError("there is nobody to erase: give --user ID or --item ID")
     if tenant and not user:
         raise ConfigError("--tenant names whose users are meant, and there is no --user; items belong to nobody")
-    owners = {each: user_owner(whose(UserId(each), tenant)) for each in user} | {
-        each: item_owner(each) for each in item
-    }
+    owners = [(f"user {each}", user_owner(whose(UserId(each), tenant))) for each in user]
+    owners += [(f"item {each}", item_owner(each)) for each in item]
     config = make_config(EngineOptions(), store=store).store
     _there(folder_of(config))
     tiers = open_tiers(replace(config, enabled=True), "", {})
     try:
         if tiers.disk is None:
             raise StoreError(f"{folder_of(config)}: nothing was erased there")
-        for name, owner in owners.items():
+        for name, owner in owners:
             num_blocks = tiers.store.delete_owner(one_name(owner) or "")
             console().print(f"{name}: {num_blocks:,} blocks removed")
         if scrub:

@@ -163,12 +163,12 @@ def _answering(served: Served, endpoint: Endpoint) -> Callable[[Request], Awaita
     """Reads the body, and turns whatever happens into a reply."""
 
     async def answer(request: Request) -> Response:
-        state = request.scope["state"]
-        ask = Ask(served, request, state.get("caller", Caller("", is_admin=False)), state["request_id"])
+        state, end_s = request.scope["state"], asyncio.get_running_loop().time() + served.config.timeout_s
+        ask = Ask(served, request, state.get("caller", Caller("", is_admin=False)), state["request_id"], end_s)
         try:
             if endpoint.is_admin:
                 check_admin(ask.caller)
-            async with asyncio.timeout(served.config.timeout_s):
+            async with asyncio.timeout_at(end_s):
                 if endpoint.body is not None:
                     await ask.read()
                 return await unless_gone(request.receive, _run(endpoint.handler, ask))

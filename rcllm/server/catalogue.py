@@ -1,22 +1,24 @@
 """Changes of what is served: items with new texts, items that go, users who are erased.
 
 Knows nothing of HTTP. Invariant: when a change of an item is made, every request that could have read its old text has
-ended; when a user is erased, no block, draft or queue holds that user's words.
+ended; a change that is refused has changed nothing; when a user is erased, no block, draft or queue holds that user's
+words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rcllm.codes.updates import Update
 from rcllm.core.ranking import Item, ItemId, whose
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.recommend import Recommender
-from rcllm.errors import RequestError
+from rcllm.errors import DataError, RequestError
 from rcllm.fidelity.online import OnlineGuard
 from rcllm.server.backend import NO_SHARDS, Change, Changed, EraseUser, PlaceItems, PutItems, RemoveItems
 from rcllm.server.pools import DraftPoolsByName
 from rcllm.sid.vocabulary import with_sid
+from rcllm.wire.bodies import named
 
 
 class Keeper:
@@ -41,18 +43,29 @@ class Keeper:
         raise AssertionError(change)
 
     def _put(self, change: PutItems) -> Changed:
-        if change.codes and self._recommender is None:
-            raise RequestError("codes: no decoder of semantic IDs is served; leave them out")
+        recoded = self._recoded(change.codes)
         made = self._engine.upsert_items(change.items)
         if self._recommender is not None:
-            self._recode(self._recommender, change)
+            self._recode(self._recommender, change, recoded)
         return Changed(len(change.items), len(made.added), made.num_blocks)
 
-    def _recode(self, recommender: Recommender, change: PutItems) -> None:
+    def _recoded(self, codes: Mapping[ItemId, tuple[int, ...]]) -> Update:
+        """What the codes of some items change. Raises RequestError where they cannot be theirs."""
+        if not codes:
+            return Update()
+        if self._recommender is None:
+            raise named("codes: no decoder of semantic IDs is served; leave them out", "codes")
+        update = Update(remove=frozenset(_with_codes(self._recommender, codes)), add=codes)
+        try:
+            self._recommender.codes.check(update)
+        except DataError as error:
+            raise named(f"codes: {error}", "codes") from error
+        return update
+
+    def _recode(self, recommender: Recommender, change: PutItems, recoded: Update) -> None:
         """The same items for the decoder, which reads their semantic IDs."""
         if change.codes:
-            there = frozenset(_with_codes(recommender, change.codes))
-            recommender.codes.apply(Update(remove=there, add=change.codes))
+            recommender.codes.apply(recoded)
             recommender.codes.flush()
         if recommender.engine is not self._engine:
             recommender.engine.upsert_items(with_sid(item, _codes_of(recommender, item)) for item in change.items)
@@ -70,11 +83,11 @@ class Keeper:
         return Changed(len(gone), 0, made.num_blocks)
 
     def _erase(self, change: EraseUser) -> Changed:
-        with self._engine.alone():
-            self._pools.erase(whose(change.user_id, change.tenant) or change.user_id)
         if self._guard is not None:
             self._guard.forget_user(change.user_id)
-        removed = self._engine.erase_user(change.user_id, change.tenant)
+        removed = self._engine.erase_user(change.user_id, change.tenant)  # no draft is begun for the user after it
+        with self._engine.alone():
+            self._pools.erase(whose(change.user_id, change.tenant) or change.user_id)
         if self._recommender is not None and self._recommender.engine is not self._engine:
             removed += self._recommender.engine.erase_user(change.user_id, change.tenant)
         return Changed(num_blocks=removed)

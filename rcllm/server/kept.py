@@ -1,7 +1,7 @@
 """What is kept in memory between requests: answers whose receipts may be asked for, and the events of users.
 
 Knows nothing of HTTP. Invariant: both are bounded; an answer is found by whom it was given to alone; of a user who is
-erased nothing is left.
+erased nothing is left, and no answer stays that was asked for before. A digest alone says who was erased.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rcllm.core.ranking import Event, UserId, whose
-from rcllm.server.backend import Asked, Response
+from rcllm.reuse.missing import user_owner
+from rcllm.server.backend import Asked, Request, Response
+from rcllm.store.erasures import Erasures
+from rcllm.store.owners import one_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +31,19 @@ class Answers:
     def __init__(self, size: int) -> None:
         self._size = size
         self._kept: OrderedDict[tuple[str, str], Answered] = OrderedDict()
+        self._erasures = Erasures()
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def erasures(self) -> int:
+        """How many there were: a mark of this moment."""
+        return self._erasures.since
+
+    def was_erased(self, request: Request, since: int) -> bool:
+        """Whether the user of a request was erased after a mark."""
+        return self._erasures.hit(_digest(_user_of(request)), since)
 
     def add(self, caller: str, asked: Asked, response: Response) -> None:
         """`caller`: by whose key it was asked."""
@@ -47,14 +60,19 @@ class Answers:
 
     def erase(self, user_id: UserId) -> int:
         """Of one user, as `whose` names them; returns how many there were."""
-        gone = [name for name, kept in self._kept.items() if _user_of(kept) == user_id]
+        self._erasures.add([_digest(user_id) or ""])
+        gone = [name for name, kept in self._kept.items() if _user_of(kept.asked.request) == user_id]
         for name in gone:
             del self._kept[name]
         return len(gone)
 
 
-def _user_of(kept: Answered) -> UserId | None:
-    return whose(kept.asked.request.user_id, kept.asked.request.tenant)
+def _user_of(request: Request) -> UserId | None:
+    return whose(request.user_id, request.tenant)
+
+
+def _digest(user_id: UserId | None) -> str | None:
+    return one_name(user_owner(user_id))
 
 
 class Histories:

@@ -39,18 +39,18 @@ class Keys:
         self._of_tenants = tuple((key.encode(), name) for name, keys in config.tenant_keys.items() for key in keys)
         self._closed = frozenset(config.tenant_keys)
         self._admin = config.admin_key.encode()
-        self._is_open = not self._api and not self._admin and not self._of_tenants
+        self._has_keys = config.has_keys
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """By `Authorization: Bearer KEY` or `X-API-Key: KEY`. Raises AccessError."""
-        if self._is_open:
+        if not self._has_keys and not self._admin:
             return Caller("", is_admin=True)
         given = _given(headers)
         is_admin = bool(self._admin) and hmac.compare_digest(given, self._admin)
         fitting = [hmac.compare_digest(given, key) for key in self._api]
         tenants = [name for key, name in self._of_tenants if hmac.compare_digest(given, key)]
         known = is_admin or any(fitting) or bool(tenants)
-        if not known and (self._api or self._of_tenants):
+        if not known and self._has_keys:
             raise AccessError("expected a key in the header Authorization (Bearer …) or X-API-Key, got none that fits")
         name, tenant = blake3(given).hexdigest()[:8] if known else "", tenants[0] if tenants else ""
         return Caller(name, is_admin, tenant, frozenset() if is_admin else self._closed - {tenant})
@@ -66,7 +66,7 @@ def check_admin(caller: Caller) -> None:
 
 def check_address(config: ServerConfig) -> None:
     """Raises ConfigError for an address that others reach, where nobody needs a key."""
-    if config.insecure or config.api_keys or config.tenant_keys or _is_loopback(config.host):
+    if config.insecure or config.has_keys or _is_loopback(config.host):
         return
     raise ConfigError(
         f"--host {config.host} is reached by others, and nobody needs a key: set server.api_keys "

@@ -1,4 +1,4 @@
-"""Replies: JSON, errors, and streams of events that end when their client goes.
+"""Replies: JSON, errors, and streams of events that end when their client goes, or when their time is over.
 
 Knows nothing of endpoints. Invariant: a client that goes away ends the work that was done for it.
 """
@@ -58,14 +58,17 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. `first` was made already, so that what is wrong with a request is told by its status."""
+    """Server-sent events. `first` was made already, so that what is wrong with a request is told by its status.
+
+    `end_s`: by the event loop's clock, when the others are waited for no more; an event then says so, the last one.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: str, events: AsyncGenerator[str, None]) -> None:
+    def __init__(self, first: str, events: AsyncGenerator[str, None], end_s: float) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._first, self._events = first, events
+        self._first, self._events, self._end_s = first, events, end_s
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -73,13 +76,16 @@ class EventStream(Response):
             await unless_gone(receive, self._send_all(send))
 
     async def _send_all(self, send: Any) -> None:
-        async with contextlib.aclosing(self._events):
-            await send({"type": "http.response.body", "body": event(self._first), "more_body": True})
-            async for each in self._events:
-                await send({"type": "http.response.body", "body": event(each), "more_body": True})
+        try:
+            async with contextlib.aclosing(self._events), asyncio.timeout_at(self._end_s):
+                await send(_part(self._first))
+                async for each in self._events:
+                    await send(_part(each))
+        except TimeoutError as error:
+            await send(_part(to_json(error_body(error)[1])))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def event(data: str) -> bytes:
-    """One event."""
-    return f"data: {data}\n\n".encode()
+def _part(data: str) -> dict[str, object]:
+    """One event, in ASGI's words."""
+    return {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}

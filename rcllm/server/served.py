@@ -1,7 +1,7 @@
 """What endpoints work with: the backend, what is kept, what is measured; and one request that asks.
 
 Knows nothing of bodies or of addresses. Invariant: every request to the backend passes `Ask.answer`, where it is
-counted, measured, held to the limits and kept.
+counted, measured, held to the limits and kept; nothing is kept of a user who was erased after the request came.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 from rcllm.config import ServerConfig
 from rcllm.core.decoding import RecommendRequest
 from rcllm.core.ranking import RankRequest
-from rcllm.errors import DeadlineError, NotServedError, RequestError, TooLargeError
+from rcllm.errors import CancelledError, DeadlineError, NotServedError, RequestError, TooLargeError
 from rcllm.metrics import Clock
 from rcllm.plain_json import read_object
 from rcllm.schedule.work import Terms
@@ -32,6 +32,8 @@ from rcllm.words import nearest
 
 OnTokens = Callable[[Sequence[int]], None]
 _MAX_TENANT = 64
+_AT_ONCE = 16  # answers of one body that are under way at a time: as many choices as one prompt may have
+_TIMEOUT = failure_of(TimeoutError()).code
 
 
 @dataclass(slots=True)
@@ -69,7 +71,9 @@ class Ask:
     http: HttpRequest
     caller: Caller
     request_id: str
+    end_s: float  # by the event loop's clock: when it has taken longer than the server allows
     value: dict[str, Any] = field(default_factory=dict)  # its body
+    _turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
 
     async def read(self) -> None:
         """Reads the body. Raises RequestError where it is no JSON object."""
@@ -110,38 +114,49 @@ class Ask:
         *,
         prior: tuple[float, ...] = (),
     ) -> Any:
-        """The backend's response to one request. Raises RcllmError."""
-        served, kind = self.served, KINDS[type(request)]
+        """The backend's response to one request, once fewer than `_AT_ONCE` of this body are under way.
+
+        Raises RcllmError.
+        """
+        served, kind, erasures = self.served, KINDS[type(request)], self.served.answers.erasures
         first = _First(served.clock, on_tokens)
         span = served.spans.begin(kind, self.request_id, self.http.headers)
         try:
             request = replace(request, tenant=self.tenant_of(request.tenant))
-            asked = Asked(request, Terms(deadline_ms, prior), on_tokens=first if kind == "generate" else None)
             self._check(request)
-            response = await self._in_time(asked)
+            async with self._turns:
+                if served.answers.was_erased(request, erasures):
+                    raise CancelledError("its user was erased before its turn came")
+                terms = Terms(_left_ms(deadline_ms, first.waited_s), prior)
+                asked = Asked(request, terms, on_tokens=first if kind == "generate" else None)
+                response = await self._in_time(asked, deadline_ms)
         except asyncio.CancelledError:
-            span.failed("client_gone_or_timeout")
+            is_late = asyncio.get_running_loop().time() >= self.end_s
+            if is_late:
+                served.metrics.failed(kind, _TIMEOUT)
+            span.failed(_TIMEOUT if is_late else "cancelled")
             raise
         except Exception as error:
             served.metrics.failed(kind, failure_of(error).code)
             span.failed(failure_of(error).code)
             raise
         span.answered(response)
-        whole_s = served.clock() - first.start_s
+        whole_s = first.waited_s
         served.metrics.answered(kind, response, whole_s, first.first_s or whole_s)
-        served.answers.add(self.caller.name, replace(asked, on_tokens=None), response)
+        if not served.answers.was_erased(request, erasures):
+            served.answers.add(self.caller.name, replace(asked, on_tokens=None), response)
         return response
 
-    async def _in_time(self, asked: Asked) -> Response:
+    async def _in_time(self, asked: Asked, deadline_ms: float | None) -> Response:
         """An answer after its deadline is of no use; of a text, it is that of the first token, which the schedule
-        keeps."""
-        answering, deadline_ms = self.served.backend.answer(asked), asked.terms.deadline_ms
-        if deadline_ms is None or asked.on_tokens is not None:
+        keeps. `deadline_ms`: as the client gave it."""
+        answering, left_ms = self.served.backend.answer(asked), asked.terms.deadline_ms
+        if deadline_ms is None or left_ms is None or asked.on_tokens is not None:
             return await answering
         try:
-            return await asyncio.wait_for(answering, deadline_ms / 1e3)
+            return await asyncio.wait_for(answering, left_ms / 1e3)
         except TimeoutError:
-            raise DeadlineError(f"there was no answer within {deadline_ms:g} ms (deadline_ms)") from None
+            raise _too_late(deadline_ms) from None
 
     def _check(self, request: Request) -> None:
         limits = self.served.config
@@ -164,15 +179,33 @@ class Ask:
             raise TooLargeError(f"expected at most {most:,} tokens (server.max_request_tokens), got {number:,}")
 
 
+def _left_ms(deadline_ms: float | None, waited_s: float) -> float | None:
+    """Of a deadline, after the other answers of its body were waited for. Raises DeadlineError."""
+    if deadline_ms is None:
+        return None
+    if (left_ms := deadline_ms - waited_s * 1e3) <= 0:
+        raise _too_late(deadline_ms)
+    return left_ms
+
+
+def _too_late(deadline_ms: float) -> DeadlineError:
+    return DeadlineError(f"there was no answer within {deadline_ms:g} ms (deadline_ms)")
+
+
 class _First:
     """When the first token came; hands all of them on."""
 
     def __init__(self, clock: Clock, on_tokens: OnTokens | None) -> None:
-        self.start_s, self.first_s = clock(), 0.0
-        self._clock, self._on_tokens = clock, on_tokens
+        self.first_s = 0.0  # since the request came
+        self._start_s, self._clock, self._on_tokens = clock(), clock, on_tokens
+
+    @property
+    def waited_s(self) -> float:
+        """Since the request came."""
+        return self._clock() - self._start_s
 
     def __call__(self, token_ids: Sequence[int]) -> None:
-        self.first_s = self.first_s or self._clock() - self.start_s
+        self.first_s = self.first_s or self.waited_s
         if self._on_tokens is not None:
             self._on_tokens(token_ids)
 

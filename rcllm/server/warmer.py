@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 
 from rcllm.core.ranking import ItemId
 from rcllm.engine.engine import Engine
 from rcllm.engine.warming import WarmProgress
-from rcllm.errors import RcllmError
+from rcllm.errors import RcllmError, UnknownItemError
 from rcllm.server.backend import Warmth
 
 logger = logging.getLogger(__name__)
@@ -55,13 +56,22 @@ class Warmer:
     def _run(self) -> None:
         while (item_ids := self._next()) is not _NOTHING:
             try:
-                self._engine.warm(item_ids, on_progress=self._progress)  # type: ignore[arg-type]
+                self._warm(item_ids)  # type: ignore[arg-type]
             except _StoppedError:
                 continue
             except Exception as error:  # told in the figures; a cold cache serves all the same
                 logger.warning("warming ended early: %s", type(error).__name__)
                 told = str(error) if isinstance(error, RcllmError) else type(error).__name__
                 self.warmth = replace(self.warmth, error=told)
+
+    def _warm(self, item_ids: tuple[ItemId, ...] | None) -> None:
+        """Items that are gone since they were asked for are left out."""
+        catalogue = self._engine.catalogue
+        while True:
+            there = None if item_ids is None else [item_id for item_id in item_ids if item_id in catalogue]
+            with suppress(UnknownItemError):  # one went just now; what is warm already is not computed again
+                self._engine.warm(there, on_progress=self._progress)
+                return
 
     def _next(self) -> object:
         with self._lock:

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -159,8 +159,11 @@ def opened_answers(out: str, settings: Settings, *, restart: bool = False) -> It
         yield answers
 
 
-def check_same_job(out: str, settings: Settings) -> None:
-    """Whether a file holds answers under these settings, as far as they are known. Raises ConfigError, DataError."""
+def check_same_job(out: str, settings: Settings, later: Collection[str] = ()) -> None:
+    """Whether a file holds answers under these settings. Raises ConfigError, DataError.
+
+    `later`: the names of those that are not known yet.
+    """
     path = Path(out)
     if out == "-" or _is_stream(path) or not path.exists() or path.stat().st_size == 0:
         return
@@ -170,8 +173,9 @@ def check_same_job(out: str, settings: Settings) -> None:
             "give --restart to replace it"
         )
     before = _noted(job_path(path))
-    told = [_difference(name, before.get(name), value) for name, value in settings.items() if before.get(name) != value]
-    if told:
+    names = [name for name in dict.fromkeys([*settings, *before]) if name in settings or name not in later]
+    told = [_difference(name, before.get(name), settings.get(name)) for name in names]
+    if told := [each for each in told if each]:
         raise ConfigError(
             f"{path} holds answers of another job: {'; '.join(told)}. Name another file, or give --restart to replace "
             "them"
@@ -210,9 +214,18 @@ def _noted(path: Path) -> dict[str, Any]:
 
 
 def _difference(name: str, before: object, now: object) -> str:
-    if isinstance(now, str) and now.startswith(CONTENT):
+    """In words; empty where there is none."""
+    if before == now:
+        return ""
+    if now is None and _is_content(before):
+        return f"nothing is given for {name} now"
+    if _is_content(now):
         return f"the content of {name} is another" if before is not None else f"{name} is new"
     return f"{name} was {before!r}, is {now!r}"
+
+
+def _is_content(value: object) -> bool:
+    return isinstance(value, str) and value.startswith(CONTENT)
 
 
 def _is_stream(path: Path) -> bool:

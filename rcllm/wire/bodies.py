@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from rcllm.annotated import Gt
 from rcllm.core.ranking import Level
+from rcllm.data.text import well_formed
 from rcllm.errors import RequestError
 from rcllm.fields import parse
 from rcllm.wire.requests import READERS, read_texts, without_nulls
-from rcllm.words import nearest, shape
+from rcllm.words import shape
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -67,7 +68,8 @@ def named(message: str, field: str) -> RequestError:
     return error
 
 
-def model_name(value: object, known: Collection[str]) -> None:
-    """Raises RequestError for a model that is not served; no name is the one that is."""
-    if isinstance(value, str) and value and value not in known:
-        raise named(f"model: there is no model of this name here; {nearest(value, known)}", "model")
+def read_text(value: object) -> str:
+    """A text as it is, also an empty one. Raises RequestError for anything else."""
+    if not isinstance(value, str):
+        raise RequestError("expected a text")
+    return well_formed(value)

@@ -12,7 +12,7 @@ from typing import Annotated
 from rcllm.annotated import Ge, MinLen
 from rcllm.core.ranking import Event, Item, ItemId, TokenIds
 from rcllm.errors import RequestError
-from rcllm.wire.bodies import Object, named, read
+from rcllm.wire.bodies import Object, named, read, read_text
 from rcllm.wire.requests import read_event
 
 
@@ -60,6 +60,16 @@ class TokenizeBody:
 class DetokenizeBody:
     tokens: TokenIds
     model: str = ""
+
+
+def parse_tokenize(value: Object) -> TokenizeBody:
+    """Raises RequestError."""
+    return read(TokenizeBody, value, {str: read_text})
+
+
+def parse_detokenize(value: Object) -> DetokenizeBody:
+    """Raises RequestError."""
+    return read(DetokenizeBody, value, {str: read_text})
 
 
 def item_of(body: ItemBody, item_id: str | None = None) -> Item:

@@ -19,7 +19,7 @@ from rcllm.core.texts import TextRequest
 from rcllm.data.text import well_formed
 from rcllm.errors import RequestError
 from rcllm.prompt.chat import ROLES, ChatPrompt, Message
-from rcllm.wire.bodies import Object, read, served
+from rcllm.wire.bodies import Object, read, read_text, served
 from rcllm.wire.score import usage_to_json
 
 Prompts = NewType("Prompts", tuple)  # type: ignore[type-arg]  # of texts and of token ids
@@ -115,12 +115,6 @@ def parse_chat(value: Object) -> ChatBody:
     return read(ChatBody, served(value, _UNSERVED, _IGNORED), _READERS)
 
 
-def _read_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise RequestError("expected a text")
-    return well_formed(value)
-
-
 def _read_prompts(value: object) -> tuple[str | TokenIds, ...]:
     if isinstance(value, str):
         return (well_formed(value),)
@@ -172,7 +166,7 @@ def _part(value: object) -> str:
     raise RequestError("expected text parts alone: images and sounds are not served here")
 
 
-_READERS: Mapping[Any, Any] = {Prompts: _read_prompts, Stops: _read_stops, Turn: _read_turn, str: _read_text}
+_READERS: Mapping[Any, Any] = {Prompts: _read_prompts, Stops: _read_stops, Turn: _read_turn, str: read_text}
 
 
 # ---- to requests ----------------------------------------------------------------------------------------------------

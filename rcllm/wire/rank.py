@@ -108,7 +108,7 @@ def _texts(value: object) -> Mapping[Any, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def rank_to_json(response: RankResponse, body: Body[RankRequest], **told: object) -> dict[str, object]:
+def rank_to_json(response: RankResponse, body: Body[RankRequest]) -> dict[str, object]:
     """What `rcllm rank` writes, and why each step was taken. Raises ModelError where a score is no number."""
     answer = dict(response_to_json(response, receipts=body.extras.explain))
     for name in ("notes", "degraded"):  # what was cut or guessed, and what was given up for the deadline
@@ -116,4 +116,4 @@ def rank_to_json(response: RankResponse, body: Body[RankRequest], **told: object
             answer[name] = list(said)
     if response.receipt.guard:
         answer["guard"] = response.receipt.guard
-    return {**answer, **told}
+    return answer

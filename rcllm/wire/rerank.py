@@ -13,10 +13,10 @@ from typing import Annotated, NewType
 
 from rcllm.annotated import Ge, Gt, MinLen
 from rcllm.core.ranking import Event, ItemId, Level, RankOptions, RankRequest, RankResponse, Readout, UserId
-from rcllm.data.text import as_text, well_formed
+from rcllm.data.text import as_text
 from rcllm.errors import RequestError
 from rcllm.prompt.plain import text_id
-from rcllm.wire.bodies import Object, read, served
+from rcllm.wire.bodies import Object, read, read_text, served
 from rcllm.wire.rank import fields_of
 
 Document = NewType("Document", dict)  # type: ignore[type-arg]  # fields by name, of texts
@@ -40,13 +40,7 @@ class RerankBody:
 
 def parse_rerank(value: Object) -> RerankBody:
     """Raises RequestError."""
-    return read(RerankBody, served(value, _UNSERVED, _IGNORED), {Document: _read_document, str: _read_text})
-
-
-def _read_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise RequestError("expected a text")
-    return well_formed(value)
+    return read(RerankBody, served(value, _UNSERVED, _IGNORED), {Document: _read_document, str: read_text})
 
 
 def _read_document(value: object) -> Document:

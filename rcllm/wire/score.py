@@ -16,14 +16,13 @@ from rcllm.core.ranking import Level, TokenIds, UserId
 from rcllm.core.texts import ScoreRequest, ScoreResponse
 from rcllm.data.text import well_formed
 from rcllm.errors import RequestError
-from rcllm.wire.bodies import Object, named, read, served
+from rcllm.wire.bodies import Object, named, read, read_text, served
 from rcllm.wire.rerank import RerankBody, parse_rerank
 
 TextOrIds = NewType("TextOrIds", object)  # a text or a list of token ids
 TextsOrIds = NewType("TextsOrIds", tuple)  # type: ignore[type-arg]  # of them
 _PAIRS = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 _IGNORED = ("priority", "mm_processor_kwargs", "truncate_prompt_tokens", "activation", "rid")
-_UNSERVED: dict[str, tuple[object, ...]] = {"use_activation": (True,), "softmax": ()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class PairsBody:
 def parse_score(value: Object) -> SglangBody | PairsBody:
     """Raises RequestError."""
     if "query" in value or "label_token_ids" in value:
-        readers = {TextOrIds: _read_text_or_ids, TextsOrIds: _read_items, str: _read_text}
+        readers = {TextOrIds: _read_text_or_ids, TextsOrIds: _read_items, str: read_text}
         return read(SglangBody, served(value, {}, _IGNORED), readers)
     for names in _PAIRS:
         if all(value.get(name) is not None for name in names):
@@ -66,11 +65,10 @@ def _pairs(value: Object, first: str, second: str) -> PairsBody:
         firsts = firsts * len(seconds)
     if len(firsts) != len(seconds):
         raise named(f"{second}: expected as many texts as in {first}, or one in {first}, got {len(seconds)}", second)
-    rest = {name: inner for name, inner in value.items() if name not in (first, second)}
     grouped: dict[str, list[int]] = {}
     for place, text in enumerate(firsts):
         grouped.setdefault(text, []).append(place)
-    rest = served(rest, _UNSERVED, _IGNORED)
+    rest = served(value, {}, (first, second, *_IGNORED))
     groups = [
         parse_rerank({**rest, "query": text, "documents": [seconds[place] for place in places]})
         for text, places in grouped.items()
@@ -83,12 +81,6 @@ def _texts(value: object, name: str) -> list[str]:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
         raise named(f"{name}: expected a text, or a list of texts that are not empty", name)
     return [well_formed(text) for text in texts]
-
-
-def _read_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise RequestError("expected a text")
-    return well_formed(value)
 
 
 def _read_text_or_ids(value: object) -> str | TokenIds:

@@ -402,6 +402,23 @@ def test_users_of_tenants_are_erased_apart(warmed: Kept, tmp_path: Path) -> None
     assert history_sources(rank_as(warmed, tmp_path, "ann", "west")) == {"disk"}
 
 
+def test_a_user_and_an_item_of_one_name_are_both_erased(warmed: Kept) -> None:
+    shown = warmed.cache("erase", "--user", "i5", "--item", "i5")
+    assert shown.splitlines() == ["user i5: 0 blocks removed", "item i5: 2 blocks removed"]
+
+
+@pytest.mark.parametrize("off", ["variable", "option"])
+def test_what_is_erased_lies_where_it_is_said_though_stores_are_off(
+    warmed: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: str
+) -> None:
+    (tmp_path / "another").mkdir()
+    monkeypatch.setenv("RCLLM_STORE_FOLDER", str(tmp_path / "another"))
+    if off == "variable":
+        monkeypatch.setenv("RCLLM_STORE_ENABLED", "false")
+    words = ["--no-store"] if off == "option" else []
+    assert "i5: 2 blocks removed" in warmed.cache("erase", "--item", "i5", "--store-folder", warmed.folder, *words)
+
+
 def test_an_erased_item_is_computed_again(warmed: Kept) -> None:
     assert "i5: 2 blocks removed" in warmed.cache("erase", "--item", "i5", "--item", "nobody")
     assert warmed.num_blocks == NUM_BLOCKS - 2

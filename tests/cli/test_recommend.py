@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tokenizers
 from tokenizers import AddedToken
 
 from rcllm.cache import rates
+from rcllm.cli.clustered import recommender_of
+from rcllm.cli.inputs import load_inputs, make_engine
+from rcllm.cli.options import ItemOptions
 from rcllm.codes.index import CodeIndex
 from rcllm.codes.sid_files import write_codes
+from rcllm.config import MIB, CacheConfig, Config, ModelConfig
 from rcllm.core.ranking import ItemId
 from rcllm.sid.config import NetworkConfig
 from rcllm.sid.model_folder import save_model
@@ -169,6 +174,25 @@ def test_answers_go_on(run: Run, decoder: Decoder, tmp_path: Path) -> None:
     assert run(*decoder.words, "--out", out, "--n", 3).exit_code == 2
 
 
+def test_answers_do_not_go_on_without_their_items(run: Run, decoder: Decoder, shop: Shop, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    assert run(*decoder.words, "--out", out, "--items", shop.items).exit_code == 0
+    shown = run(*decoder.words, "--out", out)
+    assert shown.exit_code == 2
+    assert "answers of another job: nothing is given for the items now" in " ".join(shown.stderr.split())
+    assert run(*decoder.words, "--out", out, "--items", shop.items).exit_code == 0
+
+
+def test_a_ranker_and_a_decoder_beside_it_keep_within_one_memory(decoder: Decoder, shop: Shop) -> None:
+    inputs = load_inputs(ItemOptions(items=shop.items))
+    config = Config(ModelConfig(path=str(shop.model), device="cpu"), cache=CacheConfig(memory_mb=6000))
+    beside = recommender_of(config, decoder.model, inputs).engine.pool
+    pool = make_engine(config, inputs, beside=beside).pool
+    taken = psutil.Process().memory_info().rss
+    assert beside.budget + pool.budget + taken < 6000 * MIB
+    assert beside.budget == pytest.approx(pool.budget / 7, rel=0.2), "the decoder has an eighth"
+
+
 def test_bad_requests_become_lines(run: Run, decoder: Decoder, tmp_path: Path) -> None:
     good = {"request_id": "good", "history": ["i1"]}
     rows = [good, {**good, "history": ["nope"]}, {**good, "n": 0}, {**good, "candidates": ["i1"]}, good]
@@ -221,6 +245,24 @@ def test_a_model_with_semantic_ids_in_its_vocabulary(run: Run, shop: Shop, decod
     title = len(backend.encode("\n- lamp i1 ", add_special_tokens=False).ids)
     begin = len(backend.encode("You recommend.The user bought:", add_special_tokens=False).ids)
     assert answers[0]["receipt"]["num_tokens"] < begin + 2 * (title + len(SIZES)) + 20, "a code is one token"
+
+
+@pytest.mark.filterwarnings("default::rcllm.errors.ModelWarning")
+def test_items_that_the_catalogue_lacks_are_told_of_and_left_out(run: Run, decoder: Decoder, tmp_path: Path) -> None:
+    kept = [f"i{i}" for i in range(10)]
+    items = write_lines(tmp_path / "items.jsonl", [{"item_id": item_id, "title": "lamp"} for item_id in kept])
+    shown = run(*decoder.words, "--items", items, "--n", 40)
+    assert shown.exit_code == 0, shown.stderr
+    assert "warning: 30 of 40 items with semantic IDs are not in the catalogue, such as 'i10'" in shown.stderr
+    assert [set(answer["items"]) <= set(kept) for answer in read_lines(shown.stdout)] == [True] * 4
+
+
+def test_a_style_without_a_code_is_told_of(run: Run, decoder: Decoder) -> None:
+    for style in ("<{x}_{code}>", "<{level}>"):
+        shown = run(*decoder.words, "--style", style)
+        assert shown.exit_code == 2
+        assert "expected a style with {code}, and {level}" in shown.stderr
+        assert "Traceback" not in shown.stderr
 
 
 def test_help_teaches(run: Run) -> None:

@@ -63,6 +63,8 @@ def test_it_answers_and_drains(shop: Shop, tmp_path: Path) -> None:
         (("--host", "0.0.0.0"), "--insecure"),
         (("--port", "70000"), "--port must be at most 65535"),
         (("somewhere", "--demo"), "named twice"),
+        (("--demo",), "--demo brings its own model and items: leave out --items and --model"),
+        (("--demo", "--template", "titles", "--readout", "label"), "--items and --model and --template and --readout"),
         (("--decoder", "nowhere"), "there is no such folder"),
         (("--host", "no.such.host.invalid", "--insecure"), "could not begin"),
     ],
@@ -72,7 +74,7 @@ def test_what_is_not_safe_or_wrong_is_said_before_the_model_is_loaded(
 ) -> None:
     ended = run("serve", *shop.on_items, *words)
     assert ended.exit_code == 2
-    assert said in ended.output
+    assert said in " ".join(ended.output.split())
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(run: Run, shop: Shop) -> None:
@@ -80,6 +82,14 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(run: Run, shop:
         ended = run("serve", *shop.on_items, "--port", taken.getsockname()[1])
     assert ended.exit_code == 2
     assert "is another one there? Choose another --port" in ended.output
+
+
+def test_a_tenant_needs_a_key_where_it_is_named(run: Run, shop: Shop, tmp_path: Path) -> None:
+    config = tmp_path / "rcllm.toml"
+    config.write_text("[server.tenant_keys]\nshop-a = []\n")
+    ended = run("serve", *shop.on_items, "--config", config)
+    assert ended.exit_code == 2
+    assert "server.tenant_keys.shop-a must be a list of at least 1" in " ".join(ended.output.split())
 
 
 def test_no_message_shows_a_key(run: Run, shop: Shop, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_what_cannot_be_built(run: Run, shop: Shop, embeddings: Path, tmp_path: 
         return shown.stderr
 
     assert "there are no items" in told()
+    assert "said by --id-field: give --items FILE" in told("--dataset", shop.dataset, "--id-field", "code")
     assert "tell 16 items apart, the catalogue has 40" in told("--items", shop.items, "--size", "4")
     np.save(tmp_path / "short.npy", np.zeros((3, 2), np.float32))
     assert "expected floats [40 items, dimensions]" in told(

@@ -88,6 +88,22 @@ def test_two_data_sets_are_learnt_from_together(run: Run, shop: Shop, tmp_path: 
     assert shown.stderr.count("validation loss") >= 2, "each validation is told as it is done"
 
 
+def test_a_log_of_requests_tells_what_it_leaves_out(run: Run, shop: Shop, tmp_path: Path) -> None:
+    asked = [
+        {"request_id": f"r{n}", "user_id": f"u{n}", "history": ["i1"], "candidates": ["i5", "i30"], "positive": "i5"}
+        for n in range(60)
+    ]
+    for row in asked[::2]:
+        row["positive"] = "i7"
+    log = write_lines(tmp_path / "log.jsonl", asked)
+    words = ("tune", "--model", shop.model, "--dataset", shop.dataset, "--out", tmp_path / "out", "--requests", log)
+    shown = run(*words, *FEW, "--validation-requests", "3")
+    assert shown.exit_code == 0, shown.stderr
+    told = " ".join(shown.stderr.split())
+    assert "note: dataset: 30 of 60 requests name a positive that is none of their candidates" in told
+    assert "30 of 60 requests do not say which candidate was chosen, and are left out" in told
+
+
 def test_columns_of_other_names(run: Run, shop: Shop, tmp_path: Path) -> None:
     folder = tmp_path / "log"
     folder.mkdir()

@@ -10,19 +10,22 @@ import pytest
 from starlette.testclient import TestClient
 
 from rcllm.config import CacheConfig, Config, ModelConfig
-from rcllm.engine.engine import Engine
+from rcllm.core.ranking import Item, ItemId
 from rcllm.server.app import make_app
 from rcllm.server.on_engine import EngineBackend
 from rcllm.sid.load import load_recommender
+from tests.engine import tiny
 
 FOLDER = Path(__file__).resolve().parents[2] / "decoders" / "movielens"
 STAR_WARS = ["50", "172", "181"]  # and its two sequels
 
 
 @pytest.fixture
-def client(tiny_engine: Engine) -> Iterator[TestClient]:
+def client(one_compute_thread: None) -> Iterator[TestClient]:
     recommender = load_recommender(Config(ModelConfig(path=str(FOLDER)), cache=CacheConfig(pool_mb=50)))
-    with TestClient(make_app(EngineBackend(tiny_engine, "tiny", recommender))) as made:
+    films = {ItemId(film): Item(ItemId(film), {"title": "red lamp"}) for film in STAR_WARS}
+    engine = tiny.fresh(items=tiny.catalogue() | films)
+    with TestClient(make_app(EngineBackend(engine, "tiny", recommender))) as made:
         yield made
 
 
@@ -51,6 +54,17 @@ def test_what_the_server_knows_of_a_user_counts_as_seen(client: TestClient) -> N
     told = client.post("/v1/recommend", json={"user_id": "ann", "n": 20, "unseen": True}).json()
     assert told["known_events"] == 3
     assert not set(STAR_WARS) & set(told["items"])
+
+
+@pytest.mark.parametrize("codes", [[1], [0, 0, 100_000], [-1, 0, 0], [1 << 70, 0, 0]])
+def test_codes_that_do_not_fit_change_nothing(client: TestClient, codes: list[int]) -> None:
+    body = {"fields": {"title": "another title"}, "codes": codes}
+    for item_id in ("50", "new"):
+        reply = client.put(f"/v1/items/{item_id}", json=body)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"], error["param"]) == (400, "invalid_request", "codes")
+        assert error["message"].startswith("codes: ")
+    assert client.get("/v1/items", params={"query": "another"}).json()["items"] == []
 
 
 def test_the_document_says_what_only_a_server_is_told(client: TestClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -17,6 +19,7 @@ from rcllm.core.texts import TextRequest
 from rcllm.server.app import ENDPOINTS, make_app
 from rcllm.server.fake import FakeBackend
 from rcllm.version import __version__
+from tests.server.asking import asking
 
 
 def post(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
@@ -273,6 +276,7 @@ def test_tokens(client: TestClient) -> None:
         "tokens": [97, 98],
     }
     assert post(client, "/detokenize", tokens=[97, 98]) == {"prompt": "ab"}
+    assert post(client, "/tokenize", prompt="")["count"] == 0
 
 
 # ---- changes --------------------------------------------------------------------------------------------------------
@@ -312,6 +316,19 @@ def test_events_of_a_user_are_the_history_that_a_request_leaves_out(client: Test
     assert post(client, "/v1/recommend", user_id="u1")["known_events"] == 2
 
 
+def test_events_of_items_that_have_gone_are_left_out_and_told(client: TestClient, backend: FakeBackend) -> None:
+    for item_id in ("a", "d", "b"):
+        post(client, "/v1/users/u1/events", item_id=item_id)
+    client.delete("/v1/items/d")
+    told = post(client, "/v1/rank", candidates=["c"], user_id="u1")
+    assert asked(backend).history == (Event(ItemId("a")), Event(ItemId("b")))
+    note = "1 known events are left out, since the catalogue no longer has their items"
+    assert (told["known_events"], told["notes"]) == (2, [note])
+    assert post(client, "/v1/recommend", user_id="u1")["notes"] == [note]
+    client.put("/v1/items/d", json={"fields": {"title": "old table"}})
+    assert "notes" not in post(client, "/v1/rank", candidates=["c"], user_id="u1")
+
+
 def test_nothing_is_left_of_a_user_who_is_erased(client: TestClient, backend: FakeBackend) -> None:
     post(client, "/v1/users/u1/events", item_id="a")
     post(client, "/v1/rank", candidates=["b"], user_id="u1", request_id="mine")
@@ -319,6 +336,34 @@ def test_nothing_is_left_of_a_user_who_is_erased(client: TestClient, backend: Fa
     assert (told["num_events"], told["num_receipts"]) == (1, 1)
     assert client.get("/v1/receipts/mine").status_code == 404
     assert "known_events" not in post(client, "/v1/rank", candidates=["b"], user_id="u1")
+
+
+def test_an_answer_that_ends_after_its_user_was_erased_is_not_kept() -> None:
+    body = {"candidates": ["b"], "user_id": "u1", "request_id": "mine"}
+
+    async def ask(client: httpx.AsyncClient) -> list[int]:
+        under_way = asyncio.create_task(client.post("/v1/rank", json=body))
+        await asyncio.sleep(0.02)
+        erased = await client.delete("/v1/users/u1")
+        replies = [erased, await under_way, await client.get("/v1/receipts/mine"), await client.post("/v1/replay/mine")]
+        await client.post("/v1/rank", json=body)
+        return [reply.status_code for reply in (*replies, await client.get("/v1/receipts/mine"))]
+
+    assert asking(FakeBackend({"b": "blue"}, delay_s=0.1), ask) == [200, 200, 404, 404, 200]
+
+
+def test_what_waits_for_its_turn_is_not_begun_once_its_user_is_erased() -> None:
+    backend = FakeBackend(delay_s=0.1)
+
+    async def ask(client: httpx.AsyncClient) -> int:
+        body = {"prompt": ["a b"] * 40, "user": "u1"}
+        under_way = asyncio.create_task(client.post("/v1/completions", json=body))
+        await asyncio.sleep(0.05)
+        await client.delete("/v1/users/u1")
+        return (await under_way).status_code
+
+    assert asking(backend, ask) == 503
+    assert len(backend.answered) <= 16
 
 
 # ---- sight ----------------------------------------------------------------------------------------------------------
@@ -414,6 +459,8 @@ WRONG: Mapping[str, tuple[str, str, dict[str, Any], int, str | None]] = {
     "tokens that are none": ("POST", "/detokenize", {"tokens": [1 << 40]}, 400, None),
     "an item without text": ("PUT", "/v1/items/x", {"fields": {}}, 400, "fields"),
     "an event that is none": ("POST", "/v1/users/u/events", {"what": "x"}, 400, None),
+    "an event of no item": ("POST", "/v1/users/u/events", {"item_id": "no"}, 404, "item_id"),
+    "a prompt that is a number": ("POST", "/tokenize", {"prompt": 5}, 400, "prompt"),
 }
 
 

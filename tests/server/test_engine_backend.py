@@ -16,7 +16,7 @@ from rcllm.core.texts import ScoreRequest, ScoreResponse, TextRequest
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.generate import Generator
 from rcllm.errors import CancelledError, ClosingError, NotServedError, UnknownItemError
-from rcllm.reuse.missing import user_owner
+from rcllm.reuse.missing import item_owner, user_owner
 from rcllm.server.backend import Asked, EraseUser, PutItems, RemoveItems, WarmItems
 from rcllm.server.on_engine import EngineBackend
 from rcllm.store.owners import one_name
@@ -280,7 +280,21 @@ def test_erasing_a_user_leaves_no_block_of_theirs(tiny_engine: Engine, computing
     first, second = running(computing, ask)
     assert first >= 3
     assert second == 0
-    assert not tiny_engine.pool._index.owned_by(one_name(user_owner(UserId("u9"))) or "")
+    assert not tiny_engine.pool._index.owned_by([one_name(user_owner(UserId("u9"))) or ""])
+
+
+def test_warming_leaves_out_what_is_gone_when_its_turn_comes(tiny_engine: Engine, computing: EngineBackend) -> None:
+    async def ask() -> None:
+        with tiny_engine.alone():
+            await computing.change(WarmItems((ItemId("i1"),)))
+            await computing.change(WarmItems((ItemId("i2"), ItemId("i3"))))
+            tiny_engine.catalogue.put((), gone=(ItemId("i2"),))
+        while computing.stats().warmth.running:
+            await asyncio.sleep(0.005)
+        assert not computing.stats().warmth.error
+        assert tiny_engine.pool.owners() >= {one_name(item_owner(name)) for name in ("i1", "i3")}
+
+    running(computing, ask)
 
 
 def test_warming_goes_on_in_the_background(tiny_engine: Engine, computing: EngineBackend) -> None:

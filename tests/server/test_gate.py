@@ -13,11 +13,12 @@ import pytest
 from starlette.testclient import TestClient
 
 from rcllm.config import ServerConfig
-from rcllm.errors import ConfigError, OverloadedError
+from rcllm.errors import AccessError, ConfigError, OverloadedError
+from rcllm.fields import parse
 from rcllm.server.app import ENDPOINTS, make_app
 from rcllm.server.fake import FakeBackend
 from rcllm.server.gate import OPEN
-from rcllm.server.keys import check_address
+from rcllm.server.keys import Keys, check_address
 from rcllm.server.logs import JsonLines, configure
 
 KEY, OTHER, ADMIN = "key-of-a-client", "key-of-another", "key-of-the-admin"
@@ -93,6 +94,14 @@ def test_others_reach_it_with_keys_or_by_choice_alone(host: str) -> None:
     check_address(ServerConfig(host=host, insecure=True))
 
 
+def test_a_tenant_without_a_key_opens_the_server_to_nobody() -> None:
+    nobody = ServerConfig(tenant_keys={"shop-a": ()})
+    with pytest.raises(AccessError):
+        Keys(nobody).caller({})
+    with pytest.raises(ConfigError, match=r"tenant_keys\.shop-a must be a list of at least 1"):
+        parse(ServerConfig, {"tenant_keys": {"shop-a": []}})
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.3.2.1"])
 def test_this_machine_needs_no_key(host: str) -> None:
     check_address(ServerConfig(host=host))
@@ -158,6 +167,29 @@ def test_more_requests_than_may_wait_are_told_to_come_back() -> None:
     assert asyncio.run(ask()) == [200, 200, 429, 429]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["a"] * 40}),
+        ("/v1/completions", {"prompt": ["a"] * 40, "stream": True}),
+        ("/v1/score", {"text_1": [f"q{n}" for n in range(40)], "text_2": ["a"] * 40}),
+    ],
+)
+def test_one_body_does_not_fill_the_queue(path: str, body: dict[str, Any]) -> None:
+    backend = FakeBackend({}, delay_s=0.001, max_waiting=16)
+    with TestClient(make_app(backend)) as client:
+        reply = client.post(path, json=body)
+    assert reply.status_code == 200, reply.text
+    assert "error" not in reply.text
+    assert len(backend.answered) == 40
+
+
+def test_a_deadline_goes_on_while_others_of_the_body_are_answered() -> None:
+    with TestClient(make_app(FakeBackend({}, delay_s=0.1))) as client:
+        reply = client.post("/v1/completions", json={"prompt": ["a"] * 17, "deadline_ms": 50})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "deadline")
+
+
 def test_a_refusal_says_when_to_come_back() -> None:
     refusing = FakeBackend({"a": "red"}, rule=lambda request: OverloadedError("too much waits", 0.7))
     with TestClient(make_app(refusing)) as client:
@@ -173,7 +205,33 @@ def test_an_answer_that_takes_too_long_is_ended() -> None:
         assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
         late = client.post("/v1/rank", json={**RANK, "deadline_ms": 5})
         assert (late.status_code, late.json()["error"]["code"]) == (503, "deadline")
+        counted = 'rcllm:request_failures_total{code="timeout",kind="rank",model_name="fake"} 1.0'
+        assert counted in client.get("/metrics").text
     assert len(backend.cancelled) == 2
+
+
+class Trickling(FakeBackend):
+    """Writes one token, and then takes its time."""
+
+    async def answer(self, asked: Any) -> Any:
+        assert asked.on_tokens is not None
+        asked.on_tokens((97,))
+        try:
+            await asyncio.sleep(5)
+        except asyncio.CancelledError:
+            self.cancelled.append(asked.request)
+            raise
+
+
+def test_a_stream_that_takes_too_long_is_ended_and_says_so() -> None:
+    backend = Trickling({})
+    with TestClient(make_app(backend, ServerConfig(timeout_s=0.2))) as client:
+        content = client.post("/v1/completions", json={"prompt": "a", "stream": True}).text
+        first, last = content.removesuffix("\n\n").split("\n\n")
+        assert '"text": "a"' in first
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+        assert 'failures_total{code="timeout",kind="generate",model_name="fake"} 1.0' in client.get("/metrics").text
+    assert len(backend.cancelled) == 1
 
 
 # ---- clients that go away -------------------------------------------------------------------------------------------
@@ -243,17 +301,7 @@ def test_what_a_client_does_not_wait_for_is_withdrawn(path: str, body: dict[str,
 
 
 def test_a_stream_that_nobody_reads_is_withdrawn() -> None:
-    class Slow(FakeBackend):
-        async def answer(self, asked: Any) -> Any:
-            assert asked.on_tokens is not None
-            asked.on_tokens((97,))
-            try:
-                await asyncio.sleep(5)
-            except asyncio.CancelledError:
-                self.cancelled.append(asked.request)
-                raise
-
-    backend = Slow({})
+    backend = Trickling({})
 
     async def ask() -> bytes:
         _, content, _ = await _post(

@@ -76,7 +76,10 @@ def test_answers_of_another_job_are_never_mixed_in(tmp_path: Path, now: dict[str
     out = tmp_path / "answers.jsonl"
     run(out, answer(1))
     before = out.read_bytes()
-    for ask in (lambda: check_same_job(str(out), now), lambda: opened_answers(str(out), SETTINGS | now).__enter__()):
+    for ask in (
+        lambda: check_same_job(str(out), now, SETTINGS),
+        lambda: opened_answers(str(out), SETTINGS | now).__enter__(),
+    ):
         with pytest.raises(ConfigError, match="--restart") as refused:
             ask()
         assert said in str(refused.value)
@@ -85,6 +88,15 @@ def test_answers_of_another_job_are_never_mixed_in(tmp_path: Path, now: dict[str
         assert not file.answered
     assert out.read_bytes() == b""
     assert json.loads(job_path(out).read_text(encoding="utf-8")) == SETTINGS | now
+
+
+def test_a_setting_that_is_no_longer_there_makes_another_job(tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    run(out, answer(1))
+    fewer = {name: value for name, value in SETTINGS.items() if name != "the requests"}
+    check_same_job(str(out), fewer, ["the requests"])
+    with pytest.raises(ConfigError, match="another job: nothing is given for the requests now"):
+        check_same_job(str(out), fewer)
 
 
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ Knows nothing of how a change is made. Invariant: when the reply is sent, the ch
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,6 +51,16 @@ async def _changed(ask: Ask, change: PutItems | RemoveItems) -> JsonReply:
     return JsonReply(told)
 
 
+@contextmanager
+def _about(field: str) -> Iterator[None]:
+    """An item that is not there is told as the fault of this field."""
+    try:
+        yield
+    except UnknownItemError as error:
+        error.field = field
+        raise
+
+
 def _whose(user_id: UserId, ask: Ask) -> UserId:
     """The name under which a user's things are kept; `?tenant=` says whose user it is."""
     return whose(user_id, ask.tenant) or user_id
@@ -57,15 +69,19 @@ def _whose(user_id: UserId, ask: Ask) -> UserId:
 async def append_event(ask: Ask) -> JsonReply:
     user_id = UserId(well_formed(ask.path("user_id")))
     event = parse_event(ask.value)
+    if event.item_id is not None:
+        with _about("item_id"):
+            ask.served.backend.items[event.item_id]  # raises where it is not there
     return JsonReply({"known_events": ask.served.histories.append(_whose(user_id, ask), (event,))})
 
 
 async def erase_user(ask: Ask) -> JsonReply:
     """Events and receipts go, and every block of cached KV that was made of the user's words."""
     user_id = UserId(well_formed(ask.path("user_id")))
-    events = ask.served.histories.erase(_whose(user_id, ask))
-    changed = await ask.served.backend.change(EraseUser(user_id, ask.tenant))
-    answers = ask.served.answers.erase(_whose(user_id, ask))  # last, so that none that was on its way stays
+    name, served = _whose(user_id, ask), ask.served
+    events, answers = served.histories.erase(name), served.answers.erase(name)  # first, so that none is run again
+    changed = await served.backend.change(EraseUser(user_id, ask.tenant))
+    answers += served.answers.erase(name)  # and last, so that none that was on its way stays
     return JsonReply({"num_blocks": changed.num_blocks, "num_events": events, "num_receipts": answers})
 
 
@@ -81,9 +97,6 @@ async def place(ask: Ask) -> JsonReply:
 async def warm(ask: Ask) -> JsonReply:
     """Begins in the background; `/v1/cache/stats` says how far it is."""
     body = read(WarmBody, ask.value)
-    try:
+    with _about("item_ids"):
         await ask.served.backend.change(WarmItems(body.item_ids))
-    except UnknownItemError as error:
-        error.field = "item_ids"
-        raise
     return JsonReply(asdict(ask.served.backend.stats().warmth), status_code=202)

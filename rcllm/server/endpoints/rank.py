@@ -6,7 +6,8 @@ Knows nothing of how answers come about.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rcllm.core.ranking import Event, RankOptions, whose
@@ -21,31 +22,44 @@ from rcllm.wire.score import PairsBody, SglangBody, pairs_to_json, parse_score, 
 async def rank(ask: Ask) -> JsonReply:
     about = ask.served.backend.about
     body = parse_rank_body(ask.value, ask.request_id, about.options, about.text_field)
-    events = _known(ask, body)
-    request = replace(body.request, history=body.request.history or events)
+    known = _known(ask, body)
+    request = replace(body.request, history=body.request.history or known.events)
     response = await ask.answer(request, body.extras.deadline_ms, prior=body.prior)
-    return JsonReply(rank_to_json(response, body, **_told(events)))
+    return JsonReply(known.told(rank_to_json(response, body)))
 
 
 async def recommend(ask: Ask) -> JsonReply:
     body = parse_recommend_body(ask.value, ask.request_id)
-    events = _known(ask, body)
-    request = replace(body.request, history=body.request.history or events)
+    known = _known(ask, body)
+    request = replace(body.request, history=body.request.history or known.events)
     request = without_history(request) if body.unseen else request
     response = await ask.answer(request, body.extras.deadline_ms)
     answer = recommendation_to_json(response, receipts=body.extras.explain)
-    return JsonReply({**answer, "scores": list(response.scores), **_told(events)})
+    return JsonReply(known.told({**answer, "scores": list(response.scores)}))
 
 
-def _known(ask: Ask, body: Body[Any]) -> tuple[Event, ...]:
-    """What the server was told of the user, where the body says nothing of the history."""
-    request = body.request
-    return () if body.has_history else ask.served.histories.of(whose(request.user_id, ask.tenant_of(request.tenant)))
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the server was told of the user, as far as a request can still name it."""
+
+    events: tuple[Event, ...] = ()
+    num_gone: int = 0  # more that it was told of, whose items have left the catalogue since
+
+    def told(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+        """An answer that says how many events the server itself knew of, and in its notes how many it left out."""
+        notes = [f"{self.num_gone} known events are left out, since the catalogue no longer has their items"]
+        known = {"known_events": len(self.events)} if self.events else {}
+        return {**answer, **known, **({"notes": [*answer.get("notes", ()), *notes]} if self.num_gone else {})}
 
 
-def _told(events: tuple[Event, ...]) -> dict[str, object]:
-    """How many events the server itself knew of."""
-    return {"known_events": len(events)} if events else {}
+def _known(ask: Ask, body: Body[Any]) -> _Known:
+    """Nothing where the body itself says what the user did."""
+    if body.has_history:
+        return _Known()
+    request, items = body.request, ask.served.backend.items
+    events = ask.served.histories.of(whose(request.user_id, ask.tenant_of(request.tenant)))
+    left = tuple(event for event in events if event.item_id is None or event.item_id in items)
+    return _Known(left, len(events) - len(left))
 
 
 async def rerank(ask: Ask) -> JsonReply:

@@ -21,8 +21,7 @@ from rcllm.prompt.chat import ChatPrompt
 from rcllm.server.failures import error_body
 from rcllm.server.reply import EventStream, JsonReply
 from rcllm.server.served import Ask
-from rcllm.wire.bodies import read
-from rcllm.wire.items import DetokenizeBody, TokenizeBody
+from rcllm.wire.items import parse_detokenize, parse_tokenize
 from rcllm.wire.openai import ChatBody, CompletionBody, Named, Pieces, parse_chat, parse_completion, text_requests
 
 _DONE = "[DONE]"
@@ -65,7 +64,7 @@ async def _answered(
     )
     if body.stream:
         events = _stream(ask, body, requests, named, len(prompts))
-        return EventStream(await anext(events), events)
+        return EventStream(await anext(events), events, ask.end_s)
     async with asyncio.TaskGroup() as together:
         tasks = [together.create_task(ask.answer(each, body.deadline_ms)) for each in requests]
     return JsonReply(named.whole([task.result() for task in tasks], len(prompts)))
@@ -129,11 +128,10 @@ async def _news(
     tasks = [asyncio.create_task(follow(index, request)) for index, request in enumerate(requests)]
     left = len(tasks)
     try:
-        async with asyncio.timeout(ask.served.config.timeout_s):
-            while left:
-                each = await queue.get()
-                left -= each.ended is not None
-                yield each
+        while left:
+            each = await queue.get()
+            left -= each.ended is not None
+            yield each
     finally:
         for task in tasks:
             task.cancel()
@@ -143,7 +141,7 @@ async def _news(
 
 
 async def tokenize(ask: Ask) -> JsonReply:
-    body = read(TokenizeBody, ask.value)
+    body = parse_tokenize(ask.value)
     ask.check_model(body.model)
     texts = ask.served.backend.texts
     ids = texts.opening(body.prompt) if body.add_special_tokens else texts.going_on(body.prompt)
@@ -151,6 +149,6 @@ async def tokenize(ask: Ask) -> JsonReply:
 
 
 async def detokenize(ask: Ask) -> JsonReply:
-    body = read(DetokenizeBody, ask.value)
+    body = parse_detokenize(ask.value)
     ask.check_model(body.model)
     return JsonReply({"prompt": ask.served.backend.texts.decode(body.tokens)})
