@@ -34,7 +34,7 @@ from benchmarks.describe_setup import NONE, STRICT, Workbench, user_scenarios
 from benchmarks.fidelity_setup import SETS, TEMPLATES, engine_of, held_out, paper_shaped, scored
 from benchmarks.harness import PRECISIONS, ROOT, Options, console, dataset, options, run_parts, show, timed, turns
 from benchmarks.kv_dtype import warm
-from benchmarks.recall import MEASURES, SETTINGS, cases, generated, measured
+from benchmarks.recall import MEASURES, cases, generated, measured
 from benchmarks.ttft import floor_seconds
 from rcllm.config import CacheConfig, Config, ModelConfig
 from rcllm.core.ranking import Level, RankOptions, UserId
@@ -284,8 +284,7 @@ def ndcg(variant: str, level: str, sizes: Sizes, chosen: Options, kept: RecordFi
 def recommend(sizes: Sizes, chosen: Options, kept: RecordFile) -> dict[str, float]:
     """Quality of the committed decoder of semantic IDs: paired differences to fp32, with 95 % intervals."""
     test = cases(dataset("movielens_100k"), "test")[: sizes.quality]
-    most = SETTINGS["movielens"].train.sequences.max_items
-    found = {name: measured(generated(DECODER, most, model, knn=0.0), test) for name, model in PRECISIONS.items()}
+    found = {name: measured(generated(DECODER, model, knn=0.0), test) for name, model in PRECISIONS.items()}
     metrics: dict[str, float] = {"num_requests_recommend": len(test)}
     rows = []
     for name, table in found.items():

@@ -105,12 +105,12 @@ def compared(name: str, chosen: Options) -> dict[str, float]:
     pool = training_pool(data)
     knn = Neighbours(pool)
     window = max(WINDOWS, key=lambda n: measured(ranked(data, knn, n), cases(data, "validation")).mean())
-    most, mixed_in = settings.train.sequences.max_items, load_knn(folder)
+    mixed_in = load_knn(folder)
     assert mixed_in is not None
     rankers = {
-        "model": generated(folder, most),
-        "decoder": generated(folder, most, knn=0.0),
-        "mixed_knn": carried(mixed_in, load_codes(folder), most),
+        "model": generated(folder),
+        "decoder": generated(folder, knn=0.0),
+        "mixed_knn": carried(mixed_in, load_codes(folder)),
         "popularity": ranked(data, Popularity(pool), 1),
         "knn": ranked(data, knn, window),
     }
@@ -156,7 +156,7 @@ def trained(data: Dataset, settings: Settings) -> tuple[Path, float]:
             console.print(f"{data.name}: epoch {epoch}, validation loss {loss:.3f}")
 
     curve = trainer.run(lambda now: tell(now.last.epoch, now.last.validation_loss) if now.last else None)
-    add_knn(folder, train, validation, settings.train.sequences.max_items)
+    add_knn(folder, train, validation)
     return folder, curve[-1].minutes
 
 
@@ -171,10 +171,8 @@ def embeddings(data: Dataset) -> FloatArray:
     return np.asarray(np.load(path), dtype=np.float32)
 
 
-def generated(
-    folder: Path, most: int, model: Mapping[str, Any] = MappingProxyType({}), knn: float | None = None
-) -> Rank:
-    """By the engine's beam search, which reads the last `most` items.
+def generated(folder: Path, model: Mapping[str, Any] = MappingProxyType({}), knn: float | None = None) -> Rank:
+    """By the engine's beam search, which reads as much of a history as the model was trained on.
 
     `model`: other fields of ModelConfig; `knn`: as in a request.
     """
@@ -184,7 +182,7 @@ def generated(
         requests = [
             RecommendRequest(
                 str(i),
-                tuple(Event(x) for x in case.history[-most:]),
+                tuple(Event(x) for x in case.history),
                 n=MOST,
                 beam=BEAM,
                 deny=case.history,
@@ -200,13 +198,12 @@ def generated(
     return rank
 
 
-def carried(knn: Knn, code_index: CodeIndex, most: int) -> Rank:
+def carried(knn: Knn, code_index: CodeIndex) -> Rank:
     """By the item-kNN that a model carries, alone."""
 
     def rank(asked: Sequence[Case]) -> list[Sequence[ItemId]]:
         return [
-            list(knn.shares(case.history[-most:], code_index, code_index.allowed(deny=case.history), MOST))
-            for case in asked
+            list(knn.shares(case.history, code_index, code_index.allowed(deny=case.history), MOST)) for case in asked
         ]
 
     return rank

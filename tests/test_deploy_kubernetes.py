@@ -76,6 +76,12 @@ def test_the_configuration_of_the_chart_is_one(tmp_path: Path) -> None:
     assert Config.load(tmp_path / "rcllm.toml", {}).cluster.replicas == values()["cluster"]["workers"]
 
 
+def test_pods_are_begun_anew_where_the_configuration_changes() -> None:
+    pods = {"statefulset.yaml": 1, "rayservice.yaml": 2}
+    for name, count in pods.items():
+        assert TEMPLATES[name].count("checksum/config: {{ .Values.config | sha256sum }}") == count, name
+
+
 @pytest.mark.skipif(shutil.which("helm") is None, reason="Helm is not installed")
 @pytest.mark.parametrize("cluster", ["true", "false"])
 def test_helm_renders_it(cluster: str) -> None:

@@ -52,11 +52,6 @@ class Shelf:
         before = self._before(items)
         return Shelf(self.trie, self.order, self.place, self._filter(items, before), before)
 
-    def where(self, items: BoolArray) -> Allowed:
-        """`items` [items] that are on offer. Looks at all of them."""
-        live = items if self.offered is None else items & self.offered.items
-        return self._filter(live, self._before(live))
-
     def only(self, numbers: Places) -> Allowed:
         """The items of these `numbers` that are on offer."""
         if self.offered is not None:

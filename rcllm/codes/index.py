@@ -21,9 +21,9 @@ from rcllm.codes.allowed import Allowed, Shelf
 from rcllm.codes.gather import gathered
 from rcllm.codes.item_ids import ItemIds
 from rcllm.codes.trie import Places, Trie
-from rcllm.codes.updates import Update, UpdateLog, merged
+from rcllm.codes.updates import Update, merged
 from rcllm.core.ranking import BoolArray, IntArray, ItemId
-from rcllm.errors import DataError, RcllmError, RequestError, UnknownItemError
+from rcllm.errors import DataError, RcllmError, UnknownItemError
 
 MIN_LEVELS, MAX_LEVELS = 2, 6
 _WORKER_NICE = 19  # requests that run come first: a forward pass waits for the slowest of its threads
@@ -102,36 +102,16 @@ class CodeIndex:
         span = self.trie.span[-1]
         return self.shelf.order[span[leaf] : span[leaf + 1]]
 
-    def leaf_of(self, codes: Sequence[int]) -> int | None:
-        """The leaf of one code sequence, None where no item has it. Raises DataError for codes that cannot be."""
-        located = self.trie.locate(check_codes(np.array([codes]), [ItemId("(asked)")], self.sizes))
-        return int(located.leaves[0]) if located.found[0] else None
-
-    def allowed(
-        self, allow: Sequence[ItemId] | None = None, deny: Sequence[ItemId] = (), mask: BoolArray | None = None
-    ) -> Allowed | None:
+    def allowed(self, allow: Sequence[ItemId] | None = None, deny: Sequence[ItemId] = ()) -> Allowed | None:
         """What a request may be answered with; None: all items.
 
-        Enabled items that are in `allow` (None: all), not in `deny`, and True in `mask` [items]. Ids that this epoch
-        lacks are passed over: items come and go. Costs little where few items are named; a `mask` looks at all.
+        Enabled items that are in `allow` (None: all) and not in `deny`. Ids that this epoch lacks are passed over:
+        items come and go. Costs little where few items are named.
         """
         denied = self.numbers_of(deny)
-        if mask is None and allow is None:
+        if allow is None:
             return self.shelf.without(denied)
-        if mask is None:
-            return self.shelf.only(np.setdiff1d(self.numbers_of(allow or ()), denied))
-        if mask.shape != (self.num_items,) or mask.dtype != np.bool_:
-            raise RequestError(
-                f"expected a mask of {self.num_items} booleans, one per item of epoch {self.epoch}, got {mask.dtype} "
-                f"of shape {mask.shape}"
-            )
-        live = mask.copy()
-        live[denied] = False
-        if allow is not None:
-            named = np.zeros_like(live)
-            named[self.numbers_of(allow)] = True
-            live &= named
-        return self.shelf.where(live)
+        return self.shelf.only(np.setdiff1d(self.numbers_of(allow), denied))
 
     def changed(self, update: Update) -> CodeIndex:
         """The next epoch. What it removes, enables or disables and this one does not have is passed over.
@@ -220,18 +200,17 @@ def check_codes(codes: npt.NDArray[Any], item_ids: Sequence[ItemId], sizes: tupl
 class LiveCodes:
     """The current epoch, and changes to it while requests run. Safe to call from several threads.
 
-    A change returns when it is accepted, in the order of the calls; with a log, it is on disk then. A thread that lives
-    while there is work makes the next epoch of all changes that wait. Requests keep the epoch that they took.
+    A change returns when it is accepted, in the order of the calls. A thread that lives while there is work makes the
+    next epoch of all changes that wait. Requests keep the epoch that they took.
     """
 
-    def __init__(self, code_index: CodeIndex, log: UpdateLog | None = None, rest: float = 2.0) -> None:
-        """`log`: outlives a crash; see `recovered`.
+    def __init__(self, code_index: CodeIndex, rest: float = 2.0) -> None:
+        """`rest`: after an epoch that took t seconds to make, the next is begun after rest · t seconds.
 
-        `rest`: after an epoch that took t seconds to make, the next is begun after rest · t seconds. So a stream of
-        changes to a large catalogue leaves the processor to requests. Where `flush` waits, it begins at once.
+        So a stream of changes to a large catalogue leaves the processor to requests. Where `flush` waits, it begins at
+        once.
         """
         self._code_index = code_index
-        self._log = log
         self._rest = rest
         self._num_flushing = 0
         self._waiting: list[Update] = []
@@ -240,11 +219,6 @@ class LiveCodes:
         self._working = False
         self._failure: Exception | None = None
         self._changed = threading.Condition()  # guards everything; readers of the epoch do not need it
-
-    @classmethod
-    def recovered(cls, code_index: CodeIndex, log: UpdateLog, rest: float = 2.0) -> LiveCodes:
-        """`code_index` with what `log` has kept; changes go on being logged. Raises DataError."""
-        return cls(code_index.changed(log.read()), log, rest)
 
     def epoch(self) -> CodeIndex:
         """The current epoch of the index. Never waits for changes that are on their way."""
@@ -270,14 +244,17 @@ class LiveCodes:
         """All of it in one epoch, or nothing: raises DataError, UnknownItemError before anything is changed."""
         with self._changed:
             self._check(update)
-            if self._log is not None:
-                self._log.append(update)
             self._known |= dict.fromkeys(update.remove, False) | dict.fromkeys(update.add, True)
             self._waiting.append(update)
             self._num_accepted += 1
             if not self._working:
                 self._working, self._failure = True, None
                 threading.Thread(target=self._work, name="rcllm-catalogue", daemon=True).start()
+
+    def check(self, update: Update) -> None:
+        """Raises what `apply` would raise; changes nothing."""
+        with self._changed:
+            self._check(update)
 
     def flush(self) -> CodeIndex:
         """Waits for all changes accepted so far; the epoch that has them. Raises RcllmError if they cannot be made."""

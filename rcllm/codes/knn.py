@@ -65,11 +65,11 @@ def mixed(
     """The best `n` items of both, and log((1 - share) · p + share · s); of equal ones the decoder's come first.
 
     `found`: log p of the items that a search found. `shares`: s, as `Knn.shares` gives them. An item that one of them
-    lacks has nothing from it. `share` is below 1, so that every item that was found keeps a probability.
+    lacks has nothing from it. `share` is above 0, and below 1, so that every item that was found keeps a probability.
     """
     scores = {item_id: math.log1p(-share) + score for item_id, score in found.items()}
     for item_id, each in shares.items():
-        theirs = math.log(share * each)
+        theirs = math.log(share) + math.log(each)  # for the product may be too small for a number
         scores[item_id] = float(np.logaddexp(scores[item_id], theirs)) if item_id in scores else theirs
     best = sorted(scores, key=lambda item_id: -scores[item_id])[:n]
     return tuple(best), tuple(scores[item_id] for item_id in best)

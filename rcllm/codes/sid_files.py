@@ -42,8 +42,18 @@ Codes = tuple[int, ...]
 Entry = tuple[ItemId, Codes]
 
 
+def check_style(style: str) -> None:
+    """Raises ConfigError for a style that `token` cannot write a code in."""
+    rest = style.replace("{level}", "").replace("{code}", "")
+    if "{code}" not in style or "{" in rest or "}" in rest:
+        raise ConfigError(
+            f"expected a style with {{code}}, and {{level}} where the vocabulary tells levels apart (a, b, …), but no "
+            f"other braces, such as {STYLE!r}; got {style!r}"
+        )
+
+
 def token(level: int, code: int, style: str = STYLE) -> str:
-    """How a code is written: code 12 of level 0 is <a_12>."""
+    """How a code is written: code 12 of level 0 is <a_12>. `style`: see `check_style`."""
     return style.format(level=chr(ord("a") + level), code=code)
 
 

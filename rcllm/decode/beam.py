@@ -21,7 +21,7 @@ from rcllm.core.receipts import BeamStep
 from rcllm.decode.beam_device import OnDevice
 from rcllm.decode.beam_host import OnHost
 from rcllm.decode.beam_kv import StepBuffer, beam_group
-from rcllm.decode.beam_task import BeamTask, Choice, Choosing, FloatArray
+from rcllm.decode.beam_task import BeamTask, Choice, Choosing, FloatArray, most_rows
 from rcllm.errors import ModelError
 from rcllm.metrics import Stage
 from rcllm.model.decoder import Aside, Decoder, Keep, Pass, Passed
@@ -33,6 +33,16 @@ _LOGIT_ROWS = 256  # rows whose logits over the whole vocabulary are held at onc
 def choosing_of(tokens: CodeTokens, device: torch.device) -> Choosing:
     """In numpy, which ends early and skips padding, where scores need no copy to the host; else on the device."""
     return OnHost(tokens) if is_near(device) else OnDevice(tokens, device)
+
+
+def step_bytes_per_row(decoder: Decoder, num_levels: int) -> int:
+    """Of KV that a beam keeps beside the prompt."""
+    return decoder.spec.kv_bytes_per_token(decoder.dtype.itemsize) * _num_steps(num_levels)
+
+
+def _num_steps(num_levels: int) -> int:
+    """Of L levels, L - 1 are fed to the model, and the last of these is attended to by its own row alone."""
+    return max(1, num_levels - 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +107,13 @@ class BeamSearch:
         return len(self._choosing.columns)
 
     def _new_buffer(self, num_rows: int) -> StepBuffer:
-        """Of L levels, L - 1 are fed to the model, and the last of these is attended to by its own row alone."""
         decoder = self._decoder
-        return StepBuffer(decoder.spec, num_rows, max(1, self.num_levels - 2), decoder.dtype, decoder.device)
+        return StepBuffer(decoder.spec, num_rows, _num_steps(self.num_levels), decoder.dtype, decoder.device)
 
     @torch.inference_mode()
     def begin(self, tasks: Sequence[BeamTask], stage: Stage) -> None:
         """Chooses the first codes, from what their prompts ended in."""
-        num_rows = sum(task.beam for task in tasks)
+        num_rows = sum(most_rows(task.code_index, task.beam) for task in tasks)
         if not self._buffer.fits(num_rows):
             self._buffer = self._new_buffer(num_rows)
         self._buffer.clear()
@@ -171,9 +180,18 @@ class BeamSearch:
         self._level += 1
 
     def _read(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [rows, codes] of the level's codes and, where a task asks for it, logsumexp over all [rows]."""
-        decoder = self._decoder
-        wanted = decoder.logits(hidden, self._choosing.columns[self._level])
-        if all(each.task.rule == "renormalise" for each in self._searched):
+        """Logits [rows, codes] of the level's codes and, for rows under the rule `mask`, logsumexp over all [rows].
+
+        Those rows take both from one product over the whole vocabulary: one over the level's codes alone is of another
+        precision where the model computes in bf16 or int8.
+        """
+        decoder, columns = self._decoder, self._choosing.columns[self._level]
+        wanted = decoder.logits(hidden, columns)
+        masked = np.repeat([each.task.rule == "mask" for each in self._searched], self.choice.num_rows)
+        if not masked.any():
             return wanted, None
-        return wanted, torch.cat([torch.logsumexp(decoder.logits(some), -1) for some in hidden.split(_LOGIT_ROWS)])
+        sums = torch.zeros_like(wanted[:, 0])
+        for rows in upload(np.flatnonzero(masked), decoder.device).split(_LOGIT_ROWS):
+            logits = decoder.logits(hidden[rows])
+            wanted[rows], sums[rows] = logits[:, columns], torch.logsumexp(logits, -1)
+        return wanted, sums

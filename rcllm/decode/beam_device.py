@@ -163,7 +163,7 @@ def _widths(tasks: Sequence[BeamTask], filters: Sequence[Filter | None]) -> list
         task.code_index.trie.num_nodes if some is None else (1, *some.num_alive)
         for task, some in zip(tasks, filters, strict=True)
     ]
-    beams = np.array([task.beam for task in tasks])
+    beams = np.array([min(task.beam, max(nodes)) for task, nodes in zip(tasks, counts, strict=True)])
     return [np.minimum(beams, nodes) for nodes in np.array(counts, np.int64).T]
 
 

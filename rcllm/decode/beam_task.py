@@ -50,6 +50,11 @@ class BeamTask:
     rule: BeamRule
 
 
+def most_rows(code_index: CodeIndex, beam: int) -> int:
+    """Of a pass of one search: beams stand at different nodes, and leaves are never fed to the model."""
+    return max(1, min(beam, code_index.trie.num_nodes[-2]))
+
+
 @dataclass(frozen=True, slots=True)
 class Leaves:
     """What one request ended with, best first; equal scores in the order of the trie."""
@@ -90,7 +95,8 @@ class Choice(Protocol):
     def choose(self, logits: torch.Tensor, lse: torch.Tensor | None) -> None:
         """One level down, to the best of what `expand` found.
 
-        logits [rows, codes] of the level's codes, fp32; lse [rows], over the whole vocabulary, for the rule `mask`.
+        logits [rows, codes] of the level's codes, fp32; lse [rows], over the whole vocabulary, for rows under the rule
+        `mask`; None where there are none.
         """
 
     @property

@@ -16,13 +16,14 @@ import torch
 from rcllm.model.upload import is_near, upload
 
 _LIKELY = 1e-3  # of the likeliest token's probability: the tokens above it hold most nuclei
+_COLDEST = torch.finfo(torch.float32).tiny  # the least number that a GPU does not take for 0
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
     """How one row is drawn."""
 
-    temperature: float  # above 0
+    temperature: float  # above 0; so low that fp32 has no such number: the likeliest token
     top_p: float  # above 0; 1: from the whole vocabulary
     uniform: float  # in [0, 1)
 
@@ -39,7 +40,8 @@ def drawn(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """
     table = np.array([(draw.temperature, draw.top_p, draw.uniform) for draw in draws])
     temperature, top_p, uniforms = upload(table, logits.device).unbind(1)
-    probabilities = torch.softmax(logits / temperature.float()[:, None], dim=-1)
+    below = logits - logits.amax(dim=-1, keepdim=True)  # at most 0, so that no quotient overflows upwards
+    probabilities = torch.softmax(below / temperature.float().clamp(min=_COLDEST)[:, None], dim=-1)
     token_ids = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
     whole, parts = np.flatnonzero(table[:, 1] >= 1.0), np.flatnonzero(table[:, 1] < 1.0)
     if len(whole):

@@ -24,7 +24,6 @@ class TopBeam:
 
     indices: npt.NDArray[np.int64]  # [at most beam]
     scores: FloatArray  # parent's plus child's
-    num_sorted: int  # candidates that had to be compared with each other, heads included
     num_skipped: int  # candidates that were never looked at again after the bound was known
 
 
@@ -39,10 +38,9 @@ def top_beam(parent_scores: FloatArray, first: npt.NDArray[np.int64], child_scor
     """
     scores = child_scores + np.repeat(parent_scores, np.diff(first))
     indices: npt.NDArray[np.int64] | None = None  # None: all
-    num_heads, num_sorted = _HEADS_PER_BEAM * beam, 0
+    num_heads = _HEADS_PER_BEAM * beam
     while len(rest := scores if indices is None else scores[indices]) > 2 * num_heads:
         heads = _heads(rest, num_heads)
-        num_sorted += len(heads)
         reached = np.flatnonzero(rest >= _nth_best(heads, beam))
         indices = reached if indices is None else indices[reached]
         if len(reached) > len(rest) // 2:  # ties, or all the best together in a few lists
@@ -50,13 +48,12 @@ def top_beam(parent_scores: FloatArray, first: npt.NDArray[np.int64], child_scor
     rest = scores if indices is None else scores[indices]
     if np.isnan(rest).any():
         raise not_numbers()
-    num_sorted += len(rest)
     if len(rest) > beam:
         kept = _select(rest, beam)
         indices = kept if indices is None else indices[kept]
     elif indices is None:
         indices = np.arange(len(scores))
-    return TopBeam(indices, scores[indices], num_sorted, len(scores) - len(rest))
+    return TopBeam(indices, scores[indices], len(scores) - len(rest))
 
 
 def _heads(scores: FloatArray, num_heads: int) -> FloatArray:

@@ -30,10 +30,6 @@ class DraftTree:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def best(self, max_nodes: int) -> DraftTree:
-        """The tree of the `max_nodes` likeliest nodes."""
-        return DraftTree(self.token_ids[:max_nodes], self.parents[:max_nodes], self.weights[:max_nodes])
-
     @property
     def depths(self) -> IntArray:
         """[n]; 1 for a child of the root."""

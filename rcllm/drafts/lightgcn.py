@@ -17,7 +17,8 @@ from scipy.sparse.linalg import svds
 Vectors = npt.NDArray[np.float32]  # [rows, dimensions]
 
 _LAYERS = 1  # more find held-out links of sparse logs better, and those of dense ones worse
-_NOISE = 1e-6  # length of a vector that is rounding error
+_NOISE = 1e-6  # length of an item's vector that is rounding error
+_TINY = 1e-12  # length of any vector that is
 
 
 def interaction_matrix(histories: Sequence[Sequence[int]], num_items: int) -> sparse.csr_array:
@@ -60,10 +61,11 @@ def numbered(histories: Mapping[str, Sequence[str]]) -> tuple[list[str], list[li
     return item_ids, [[number[item] for item in history] for history in histories.values()]
 
 
-def unit_rows(rows: npt.NDArray[np.floating]) -> Vectors:
-    """Rows at length one; zero rows stay."""
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows / np.where(lengths > 0, lengths, 1.0), np.float32)
+def unit_rows(rows: npt.ArrayLike) -> Vectors:
+    """Rows of length one; rows of zeros, or of rounding error, stay."""
+    table = np.asarray(rows, dtype=np.float32)
+    lengths = np.linalg.norm(table, axis=1, keepdims=True)
+    return np.asarray(table / np.where(lengths > _TINY, lengths, 1.0), dtype=np.float32)
 
 
 def _scaled(degrees: npt.NDArray[np.float32]) -> sparse.dia_array:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rcllm.errors import ConfigError, ModelError
+from rcllm.errors import ConfigError, ModelError, UnsupportedModelError
 from rcllm.model.quantised import Quantised
 from rcllm.model.spec import WEIGHT_GROUP as GROUP
 from rcllm.plain_json import read_json
@@ -78,7 +78,7 @@ class GgufTensors:
         return kind if kind in _FLOATS else "F32"
 
     def values(self, name: str) -> torch.Tensor:
-        """In that dtype."""
+        """In that dtype. Raises UnsupportedModelError for a kind that the `gguf` package names and cannot read."""
         stored, raw = self._stored[name], self._raw(name)
         if levels := self.levels(name):
             return levels.widen()
@@ -87,7 +87,13 @@ class GgufTensors:
         else:
             gguf = gguf_package()
             rows = raw.reshape(*stored.shape[:-1], -1)
-            values = torch.from_numpy(gguf.dequantize(rows, gguf.GGMLQuantizationType[stored.kind]))
+            try:
+                values = torch.from_numpy(gguf.dequantize(rows, gguf.GGMLQuantizationType[stored.kind]))
+            except NotImplementedError as error:
+                raise UnsupportedModelError(
+                    f"tensor {name} is kept as {stored.kind}, which the gguf package cannot read; use a file of "
+                    "another quantisation, such as Q8_0"
+                ) from error
         return _in_order(values.reshape(stored.shape), stored.heads)
 
     def levels(self, name: str) -> Quantised | None:

@@ -18,7 +18,8 @@ from rcllm.codes.knn import Knn, mixed
 from rcllm.core.enrichment import NeighbourConfig
 from rcllm.core.ranking import ItemId
 from rcllm.data.item_knn import ItemKnn
-from rcllm.sid.held_out import TOP, Histories, gain, touched_by
+from rcllm.drafts.lightgcn import interaction_matrix
+from rcllm.sid.held_out import TOP, Histories, gain
 
 NEAREST = 100  # of an item, that are kept
 SHARES = tuple(round(0.1 * step, 1) for step in range(10))
@@ -35,7 +36,7 @@ class Searched:
 
 def nearest(train: Histories, item_ids: Sequence[ItemId]) -> Knn:
     """Item-kNN of these histories of item numbers, with no share yet."""
-    knn = ItemKnn.of(touched_by(train, len(item_ids)), NeighbourConfig().shrinkage)
+    knn = ItemKnn.of(interaction_matrix(train, len(item_ids)), NeighbourConfig().shrinkage)
     rows = [knn.neighbours(item, NEAREST) for item in range(len(item_ids))]
     near = np.array([item for row in rows for item, _ in row], np.int32)
     values = np.array([likeness for row in rows for _, likeness in row], np.float32)

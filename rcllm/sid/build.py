@@ -13,8 +13,9 @@ import numpy as np
 from rcllm.codes.index import CodeIndex
 from rcllm.core.ranking import Interaction, Item, ItemId
 from rcllm.data import Split, histories, split_of
+from rcllm.drafts.lightgcn import unit_rows
 from rcllm.errors import DataError
-from rcllm.sid.collaborative import FloatArray, collaborative_vectors, unit_rows
+from rcllm.sid.collaborative import FloatArray, collaborative_vectors
 from rcllm.sid.config import BuildConfig
 from rcllm.sid.quantise import Codes, quantise
 from rcllm.sid.vocabulary import FIELD

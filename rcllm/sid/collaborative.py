@@ -16,6 +16,7 @@ from scipy import sparse
 from scipy.sparse.linalg import svds
 
 from rcllm.core.ranking import IntArray
+from rcllm.drafts.lightgcn import unit_rows
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -77,10 +78,3 @@ def _positive_information(counts: sparse.csr_array) -> Any:
     positive = sparse.coo_array((np.maximum(information, 0.0), (table.row, table.col)), shape=counts.shape).tocsr()
     positive.eliminate_zeros()
     return positive
-
-
-def unit_rows(vectors: npt.ArrayLike) -> FloatArray:
-    """Rows of length one; rows of zeros stay."""
-    table = np.asarray(vectors, dtype=np.float32)
-    lengths = np.linalg.norm(table, axis=1, keepdims=True)
-    return np.asarray(table / np.where(lengths > 1e-12, lengths, 1.0), dtype=np.float32)

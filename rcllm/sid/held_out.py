@@ -2,8 +2,8 @@
 
 The target is a user's last item, after the items before it, and the whole catalogue competes. Nobody may recommend what
 the user has already seen, so users whose target stands in their own history are left out and counted. Never imports
-torch: whoever has a model gives its answers. Invariant: all ways answer the same users, read the same part of a history
-and learn from training users alone.
+torch: whoever has a model gives its answers. Invariant: all ways answer the same users and learn from training users
+alone, and plain item-kNN reads as much of a history as the decoder.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
 
 from rcllm.core.ranking import ItemId
 from rcllm.data.item_knn import ItemKnn
+from rcllm.drafts.lightgcn import interaction_matrix
 from rcllm.fidelity.measures import chance_ndcg
 
 TOP = 10
@@ -75,14 +75,14 @@ def cases_of(histories: Histories) -> tuple[list[Case], int]:
 def compare_held_out(
     model: Answer, alone: Answer, train: Histories, held_out: Histories, num_items: int, max_items: int
 ) -> Comparison | None:
-    """`alone`: the model's decoder without item-kNN; `max_items`: how much of a history is read, its end.
+    """`alone`: the model's decoder without item-kNN; `max_items`: how much of a history the decoder reads, its end.
 
     None: no held-out user can be asked.
     """
     cases, num_left_out = cases_of(held_out)
     if not cases:
         return None
-    touched = touched_by(train, num_items)
+    touched = interaction_matrix(train, num_items)
     popularity = np.asarray(touched.sum(axis=0), dtype=np.float64)
     knn = ItemKnn.of(touched)
 
@@ -116,13 +116,6 @@ def advice(num_training_users: int, items_per_first_code: float, *, still_better
             "without --size and --levels)"
         )
     return tries or ["codes that know who touched what (`rcllm sid build --interactions`), or another --seed"]
-
-
-def touched_by(train: Histories, num_items: int) -> sparse.csr_array:
-    """[users, items]: 1 where the user touched the item."""
-    pairs = [(row, item) for row, history in enumerate(train) for item in sorted(set(history))]
-    at = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return sparse.csr_array((np.ones(len(at)), (at[:, 0], at[:, 1])), shape=(max(1, len(train)), num_items))
 
 
 def _best(scores: npt.NDArray[np.float64], case: Case) -> list[int]:

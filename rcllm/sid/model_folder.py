@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ from scipy import sparse
 
 from rcllm.codes.index import CodeIndex
 from rcllm.codes.knn import Knn
+from rcllm.codes.updates import Update
 from rcllm.core.ranking import ItemId
 from rcllm.durable import renamed, write
 from rcllm.errors import DataError, ModelError
 from rcllm.model.weights import CATALOG_PREFIX
-from rcllm.plain_json import to_json, without_nan
+from rcllm.plain_json import read_json_if_there, to_json, without_nan
 from rcllm.sid.vocabulary import Vocabulary
+from rcllm.words import brief
 
 WEIGHTS, KNN, RECORD = "model.safetensors", "knn.safetensors", "training.json"
 TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json")
-_CODES, _SIZES, _ITEMS = (CATALOG_PREFIX + part for part in ("codes", "sizes", "item_ids"))
+_CODES, _SIZES, _ITEMS, _ENABLED = (CATALOG_PREFIX + part for part in ("codes", "sizes", "item_ids", "enabled"))
 _STARTS, _NEAR, _LIKENESS, _SHARE = (CATALOG_PREFIX + "knn." + part for part in ("starts", "near", "likeness", "share"))
 _NO_CATALOGUE = "catalogue; only models of `rcllm sid train` do. For another model give its codes as a file"
 _AGAIN = "train or copy the model again"
@@ -55,6 +58,8 @@ def save_model(
         _SIZES: torch.tensor(code_index.sizes, dtype=torch.int32),
         _ITEMS: _texts(code_index.item_ids),
     }
+    if not code_index.enabled.all():  # a file without it offers all
+        tensors[_ENABLED] = torch.from_numpy(code_index.enabled)
     with renamed(folder / WEIGHTS) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
 
@@ -86,15 +91,27 @@ def load_knn(folder: Path) -> Knn | None:
 
 
 def load_codes(folder: Path) -> CodeIndex:
-    """The catalogue that a model of `rcllm sid train` carries. Raises ModelError."""
+    """The catalogue that a model of `rcllm sid train` carries, with what of it is on offer. Raises ModelError."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise ModelError(f"{path} is missing; expected a model of `rcllm sid train`")
-    found = _read(path, (_CODES, _SIZES, _ITEMS), _NO_CATALOGUE, _AGAIN)
+    found = _read(path, (_CODES, _SIZES, _ITEMS), _NO_CATALOGUE, _AGAIN, (_ENABLED,))
+    sizes, names = found[_SIZES], found[_ITEMS]
     try:
-        return _checked(found[_CODES], [int(size) for size in found[_SIZES]], _names(found[_ITEMS].tobytes()))
+        code_index = _checked(found[_CODES], [int(size) for size in sizes], _names(names.tobytes()))
+        return _offering(code_index, found[_ENABLED]) if _ENABLED in found else code_index
     except (ValueError, TypeError, DataError) as error:
         raise ModelError(f"{path}: its catalogue is damaged ({error}); {_AGAIN}") from error
+
+
+def load_max_items(folder: Path) -> int | None:
+    """How much of a history the model was trained on; None where its folder does not say. Raises ModelError."""
+    found: object = read_json_if_there(folder / RECORD, "a model of `rcllm sid train`")
+    for name in ("settings", "sequences", "max_items"):
+        found = found.get(name) if isinstance(found, dict) else None
+    if found is None or (isinstance(found, int) and found >= 1):
+        return found
+    raise ModelError(f"{folder / RECORD}: expected max_items of 1 or more, got {brief(found)}; {_AGAIN}")
 
 
 def _texts(item_ids: Sequence[ItemId]) -> torch.Tensor:
@@ -102,13 +119,19 @@ def _texts(item_ids: Sequence[ItemId]) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(json.dumps(list(item_ids)).encode(), dtype=np.uint8).copy())
 
 
-def _read(path: Path, names: Sequence[str], lacking: str, advice: str) -> dict[str, npt.NDArray[Any]]:
-    """These tensors of a file. Raises ModelError, which says what a file without them lacks, or what to do."""
+def _read(
+    path: Path, names: Sequence[str], lacking: str, advice: str, others: Sequence[str] = ()
+) -> dict[str, npt.NDArray[Any]]:
+    """These tensors of a file, and `others` where it has them.
+
+    Raises ModelError, which says what a file without the first lacks, or what to do.
+    """
     try:
         with safe_open(path, framework="np") as file:
-            if not set(names) <= set(file.keys()):
+            there = set(file.keys())
+            if not there.issuperset(names):
                 raise ModelError(f"{path} holds no {lacking}")
-            return {name: file.get_tensor(name) for name in names}
+            return {name: file.get_tensor(name) for name in (*names, *others) if name in there}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error}); {advice}") from error
 
@@ -140,3 +163,11 @@ def _checked(codes: npt.NDArray[Any], sizes: list[int], names: list[ItemId]) -> 
     if not len(codes) or (codes < 0).any() or (codes >= np.array(sizes)).any():
         raise ValueError(f"expected codes of each level from 0 to below {sizes}")
     return CodeIndex.build(codes.astype(np.int32), names, tuple(sizes))
+
+
+def _offering(code_index: CodeIndex, enabled: npt.NDArray[Any]) -> CodeIndex:
+    """Raises ValueError for what no training writes."""
+    if enabled.shape != (code_index.num_items,) or enabled.dtype != np.bool_:
+        raise ValueError(f"expected enabled as {code_index.num_items} booleans, got {enabled.dtype} {enabled.shape}")
+    disabled = compress(code_index.item_ids, ~enabled)
+    return code_index.changed(Update(enabled=dict.fromkeys(disabled, False)))

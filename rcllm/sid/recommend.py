@@ -1,6 +1,7 @@
 """A trained decoder answers held-out users, as `rcllm recommend` would serve them.
 
-Knows nothing of measures. Invariant: what a user has seen is denied, and a history is cut where the training cut it.
+Knows nothing of measures. Invariant: what a user has seen is denied, and histories go in whole: who reads how much of
+them is the recommender's business, then as now.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from rcllm.sid.model_folder import load_codes, save_knn
 _BEAM, _POOL_MB = 64, 64
 
 
-def add_knn(folder: Path, train: Histories, validation: Histories, max_items: int) -> Knn:
+def add_knn(folder: Path, train: Histories, validation: Histories) -> Knn:
     """Puts an item-kNN of training users beside a trained decoder, with the share that serves validation users best.
 
     Histories are of item numbers, by the decoder's catalogue. Raises ModelError, DataError.
     """
     code_index = load_codes(folder)
     item_ids = tuple(code_index.item_ids)
-    searched = HeldOut(folder, item_ids, max_items).searched(cases_of(validation)[0])
+    searched = HeldOut(folder, item_ids).searched(cases_of(validation)[0])
     knn = blended(nearest(train, item_ids), code_index, searched)
     save_knn(folder, knn)
     return knn
@@ -37,10 +38,10 @@ def add_knn(folder: Path, train: Histories, validation: Histories, max_items: in
 class HeldOut:
     """Asks a folder of `rcllm sid train` about held-out users, whose items are numbers."""
 
-    def __init__(self, folder: Path, item_ids: Sequence[ItemId], max_items: int) -> None:
+    def __init__(self, folder: Path, item_ids: Sequence[ItemId]) -> None:
         """`item_ids`: by item number. Raises ModelError."""
         config = Config(model=ModelConfig(path=str(folder)), cache=CacheConfig(pool_mb=_POOL_MB))
-        self.recommender, self.item_ids, self._max_items = load_recommender(config), item_ids, max_items
+        self.recommender, self.item_ids = load_recommender(config), item_ids
         self._numbers = {item_id: number for number, item_id in enumerate(item_ids)}
 
     def answer(self, knn: float | None = None) -> Answer:
@@ -67,7 +68,7 @@ class HeldOut:
                 [
                     RecommendRequest(
                         str(number),
-                        tuple(map(Event, self._ids(case.history[-self._max_items :]))),
+                        tuple(map(Event, self._ids(case.history))),
                         n=n,
                         beam=_BEAM,
                         deny=self._ids(sorted(set(case.history))),

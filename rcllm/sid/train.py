@@ -259,7 +259,10 @@ class CodeTrainer:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
-        items = [list(self.code_index.item_ids), self.code_index.codes.tolist(), list(self.code_index.sizes)]
+        code_index = self.code_index
+        items = [list(code_index.item_ids), code_index.codes.tolist(), list(code_index.sizes)]
+        if not code_index.enabled.all():  # else as in older checkpoints
+            items.append(code_index.enabled.tolist())
         data = blake3(json.dumps([self.histories, items]).encode())
         return as_json(self.config) | {"data": data.hexdigest()}
 

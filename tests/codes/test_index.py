@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +13,10 @@ from hypothesis import strategies as st
 
 from rcllm.codes.allowed import Allowed
 from rcllm.codes.index import CodeIndex, LiveCodes
-from rcllm.codes.updates import Update, UpdateLog, merged
+from rcllm.codes.updates import Update, merged
 from rcllm.core.ranking import IntArray, ItemId
 from rcllm.decode.top_beam import top_beam
-from rcllm.errors import DataError, RcllmError, RequestError, UnknownItemError
+from rcllm.errors import DataError, RcllmError, UnknownItemError
 from tests.reference.code_index import Codes, SlowCodes
 
 SIZES = (3, 4, 3)
@@ -41,6 +39,14 @@ def _prefixes(code_index: CodeIndex, level: int) -> list[Codes]:
     """Of the nodes of a level, from the items below."""
     places = code_index.trie.span[level][:-1] if code_index.num_items else np.zeros(0, np.int32)
     return [tuple(code_index.codes[item, :level].tolist()) for item in code_index.shelf.order[places]]
+
+
+def _items_of(code_index: CodeIndex, code: Sequence[int]) -> list[int]:
+    """The numbers of all items with these codes, by a look-up in the trie."""
+    located = code_index.trie.locate(np.array([code], np.int32))
+    assert located.found.all()
+    items: list[int] = code_index.items_of(int(located.leaves[0])).tolist()
+    return items
 
 
 def _walk(code_index: CodeIndex, allowed: Allowed | None, rng: random.Random) -> ItemId | None:
@@ -66,9 +72,7 @@ def _agree(code_index: CodeIndex, slow: SlowCodes) -> None:
     for item_id in code_index.item_ids:
         by_code.setdefault(slow.items[item_id], []).append(item_id)
     for code, items in by_code.items():
-        leaf = code_index.leaf_of(code)
-        assert leaf is not None
-        assert [code_index.item_ids[number] for number in code_index.items_of(leaf)] == items
+        assert [code_index.item_ids[number] for number in _items_of(code_index, code)] == items
     assert code_index.trie.num_nodes[-1] == len(by_code)
     assert all((code_index.number_of(item_id) is not None) == (item_id in slow.items) for item_id in IDS)
     _check_filter(code_index, code_index.allowed(), slow, slow.allowed(None, ()))
@@ -108,9 +112,7 @@ def test_any_number_of_levels(num_levels: int, seed: int) -> None:
     code_index = CodeIndex.build(codes, [ItemId(str(number)) for number in range(20)], sizes)
     assert code_index.num_levels == num_levels
     for number, row in enumerate(codes.tolist()):
-        leaf = code_index.leaf_of(row)
-        assert leaf is not None
-        assert number in code_index.items_of(leaf)
+        assert number in _items_of(code_index, row)
 
 
 def test_statistics() -> None:
@@ -146,24 +148,15 @@ def test_what_cannot_be_a_catalogue_is_refused(
 # ---- filters ---------------------------------------------------------------------------------------------------------
 
 
-@given(ITEMS, SOME, st.none() | SOME, SOME, st.none() | SOME, st.integers(0, 1000))
+@given(ITEMS, SOME, st.none() | SOME, SOME, st.integers(0, 1000))
 @settings(deadline=None)
 def test_filters_equal_a_scan(
-    items: dict[ItemId, Codes],
-    disabled: set[ItemId],
-    allow: set[ItemId] | None,
-    deny: set[ItemId],
-    masked: set[ItemId] | None,
-    seed: int,
+    items: dict[ItemId, Codes], disabled: set[ItemId], allow: set[ItemId] | None, deny: set[ItemId], seed: int
 ) -> None:
     slow = SlowCodes(dict(items), disabled & items.keys())
     code_index = _code_index(items).changed(Update(enabled=dict.fromkeys(disabled, False)))
     wanted = slow.allowed(allow, deny)
-    mask = None
-    if masked is not None:
-        wanted &= masked
-        mask = np.array([item_id in masked for item_id in code_index.item_ids], np.bool_)
-    allowed = code_index.allowed(None if allow is None else sorted(allow), sorted(deny), mask)
+    allowed = code_index.allowed(None if allow is None else sorted(allow), sorted(deny))
     _check_filter(code_index, allowed, slow, wanted)
     rng = random.Random(seed)
     for _ in range(10):  # zero invalid items: every way down ends at an allowed one
@@ -202,11 +195,6 @@ def test_a_filter_does_not_change_others(items: dict[ItemId, Codes], deny: set[I
     code_index.allowed(deny=sorted(deny))
     code_index.allowed(allow=sorted(deny))
     _agree(code_index, slow)
-
-
-def test_a_mask_of_another_epoch_is_refused() -> None:
-    with pytest.raises(RequestError, match="mask of 1 booleans"):
-        _code_index({IDS[0]: (0, 0, 0)}).allowed(mask=np.ones(2, np.bool_))
 
 
 # ---- epochs ----------------------------------------------------------------------------------------------------------
@@ -254,6 +242,21 @@ def test_live_changes_come_in_order() -> None:
     _agree(after, SlowCodes({IDS[0]: (0, 0, 1), IDS[1]: (1, 1, 1), IDS[2]: (2, 3, 2)}, {IDS[2]}))
     _agree(before, SlowCodes({IDS[0]: (0, 0, 0), IDS[1]: (1, 1, 1)}))
     assert 1 <= after.epoch - before.epoch <= 6
+
+
+@given(ITEMS, st.lists(updates(), max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_live_changes_equal_a_scan_of_those_that_were_accepted(
+    items: dict[ItemId, Codes], changes: list[Update]
+) -> None:
+    slow, live = SlowCodes(dict(items)), LiveCodes(_code_index(items))
+    for change in changes:
+        try:
+            live.apply(change)
+        except (DataError, UnknownItemError):
+            continue
+        slow.apply(change)
+    _agree(live.flush(), slow)
 
 
 def test_an_item_gets_other_codes_in_one_epoch() -> None:
@@ -315,46 +318,6 @@ def test_a_change_that_fails_is_told_and_made_later(monkeypatch: pytest.MonkeyPa
     assert live.epoch().num_items == 1
     live.disable([IDS[0]])
     assert live.flush().item_ids == (IDS[0], IDS[1])
-
-
-# ---- the log ---------------------------------------------------------------------------------------------------------
-
-
-@given(ITEMS, st.lists(updates(), max_size=4))
-@settings(max_examples=30, deadline=None)
-def test_the_log_brings_every_accepted_change_back(items: dict[ItemId, Codes], changes: list[Update]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        log = UpdateLog(Path(folder) / "updates.jsonl")
-        slow, live = SlowCodes(dict(items)), LiveCodes(_code_index(items), log)
-        for change in changes:
-            try:
-                live.apply(change)
-            except (DataError, UnknownItemError):
-                continue
-            slow.apply(change)
-        _agree(live.flush(), slow)
-        _agree(LiveCodes.recovered(_code_index(items), log).epoch(), slow)
-        _agree(LiveCodes.recovered(live.epoch(), log).epoch(), slow)  # saved, but the log not yet cleared
-        log.clear()
-        _agree(LiveCodes.recovered(live.epoch(), log).epoch(), slow)
-
-
-def test_a_line_that_a_crash_broke_off_is_dropped(tmp_path: Path) -> None:
-    log = UpdateLog(tmp_path / "updates.jsonl")
-    log.append(Update(add={IDS[0]: (0, 0, 0)}))
-    log.append(Update(add={IDS[1]: (0, 0, 1)}))
-    whole = log.path.read_bytes()
-    log.path.write_bytes(whole[:-5])
-    assert log.read().add == {IDS[0]: (0, 0, 0)}
-    log.append(Update(add={IDS[2]: (0, 0, 2)}))
-    assert log.read().add.keys() == {IDS[0], IDS[2]}
-
-
-def test_a_log_that_is_none_is_refused(tmp_path: Path) -> None:
-    log = UpdateLog(tmp_path / "updates.jsonl")
-    log.path.write_text('{"remove": [], "add": {}, "enabled": {}}\nsomething else\n')
-    with pytest.raises(DataError, match=r"updates\.jsonl, line 2"):
-        log.read()
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------

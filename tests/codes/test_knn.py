@@ -93,6 +93,12 @@ def test_what_the_beams_found_comes_first_among_equals() -> None:
     assert items == (IDS[2], IDS[1])
 
 
+def test_a_share_too_small_for_a_number_gives_scores() -> None:
+    items, scores = mixed({IDS[0]: math.log(0.5)}, {IDS[1]: 1e-3}, 1e-323, 2)
+    assert items == (IDS[0], IDS[1])
+    assert scores[1] == pytest.approx(math.log(1e-323) + math.log(1e-3))
+
+
 def test_a_score_too_small_for_a_probability_keeps_its_place() -> None:
     items, scores = mixed({IDS[0]: -900.0, IDS[1]: -950.0}, {IDS[2]: 0.1}, 0.5, 3)
     assert items == (IDS[2], IDS[0], IDS[1])

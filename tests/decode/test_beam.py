@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,26 @@ from rcllm.codes.index import CodeIndex, CodeTokens
 from rcllm.core.ranking import ItemId
 from rcllm.core.receipts import BeamRule
 from rcllm.decode.beam import BeamSearch, choosing_of, items_of
+from rcllm.decode.beam_host import HostChoice
 from rcllm.decode.beam_kv import StepBuffer, joined
 from rcllm.model.attend.contract import Attended
-from tests.decode.beam_cases import FAMILIES, SAFE, VOCAB, Case, find, make_case, make_prompt, make_task, models, run
+from rcllm.model.decoder import Decoder
+from rcllm.model.weights import load_model
+from tests.decode.beam_cases import (
+    FAMILIES,
+    SAFE,
+    VOCAB,
+    Case,
+    find,
+    make_case,
+    make_prompt,
+    make_task,
+    models,
+    run,
+    untimed,
+)
 from tests.reference.beam import hugging_face_beam, model_log_probs, slow_beam
+from tests.tiny_models import tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +98,41 @@ def test_a_beam_that_holds_all_finds_all_and_its_probabilities_add_up(rule: Beam
     assert (np.diff(found.scores) <= 0).all()
 
 
+def test_a_wide_beam_takes_no_more_rows_than_there_are_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are asked for: leaves are read by no pass."""
+    decoder, _ = models("qwen3")
+    case, made = make_case(50, beam=10**30, num_items=60), list[int]()
+    prefixes = case.code_index.trie.num_nodes[-2]
+    monkeypatch.setattr(
+        "rcllm.decode.beam.StepBuffer", lambda spec, rows, *rest: made.append(rows) or StepBuffer(spec, rows, *rest)
+    )
+    found = find(decoder, case, make_task(decoder, case), make_task(decoder, replace(case, beam=3)))
+    assert sorted(case.codes(found[0])) == case.valid
+    assert made == [8, prefixes + 3], "of the search, and of what did not fit it"
+
+
+@pytest.mark.parametrize("computing", [{"products": "bf16"}, {"products": "int8", "kept": "int8"}, {}], ids=str)
+def test_logits_and_their_sum_are_of_one_product_under_mask(
+    computing: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And other requests of the batch get what they get without that one."""
+    given: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    monkeypatch.setattr(HostChoice, "choose", lambda _, logits, lse: given.append((logits, lse)))
+    path = tiny_model("qwen3", tmp_path, vocab_size=VOCAB)
+    decoder, case = Decoder(*load_model(path, torch.float32, "cpu"), **computing), make_case(60, beam=9)  # type: ignore[arg-type]
+    search = BeamSearch(decoder, choosing_of(case.tokens, decoder.device), 8)
+    tasks = [make_task(decoder, case, rule) for rule in ("renormalise", "mask")]
+    for some in (tasks, tasks[:1]):
+        search.begin(some, untimed)
+    (logits, sums), (alone, none) = given
+    assert sums is not None
+    assert none is None
+    whole = decoder.logits(tasks[1].prompt.hidden[None])
+    torch.testing.assert_close(logits[1], whole[0, search._choosing.columns[0]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(sums[1], torch.logsumexp(whole[0], -1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits[0], alone[0], atol=1e-6, rtol=0)
+
+
 def test_what_is_searched_together_is_found_alone() -> None:
     """Prompts, widths, filters and rules of their own; one buffer, used again and again."""
     decoder, _ = models("qwen3")
@@ -91,7 +143,7 @@ def test_what_is_searched_together_is_found_alone() -> None:
         make_task(decoder, replace(base, prompt=rng.integers(0, VOCAB, length).tolist(), beam=beam), rule)
         for length, beam, rule in ((5, 1, "mask"), (40, 30, "renormalise"), (17, 9, "mask"), (3, 64, "renormalise"))
     ]
-    none, some = base.code_index.allowed((), (), None), base.code_index.allowed(ids[3:9], (ids[4],), None)
+    none, some = base.code_index.allowed(()), base.code_index.allowed(ids[3:9], (ids[4],))
     tasks += [replace(tasks[1], allowed=none), replace(tasks[2], allowed=some)]
     search = BeamSearch(decoder, choosing_of(base.tokens, decoder.device), 4)  # too small at first
     together = run(search, decoder, tasks)
@@ -113,7 +165,7 @@ def test_nothing_comes_that_is_not_allowed() -> None:
         allow = tuple(rng.choice(np.array(ids), rng.integers(0, len(ids) + 1), replace=False).tolist())
         deny = tuple(rng.choice(np.array(ids), rng.integers(0, len(ids) + 1) // 2, replace=False).tolist())
         left = set(allow) - set(deny)
-        allowed = case.code_index.allowed(allow, deny, None)
+        allowed = case.code_index.allowed(allow, deny)
         task = replace(make_task(decoder, case, "renormalise"), allowed=allowed, beam=max(case.beam, 10))
         [found] = find(decoder, case, task)
         items, scores = items_of(case.code_index, allowed, found, 10)
@@ -132,7 +184,7 @@ def test_items_of_one_id_come_in_the_order_of_the_catalogue() -> None:
     assert sorted(items) == list("abcde")
     assert [item for item in items if item in "acd"] == ["a", "c", "d"]
     assert len({score for item, score in zip(items, scores, strict=True) if item in "acd"}) == 1
-    allowed = code_index.allowed(None, (ItemId("a"),), None)
+    allowed = code_index.allowed(None, (ItemId("a"),))
     assert "a" not in items_of(code_index, allowed, found, 5)[0]
 
 
@@ -157,7 +209,7 @@ def test_the_steps_say_what_they_did() -> None:
     assert [step.num_parents for step in found.steps] == [1, *widths[:-1]]
     assert len(found.steps) == case.code_index.num_levels
     assert all(step.num_kept == min(6, step.num_children) and step.num_dead == 0 for step in found.steps)
-    denied = case.code_index.allowed(None, case.code_index.item_ids[::2], None)
+    denied = case.code_index.allowed(None, case.code_index.item_ids[::2])
     [found] = find(decoder, case, replace(make_task(decoder, case), allowed=denied))
     assert sum(step.num_dead for step in found.steps) > 0
 

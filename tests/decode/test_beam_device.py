@@ -147,6 +147,20 @@ def test_all_equal_keeps_the_first(rule: BeamRule, beam: int) -> None:
         assert leaves.nodes.tolist() == list(range(min(beam, 27)))
 
 
+def test_a_beam_may_be_wider_than_any_number_of_the_device() -> None:
+    task = BeamTask(BeamPrompt((), 7, torch.zeros(0)), _catalogue(3, (4, 5), 90), None, 10**30, "renormalise")
+    on_host, on_device = _both([task], _model(3))
+    _assert_same(*on_host, *on_device)
+    assert len(on_host[0].nodes) == task.code_index.trie.num_nodes[-1]
+
+
+def test_a_catalogue_without_items_gives_nothing() -> None:
+    empty = CodeIndex.build(np.zeros((0, 2), np.int32), (), (4, 5))
+    task = BeamTask(BeamPrompt((), 7, torch.zeros(0)), empty, None, 8, "renormalise")
+    for [leaves] in _both([task], _model(3)):
+        assert (len(leaves.nodes), leaves.error) == (0, None)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_scores_that_are_not_numbers_are_the_error_of_their_request_alone(rule: BeamRule, depth: int) -> None:

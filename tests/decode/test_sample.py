@@ -52,6 +52,17 @@ def test_a_low_temperature_is_greedy() -> None:
     assert drawn(logits, [Draw(1e-3, 1.0, 0.999)] * 4).tolist() == logits.argmax(dim=-1).tolist()
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-40, 5e-324])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_temperature_that_is_hardly_a_number_is_greedy(temperature: float, top_p: float) -> None:
+    """A quotient that overflows is no number, and was a token that the vocabulary lacks."""
+    logits = torch.cat([_logits(4, 5), _logits(1, 5) - 500, _logits(1, 5) * 1e-30])
+    draws = [Draw(temperature, top_p, 0.999), Draw(1.0, top_p, 0.5), *[Draw(temperature, top_p, 0.0)] * 4]
+    found = drawn(logits, draws).tolist()
+    assert [*found[:1], *found[2:]] == [*logits.argmax(dim=-1)[:1].tolist(), *logits.argmax(dim=-1)[2:].tolist()]
+    assert found[1:2] == drawn(logits[1:2], draws[1:2]).tolist()
+
+
 def test_random_numbers_depend_on_seed_and_place_alone() -> None:
     assert uniform(3, 7) == uniform(3, 7)
     numbers = {uniform(seed, place) for seed in range(20) for place in range(20)}

@@ -60,9 +60,8 @@ def test_large_steps_equal_a_full_sort_and_skip_most_of_it(rows: int, width: int
     best = top_beam(parents, first, children, beam)
     assert best.indices.tolist() == full_sort(parents, first, children, beam).tolist()
     total = rows * width
-    print(f"\n{rows} × {width}, beam {beam}: {best.num_sorted} of {total} compared, {best.num_skipped} skipped")
+    print(f"\n{rows} × {width}, beam {beam}: {best.num_skipped} of {total} skipped")
     if total > 100 * beam:
-        assert best.num_sorted < 8 * beam
         assert best.num_skipped > total * 0.9
 
 

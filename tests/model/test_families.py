@@ -166,6 +166,18 @@ def test_the_values_of_a_gguf_are_kept_exactly(kind: str, tmp_path: Path) -> Non
     assert num_quantised > 10
 
 
+def test_a_kind_that_the_package_cannot_read_is_named(tmp_path: Path) -> None:
+    """It lists Q8_K, and has no way of making values of it."""
+    folder = convert_gguf(tiny_gguf(tiny_model("llama", tmp_path, vocab_size=264), tmp_path / "a.gguf"), tmp_path / "b")
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index["tensors"]["norm.weight"]["kind"] = "Q8_K"
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(
+        UnsupportedModelError, match=r"norm\.weight is kept as Q8_K, which the gguf package cannot read"
+    ):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3"])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
 def test_levels_of_a_gguf_are_kept_as_they_are_read(

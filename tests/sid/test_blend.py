@@ -13,10 +13,10 @@ from rcllm.config import Config, ModelConfig
 from rcllm.core.decoding import RecommendRequest
 from rcllm.core.ranking import Event, ItemId
 from rcllm.sid.blend import NEAREST, SHARES, Searched, blended, nearest
-from rcllm.sid.held_out import gain
+from rcllm.sid.held_out import Case, gain
 from rcllm.sid.load import load_recommender
 from rcllm.sid.model_folder import load_knn
-from rcllm.sid.recommend import add_knn
+from rcllm.sid.recommend import HeldOut, add_knn
 from rcllm.sid.train import CodeTrainer
 from tests.reference.item_knn import likeness
 from tests.sid.toys import HELD_OUT, IDS, NUM_ITEMS, QUICK, TRAIN, toy_index
@@ -73,10 +73,24 @@ def test_nobody_to_ask_leaves_the_decoder_alone() -> None:
     assert blended(nearest(TRAIN, IDS), toy_index(), []).share == 0.0
 
 
+def test_a_share_is_chosen_for_the_histories_that_are_served(tmp_path: Path) -> None:
+    """The decoder reads their ends, item-kNN its own window of them, in training and afterwards."""
+    CodeTrainer(toy_index(), TRAIN, HELD_OUT, QUICK, tmp_path).run(max_steps=30)
+    history = tuple(n % 5 for n in range(30))
+    [searched] = HeldOut(tmp_path, IDS).searched([Case(history, 7)])
+    recommender = load_recommender(Config(model=ModelConfig(path=str(tmp_path))))
+    asked = RecommendRequest("r", tuple(Event(IDS[n]) for n in history), n=64, beam=64, knn=0.0, deny=tuple(IDS[:5]))
+    served = recommender.recommend(asked)
+    assert tuple(searched.found) == served.items
+    assert searched.history == tuple(IDS[n] for n in history)
+    assert served.receipt.num_tokens == 1 + QUICK.sequences.max_items * 3 + 1
+    assert "the last 6 of 30 events" in served.receipt.notes[0]
+
+
 def test_a_folder_gets_it_and_serves_it(tmp_path: Path) -> None:
     CodeTrainer(toy_index(), TRAIN, HELD_OUT, QUICK, tmp_path).run(max_steps=30)
     assert load_knn(tmp_path) is None
-    knn = add_knn(tmp_path, TRAIN, HELD_OUT, 6)
+    knn = add_knn(tmp_path, TRAIN, HELD_OUT)
     found = load_knn(tmp_path)
     assert found is not None
     assert (found.share, found.item_ids) == (knn.share, IDS)

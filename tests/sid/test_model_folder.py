@@ -16,11 +16,26 @@ from scipy import sparse
 
 from rcllm.codes.index import CodeIndex
 from rcllm.codes.knn import Knn
-from rcllm.core.ranking import ItemId
-from rcllm.errors import ConfigError, DataError, ModelError, RcllmError
+from rcllm.codes.updates import Update
+from rcllm.config import Config, ModelConfig
+from rcllm.core.decoding import RecommendRequest
+from rcllm.core.ranking import Item, ItemId
+from rcllm.data import Catalogue
+from rcllm.errors import ConfigError, DataError, ModelError, ModelWarning, RcllmError, TextWarning
 from rcllm.model.checkpoint import CHECKPOINT
 from rcllm.model.weights import CATALOG_PREFIX
-from rcllm.sid.model_folder import KNN, RECORD, TEXTS, WEIGHTS, load_codes, load_knn, save_knn, save_model
+from rcllm.sid.load import load_recommender
+from rcllm.sid.model_folder import (
+    KNN,
+    RECORD,
+    TEXTS,
+    WEIGHTS,
+    load_codes,
+    load_knn,
+    load_max_items,
+    save_knn,
+    save_model,
+)
 from rcllm.sid.network import CodeNetwork, NetworkConfig
 from rcllm.sid.train import CodeTrainer
 from tests.killed import run_killed
@@ -62,6 +77,51 @@ def test_the_catalogue_is_read_back(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, RECORD, *TEXTS}
 
 
+def test_what_is_not_on_offer_stays_so(tmp_path: Path) -> None:
+    index = toy_index().changed(Update(enabled={IDS[3]: False, IDS[7]: False}))
+    CodeTrainer(index, TRAIN, HELD_OUT, SHORT, tmp_path).run(max_steps=30)
+    assert load_codes(tmp_path).enabled.tolist() == index.enabled.tolist()
+    recommender = load_recommender(Config(model=ModelConfig(path=str(tmp_path))))
+    found = recommender.recommend(RecommendRequest("r", n=12)).items
+    assert set(found) == set(IDS) - {IDS[3], IDS[7]}
+    with pytest.raises(ConfigError, match="made with other settings, codes or users"):
+        _trainer(tmp_path).run()
+
+
+def test_items_that_the_catalogue_lacks_are_left_out(folder: Path) -> None:
+    served = Catalogue(Item(item_id, {"title": "lamp"}) for item_id in (*IDS[:5], ItemId("new")))
+    config = Config(model=ModelConfig(path=str(folder)))
+    with pytest.warns(ModelWarning, match="7 of 12 items with semantic IDs are not in the catalogue, such as 'item 5"):
+        recommender = load_recommender(config, items=served)
+    assert set(recommender.recommend(RecommendRequest("r", n=12)).items) == set(IDS[:5])
+    with pytest.warns(ModelWarning, match="12 of 12 items"), pytest.warns(TextWarning, match="no item has any of sid"):
+        recommender = load_recommender(config, items=Catalogue([Item(ItemId("new"), {})]))
+    assert recommender.recommend(RecommendRequest("r", n=12)).items == ()
+
+
+def test_only_a_training_says_how_much_of_a_history_is_read(folder: Path) -> None:
+    assert load_max_items(folder) is None
+    for content, found in (
+        ('{"settings": {"sequences": {"max_items": 7}}}', 7),
+        ('{"settings": ["another program\'s"]}', None),
+    ):
+        (folder / RECORD).write_text(content, encoding="utf-8")
+        assert load_max_items(folder) == found
+    for wrong in ("0", '"7"', "1.5"):
+        (folder / RECORD).write_text(f'{{"settings": {{"sequences": {{"max_items": {wrong}}}}}}}', encoding="utf-8")
+        with pytest.raises(ModelError, match=r"training\.json: expected max_items of 1 or more"):
+            load_max_items(folder)
+    (folder / RECORD).unlink()
+    assert load_max_items(folder) is None
+
+
+@pytest.mark.parametrize("style", ["<{x}_{code}>", "<{level}>", "<{}_{code}>", "<{code:03}>", "{code}}"])
+def test_a_style_says_where_the_code_stands(folder: Path, style: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected a style with \{code\}") as raised:
+        load_recommender(Config(model=ModelConfig(path=str(folder))), style=style)
+    assert style in str(raised.value)
+
+
 def _changed(**tensors: torch.Tensor) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         save_file(load_file(path) | {CATALOG_PREFIX + name: tensor for name, tensor in tensors.items()}, path)
@@ -89,6 +149,8 @@ def _names(text: bytes) -> torch.Tensor:
         _changed(codes=torch.full((12, 2), -1, dtype=torch.int32)),
         _changed(codes=torch.zeros(12, dtype=torch.int32)),
         _changed(sizes=torch.tensor([4], dtype=torch.int32)),
+        _changed(enabled=torch.ones(11, dtype=torch.bool)),
+        _changed(enabled=torch.ones(12, dtype=torch.float32)),
     ],
     ids=str,
 )

@@ -11,22 +11,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import get_args
 
 from rcllm.cache.held import Held
 from rcllm.codes.allowed import Allowed
 from rcllm.codes.index import CodeIndex, CodeTokens, LiveCodes
 from rcllm.codes.knn import Knn, mixed
-from rcllm.config import nearest
 from rcllm.core.decoding import OpenRequest, RecommendRequest, RecommendResponse
-from rcllm.core.ranking import ItemId
-from rcllm.core.receipts import BeamRule, RecommendReceipt
-from rcllm.decode.beam import BeamSearch, Found, choosing_of, items_of
+from rcllm.core.ranking import ItemId, Prompt
+from rcllm.core.receipts import RecommendReceipt
+from rcllm.decode.beam import BeamSearch, Found, choosing_of, items_of, step_bytes_per_row
 from rcllm.decode.beam_kv import joined
-from rcllm.decode.beam_task import BeamPrompt, BeamTask
+from rcllm.decode.beam_task import BeamPrompt, BeamTask, most_rows
 from rcllm.engine.engine import Engine
 from rcllm.engine.job import Answer, Entered, Opening
-from rcllm.errors import ConfigError, ModelError, PromptTooLongError, RcllmError, RequestError, answered
+from rcllm.errors import (
+    CapacityError,
+    ConfigError,
+    ModelError,
+    PromptTooLongError,
+    RcllmError,
+    RequestError,
+    answered,
+)
+from rcllm.fields import parse
 from rcllm.metrics import Stage
 from rcllm.model.decoder import Pass, Passed
 from rcllm.schedule.work import KindLimits
@@ -47,14 +54,17 @@ class Recommender:
         tokens: CodeTokens,
         *,
         knn: Knn | None = None,
+        max_items: int | None = None,
         beam_rows: int = BEAM_ROWS,
     ) -> None:
         """`tokens`: which token of the model's vocabulary stands for which code. Raises ConfigError.
 
-        `knn`: mixed into the scores; None: they are the decoder's. `beam_rows`: beams of all requests that are searched
-        at a time; a request that has more is searched alone.
+        `knn`: mixed into the scores; None: they are the decoder's. `max_items`: events at the end of a history that the
+        decoder reads; None: all. `beam_rows`: beams of all requests that are searched at a time; a request that has
+        more is searched alone.
         """
         self.engine, self.codes, self.tokens, self.knn, self.beam_rows = engine, codes, tokens, knn, beam_rows
+        self.max_items = max_items
         self.limits = KindLimits(step_rows=beam_rows, own_bytes=engine.pool.budget // 4)
         _check_tokens(tokens, codes.epoch(), engine.decoder.spec.vocab_size)
         self._filters = _Filters()
@@ -78,24 +88,41 @@ class Recommender:
     # ---- the job ----
 
     def open(self, request: RecommendRequest) -> Opening:
-        """Raises RequestError, ConfigError."""
+        """Raises RequestError, ConfigError, CapacityError."""
         _check(request)
         if request.knn and self.knn is None:
             raise RequestError(
                 f"request {request.request_id!r}: knn is {request.knn}, but the decoder carries no item-kNN; train it "
                 "with `rcllm sid train`, or leave knn out"
             )
-        prompt = self.engine.prompter.build_open(
-            OpenRequest(request.request_id, request.history, request.user_id, request.level, tenant=request.tenant)
-        )
-        needed, limit = prompt.num_tokens + self.codes.epoch().num_levels - 1, self.engine.decoder.max_positions
+        prompt, code_index, decoder = self._opened(request), self.codes.epoch(), self.engine.decoder
+        needed, limit = prompt.num_tokens + code_index.num_levels - 1, decoder.max_positions
         if needed > limit:
             raise PromptTooLongError(
                 f"request {request.request_id!r} needs {needed} positions with its answer, the limit is {limit}: send "
                 "fewer or shorter events"
             )
-        num_bytes = self.engine.decoder.spec.kv_bytes_per_token(self.engine.pool.dtype.itemsize) * prompt.num_tokens
-        return Opening(prompt, _beam(request), num_bytes)
+        num_rows = most_rows(code_index, _beam(request))
+        step_bytes, budget = num_rows * step_bytes_per_row(decoder, code_index.num_levels), self.engine.pool.budget
+        if step_bytes > budget:
+            raise CapacityError(
+                f"request {request.request_id!r}: {num_rows:,} beams keep {step_bytes / 1e6:,.1f} MB, more than the "
+                f"cache's {budget / 1e6:,.1f} MB: ask for fewer items or a narrower beam, or raise cache.pool_mb"
+            )
+        prompt_bytes = decoder.spec.kv_bytes_per_token(self.engine.pool.dtype.itemsize) * prompt.num_tokens
+        return Opening(prompt, num_rows, prompt_bytes + step_bytes)
+
+    def _opened(self, request: RecommendRequest) -> Prompt:
+        """The prompt of what the decoder reads of a history, with a note where that is not all. Raises RequestError."""
+        num_events = len(request.history)
+        history = request.history[-(self.max_items or num_events) :]
+        prompt = self.engine.prompter.build_open(
+            OpenRequest(request.request_id, history, request.user_id, request.level, tenant=request.tenant)
+        )
+        if len(history) == num_events:
+            return prompt
+        cut = f"the decoder reads the last {len(history)} of {num_events:,} events, as many as it was trained on"
+        return replace(prompt, notes=(*prompt.notes, cut))
 
     def enter(self, entered: Sequence[Entered], stage: Stage) -> Iterator[Answer]:
         """Begins a search; what its prompts read of the pool stays in place until it ends."""
@@ -234,12 +261,9 @@ def _beam(request: RecommendRequest) -> int:
 
 
 def _check(request: RecommendRequest) -> None:
-    for name, value in (("n", request.n), ("beam", request.beam)):
-        if value < 1:
-            raise RequestError(f"request {request.request_id!r}: {name} must be at least 1, got {value}")
-    if request.rule not in (known := get_args(BeamRule)):
-        wrong = f"request {request.request_id!r}: unknown rule {request.rule!r}"
-        raise ConfigError(f"{wrong}; {nearest(request.rule, known)}")
+    """Raises RequestError for values that a body could not have brought."""
+    given = {name: getattr(request, name) for name in ("request_id", "n", "beam", "rule", "knn")}
+    parse(RecommendRequest, given, f"request {request.request_id!r}", base=request, error=RequestError)
 
 
 def _check_tokens(tokens: CodeTokens, code_index: CodeIndex, vocab_size: int) -> None:
