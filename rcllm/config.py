@@ -25,6 +25,7 @@ else:
     tomllib = Late("tomllib")
 
 MIB = 1 << 20
+_MOST_QUEUED_MB = 256
 _KV_BESIDE: Mapping[str, Literal["fp16", "bf16"]] = {"fp32": "fp16", "bf16": "bf16", "fp16": "fp16", "int8": "bf16"}
 CONTEXTS = ("none", "bos", "instruction", "typical", "mean(n)")
 _PREFIX = "RCLLM_"
@@ -155,7 +156,7 @@ class PromptConfig:
 class CacheConfig:
     """`memory_mb` bounds the whole process on the CPU; the KV pool gets what weights, workspace and tiers leave of it.
 
-    A decoder of semantic IDs that is served beside the model has a pool of its own, an eighth of what is left.
+    A decoder of semantic IDs that is served beside the model is loaded first; its pool is a 16th of what it leaves.
     """
 
     memory_mb: Annotated[int, Ge(0), Opt("Memory of the whole process; default 60 % of the machine.", panel=_PANEL)] = (
@@ -208,7 +209,8 @@ class StoreConfig:
             panel=_STORE,
         ),
     ] = ""
-    queue_mb: Annotated[int, Ge(1)] = 256  # of blocks that wait to be written; what exceeds it is dropped, and counted
+    # of blocks that wait to be written; what exceeds it is dropped, and counted; 0: a 32nd of memory_mb, at most 256
+    queue_mb: Annotated[int, Ge(0)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,12 +399,14 @@ def resolve(config: Config, hardware: Hardware) -> Config:
         )
     kv_dtype = _KV_BESIDE[dtype] if cache.kv_dtype == "auto" else cache.kv_dtype
     memory_mb = cache.memory_mb or int(hardware.memory_bytes * 0.6) // MIB
+    queue_mb = config.store.queue_mb or min(_MOST_QUEUED_MB, max(memory_mb // 32, 1))
     check(config)
     check_options(config.rank)
     return replace(
         config,
         model=replace(model, device=device, dtype=dtype),
         cache=replace(cache, kv_dtype=kv_dtype, memory_mb=memory_mb),
+        store=replace(config.store, queue_mb=queue_mb),
     )
 
 

@@ -17,6 +17,7 @@ from rcllm.config import (
     ModelConfig,
     PromptConfig,
     ScheduleConfig,
+    StoreConfig,
     check_options,
     context_samples,
     nearest,
@@ -108,7 +109,7 @@ def autos(value: Any) -> list[str]:
 def test_resolving_fits_the_hardware(hardware: Hardware, device: str, dtype: str, kv_dtype: str) -> None:
     config = resolve(Config(), hardware)
     assert (config.model.device, config.model.dtype, config.cache.kv_dtype) == (device, dtype, kv_dtype)
-    assert config.cache.memory_mb == 600
+    assert (config.cache.memory_mb, config.store.queue_mb) == (600, 18)
     # what is left to choose: the backend (per pass), the mask (by the adapter), the chat format (by the tokenizer), and
     # the name of the reuse level (by the calibration)
     assert autos(config) == ["attention", "mask", "chat", "name"]
@@ -116,7 +117,10 @@ def test_resolving_fits_the_hardware(hardware: Hardware, device: str, dtype: str
 
 
 def test_resolving_keeps_what_is_given() -> None:
-    given = Config(ModelConfig(device="cpu", dtype="bf16"), cache=CacheConfig(memory_mb=7, kv_dtype="fp32"))
+    store = StoreConfig(queue_mb=300)
+    given = Config(
+        ModelConfig(device="cpu", dtype="bf16"), cache=CacheConfig(memory_mb=7, kv_dtype="fp32"), store=store
+    )
     assert resolve(given, LARGE) == given
     assert resolve(replace(given, cache=CacheConfig(memory_mb=7)), LARGE).cache.kv_dtype == "bf16"
     levels = ModelConfig(device="cpu", dtype="int8", weights="int8")

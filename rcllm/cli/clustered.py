@@ -33,7 +33,7 @@ else:
     guarding, on_engine = Late("rcllm.server.guarding"), Late("rcllm.server.on_engine")
 
 _LOCAL = "local:"
-_DECODER_SHARE = 1 / 8  # of the memory that a decoder finds, for its KV; the ranking engine has the rest
+_DECODER_SHARE = 1 / 16  # of the memory that a decoder finds, for its KV; the ranking engine has the rest
 
 
 def _is_file(cluster: str) -> bool:

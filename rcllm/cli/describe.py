@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rcllm.cache.heap import share_arenas
 from rcllm.cli.clustered import check_extra, cluster_of, configured_by
 from rcllm.cli.commands.describe import JobOptions, SpeculationOptions
-from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine
+from rcllm.cli.inputs import Inputs, load_inputs_given, make_config, make_engine
 from rcllm.cli.options import EngineOptions, ItemOptions
 from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
@@ -182,10 +182,9 @@ def _speculation(options: SpeculationOptions) -> Speculation:
 
 def _catalogue(kind: Kind, options: ItemOptions) -> Inputs:
     """Items that histories name; none where events are texts, and for items, whose rows hold their text."""
-    given = options.items is not None or options.dataset is not None
-    if given and kind == "item":
+    if kind == "item" and (options.items is not None or options.dataset is not None):
         raise ConfigError("--kind item describes the rows of the file itself; leave out --items and --dataset")
-    return load_inputs(options) if given else Inputs(Catalogue(()))
+    return load_inputs_given(options) or Inputs(Catalogue(()))
 
 
 def _parse(kind: Kind, template: Template, inputs: Inputs, max_events: int | None) -> Parse:

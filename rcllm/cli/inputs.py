@@ -73,6 +73,12 @@ def load_inputs(options: ItemOptions) -> Inputs:
     return Inputs(catalogue, dataset)
 
 
+def load_inputs_given(options: ItemOptions) -> Inputs | None:
+    """The same where there may be no items at all; None where none are given."""
+    _check_used(options)
+    return None if options.items is None and options.dataset is None else load_inputs(options)
+
+
 def _over_items(dataset: Dataset, catalogue: Catalogue, named: str) -> Dataset:
     """The data set over another catalogue; tells of interactions with items that it lacks, which are left out.
 

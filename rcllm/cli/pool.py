@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.progress import Progress, TaskID
 
 from rcllm.cli.commands.pool import MemberOptions, TextOptions
-from rcllm.cli.inputs import Inputs, load_inputs, make_config, make_engine, tell_read
+from rcllm.cli.inputs import Inputs, load_inputs, load_inputs_given, make_config, make_engine, tell_read
 from rcllm.cli.options import EngineOptions, ItemOptions
 from rcllm.cli.outputs import check_file
 from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, say
@@ -68,7 +68,7 @@ def _histories(items: ItemOptions, options: TextOptions) -> tuple[Inputs, str, l
     if options.texts is not None:
         if options.reviews:
             raise ConfigError("--reviews are of a --dataset; leave it out with --texts, which are taken as they are")
-        inputs = load_inputs(items) if items.items or items.dataset else Inputs(Catalogue(()))
+        inputs = load_inputs_given(items) or Inputs(Catalogue(()))
         histories, report = file_histories(options.texts, options.history, excluded)
         if report is not None:
             tell_read([report])

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from rcllm.cli.answering import LOADED, Work, check_out, loaded_settings, settings_of, write_answers
 from rcllm.cli.commands.recommend import SearchOptions
-from rcllm.cli.inputs import Inputs, load_inputs, make_config
+from rcllm.cli.inputs import Inputs, load_inputs_given, make_config
 from rcllm.cli.options import EngineOptions, ItemOptions, StoreOptions
 from rcllm.cli.screen import busy, console, interruptible, say
 from rcllm.cli.tables import facts_table, item_title
@@ -60,7 +60,7 @@ def recommend_command(
     )
     with opened_requests(requests, partial(_parse, defaults=defaults, unseen=unseen)) as asked:
         total = asked.count(strict=strict)
-        inputs = load_inputs(item_options) if item_options.items or item_options.dataset else None
+        inputs = load_inputs_given(item_options)
         given = {**asdict(search), "allow": allow, "deny": deny, "unseen": unseen, "explain": explain}
         items = inputs.catalogue if inputs else None
         settings = settings_of("recommend", config, asked, items=items, codes=codes, style=style, **given)

@@ -25,7 +25,8 @@ from rcllm.data.requests import training_histories
 FIELD, TITLE = "neighbours", "title"
 Lists = Mapping[ItemId, tuple[ItemId, ...]]  # item → its neighbours, best first
 _NONE_BEFORE: Lists = MappingProxyType({})
-_NO_FLOATS = np.zeros((0, 0), dtype=np.float32)
+Vectors = npt.NDArray[np.float32]
+_NO_FLOATS: Vectors = np.zeros((0, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def find_neighbours(
     histories_of: Iterable[Sequence[ItemId]],
     config: NeighbourConfig,
     before: Lists = _NONE_BEFORE,
-    vectors: npt.NDArray[np.float32] = _NO_FLOATS,
+    vectors: Vectors = _NO_FLOATS,
 ) -> Neighbours:
     """`histories_of`: what each training user chose; `before`: the lists as they stood.
 
@@ -65,7 +66,10 @@ def find_neighbours(
         lists[item_id] = stood if _stands(stood, found, number, pool, knn, config) else made[item_id]
     by_text = tuple(item_id for item_id, near in lists.items() if not near) if len(vectors) else ()
     for item_id in by_text:
-        lists[item_id] = made[item_id] = _nearest(pool, vectors, pool.numbers[item_id], config.count)
+        near = _likeness_in_text(pool, vectors, pool.numbers[item_id])
+        made[item_id] = _nearest(pool, near, config.count)
+        stood = before.get(item_id, ())
+        lists[item_id] = stood if _stands_in_text(stood, made[item_id], near, pool, config) else made[item_id]
     texts = {i: text for i, near in lists.items() if (text := neighbour_text(catalogue, near, config.words))}
     there = [item_id for item_id in before if item_id in lists]
     return Neighbours(
@@ -96,13 +100,27 @@ def _stands(
     return bool(new <= (1 + config.margin) * old)
 
 
-def _nearest(pool: NegativePool, vectors: npt.NDArray[np.float32], number: int, count: int) -> tuple[ItemId, ...]:
-    """The nearest by cosine among the items that training users chose."""
-    near = vectors @ vectors[number]
+def _likeness_in_text(pool: NegativePool, vectors: Vectors, number: int) -> Vectors:
+    """[items]: cosines with one item; -inf for itself, and for items that no training user chose."""
+    near: Vectors = vectors @ vectors[number]
     near[pool.popularity == 0] = -np.inf
     near[number] = -np.inf
+    return near
+
+
+def _nearest(pool: NegativePool, near: Vectors, count: int) -> tuple[ItemId, ...]:
     best = np.argsort(-near, kind="stable")[:count]
     return tuple(pool.item_ids[int(other)] for other in best if near[other] > -np.inf)
+
+
+def _stands_in_text(
+    stood: Sequence[ItemId], made: Sequence[ItemId], near: Vectors, pool: NegativePool, config: NeighbourConfig
+) -> bool:
+    """Whether a list by text is kept, by the same rule. -inf of an item that nobody chooses any more lets it go."""
+    if len(stood) < len(made) or any(item_id not in pool.numbers for item_id in stood):
+        return False
+    old, new = (float(sum(near[pool.numbers[item_id]] for item_id in some)) for some in (stood, made))
+    return bool(new <= (1 + config.margin) * old)
 
 
 def neighbour_text(catalogue: Mapping[ItemId, Item], near: Sequence[ItemId], words: int) -> str:

@@ -190,6 +190,7 @@ def make_pool(
     budget = cache.pool_mb * MIB or int(free * share)
     if budget < least:
         wanted = least if cache.pool_mb else int(least / share)
+        wanted += int(least - free) // 8 if beside is not None else 0  # whose pool grows with the memory, if by less
         raise ConfigError(_too_little(cache, resident, workspace, wanted, decoder.device.type))
     page_bytes = PAGE_BYTES if decoder.device.type == "cuda" else 0
     return Pool(budget, DTYPES[cache.kv_dtype], decoder.device, store, space=space, page_bytes=page_bytes)

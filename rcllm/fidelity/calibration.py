@@ -183,7 +183,7 @@ class Calibrated:
 
     def cheaper(self, options: RankOptions) -> tuple[Admitted, ...]:
         """The rungs that pass and are cheaper than `options`; where those were not measured, all that pass."""
-        if self.identity.mask == "blocks":
+        if self.identity.mask == "blocks" and options.history != "semantic":
             return exact_blocks(options, self.identity.mask)
         rungs = self._rungs(replace(options, level=Level("auto")))  # exact levels have no setting of their own
         passed, asked = passing(rungs, self.target), Configuration.of(self.context, options)

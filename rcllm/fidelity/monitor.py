@@ -89,6 +89,11 @@ class DriftMonitor:
         return self._policy.ladder[self.rung]
 
     @property
+    def can_step(self) -> bool:
+        """Whether there is another level; without one, there is nothing to guard."""
+        return len(self.ladder) > 1
+
+    @property
     def ladder(self) -> tuple[Level, ...]:
         """Cheapest first."""
         return self._policy.ladder

@@ -44,7 +44,7 @@ class Guarded:
         """Raises UncalibratedError for a level that may not be used."""
         admitted = self.inner.admit(options)
         options, monitor = admitted.options, self._core.monitor(admitted.options)
-        if options.level not in monitor.ladder:
+        if not monitor.can_step or options.level not in monitor.ladder:
             return admitted
         verdict, level = self._core.verdict(options), monitor.level
         if not monitor.has_left(options.level):

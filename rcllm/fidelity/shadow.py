@@ -146,7 +146,8 @@ class GuardCore:
         if self._random.random() >= self._shadowing.share:
             return None
         options = request.options or self._defaults
-        if response.receipt.level != str(self.level(options)):
+        monitor = self.monitor(options)
+        if not monitor.can_step or response.receipt.level != str(monitor.level):
             return None
         self.counts.num_sampled += 1
         return Shadow(request, options, response)

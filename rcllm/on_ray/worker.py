@@ -258,7 +258,8 @@ class Worker:
             return
         here = frozenset(self.shard())
         if again := tuple(item_id for item_id in item_ids if item_id in here):
-            self._below |= await asyncio.to_thread(self._found_below, again)  # those that read as before
+            as_before = await asyncio.to_thread(self._found_below, again)  # meanwhile the whole shard may be found
+            self._below |= as_before
             await self._backend.change(WarmItems(again))
 
     def _numbers_of(self, item_ids: Sequence[ItemId]) -> frozenset[int]:

@@ -85,11 +85,14 @@ class Keeper:
     def _erase(self, change: EraseUser) -> Changed:
         if self._guard is not None:
             self._guard.forget_user(change.user_id)
-        removed = self._engine.erase_user(change.user_id, change.tenant)  # no draft is begun for the user after it
-        with self._engine.alone():
-            self._pools.erase(whose(change.user_id, change.tenant) or change.user_id)
-        if self._recommender is not None and self._recommender.engine is not self._engine:
-            removed += self._recommender.engine.erase_user(change.user_id, change.tenant)
+        removed = 0
+        try:
+            removed += self._engine.erase_user(change.user_id, change.tenant)  # no draft is begun for the user after it
+        finally:  # also where a tier could not be reached
+            with self._engine.alone():
+                self._pools.erase(whose(change.user_id, change.tenant) or change.user_id)
+            if self._recommender is not None and self._recommender.engine is not self._engine:
+                removed += self._recommender.engine.erase_user(change.user_id, change.tenant)
         return Changed(num_blocks=removed)
 
 

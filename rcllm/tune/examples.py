@@ -193,8 +193,9 @@ class TrainingSet:
         """
         if not self.others:
             raise DataError(
-                f"{self.dataset.name}: no validation user has more than {self.config.least_history} events, so that "
-                "nothing would tell when to stop; more users are needed"
+                f"{self.dataset.name}: no validation user ends with an item that was new after "
+                f"{self.config.least_history} or more events, so that nothing would tell when to stop; more users are "
+                "needed"
             )
         requests = []
         for rows in self.others[:count]:

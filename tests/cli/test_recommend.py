@@ -190,7 +190,13 @@ def test_a_ranker_and_a_decoder_beside_it_keep_within_one_memory(decoder: Decode
     pool = make_engine(config, inputs, beside=beside).pool
     taken = psutil.Process().memory_info().rss
     assert beside.budget + pool.budget + taken < 6000 * MIB
-    assert beside.budget == pytest.approx(pool.budget / 7, rel=0.2), "the decoder has an eighth"
+    assert beside.budget == pytest.approx(pool.budget / 15, rel=0.2), "the decoder has a sixteenth"
+
+
+def test_options_about_items_are_refused_where_there_are_none(run: Run, decoder: Decoder) -> None:
+    shown = run(*decoder.words, "--volatile", "price")
+    assert shown.exit_code == 2
+    assert "give --items FILE, or leave them out" in " ".join(shown.stderr.split())
 
 
 def test_bad_requests_become_lines(run: Run, decoder: Decoder, tmp_path: Path) -> None:

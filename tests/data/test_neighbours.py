@@ -81,7 +81,7 @@ def test_the_field_is_made_where_a_template_shows_it() -> None:
     assert with_made_fields(known, ["title"]) is known
 
 
-def test_nearest_in_text_are_found_anew_each_time() -> None:
+def test_nearest_in_text_are_looked_at_each_time_and_stand_by_the_same_rule() -> None:
     """A regression: a list that was made of texts stood for ever, and counted as one of interactions."""
     vectors = np.eye(6, dtype=np.float32)
     vectors[5] = vectors[1]
@@ -89,6 +89,10 @@ def test_nearest_in_text_are_found_anew_each_time() -> None:
     before = find_neighbours(ITEMS, chosen, CONFIG, vectors=vectors)
     again = find_neighbours(ITEMS, chosen, CONFIG, before.lists, vectors)
     assert (again.by_text, again.num_changed, again.num_would_change) == (before.by_text, 0, 0)
+    vectors[5] = 0.989 * vectors[1] + 0.15 * vectors[2]
+    hardly = find_neighbours(ITEMS, chosen, CONFIG, before.lists, vectors)
+    assert hardly.lists["i5"] == before.lists["i5"]
+    assert (hardly.num_changed, hardly.num_would_change) == (0, 1)
     vectors[5] = vectors[2]
     assert find_neighbours(ITEMS, chosen, CONFIG, before.lists, vectors).lists["i5"][0] == "i2"
     assert find_neighbours(ITEMS, chosen, CONFIG, before.lists).lists["i5"] == (), "where no text is looked at"

@@ -157,6 +157,10 @@ def test_what_one_semantic_pool_gave_says_nothing_of_another() -> None:
         admission = Calibrated.of(found, replace(IDENTITY, semantic_pool=pool), CONTEXT)
         assert admission.admit(asked).options.level == Level(level)  # type: ignore[arg-type]
         assert admission.admit(options("auto")).options.level == Level("tail", 0.1)
+    tuned = replace(IDENTITY, mask="blocks", semantic_pool="one")
+    admission = Calibrated.of(replace(found, identity=tuned), tuned, CONTEXT)
+    (cheaper,) = admission.cheaper(options("exact", history="semantic"))
+    assert cheaper.options == options("blocks", history="semantic"), "approximate under the block mask as well"
 
 
 def test_the_ladder_for_a_guard() -> None:

@@ -244,6 +244,16 @@ def test_each_kind_steps_along_what_its_admission_allows(engine: Engine) -> None
     assert guard.status().stats.kinds[0].num_samples == 1, "at the level that was stepped to"
 
 
+def test_where_nothing_but_prefix_caching_is_allowed_there_is_nothing_to_guard(engine: Engine) -> None:
+    """Their shadows would take the time of those that a step can follow from."""
+    engine.admission = ByReadout()
+    served = Served(engine, OnlineGuard(engine, GuardPolicy((TAIL, EXACT)), ALL), requests(AUTO, seed=0))
+    engine.admission.inner.cheaper = lambda options: ()  # type: ignore[attr-defined]
+    receipt = served.serve(level=EXACT).receipt
+    assert (receipt.level, receipt.guard) == ("exact", "")
+    assert served.guard.status().stats.counts.num_sampled == 0
+
+
 def test_what_is_made_for_a_user_is_made_before_the_user_is_left_out(served: Served) -> None:
     """A regression: a training user's own choices counted in the recompute and not in the answer."""
 

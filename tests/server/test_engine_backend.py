@@ -15,10 +15,12 @@ from rcllm.core.ranking import Item, ItemId, Level, RankRequest, RankResponse, U
 from rcllm.core.texts import ScoreRequest, ScoreResponse, TextRequest
 from rcllm.engine.engine import Engine
 from rcllm.engine.jobs.generate import Generator
-from rcllm.errors import CancelledError, ClosingError, NotServedError, UnknownItemError
+from rcllm.errors import CancelledError, ClosingError, ErasureError, NotServedError, UnknownItemError
 from rcllm.reuse.missing import item_owner, user_owner
 from rcllm.server.backend import Asked, EraseUser, PutItems, RemoveItems, WarmItems
+from rcllm.server.catalogue import Keeper
 from rcllm.server.on_engine import EngineBackend
+from rcllm.server.pools import DraftPoolsByName
 from rcllm.store.owners import one_name
 from tests.conftest import assert_no_pins
 from tests.engine import tiny
@@ -65,6 +67,21 @@ def test_many_at_once_equal_each_alone_to_the_bit(tiny_engine: Engine, computing
         each.token_ids for each in answers[len(ranks) : len(ranks) + len(texts)]
     ]
     assert_no_pins(tiny_engine)
+
+
+def test_drafts_of_a_user_go_also_where_a_tier_cannot_be_reached(
+    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> int:
+        raise ErasureError("the shared store does not answer")
+
+    erased: list[str] = []
+    pools = DraftPoolsByName(tiny_engine)
+    monkeypatch.setattr(tiny_engine, "erase_user", fails)
+    monkeypatch.setattr(pools, "erase", erased.append)
+    with pytest.raises(ErasureError):
+        Keeper(tiny_engine, None, pools, None).make(EraseUser(UserId("ann")))
+    assert erased == ["ann"]
 
 
 def test_tokens_come_as_they_are_decided_and_join_to_the_answer(tiny_engine: Engine, computing: EngineBackend) -> None:

@@ -106,7 +106,7 @@ def test_one_user_and_no_user() -> None:
     rows = tuple(row for row in _small(9).interactions if row.user_id == f"u{one}")
     source = TrainingSet(replace(_small(9), interactions=rows), EXAMPLES)
     assert {request.user_id for request in batch_of([source], 0, 0)} == {f"small/u{one}"}
-    with pytest.raises(DataError, match="no validation user has more than"):
+    with pytest.raises(DataError, match="no validation user ends with an item that was new"):
         source.validation(1)
 
 
