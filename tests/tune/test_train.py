@@ -173,5 +173,5 @@ def test_items_carry_how_often_training_users_chose_them() -> None:
 
 def test_data_without_a_user_to_learn_from_is_refused() -> None:
     rows = tuple(row for row in log().interactions if row.timestamp < 2)
-    with pytest.raises(DataError, match="no training user has more than 2 events"):
+    with pytest.raises(DataError, match="no training user has an item that was new after 2 or more events"):
         TrainingSet(replace(log(), interactions=rows), EXAMPLES)
