@@ -23,7 +23,7 @@ from rcllm.cli.screen import GOES_ON, busy, console, interruptible, progress, sa
 from rcllm.cli.tables import facts_table
 from rcllm.core.enrichment import NeighbourConfig
 from rcllm.core.ranking import Item, ItemId
-from rcllm.data import Catalogue
+from rcllm.data import Catalogue, histories
 from rcllm.data import neighbours as near
 from rcllm.data.neighbours import Lists, Neighbours, find_neighbours, put
 from rcllm.data.popularity import with_chosen
@@ -53,7 +53,7 @@ def enrich_command(out: Path, config: NeighbourConfig, field_options: FieldOptio
     known = _read_knowledge(field_options.knowledge)
     rows = inputs.dataset.interactions
     catalogue = with_chosen(inputs.catalogue, rows)
-    training = list(training_histories(rows, catalogue).values())
+    training = list(training_histories(histories(rows), catalogue).values())
     before = _lists_before(kept / _LISTS, config)
     with interruptible(GOES_ON):
         with busy("finding neighbours"):

@@ -8,8 +8,10 @@ interactions, at least `min_users` users chose both.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -18,6 +20,7 @@ import numpy.typing as npt
 from rcllm.core.enrichment import NeighbourConfig
 from rcllm.core.ranking import Interaction, Item, ItemId, UserId
 from rcllm.data.catalogue import Catalogue
+from rcllm.data.interactions import histories
 from rcllm.data.item_knn import ItemKnn
 from rcllm.data.negatives import NegativePool
 from rcllm.data.requests import training_histories
@@ -62,14 +65,16 @@ def find_neighbours(
     for item_id, number in pool.numbers.items():
         found = knn.neighbours(number, config.count, config.min_users)
         made[item_id] = tuple(pool.item_ids[other] for other, _ in found)
-        stood = before.get(item_id, ())
-        lists[item_id] = stood if _stands(stood, found, number, pool, knn, config) else made[item_id]
+        alike = partial(_alike_by_users, knn, number, config.min_users)
+        new = sum(value for _, value in found)
+        lists[item_id] = _kept(before.get(item_id, ()), made[item_id], new, alike, pool, config)
     by_text = tuple(item_id for item_id, near in lists.items() if not near) if len(vectors) else ()
     for item_id in by_text:
         near = _likeness_in_text(pool, vectors, pool.numbers[item_id])
         made[item_id] = _nearest(pool, near, config.count)
-        stood = before.get(item_id, ())
-        lists[item_id] = stood if _stands_in_text(stood, made[item_id], near, pool, config) else made[item_id]
+        alike = partial(_total, near)
+        new = alike([pool.numbers[other] for other in made[item_id]])
+        lists[item_id] = _kept(before.get(item_id, ()), made[item_id], new, alike, pool, config)
     texts = {i: text for i, near in lists.items() if (text := neighbour_text(catalogue, near, config.words))}
     there = [item_id for item_id in before if item_id in lists]
     return Neighbours(
@@ -81,23 +86,27 @@ def find_neighbours(
     )
 
 
-def _stands(
-    stood: Sequence[ItemId],
-    found: Sequence[tuple[int, float]],
-    number: int,
+def _kept(
+    stood: tuple[ItemId, ...],
+    made: tuple[ItemId, ...],
+    new: float,
+    alike: Callable[[Sequence[int]], float],
     pool: NegativePool,
-    knn: ItemKnn,
     config: NeighbourConfig,
-) -> bool:
-    """Whether a list is kept: it is of interactions as the new one and as long, and it is hardly less alike."""
-    if not found or len(stood) < len(found) or any(item_id not in pool.numbers for item_id in stood):
-        return False
-    others = [pool.numbers[item_id] for item_id in stood]
-    if knn.num_users_of_both(number, others).min() < config.min_users:
-        return False
-    old = float(knn.scores([number], others).sum())
-    new = sum(value for _, value in found)
-    return bool(new <= (1 + config.margin) * old)
+) -> tuple[ItemId, ...]:
+    """The list that stood, where it is as long as the new one, all its items are there, and it is hardly less alike.
+
+    `alike`: how much the items of these numbers are, together; -inf of a list that must go. `new`: of the new one.
+    """
+    if not made or len(stood) < len(made) or any(item_id not in pool.numbers for item_id in stood):
+        return made
+    return stood if new <= (1 + config.margin) * alike([pool.numbers[item_id] for item_id in stood]) else made
+
+
+def _alike_by_users(knn: ItemKnn, number: int, min_users: int, others: Sequence[int]) -> float:
+    """-inf where too few chose one of the pairs."""
+    enough = knn.num_users_of_both(number, others).min() >= min_users
+    return float(knn.scores([number], others).sum()) if enough else -math.inf
 
 
 def _likeness_in_text(pool: NegativePool, vectors: Vectors, number: int) -> Vectors:
@@ -113,14 +122,8 @@ def _nearest(pool: NegativePool, near: Vectors, count: int) -> tuple[ItemId, ...
     return tuple(pool.item_ids[int(other)] for other in best if near[other] > -np.inf)
 
 
-def _stands_in_text(
-    stood: Sequence[ItemId], made: Sequence[ItemId], near: Vectors, pool: NegativePool, config: NeighbourConfig
-) -> bool:
-    """Whether a list by text is kept, by the same rule. -inf of an item that nobody chooses any more lets it go."""
-    if len(stood) < len(made) or any(item_id not in pool.numbers for item_id in stood):
-        return False
-    old, new = (float(sum(near[pool.numbers[item_id]] for item_id in some)) for some in (stood, made))
-    return bool(new <= (1 + config.margin) * old)
+def _total(near: Vectors, others: Sequence[int]) -> float:
+    return float(sum(near[other] for other in others))
 
 
 def neighbour_text(catalogue: Mapping[ItemId, Item], near: Sequence[ItemId], words: int) -> str:
@@ -136,7 +139,7 @@ def with_neighbours(
     without: Collection[UserId] = (),
 ) -> Catalogue:
     """Every item with the field `neighbours`, from training users other than those of `without`."""
-    training = training_histories(interactions, catalogue, without)
+    training = training_histories(histories(interactions), catalogue, without)
     return put(catalogue, FIELD, find_neighbours(catalogue, training.values(), config or NeighbourConfig()).texts)
 
 

@@ -6,7 +6,7 @@ users, the options and the seed alone: not on the process, the platform, or how 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -30,13 +30,16 @@ def split_of(user_id: UserId) -> Split:
 
 
 def training_histories(
-    interactions: Iterable[Interaction], catalogue: Container[ItemId], without: Collection[UserId] = ()
+    by_user: Mapping[UserId, Sequence[Interaction]], catalogue: Container[ItemId], without: Collection[UserId] = ()
 ) -> dict[UserId, tuple[ItemId, ...]]:
-    """What each training user chose of the catalogue, oldest first; nothing of the users of `without`."""
+    """What each training user chose of the catalogue, oldest first; nothing of the users of `without`.
+
+    `by_user`: as `histories` gives them.
+    """
     left = frozenset(without)
     return {
         user: tuple(row.item_id for row in rows if row.item_id in catalogue)
-        for user, rows in histories(interactions).items()
+        for user, rows in by_user.items()
         if split_of(user) == "train" and user not in left
     }
 
@@ -89,7 +92,7 @@ def build_requests(
     by_user = histories(dataset.interactions)
     if review_history and not any(row.text for row in dataset.interactions):
         raise DataError(f"{dataset.name}: review_history needs review texts, and no interaction has one")
-    pool = _pool(dataset)
+    pool = _pool(dataset, by_user)
     users = sorted((user for user in by_user if split_of(user) == split), key=lambda user: _hash(seed, user))
     targets = [
         (by_user[user], len(by_user[user]) - back)
@@ -124,14 +127,14 @@ def _check(shape: _Shape, targets_per_user: int, min_history: int) -> None:
         )
 
 
-def _pool(dataset: Dataset) -> NegativePool:
+def _pool(dataset: Dataset, by_user: Mapping[UserId, Sequence[Interaction]]) -> NegativePool:
     for row in dataset.interactions:
         if row.item_id not in dataset.catalogue:
             raise DataError(
                 f"{dataset.name}: user {row.user_id!r} touched item {row.item_id!r}, which the catalogue lacks; "
                 "leave such rows out of the interactions, or add the item to the catalogue"
             )
-    return NegativePool.of(dataset.catalogue, training_histories(dataset.interactions, dataset.catalogue).values())
+    return NegativePool.of(dataset.catalogue, training_histories(by_user, dataset.catalogue).values())
 
 
 def _request(pool: NegativePool, history: tuple[Interaction, ...], at: int, shape: _Shape) -> RankRequest:

@@ -15,6 +15,7 @@ import numpy as np
 
 from rcllm.core.ranking import Interaction, Item, ItemId, RankRequest, UserId
 from rcllm.data.catalogue import Catalogue
+from rcllm.data.interactions import histories
 from rcllm.data.item_knn import ItemKnn
 from rcllm.data.negatives import NegativePool, Wanted, draw_negatives
 from rcllm.data.requests import training_histories
@@ -82,7 +83,7 @@ class ScoreField:
         seed: int = 0,
     ) -> ScoreField:
         """Grades are fitted on made requests of training users, each left out of their own scores."""
-        users = training_histories(interactions, catalogue)
+        users = training_histories(histories(interactions), catalogue)
         pool = NegativePool.of(catalogue, users.values())
         chosen = {user: tuple(sorted({pool.numbers[item_id] for item_id in items})) for user, items in users.items()}
         field = cls(ItemKnn.of(pool.touched, shrinkage), pool.numbers, chosen, ScoreWords.of(()))

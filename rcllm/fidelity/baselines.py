@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rcllm.core.ranking import RankRequest, order
-from rcllm.data import Dataset
+from rcllm.data import Dataset, histories
 from rcllm.data.item_knn import ItemKnn
 from rcllm.data.negatives import NegativePool
 from rcllm.data.requests import training_histories
@@ -27,7 +27,8 @@ class Baseline(Protocol):
 
 
 def training_pool(dataset: Dataset) -> NegativePool:
-    return NegativePool.of(dataset.catalogue, training_histories(dataset.interactions, dataset.catalogue).values())
+    training = training_histories(histories(dataset.interactions), dataset.catalogue)
+    return NegativePool.of(dataset.catalogue, training.values())
 
 
 class Popularity:

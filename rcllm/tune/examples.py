@@ -88,7 +88,7 @@ class TrainingSet:
         self.dataset, self.config = with_popularity(dataset), config
         self.prefix = f"{dataset.name}/" if fold is None else f"{dataset.name}/{fold.number}/"
         by_user = histories(dataset.interactions)
-        training = training_histories(dataset.interactions, dataset.catalogue)
+        training = training_histories(by_user, dataset.catalogue)
         self.pool = NegativePool.of(dataset.catalogue, training.values())
         long_enough = [rows for rows in by_user.values() if len(rows) > config.least_history]
         if fold is not None:

@@ -111,8 +111,8 @@ def test_histories_are_of_training_users_and_of_items_that_are_there() -> None:
     rows = [Interaction(UserId(user), ItemId(item), 0) for user in ("u0", "u2", "u4") for item in ("b", "gone", "a")]
     items = Catalogue(Item(ItemId(letter), {}) for letter in "ab")
     assert split_of(UserId("u2")) == "validation"
-    assert training_histories(rows, items) == {"u0": ("b", "a"), "u4": ("b", "a")}
-    assert training_histories(rows, items, without=[UserId("u0")]) == {"u4": ("b", "a")}
+    assert training_histories(histories(rows), items) == {"u0": ("b", "a"), "u4": ("b", "a")}
+    assert training_histories(histories(rows), items, without=[UserId("u0")]) == {"u4": ("b", "a")}
     assert told_unknown(rows, items).startswith("3 of 9 interactions are with items that the catalogue lacks")
     assert told_unknown([row for row in rows if row.item_id != "gone"], items) == ""
 
